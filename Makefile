@@ -1,0 +1,42 @@
+# make demo   trains and evaluates a small CLIP on the embedded data set; report in runs/demo/report/index.html
+# make test   runs the test suite
+# make lint   ruff check and ruff format
+PYTHON ?= python3
+VENV ?= .venv
+LOCK ?= requirements.lock
+CONFIG ?= configs/clip.py:tiny
+WORKDIR ?= runs/demo
+TESTS ?= tests
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: demo test lint format lock clean
+
+demo: $(VENV)/installed
+	$(VENV)/bin/python -m vlm_jax.train --config=$(CONFIG) --workdir=$(WORKDIR)
+
+test: $(VENV)/installed-test
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n 2 $(TESTS)
+
+lint: $(VENV)/installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/installed-test
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+$(VENV)/installed: pyproject.toml $(LOCK)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --constraint $(LOCK) --editable .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(PIP) --constraint $(LOCK) --editable '.[test]'
+	touch $@
+
+# The versions that demo and test install; `make test LOCK=/dev/null VENV=.venv-newest` takes the newest instead.
+lock: $(VENV)/installed-test
+	$(VENV)/bin/python -m pip freeze --exclude-editable > requirements.lock
+
+clean:
+	rm -rf $(VENV) build *.egg-info

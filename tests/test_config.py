@@ -1,0 +1,36 @@
+import pytest
+
+from vlm_jax import config
+from vlm_jax.errors import UserError
+
+
+def build(width, *, depth=2):
+    return width, depth
+
+
+def test_a_section_is_the_keyword_arguments():
+    assert config.call(build, {"width": 3}, "config.model") == (3, 2)
+    assert config.call(build, {"depth": 4}, "config.model", width=1) == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"width": 1, "dept": 3}, r"^config.model has no key `dept`; did you mean `depth`\?$"),
+        ({"width": 1, "zzz": 3}, r"^config.model has no key `zzz`; known keys: width, depth$"),
+        ({}, r"^config.model lacks the key `width`, which has no default$"),
+    ],
+)
+def test_wrong_keys_are_named(section, message):
+    with pytest.raises(UserError, match=message):
+        config.call(build, section, "config.model")
+
+
+def test_a_fixed_argument_is_not_the_configs():
+    with pytest.raises(UserError, match="no key `width`"):
+        config.call(build, {"width": 1}, "config.model", width=2)
+
+
+def test_flatten_and_plain():
+    assert config.flatten({"a": {"b": 1}, "c": [2]}) == {"a.b": 1, "c": [2]}
+    assert config.plain({"a": (1, 2)}) == {"a": [1, 2]}

@@ -1,0 +1,15 @@
+"""vlm_jax: contrastive and generative vision-language models in JAX."""
+
+__version__ = "0.1.0"
+
+_PUBLIC = {"load": "vlm_jax.pretrained", "Pretrained": "vlm_jax.pretrained", "UserError": "vlm_jax.errors"}
+__all__ = ["Pretrained", "UserError", "__version__", "load"]
+
+
+def __getattr__(name):
+    """Imports the public names when they are first used, so that data workers and `--help` start without jax."""
+    if name in _PUBLIC:
+        import importlib
+
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module `vlm_jax` has no attribute `{name}`")

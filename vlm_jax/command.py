@@ -1,0 +1,48 @@
+"""Runs a command's main: flags parsed by absl, and what a user can mend said in one line."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+from vlm_jax.errors import UserError
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+    """`absl.app.run(main)`, with errors of flags, config files and users as one line on stderr and exit status 2."""
+
+    def quiet_main(argv):
+        try:
+            main(argv)
+        except UserError as error:
+            _fail(error)
+
+    logging.set_verbosity(logging.WARNING)  # orbax tells of every step of a save; --verbosity=0 shows it
+    app.run(quiet_main, flags_parser=_parse)
+
+
+def read_config(flag: flags.FlagHolder) -> dict:
+    """The config of a `config_flags` flag; absl keeps the error of a file that is not there until it is used."""
+    try:
+        return flag.value.to_dict()
+    except OSError as error:
+        raise UserError(f"--{flag.name}: {str(error).splitlines()[-1].strip()}") from error
+
+
+def _parse(argv: Sequence[str]) -> Sequence[str]:
+    try:
+        return flags.FLAGS(list(argv))
+    except (UserError, flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        message = str(error)
+        if isinstance(error, KeyError | AttributeError):  # an override of what the config does not hold
+            message = str(error.args[0]).replace("\\n", "; ").replace("\n", "; ")
+            message = "the config has no key " + message.translate(str.maketrans("", "", "\"'\\"))
+        elif "Traceback" in message:  # of a config file; its last line is what went wrong
+            lines = [line.strip() for line in message.splitlines() if line.strip()]
+            message = f"{lines[0]} {lines[-1]}"
+        _fail(message)
+
+
+def _fail(error: object) -> None:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)

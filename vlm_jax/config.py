@@ -1,0 +1,59 @@
+"""A config section is the keyword arguments of one function: checked here, so that no key is silently unused."""
+
+import difflib
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vlm_jax.errors import UserError
+
+
+def call(fn: Callable, section: Mapping[str, Any], where: str, **fixed) -> Any:
+    """Returns `fn(**section, **fixed)`.
+
+    Args:
+      fn: a function or class whose parameters are named explicitly (`**kwargs` accepts every key).
+      section: a config section (dict or ConfigDict).
+      where: how the section is called in messages, e.g. "config.model.image".
+      **fixed: arguments that the caller gives and the config may not.
+
+    Raises:
+      UserError: the section has a key that `fn` does not take, or lacks one that it needs.
+    """
+    parameters = inspect.signature(fn).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    known = [name for name in parameters if name not in fixed and name not in ("self", "parent")]
+    for key in section:
+        if key not in known and not open_ended:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean `{close[0]}`?" if close else f"known keys: {', '.join(known)}"
+            raise UserError(f"{where} has no key `{key}`; {hint}")
+    for name in known:
+        required = parameters[name].default is inspect.Parameter.empty
+        named = parameters[name].kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        if required and named and name not in section:
+            raise UserError(f"{where} lacks the key `{name}`, which has no default")
+    return fn(**section, **fixed)
+
+
+def choose(options: Mapping[str, Any], name: str, where: str) -> Any:
+    """Returns `options[name]`, or raises a UserError that lists what there is."""
+    if name not in options:
+        raise UserError(f"{where} is `{name}`; expected one of: {', '.join(map(str, options))}")
+    return options[name]
+
+
+def plain(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The config as JSON would give it back: dicts, lists, strings, numbers."""
+    return json.loads(json.dumps(section, default=lambda value: value.to_dict()))
+
+
+def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    if not isinstance(section, Mapping):
+        return {prefix: section}
+    flat = {}
+    for key, value in section.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat

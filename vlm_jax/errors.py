@@ -1,0 +1,5 @@
+"""The one error a user is meant to read."""
+
+
+class UserError(ValueError):
+    """Something the user can mend: one line that names the thing, what was expected, what came, and the fix."""
