@@ -1,0 +1,140 @@
+"""Builds the prepared files from the npm tarballs: the same bytes every time.
+
+    python -m vlm_jax.data.emoji.build --tarballs=DIR --out=DIR
+
+fetches with `npm pack` what DIR lacks, checks every tarball's sha256, renders with resvg_py (extra `emoji`) and writes
+
+    *.array_record-*, dataset_info.json, features.json    what tfds.builder_from_directory reads
+    concepts.json    id, hexcode, group, subgroup, held_out and names of every concept
+    report.json      pictures by split and style; pictures left out, each with its reason; icons that show no concept
+    SHA256SUMS       of the above
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from vlm_jax.data.emoji import PREPARED, packs, splits
+from vlm_jax.errors import UserError
+
+
+def fetch(directory: Path, tarballs: tuple[packs.Tarball, ...]) -> None:
+    """`npm pack` for what the directory lacks."""
+    directory.mkdir(parents=True, exist_ok=True)
+    missing = [f"{t.package}@{t.version}" for t in tarballs if not (directory / t.filename).is_file()]
+    if not missing:
+        return
+    if shutil.which("npm") is None:
+        raise UserError(f"{directory} lacks {', '.join(missing)} and npm is not installed; fetch them with `npm pack`")
+    done = subprocess.run(["npm", "pack", *missing], cwd=directory, capture_output=True, text=True)
+    if done.returncode:
+        reasons = [line for line in done.stderr.splitlines() if line.startswith("npm error")][:2]
+        raise UserError(f"`npm pack {' '.join(missing)}` failed: {'; '.join(reasons)}; is the registry reachable?")
+
+
+def repack(path: Path) -> None:
+    """Writes an ArrayRecord file again, as small as it gets (a fifth less) and with one possible byte sequence.
+
+    TFDS leaves the order of a record's fields to protobuf's hash table, which differs from run to run.
+    """
+    from array_record.python import array_record_module
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    reader = array_record_module.ArrayRecordReader(str(path))
+    records = [tf_example_pb2.Example.FromString(record) for record in reader.read_all()]
+    reader.close()
+    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,transpose:true,brotli:11")
+    for record in records:
+        writer.write(record.SerializeToString(deterministic=True))
+    writer.close()
+
+
+def write_json(path: Path, value) -> None:
+    """One line per element of a top-level list or dict, so that a change shows in a diff."""
+    dump = lambda x: json.dumps(x, ensure_ascii=False, separators=(",", ":"))
+    if isinstance(value, list):
+        text = "[\n" + ",\n".join(map(dump, value)) + "\n]\n"
+    else:
+        text = "{\n" + ",\n".join(f"{dump(k)}:{dump(v)}" for k, v in value.items()) + "\n}\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def build(tarballs: Path, out: Path, *, words=packs.WORDS, pack_tarballs=packs.PACKS) -> None:
+    """Writes the prepared files into `out`, replacing what is there."""
+    import tensorflow_datasets as tfds
+
+    from vlm_jax.data.emoji import builder as builder_lib
+
+    tarballs, out, pack_tarballs = Path(tarballs).resolve(), Path(out), tuple(pack_tarballs)
+    if out.exists() and any(out.iterdir()) and not (out / "dataset_info.json").is_file():
+        raise UserError(f"{out} holds other files than a prepared data set; name an empty or a new folder")
+    collected = builder_lib.collect(tarballs, words, pack_tarballs)
+    with tempfile.TemporaryDirectory() as data_dir:
+        builder = builder_lib.Emoji(words=words, pack_tarballs=pack_tarballs, data_dir=data_dir)
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=tarballs))
+        if out.exists():
+            shutil.rmtree(out)
+        shutil.copytree(builder.data_dir, out)
+    (out / "LICENSE").unlink()  # one line by TFDS; the NOTICE beside the code says it all
+    for path in sorted(out.glob("*.array_record-*")):
+        repack(path)
+    write_json(
+        out / "concepts.json",
+        [
+            {
+                "id": c.id,
+                "hexcode": c.hexcode,
+                "group": c.group,
+                "subgroup": c.subgroup,
+                "held_out": c.hexcode in collected.held_out,
+                "names": c.names,
+            }
+            for c in collected.concepts
+        ],
+    )
+    write_json(out / "report.json", report(collected))
+    files = sorted(path for path in out.iterdir() if path.name != "SHA256SUMS")
+    sums = "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files)
+    (out / "SHA256SUMS").write_text(sums)
+
+
+def report(collected) -> dict:
+    """Counts, and every picture left out, for the NOTICE and the tests."""
+    pictures = collections.defaultdict(collections.Counter)
+    for picture in collected.pictures:
+        split = splits.split_of(picture.style, picture.concept.hexcode in collected.held_out)
+        pictures[split][picture.style] += 1
+    left_out = collections.defaultdict(list)
+    for picture, reason in collected.left_out:
+        left_out[reason].append([picture.style, picture.concept.id, picture.icon])
+    return {
+        "pictures": {split: dict(sorted(pictures[split].items())) for split in splits.SPLITS},
+        "unmatched_icons": collected.unmatched,
+        "left_out": dict(sorted(left_out.items())),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tarballs", type=Path, required=True, help="folder of the npm tarballs; fetched if missing")
+    parser.add_argument("--out", type=Path, default=PREPARED, help="folder to replace with the prepared files")
+    args = parser.parse_args()
+    try:
+        fetch(args.tarballs, (packs.WORDS, *packs.PACKS))
+        build(args.tarballs, args.out)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
