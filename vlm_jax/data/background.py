@@ -1,0 +1,85 @@
+"""Computes the elements of a sequence ahead of time, in order, by Grain: in threads, or in worker processes."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+from typing import Any
+
+import grain
+from absl import flags
+
+
+class Ahead(Iterator):
+    """Iterator over `elements[0], elements[1], ...`, whose computation starts at once.
+
+    Args:
+      elements: `elements[i]` must not depend on the elements computed before; picklable, if there are workers.
+      workers: processes; 0 for threads of this one.
+      threads: threads, in this process or in each worker.
+    """
+
+    def __init__(self, elements: Sequence[Any], *, workers: int, threads: int):
+        # Elements are batches, large ones: few are kept ready.
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads if workers else threads + 1)
+        data = grain.MapDataset.source(elements).to_iter_dataset(options)
+        self._first = None
+        if not workers:
+            self._iterator = iter(data)
+            self._iterator.start_prefetch()
+            return
+        if not flags.FLAGS.is_parsed():  # outside of an absl program; grain reads flags when it starts workers
+            flags.FLAGS.mark_as_parsed()
+        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=1)
+        self._iterator = iter(data.mp_prefetch(options, worker_init_fn=_init_worker))
+        # Grain starts its workers inside of the first `next`, which a thread calls now.
+        running = len(multiprocessing.active_children())
+        thread = futures.ThreadPoolExecutor(1)
+        with _main_module_hidden():
+            self._first = thread.submit(next, self._iterator)
+            while len(multiprocessing.active_children()) < running + workers and not self._first.done():
+                time.sleep(0.01)
+        thread.shutdown(wait=False)
+
+    def __next__(self) -> Any:
+        if self._first is None:
+            return next(self._iterator)
+        first, self._first = self._first, None
+        return first.result()
+
+    def close(self) -> None:
+        """Ends threads and processes."""
+        if self._first is not None:
+            futures.wait([self._first])
+        self._iterator.close()
+
+
+@contextlib.contextmanager
+def _main_module_hidden():
+    """Spawned processes import the program's main module again; these need nothing of it, and it takes seconds."""
+    main = sys.modules["__main__"]
+    hidden = {name: vars(main).pop(name) for name in ("__spec__", "__file__") if name in vars(main)}
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        vars(main).update(hidden)
+
+
+def _init_worker(index: int, count: int) -> None:
+    """Leaves Ctrl-C to the parent, and ends with it, however it ends."""
+    del index, count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,124 @@
+"""Examples of a source by number, what happens to bad ones, and batches of them."""
+
+import itertools
+import logging
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.data.ops import Pipeline
+from vlm_jax.data.registry import BadExample
+from vlm_jax.data.sources import Source
+from vlm_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+Batch = dict[str, np.ndarray]
+BadRecord = tuple[str, str]  # key, reason
+# bool before int: a bool is an int.
+DTYPES = {bool | np.bool_: bool, int | np.integer: np.int32, float | np.floating: np.float32}
+# Records tried in the place of one that is bad before the data set is given up.
+SUBSTITUTES = 100
+
+
+_thread = threading.local()
+
+
+def generator(seed: int, draw: int) -> np.random.Generator:
+    """`Generator(Philox(key=(seed, draw)))`; one object per thread, re-keyed: a tenth of the time of a new one."""
+    if not hasattr(_thread, "rng"):
+        _thread.rng = np.random.Generator(np.random.Philox(key=0))
+        _thread.state = _thread.rng.bit_generator.state
+    _thread.state["state"]["key"][:] = seed, draw
+    _thread.rng.bit_generator.state = _thread.state
+    return _thread.rng
+
+
+class Examples:
+    """Examples by record number; remembers what the pipeline marks with `cache`."""
+
+    def __init__(self, source: Source, pipeline: Pipeline, chosen: np.ndarray | None, seed: int):
+        self.source, self.pipeline, self.chosen, self.seed = source, pipeline, chosen, seed
+        self.memory: dict[int, dict[str, Any] | str] = {}
+
+    def __len__(self) -> int:
+        return len(self.source) if self.chosen is None else len(self.chosen)
+
+    def __getstate__(self):
+        return self.__dict__ | {"memory": {}}
+
+    def _record(self, i: int) -> int:
+        return i if self.chosen is None else int(self.chosen[i])
+
+    def key(self, i: int) -> str:
+        return self.source.key(self._record(i))
+
+    def _prepared(self, i: int) -> dict[str, Any]:
+        if not self.pipeline.cached:
+            return self.pipeline.prepare(self.source[self._record(i)])
+        if i not in self.memory:
+            try:
+                self.memory[i] = self.pipeline.prepare(self.source[self._record(i)])
+            except BadExample as error:
+                self.memory[i] = str(error)
+        if isinstance(self.memory[i], str):
+            raise BadExample(self.memory[i])
+        return self.memory[i]
+
+    def read(self, i: int, draw: int) -> dict[str, Any]:
+        """Example `i` with the randomness of draw number `draw`. Raises BadExample."""
+        return self.pipeline.finish(self._prepared(i), generator(self.seed, draw))
+
+    def read_or_next(self, i: int, following: Iterable[int], draw: int, bad: list[BadRecord]) -> dict[str, Any]:
+        """Example `i`, or the first good one of `following`; appends (key, reason) of the bad ones to `bad`."""
+        before = len(bad)
+        for j in itertools.chain((i,), following):
+            try:
+                return self.read(j, draw)
+            except BadExample as error:
+                bad.append((self.key(j), str(error)))
+        raise UserError(f"{len(bad) - before} examples in a row are bad; the last is {bad[-1][0]}: {bad[-1][1]}")
+
+
+def log_bad(bad: list[BadRecord]) -> None:
+    """One line for each bad example."""
+    for key, reason in bad:
+        log.warning("bad example %s: %s", key, reason)
+
+
+def check_bad(count: int, allowed: float, read: int, max_bad_fraction: float, bad: list[BadRecord]) -> None:
+    """Raises UserError where more examples are bad than allowed."""
+    if count > allowed:
+        raise UserError(
+            f"{count} of {read} examples read are bad, more than max_bad_fraction={max_bad_fraction:g}; "
+            f"the last is {bad[-1][0]}: {bad[-1][1]}"
+        )
+
+
+def collate(rows: list[dict[str, Any]], texts: bool = False) -> Batch:
+    """Stacks examples: arrays to [B, ...], int to int32, float to float32, bool.
+
+    With `texts`, str and lists become object arrays [B]. Fields of other types are left out.
+
+    Raises:
+      UserError: a field's shape differs between examples, or not all have it.
+    """
+    batch = {}
+    for key, first in rows[0].items():
+        try:
+            values = [row[key] for row in rows]
+        except KeyError:
+            raise UserError(f"some examples lack the field `{key}`; choose fields with `keep(...)`") from None
+        if isinstance(first, np.ndarray):
+            try:
+                batch[key] = np.stack(values)
+            except ValueError:
+                shapes = sorted({np.shape(v) for v in values})
+                raise UserError(f"`{key}` has shapes {shapes[:3]}; the ops must give one (resize, pad)") from None
+        elif isinstance(first, bool | int | float | np.number | np.bool_):
+            batch[key] = np.asarray(values, next(d for t, d in DTYPES.items() if isinstance(first, t)))
+        elif texts and isinstance(first, str | list | tuple):
+            batch[key] = np.empty(len(values), object)
+            batch[key][:] = values
+    return batch

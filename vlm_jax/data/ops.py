@@ -1,0 +1,201 @@
+"""Op strings: `"decode | random_resized_crop(64) | flip | normalize"` becomes a function from a record to an example.
+
+Ops are joined by `|`; their arguments are Python literals; nothing is evaluated. They are the functions of
+`image_ops.py` and `text_ops.py`, and any other registered by `@registry.op`. `cache` stands for itself: the ops before
+it are run once per record, those after it every time.
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlm_jax.data import image_ops, text_ops  # noqa: F401 (registers the ops)
+from vlm_jax.data.registry import OPS, SUBJECTS, BadExample
+from vlm_jax.errors import UserError
+
+INJECTED = (*SUBJECTS, "rng", "tokenizer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One op with its arguments: `step(example, rng)` changes the dict `example` and returns it."""
+
+    name: str
+    function: Callable
+    subject: str
+    random: bool
+    args: tuple
+    kwargs: dict[str, Any]
+
+    def __call__(self, example: dict, rng: np.random.Generator | None) -> dict:
+        args = (rng, *self.args) if self.random else self.args
+        if self.subject == "example":
+            return self.function(example, *args, **self.kwargs)
+        if self.subject not in example:
+            raise BadExample(f"has no field `{self.subject}`, which `{self.name}` needs")
+        example[self.subject] = self.function(example[self.subject], *args, **self.kwargs)
+        return example
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """`pipeline(record, rng) -> example`: the ops of `string`, one after the other.
+
+    Attributes:
+      string: the op string.
+      before: the steps before `cache`; empty without one.
+      after: the steps after `cache`, or all of them.
+      cached: whether the string has `cache`.
+    """
+
+    string: str
+    before: tuple[Step, ...]
+    after: tuple[Step, ...]
+    cached: bool
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the fields of the example are chosen by `keep`; else a batch has its numbers and arrays."""
+        return any(step.name == "keep" for step in (*self.before, *self.after))
+
+    @property
+    def paths(self) -> frozenset[str] | None:
+        """Paths of the record that the ops may read: all that their arguments name; None for any, without `keep`."""
+        steps = (*self.before, *self.after)
+        names = {v for s in steps for v in (*s.args, *s.kwargs.values()) if isinstance(v, str)}
+        return frozenset(names | set(SUBJECTS)) if self.keeps else None
+
+    def __call__(self, record: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        return self.finish(self.prepare(record), rng)
+
+    def prepare(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Runs the ops before `cache`: what may be remembered for the record."""
+        example = dict(record)
+        for step in self.before:
+            example = step(example, None)
+        return _images_as_arrays(example) if self.cached else example
+
+    def finish(self, prepared: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        """Runs the ops after `cache` on (a shallow copy of) what `prepare` returned."""
+        example = dict(prepared)
+        for step in self.after:
+            example = step(example, rng)
+        return _images_as_arrays(example)
+
+
+def _images_as_arrays(example: dict) -> dict:
+    for key, value in example.items():
+        if isinstance(value, Image.Image):
+            example[key] = image_ops.array(value)
+    return example
+
+
+def parse(string: str, tokenizer: Any = None) -> Pipeline:
+    """Parses an op string without evaluating it.
+
+    Args:
+      string: ops joined by `|`, e.g. `"decode | resize(32) | normalize"`. Empty: the record as it is.
+      tokenizer: `tokenizer(texts, length, bos, eos) -> int32 [B, length]`, for ops that need one (`tokenize`).
+
+    Raises:
+      UserError: an op is unknown or its arguments are wrong; the message names the op and what it takes.
+    """
+    # `a | b(1)` is a Python expression: its tree gives the ops with literal arguments, and nothing is executed.
+    try:
+        tree = ast.parse(string.strip(), mode="eval").body if string.strip() else None
+    except SyntaxError as error:
+        raise UserError(f"op string `{string}` is not ops joined by `|`: {error.msg}") from None
+    calls = []
+    while tree is not None:
+        is_or = isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.BitOr)
+        calls.append(_call(tree.right if is_or else tree, string))
+        tree = tree.left if is_or else None
+    calls.reverse()
+
+    names = [name for name, _, _ in calls]
+    if names.count("cache") > 1:
+        raise UserError(f"op string `{string}` has `cache` {names.count('cache')} times; expected once")
+    split = names.index("cache") if "cache" in names else -1
+    steps = [None if name == "cache" else _step(name, args, kwargs, tokenizer) for name, args, kwargs in calls]
+    for step in steps[: max(split, 0)]:
+        if step.random:
+            raise UserError(f"op `{step.name}` is random and stands before `cache`; put it after, or it is drawn once")
+    return Pipeline(string, tuple(steps[: max(split, 0)]), tuple(steps[split + 1 :]), cached=split >= 0)
+
+
+def _call(node: ast.expr, string: str) -> tuple[str, list, dict]:
+    """Reads `name` or `name(literal, key=literal)`."""
+    function, arguments, keywords = node, [], []
+    if isinstance(node, ast.Call):
+        function, arguments, keywords = node.func, node.args, node.keywords
+    if not isinstance(function, ast.Name):
+        raise UserError(
+            f"op string `{string}` holds `{ast.unparse(node)}`; expected an op such as `flip` or `resize(32)`"
+        )
+    try:
+        args = [ast.literal_eval(a) for a in arguments]
+        kwargs = {k.arg: ast.literal_eval(k.value) for k in keywords}
+    except ValueError:
+        raise UserError(
+            f"op `{ast.unparse(node)}` has an argument that is not a literal (number, string, tuple)"
+        ) from None
+    return function.id, args, kwargs
+
+
+def _step(name: str, args: list, kwargs: dict, tokenizer: Any) -> Step:
+    if name not in OPS:
+        close = difflib.get_close_matches(name, [*OPS, "cache"], n=1)
+        hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(sorted([*OPS, 'cache']))}"
+        raise UserError(f"there is no op `{name}`; {hint}")
+    function = OPS[name]
+    signature = inspect.signature(function)
+    subject = next(iter(signature.parameters))
+    own = [p for p in signature.parameters.values() if p.name not in INJECTED]
+    usage = f"{name}({', '.join(map(str, own))})"
+    try:
+        bound = inspect.Signature(own).bind(*args, **kwargs)
+    except TypeError as error:
+        raise UserError(f"op `{name}`: {error}; usage: {usage}") from None
+    hints = typing.get_type_hints(function)
+    variadic, kwargs = (), {}
+    for key, value in bound.arguments.items():
+        several = signature.parameters[key].kind is inspect.Parameter.VAR_POSITIONAL
+        if not all(_fits(v, hints[key]) for v in (value if several else (value,))):
+            raise UserError(f"op `{name}` was given {key}={value!r}; usage: {usage}")
+        if several:
+            variadic = value
+        else:
+            kwargs[key] = tuple(value) if isinstance(value, list) else value
+    if "tokenizer" in signature.parameters:
+        if tokenizer is None:
+            raise UserError(f"op `{name}` needs a tokenizer, and none was given")
+        kwargs["tokenizer"] = tokenizer
+    return Step(name, function, subject, "rng" in signature.parameters, variadic, kwargs)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a literal is of an annotated type: classes, unions, `Literal[...]`, `tuple[...]`; an int is a float."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is typing.Literal:
+        return value in parts
+    if origin is tuple:
+        if not isinstance(value, tuple | list):
+            return False
+        if parts[-1] is Ellipsis:
+            return all(_fits(v, parts[0]) for v in value)
+        return len(value) == len(parts) and all(map(_fits, value, parts))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)

@@ -1,0 +1,130 @@
+"""Text ops (choose a caption, fill a template, make tokens) and field ops (keep, rename)."""
+
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.data.registry import BadExample, field, op
+from vlm_jax.errors import UserError
+
+
+def _text(value: Any, path: str) -> str:
+    text = value.strip() if isinstance(value, str) else str(value)
+    if not text:
+        raise BadExample(f"caption `{path}` is empty")
+    return text
+
+
+def _texts(value: Any, path: str) -> list[str]:
+    """The non-empty texts of a field: a text or a list of texts."""
+    values = [value] if isinstance(value, str | bytes) else list(value)
+    texts = [v.strip() for v in values if isinstance(v, str) and v.strip()]
+    if not texts:
+        raise BadExample(f"caption `{path}` is empty")
+    return texts
+
+
+@op
+def caption(example: dict, path: str, join: str | None = None, max_texts: int | None = None) -> dict:
+    """Sets `text` to the field at `path` ("title", "name/en").
+
+    Args:
+      example: holds the field: a text, or a list of texts.
+      path: where.
+      join: puts the texts of a list together; None takes the first.
+      max_texts: how many of the list's first texts are joined at most.
+    """
+    texts = _texts(field(example, path), path)
+    example["text"] = texts[0] if join is None else join.join(texts[:max_texts])
+    return example
+
+
+@op
+def random_caption(
+    example: dict,
+    rng: np.random.Generator,
+    *paths: str,
+    weights: tuple[float, ...] | None = None,
+    join: str | None = None,
+) -> dict:
+    """Sets `text` to one of several fields, drawn anew every time.
+
+    Args:
+      example: holds the fields: texts, or lists of texts.
+      rng: the example's generator.
+      *paths: the fields to draw from; one that is absent or empty is drawn around.
+      weights: probability of each field, up to a factor; equal by default.
+      join: puts the texts of a list together in random order; None draws one of them.
+    """
+    if weights is not None and len(weights) != len(paths):
+        raise UserError(f"op `random_caption` has {len(paths)} fields and {len(weights)} weights; expected as many")
+    u, order = rng.random(), range(len(paths))
+    if weights is None:
+        first = int(u * len(paths))
+    else:
+        first = min(int(np.searchsorted(np.cumsum(weights), u * sum(weights), side="right")), len(paths) - 1)
+    for i in (first, *(i for i in order if i != first)):
+        try:
+            texts = _texts(field(example, paths[i]), paths[i])
+        except BadExample as error:
+            reason = error
+            continue
+        if join is None:
+            example["text"] = texts[int(rng.random() * len(texts))]
+        else:
+            example["text"] = join.join(texts[j] for j in rng.permutation(len(texts)))
+        return example
+    raise reason
+
+
+@op
+def template(text: str, *templates: str) -> str:
+    """Puts the text in for `{}` of the (first) template: `template("a photo of a {}.")`."""
+    return templates[0].replace("{}", text)
+
+
+@op
+def random_template(text: str, rng: np.random.Generator, *templates: str) -> str:
+    """Puts the text in for `{}` of a template drawn at random."""
+    return templates[int(rng.random() * len(templates))].replace("{}", text)
+
+
+@op
+def lower(text: str) -> str:
+    """Lower case."""
+    return text.lower()
+
+
+@op
+def tokenize(
+    example: dict,
+    tokenizer: Any,
+    length: int,
+    key: str = "text",
+    bos: bool = True,
+    eos: bool = True,
+    to: str = "token_ids",
+) -> dict:
+    """Sets `token_ids` to int32 [length]: the text at `key`, padded or truncated (the end token is kept)."""
+    text = field(example, key)
+    if not isinstance(text, str):
+        raise UserError(
+            f"op `tokenize` was given `{key}` of type {type(text).__name__}; expected a text: use `caption` first"
+        )
+    example[to] = tokenizer([_text(text, key)], length, bos=bos, eos=eos)[0]
+    return example
+
+
+@op
+def keep(example: dict, *fields: str) -> dict:
+    """Leaves only the named fields (the last part of a path such as `name/en` becomes the name)."""
+    return {path.rsplit("/", 1)[-1]: field(example, path) for path in fields}
+
+
+@op
+def rename(example: dict, old: str, new: str) -> dict:
+    """Calls the field at path `old` `new`."""
+    example[new] = field(example, old)
+    if "/" not in old and old != new:
+        del example[old]
+    return example

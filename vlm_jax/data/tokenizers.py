@@ -1,0 +1,257 @@
+"""Text to token ids: CLIP's byte pairs, SentencePiece, WordPiece, any `tokenizer.json`, one trained on the emoji names.
+
+A tokenizer is named by a spec, a string that can stand in a config:
+
+    clip                            49,408 ids, lower-cased, pad 0 (Radford et al. 2021, arXiv:2103.00020)
+    emoji                           trained on the English names and keywords of the embedded training split
+    sentencepiece:/path/spm.model   T5, SigLIP, Gemma, Llama
+    wordpiece:/path/vocab.txt       BERT, lower-cased
+    json:/path/tokenizer.json       any file of the `tokenizers` library, `train_tokenizer`'s own among them
+
+Options follow a `?`, as in `sentencepiece:/path/spm.model?pad_id=1&lower=true` (SigLIP's use of T5's vocabulary).
+"""
+
+import dataclasses
+import functools
+import gzip
+import html
+import pathlib
+import re
+import unicodedata
+import urllib.parse
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import sentencepiece
+import tokenizers as hf
+
+from vlm_jax import config
+from vlm_jax.errors import UserError
+
+VOCAB = pathlib.Path(__file__).parent / "vocab"
+REMEMBERED_TEXTS = 2**14  # per tokenizer: class names and captions of small sets come again every epoch
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """Maps texts to ids. Special ids are None where the vocabulary has none. Pickles as its spec."""
+
+    spec: str
+    vocab_size: int
+    pad_id: int | None
+    bos_id: int | None
+    eos_id: int | None
+    encode_text: Callable[[str], tuple[int, ...]] = dataclasses.field(repr=False, compare=False)
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of one text, without specials."""
+        return list(self.encode_text(text))
+
+    def __call__(self, texts: str | Sequence[str], length: int, bos: bool = True, eos: bool = True) -> np.ndarray:
+        """Returns `[BOS] text [EOS] pad pad ...`, int32 [B, length]; a long text is cut, EOS kept.
+
+        `bos` and `eos` are ignored where the vocabulary has no such id.
+        """
+        if self.pad_id is None:
+            raise UserError(f"tokenizer `{self.spec}` has no padding id; name one, as in `{self.spec}?pad_id=0`")
+        texts = [texts] if isinstance(texts, str) else texts
+        start = [self.bos_id] if bos and self.bos_id is not None else []
+        end = [self.eos_id] if eos and self.eos_id is not None else []
+        room = length - len(start) - len(end)
+        if room < 1:
+            raise UserError(f"a text of length {length} has no room for a token beside BOS and EOS; expected >= 3")
+        ids = np.full((len(texts), length), self.pad_id, np.int32)
+        for row, text in zip(ids, texts, strict=True):
+            tokens = [*start, *self.encode_text(text)[:room], *end]
+            row[: len(tokens)] = tokens
+        return ids
+
+    def __reduce__(self):
+        return build, (self.spec,)
+
+
+def build(spec: str) -> Tokenizer:
+    """Returns the tokenizer that `spec` names (see the module's docstring).
+
+    Raises:
+      UserError: the spec is unknown, or its file is missing or not what the spec says.
+    """
+    head, _, query = spec.partition("?")
+    kind, _, path = head.partition(":")
+    options = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+    builder = config.choose(BUILDERS, kind, "the tokenizer spec")
+    if kind not in PACKAGED:
+        if not path:
+            raise UserError(f"tokenizer spec `{spec}` names no file; expected `{kind}:/path/to/file`")
+        if not pathlib.Path(path).is_file():
+            raise UserError(f"tokenizer spec `{spec}`: there is no file {path}")
+        options["path"] = path
+    elif path:
+        raise UserError(f"tokenizer spec `{spec}`: `{kind}` is packaged and takes no path; write `{kind}`")
+    lower = _truth(options.pop("lower", "false"), spec)
+    ids = {key: _integer(options.pop(key), key, spec) for key in ("pad_id", "bos_id", "eos_id") if key in options}
+    fields = config.call(builder, options, f"tokenizer spec `{spec}`") | ids
+    encode = fields.pop("encode")
+    return Tokenizer(
+        spec=spec,
+        encode_text=functools.lru_cache(REMEMBERED_TEXTS)(lambda text: tuple(encode(text.lower() if lower else text))),
+        **fields,
+    )
+
+
+def _truth(value: str, spec: str) -> bool:
+    if value.lower() not in ("true", "false"):
+        raise UserError(f"tokenizer spec `{spec}`: lower is `{value}`; expected true or false")
+    return value.lower() == "true"
+
+
+def _integer(value: str, key: str, spec: str) -> int:
+    if not value.isdecimal():
+        raise UserError(f"tokenizer spec `{spec}`: {key} is `{value}`; expected a token id, a whole number")
+    return int(value)
+
+
+# --- CLIP -----------------------------------------------------------------------------------------------------------
+
+# What CLIP's use of ftfy does to text that is not mis-decoded: straight quotes, plain letters for ligatures and
+# full-width forms, no control characters, NFC. (Repair of mis-decoded text, "CafÃ©", is not done.)
+_CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]")
+_WIDE = (0x3000, *range(0xFF01, 0xFFF0))
+_LIGATURES = (0x0132, 0x0133, *range(0x01C4, 0x01CD), *range(0x01F1, 0x01F4), *range(0xFB00, 0xFB07))
+_PLAIN = {c: unicodedata.normalize("NFKC", chr(c)) for c in (*_WIDE, *_LIGATURES)}
+_PLAIN |= {0x0149: "'n"} | dict.fromkeys((0x02BC, *range(0x2018, 0x201C)), "'")
+_PLAIN |= dict.fromkeys(range(0x201C, 0x2020), '"')
+
+
+def clip_clean(text: str) -> str:
+    """Returns `text` as CLIP's byte pairs expect it: unescaped, plain characters, single spaces, lower case."""
+    text = _CONTROL.sub("", html.unescape(html.unescape(text)))
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text.translate(_PLAIN))
+    return " ".join(text.split()).lower()
+
+
+def _byte_alphabet() -> list[str]:
+    """Returns the 256 printable stand-ins for bytes, in CLIP's order: bytes that print first, then the rest."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+
+
+@functools.cache
+def _clip_model() -> hf.Tokenizer:
+    lines = gzip.decompress((VOCAB / "clip" / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode().split("\n")
+    merges = [tuple(line.split()) for line in lines[1 : 49_152 - 256 - 2 + 1]]  # 49,152 = vocabulary before </w> bytes
+    alphabet = _byte_alphabet()
+    pieces = [*alphabet, *(c + "</w>" for c in alphabet), *map("".join, merges)]
+    model = hf.Tokenizer(hf.models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, end_of_word_suffix="</w>"))
+    words = hf.Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+    model.pre_tokenizer = hf.pre_tokenizers.Sequence(
+        [
+            hf.pre_tokenizers.Split(words, behavior="removed", invert=True),
+            hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return model
+
+
+def _clip() -> dict:
+    model = _clip_model()
+    return {
+        "encode": lambda text: model.encode(clip_clean(text)).ids,
+        "vocab_size": 49_408,
+        "pad_id": 0,
+        "bos_id": 49_406,
+        "eos_id": 49_407,
+    }
+
+
+# --- files of the user ----------------------------------------------------------------------------------------------
+
+
+def _sentencepiece(path: str) -> dict:
+    """T5: pad 0, eos 1. A model without a padding id (Llama) gets 0, its unknown symbol, which never occurs there."""
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=path)
+    except (RuntimeError, OSError) as e:
+        raise UserError(f"{path} is not a SentencePiece model") from e
+    known = lambda i: i if i >= 0 else None
+    return {
+        "encode": model.encode,
+        "vocab_size": model.get_piece_size(),
+        "pad_id": max(model.pad_id(), 0),
+        "bos_id": known(model.bos_id()),
+        "eos_id": known(model.eos_id()),
+    }
+
+
+def _wordpiece(path: str) -> dict:
+    """BERT uncased: [CLS] and [SEP] are BOS and EOS, [PAD] pads."""
+    pieces = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+    vocab = {piece.strip(): i for i, piece in enumerate(pieces)}
+    for special in ("[UNK]", "[PAD]", "[CLS]", "[SEP]"):
+        if special not in vocab:
+            raise UserError(f"{path} lacks {special}; expected a WordPiece vocabulary, one piece per line")
+    model = hf.Tokenizer(hf.models.WordPiece(vocab, unk_token="[UNK]"))
+    model.normalizer = hf.normalizers.BertNormalizer(lowercase=True)
+    model.pre_tokenizer = hf.pre_tokenizers.BertPreTokenizer()
+    return _from_library(model)
+
+
+def _json(path: str) -> dict:
+    try:
+        model = hf.Tokenizer.from_file(path)
+    except Exception as e:  # the library raises a bare Exception
+        raise UserError(f"{path} is not a tokenizer.json: {str(e).splitlines()[0]}") from e
+    model.no_padding()
+    model.no_truncation()
+    return _from_library(model)
+
+
+def _emoji() -> dict:
+    return _json(str(VOCAB / "emoji" / "tokenizer.json"))
+
+
+# The names special tokens go by, the first that a vocabulary has counts.
+SPECIALS = {
+    "pad_id": ("<pad>", "[PAD]", "<|pad|>", "<|endoftext|>"),
+    "bos_id": ("<s>", "[CLS]", "<bos>", "<|startoftext|>", "<|begin_of_text|>"),
+    "eos_id": ("</s>", "[SEP]", "<eos>", "<|endoftext|>", "<|end_of_text|>"),
+}
+
+
+def _from_library(model: hf.Tokenizer) -> dict:
+    vocab = model.get_vocab(with_added_tokens=True)
+    special = lambda names: next((vocab[name] for name in names if name in vocab), None)
+    return {
+        "encode": lambda text: model.encode(text, add_special_tokens=False).ids,
+        "vocab_size": max(vocab.values()) + 1,
+    } | {key: special(names) for key, names in SPECIALS.items()}
+
+
+BUILDERS = {"clip": _clip, "emoji": _emoji, "sentencepiece": _sentencepiece, "wordpiece": _wordpiece, "json": _json}
+PACKAGED = ("clip", "emoji")
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def train(texts: Sequence[str], vocab_size: int) -> str:
+    """Returns the `tokenizer.json` text of byte-level byte pairs learnt from `texts` (Sennrich et al. 2016).
+
+    Lower-cased, NFKC; every text can be encoded (bytes stand for what the corpus lacks). <pad> 0, <bos> 1, <eos> 2.
+    The vocabulary may turn out smaller than `vocab_size`: a pair must occur twice to become one token.
+    """
+    if vocab_size < 259:
+        raise UserError(f"vocab_size is {vocab_size}; expected >= 259: 256 bytes and 3 specials")
+    model = hf.Tokenizer(hf.models.BPE())
+    model.normalizer = hf.normalizers.Sequence([hf.normalizers.NFKC(), hf.normalizers.Lowercase()])
+    model.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=["<pad>", "<bos>", "<eos>"],
+        initial_alphabet=sorted(hf.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    model.train_from_iterator(texts, trainer)
+    return model.to_str(pretty=True)
