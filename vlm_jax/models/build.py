@@ -1,0 +1,54 @@
+"""From a config section to a module."""
+
+import flax.linen as nn
+import jax
+
+from vlm_jax import config
+from vlm_jax.errors import UserError
+from vlm_jax.models.text import TextTransformer
+from vlm_jax.models.two_tower import TwoTower
+from vlm_jax.models.variants import lookup
+from vlm_jax.models.vit import ViT
+
+
+def build(section) -> nn.Module:
+    """Builds the model that a config section describes.
+
+    Args:
+      section: a mapping: name (a key of `MODELS`) and the arguments of its builder, such as
+        dict(name="two_tower", image=dict(variant="B/32", pool="tok", out_dim=512),
+             text=dict(variant="M", vocab_size=49408, length=77, out_dim=512), dtype="bfloat16").
+
+    Raises:
+      UserError: an unknown name, a key that nothing takes, a key that is missing.
+    """
+    section = dict(section)
+    builder = config.choose(MODELS, section.pop("name", "two_tower"), "config.model.name")
+    return config.call(builder, section, "config.model")
+
+
+def two_tower(image, text, scale_init=10.0, bias_init=None, dtype="float32"):
+    """A `TwoTower`; `image` and `text` are sections for `tower`, `dtype` the compute dtype of both."""
+    return TwoTower(
+        image=tower(ViT, image, "config.model.image", dtype),
+        text=tower(TextTransformer, text, "config.model.text", dtype),
+        scale_init=scale_init,
+        bias_init=bias_init,
+    )
+
+
+def tower(cls, section, where, dtype):
+    """An encoder from its fields and, for those not given, the sizes of `variant` (see `variants.lookup`)."""
+    section = {key: tuple(value) if isinstance(value, list) else value for key, value in dict(section).items()}
+    sizes = lookup(section.pop("variant")) if "variant" in section else {}
+    if "patch" in sizes and cls is TextTransformer:
+        raise UserError(f"{where}.variant has a patch size, which a text tower has not; leave out `/{sizes['patch']}`")
+    return config.call(cls, {**sizes, **section}, where, dtype=dtype)
+
+
+def count(params) -> int:
+    """The number of scalars in a parameter tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+MODELS = {"two_tower": two_tower}

@@ -1,0 +1,150 @@
+"""The layers of the one transformer: norm, attention, MLP.
+
+Parameters are fp32; matmuls run in `dtype`; norm and softmax statistics are fp32.
+"""
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.config import choose
+from vlm_jax.errors import UserError
+from vlm_jax.kernels import attention
+
+ACTIVATIONS: dict[str, Callable] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI's CLIP
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+}
+
+
+def dot_general(x, kernel, dimension_numbers, precision=None, preferred_element_type=None):
+    """`lax.dot_general` of tokens [B, L, K] and a kernel [K, N].
+
+    On a CPU the tokens are one axis: XLA computes the gradients of [B, L, K] there at a third of the speed of
+    [B * L, K]. Accelerators, where merging the axes can cost a copy, get the plain form.
+    """
+    dot = functools.partial(jax.lax.dot_general, precision=precision, preferred_element_type=preferred_element_type)
+
+    def rows(x, kernel):
+        y = dot(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())))
+        return y.reshape(*x.shape[:-1], -1)
+
+    return jax.lax.platform_dependent(x, kernel, cpu=rows, default=lambda x, kernel: dot(x, kernel, dimension_numbers))
+
+
+Dense = functools.partial(nn.Dense, dot_general=dot_general)
+
+
+class Norm(nn.Module):
+    """LayerNorm (Ba et al. 2016), or RMSNorm (Zhang and Sennrich 2019) for `kind="rmsnorm"`.
+
+    Attributes:
+      kind: "layernorm" or "rmsnorm" (no mean, no bias).
+      eps: added to the variance.
+      bias: whether a LayerNorm has one.
+      dtype: of the output; statistics are fp32.
+    """
+
+    kind: str = "layernorm"
+    eps: float = 1e-6
+    bias: bool = True
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x):
+        """Normalises the last axis: [..., D] -> [..., D]."""
+        if self.kind not in ("layernorm", "rmsnorm"):
+            raise UserError(f"norm is `{self.kind}`; expected one of: layernorm, rmsnorm")
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        x = x.astype(jnp.float32)
+        if self.kind == "layernorm":
+            x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps) * scale
+        if self.kind == "layernorm" and self.bias:
+            x = x + self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        return x.astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with its projections: parameters query, key, value, out, each a 2-D kernel.
+
+    Attributes:
+      heads: number of heads.
+      head_dim: width of a head; None is input width / heads.
+      bias: whether the four projections have one.
+      causal: whether position i sees positions 0..i only.
+      implementation: see `kernels.attention`.
+      dtype: of the matmuls.
+    """
+
+    heads: int
+    head_dim: int | None = None
+    bias: bool = True
+    causal: bool = False
+    implementation: str | None = None
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x, kv=None, mask=None):
+        """Attends from x to kv (x itself when None).
+
+        Args:
+          x: [B, Lq, D].
+          kv: [B, Lk, Dk] or None.
+          mask: bool, True = visible, broadcasting to [B, heads, Lq, Lk], or None.
+
+        Returns:
+          [B, Lq, D].
+        """
+        width = x.shape[-1]
+        if self.head_dim is None and width % self.heads:
+            raise UserError(f"width {width} does not divide into {self.heads} heads; set head_dim or change heads")
+        head_dim = self.head_dim or width // self.heads
+        dense = functools.partial(
+            Dense, use_bias=self.bias, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform()
+        )
+        kv = x if kv is None else kv
+        project = lambda name, t: dense(self.heads * head_dim, name=name)(t).reshape(*t.shape[:2], self.heads, head_dim)
+        q, k, v = project("query", x), project("key", kv), project("value", kv)
+        out = attention(q, k, v, mask=mask, causal=self.causal, implementation=self.implementation)
+        return dense(width, name="out")(out.reshape(*x.shape[:2], -1))
+
+
+class Mlp(nn.Module):
+    """fc2(act(fc1(x))), or fc2(act(gate(x)) * fc1(x)) when gated (Shazeer 2020, "GLU Variants").
+
+    Attributes:
+      width: of the hidden layer.
+      activation: a key of `ACTIVATIONS`.
+      gated: whether there is a third matrix, `gate`.
+      bias: whether the matrices have one.
+      dropout: rate after the activation.
+      train: whether dropout is active (needs the rng `dropout`).
+      dtype: of the matmuls.
+    """
+
+    width: int
+    activation: str = "gelu_tanh"
+    gated: bool = False
+    bias: bool = True
+    dropout: float = 0.0
+    train: bool = False
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x):
+        """[B, L, D] -> [B, L, D]."""
+        act = choose(ACTIVATIONS, self.activation, "activation")
+        dense = functools.partial(
+            Dense, use_bias=self.bias, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform()
+        )
+        hidden = dense(self.width, name="fc1")(x)
+        hidden = act(dense(self.width, name="gate")(x)) * hidden if self.gated else act(hidden)
+        hidden = nn.Dropout(self.dropout)(hidden, deterministic=not self.train)
+        return dense(x.shape[-1], name="fc2")(hidden)

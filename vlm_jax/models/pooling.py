@@ -1,0 +1,121 @@
+"""From tokens to one vector."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax.numpy as jnp
+
+from vlm_jax.errors import UserError
+from vlm_jax.models.layers import Attention, Mlp, Norm
+
+
+@flax.struct.dataclass
+class Encoded:
+    """What a tower returns.
+
+    Attributes:
+      pooled: [B, out_dim] (without a head: what the pool gives), compute dtype; None for pool "none".
+      tokens: [B, L, D] after the final norm, before any head; a cls token comes first.
+      mask: bool [B, L], False where a token is padding that attention does not see; None where all are seen.
+    """
+
+    pooled: Any
+    tokens: Any
+    mask: Any
+
+
+def pool(name, tokens, mask=None, position=None):
+    """Pools tokens by a key of `POOLS`.
+
+    Args:
+      name: the pool.
+      tokens: [B, L, D].
+      mask: bool [B, L], False where a token is left out of "gap", "mean", "max", "concat"; or None.
+      position: int [B], the token that "eos" and "argmax" return.
+
+    Returns:
+      [B, D], or [B, L * D] for "concat"; in the dtype of tokens. A text with no token left pools to 0.
+    """
+    if name not in POOLS:
+        raise UserError(f"pool is `{name}`; expected one of: map, none, {', '.join(POOLS)}")
+    if name in ("eos", "argmax") and position is None:
+        raise UserError(f"pool `{name}` looks for a token id: it is for text towers")
+    return POOLS[name](tokens, mask, position)
+
+
+def _mean(tokens, mask, position):
+    if mask is None:
+        return jnp.mean(tokens, axis=1, dtype=jnp.float32).astype(tokens.dtype)
+    weights = mask[..., None].astype(jnp.float32)
+    mean = jnp.sum(tokens * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1.0)
+    return mean.astype(tokens.dtype)
+
+
+def _max(tokens, mask, position):
+    if mask is None:
+        return jnp.max(tokens, axis=1)
+    highest = jnp.max(jnp.where(mask[..., None], tokens, -jnp.inf), axis=1)
+    return jnp.where(jnp.any(mask, axis=1)[:, None], highest, 0)
+
+
+def _concat(tokens, mask, position):
+    kept = tokens if mask is None else jnp.where(mask[..., None], tokens, 0)
+    return kept.reshape(tokens.shape[0], -1)
+
+
+def _first(tokens, mask, position):
+    return tokens[:, 0]
+
+
+def _last(tokens, mask, position):
+    return tokens[:, -1]  # padding or not, as in SigLIP and LiT
+
+
+def _at(tokens, mask, position):
+    return jnp.take_along_axis(tokens, position[:, None, None], axis=1)[:, 0]
+
+
+POOLS: dict[str, Callable] = {
+    "gap": _mean,
+    "mean": _mean,
+    "max": _max,
+    "concat": _concat,
+    "tok": _first,
+    "first": _first,
+    "last": _last,
+    "eos": _at,
+    "argmax": _at,
+}
+
+
+class MapPool(nn.Module):
+    """Multi-head attention pooling: y + mlp(norm(y)) with y = attn(probe, tokens).
+
+    Zhai et al. 2021, "Scaling Vision Transformers", section 3.2. Attributes: those of `transformer.Encoder`.
+    """
+
+    heads: int
+    mlp_dim: int
+    head_dim: int | None
+    activation: str
+    gated: bool
+    norm: str
+    norm_eps: float
+    attn_bias: bool
+    mlp_bias: bool
+    implementation: str | None
+    dtype: str
+
+    @nn.compact
+    def __call__(self, tokens, mask=None):
+        """[B, L, D], mask bool [B, L] or None -> [B, D]."""
+        probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, tokens.shape[-1]))
+        probe = jnp.broadcast_to(probe.astype(self.dtype), (tokens.shape[0], 1, tokens.shape[-1]))
+        mask = None if mask is None else mask[:, None, None, :]
+        attn = Attention(self.heads, self.head_dim, self.attn_bias, False, self.implementation, self.dtype, name="attn")
+        y = attn(probe, tokens, mask)
+        z = Norm(self.norm, self.norm_eps, dtype=self.dtype, name="norm")(y)
+        mlp = Mlp(self.mlp_dim, self.activation, self.gated, self.mlp_bias, dtype=self.dtype, name="mlp")
+        return (y + mlp(z))[:, 0]

@@ -1,0 +1,93 @@
+"""Two towers that meet in one space: CLIP (Radford et al. 2021), LiT (Zhai et al. 2022), SigLIP (Zhai et al. 2023)."""
+
+import math
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax.numpy as jnp
+
+from vlm_jax.errors import UserError
+from vlm_jax.models.text import TextTransformer
+from vlm_jax.models.vit import ViT
+
+
+@flax.struct.dataclass
+class Embeddings:
+    """What two towers return; None where an input was None.
+
+    Attributes:
+      image: fp32 [B, D], unit norm.
+      text: fp32 [B, D], unit norm.
+      image_tokens: [B, N, D_image], before pool and head.
+      text_tokens: [B, L, D_text], before pool and head.
+      scale: fp32 scalar, the factor on cosines: exp(logit_scale).
+      bias: fp32 scalar added to logits, None for models without one.
+    """
+
+    image: Any
+    text: Any
+    image_tokens: Any
+    text_tokens: Any
+    scale: Any
+    bias: Any
+
+
+def unit(x, eps=1e-8):
+    """x / (|x| + eps) over the last axis, in fp32; zero (with a zero gradient) at zero."""
+    x = x.astype(jnp.float32)
+    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    norm = jnp.sqrt(jnp.where(square == 0, 1.0, square))
+    return x / (jnp.where(square == 0, 0.0, norm) + eps)
+
+
+class TwoTower(nn.Module):
+    """An image tower and a text tower, with the scale and bias of their logits.
+
+    Attributes:
+      image: the image tower.
+      text: the text tower.
+      scale_init: initial factor on cosines (stored as its log, `logit_scale`).
+      bias_init: initial `logit_bias`; None for a model without one (softmax losses do not need it).
+    """
+
+    image: ViT
+    text: TextTransformer
+    scale_init: float = 10.0
+    bias_init: float | None = None
+
+    @nn.compact
+    def __call__(self, images, token_ids, *, train=False):
+        """Embeds images and texts; either may be None.
+
+        Args:
+          images: floating [B, H, W, 3], already normalised, or None.
+          token_ids: integers [B, L], or None.
+          train: whether dropout and drop path are active (they draw from the rng `dropout`).
+
+        Returns:
+          `Embeddings`.
+        """
+        log_scale = self.param("logit_scale", nn.initializers.constant(math.log(self.scale_init)), ())
+        bias = None
+        if self.bias_init is not None:
+            bias = self.param("logit_bias", nn.initializers.constant(self.bias_init), ())
+        image = text = image_tokens = text_tokens = None
+        if images is not None:
+            encoded = self.image(images, train=train)
+            image, image_tokens = unit(_pooled("image", encoded)), encoded.tokens
+        if token_ids is not None:
+            encoded = self.text(token_ids, train=train)
+            text, text_tokens = unit(_pooled("text", encoded)), encoded.tokens
+        if image is not None and text is not None and image.shape[-1] != text.shape[-1]:
+            raise UserError(
+                f"image embeddings have {image.shape[-1]} dimensions, text embeddings {text.shape[-1]}; "
+                "set out_dim of image and text to one number"
+            )
+        return Embeddings(image, text, image_tokens, text_tokens, jnp.exp(log_scale), bias)
+
+
+def _pooled(name, encoded):
+    if encoded.pooled is None:
+        raise UserError(f'the {name} tower has pool "none", but two towers compare one vector each; choose a pool')
+    return encoded.pooled
