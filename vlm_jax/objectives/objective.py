@@ -1,0 +1,23 @@
+"""What a batch is scored by: two pure functions, so that any objective can be accumulated over micro-batches."""
+
+import dataclasses
+from collections.abc import Callable
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """`loss(params, encode(params, batch, rng), batch)` is what a training step differentiates.
+
+    Attributes:
+      encode: `encode(params, batch, rng) -> features`, a pytree whose leaves have the batch as leading axis. Row i
+        depends on row i of the batch alone; `rng` is a `jax.random.key`, or None for no randomness (evaluation).
+      loss: `loss(params, features, batch) -> (scalar, metrics)`. May couple all examples of the batch; cheap beside
+        `encode`, as it runs once over the features of the whole batch.
+      init: for objectives with memory (queues, teachers, running centres): `init(params) -> state`. Then it is
+        `encode(params, batch, rng, state)` and `loss(params, features, batch, state) -> (scalar, metrics, state)`.
+        No gradient flows to the state.
+    """
+
+    encode: Callable
+    loss: Callable
+    init: Callable | None = None
