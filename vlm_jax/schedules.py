@@ -1,0 +1,142 @@
+"""Learning-rate schedules as multipliers in [0, 1], and durations in steps, epochs, examples or percent."""
+
+import contextlib
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from vlm_jax import config
+from vlm_jax.errors import UserError
+
+Schedule = Callable[[Any], Any]
+
+_MAGNITUDE = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}
+_DURATION = re.compile(
+    r"\s*([0-9][0-9_]*(?:\.[0-9]*)?(?:e\+?[0-9]+)?)\s*([kmb]?)\s*(%|steps?|epochs?|examples?)\s*", re.I
+)
+
+
+def duration_to_steps(
+    duration: int | str,
+    batch_size: int | None = None,
+    examples_per_epoch: int | None = None,
+    total_steps: int | None = None,
+) -> int:
+    """Returns a duration as a number of optimizer steps, rounded to the nearest; a duration above 0 is 1 step or more.
+
+    Args:
+      duration: 1000 or "1000 steps", "10 epochs", "50000 examples" or "1M examples" (k, M, B), "10%" of all steps.
+      batch_size: global batch size; needed for epochs and examples.
+      examples_per_epoch: needed for epochs.
+      total_steps: needed for percent.
+
+    Raises:
+      UserError: the duration cannot be read, or needs a number that is not known here.
+    """
+    if isinstance(duration, int) and not isinstance(duration, bool) and duration >= 0:
+        return duration
+    match = _DURATION.fullmatch(duration) if isinstance(duration, str) else None
+    if match is None:
+        raise UserError(
+            f"a duration is {duration!r}; expected a number of steps, '1000 steps', '10 epochs', '1M examples' or '10%'"
+        )
+    number = float(match[1].replace("_", "")) * _MAGNITUDE[match[2].lower()]
+    unit = match[3].lower().rstrip("s")
+
+    def known(value, name):
+        if not value:
+            raise UserError(f"a duration is {duration!r}, but the {name} is not known here; give it in steps")
+        return value
+
+    if unit == "%":
+        steps = number / 100 * known(total_steps, "total number of steps")
+    elif unit == "epoch":
+        steps = number * known(examples_per_epoch, "number of examples") / known(batch_size, "batch size")
+    elif unit == "example":
+        steps = number / known(batch_size, "batch size")
+    else:
+        steps = number
+    return max(1, round(steps)) if number else 0
+
+
+def _ramps(total_steps: int, warmup: int, cooldown: int, shape: Callable) -> Schedule:
+    """Returns step -> shape(step - warmup, total_steps - warmup), times both ramps; 0 <= multiplier <= 1."""
+    if warmup + cooldown > total_steps:
+        raise UserError(f"warm-up ({warmup}) and cool-down ({cooldown}) exceed the run's {total_steps} steps")
+
+    def schedule(step):
+        step = jnp.asarray(step, jnp.float32)
+        value = shape(step - warmup, max(1, total_steps - warmup))
+        if warmup:
+            value *= jnp.minimum(1, step / warmup)
+        if cooldown:
+            value *= jnp.clip((total_steps - step) / cooldown, 0, 1)
+        return value
+
+    return schedule
+
+
+def cosine(total_steps: int, *, warmup: int = 0, cooldown: int = 0, end: float = 0.0) -> Schedule:
+    """Half a cosine from 1 at the end of the warm-up to `end` at `total_steps`."""
+    shape = lambda t, n: end + (1 - end) * 0.5 * (1 + jnp.cos(math.pi * jnp.clip(t / n, 0, 1)))
+    return _ramps(total_steps, warmup, cooldown, shape)
+
+
+def linear(total_steps: int, *, warmup: int = 0, cooldown: int = 0, end: float = 0.0) -> Schedule:
+    """A line from 1 at the end of the warm-up to `end` at `total_steps`."""
+    return _ramps(total_steps, warmup, cooldown, lambda t, n: end + (1 - end) * (1 - jnp.clip(t / n, 0, 1)))
+
+
+def constant(total_steps: int, *, warmup: int = 0, cooldown: int = 0) -> Schedule:
+    """1 between warm-up and cool-down."""
+    return _ramps(total_steps, warmup, cooldown, lambda t, n: jnp.ones_like(t))
+
+
+def rsqrt(total_steps: int, *, warmup: int = 0, cooldown: int = 0, timescale: int = 10_000, shift: int = 0) -> Schedule:
+    """1 / sqrt(1 + (step - warmup + shift) / timescale), Zhai et al. 2022 (arXiv:2106.04560, Section 3.5)."""
+    shape = lambda t, n: 1 / jnp.sqrt(1 + (jnp.maximum(t, 0) + shift) / timescale)
+    return _ramps(total_steps, warmup, cooldown, shape)
+
+
+SCHEDULES = {"cosine": cosine, "linear": linear, "constant": constant, "rsqrt": rsqrt}
+_DURATIONS = ("warmup", "cooldown", "timescale", "shift")
+
+
+def build(
+    section: Mapping[str, Any],
+    total_steps: int,
+    steps: Callable[[int | str], int] | None = None,
+    where: str = "schedule",
+) -> Schedule:
+    """Returns `schedule(step) -> multiplier`; step 0 is the first.
+
+    Args:
+      section: `dict(name=..., **options)`: one of the functions above and its arguments; `warmup` (from 0), `cooldown`
+        (to 0 at `total_steps`), `timescale` and `shift` are durations, see `duration_to_steps`.
+      total_steps: number of optimizer steps of the run.
+      steps: duration -> number of steps; without it, durations are in steps or percent.
+      where: how the section is called in messages.
+
+    Raises:
+      UserError: unknown name or option, unreadable duration, or warm-up and cool-down longer than the run.
+    """
+    options = dict(section)
+    schedule = config.choose(SCHEDULES, options.pop("name", "cosine"), f"{where}.name")
+    steps = steps or (lambda duration: duration_to_steps(duration, total_steps=total_steps))
+    for key in [key for key in _DURATIONS if key in options]:
+        with _named(f"{where}.{key}"):
+            options[key] = steps(options[key])
+    with _named(where):
+        return config.call(schedule, options, where, total_steps=total_steps)
+
+
+@contextlib.contextmanager
+def _named(where: str):
+    """Puts the section's name before messages that do not have it."""
+    try:
+        yield
+    except UserError as error:
+        raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from None
