@@ -1,0 +1,173 @@
+"""Evaluators on pictures of plain colours, named by a model that reads colours and colour words."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_jax import evaluators
+from vlm_jax.errors import UserError
+from vlm_jax.evaluators.pixel_neighbour import nearest_by_class, standardise
+from vlm_jax.evaluators.zeroshot import EvenlySpaced, class_embeddings
+
+COLOURS = {
+    "red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0), "cyan": (0, 1, 1),
+    "magenta": (1, 0, 1), "grey": (1, 1, 1),
+}  # fmt: skip
+
+
+class ColourModel:
+    """Embeds a picture as its mean colour, a text as the sum of the colours it names (and one for other words)."""
+
+    preprocess = "resize(4) | to_float"
+    tokenizer = None
+    batches = 0
+
+    def embed_image_batch(self, images):
+        self.batches += 1
+        assert images.dtype == np.float32
+        return _unit(images.mean((1, 2)))
+
+    def embed_texts(self, texts):
+        vectors = [sum(np.array(COLOURS.get(w, (0.1, 0.1, 0.1)), np.float32) for w in text.split()) for text in texts]
+        return _unit(np.stack(vectors))
+
+
+def _unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A jsonl of 23 pictures: three of each colour, one of them of the next colour by mistake, and two of no class."""
+    folder = tmp_path_factory.mktemp("colours")
+    names = list(COLOURS)
+    rows = []
+    for i in range(23):
+        label = i % 7 if i < 21 else 90 + i
+        shown = names[(label + (i == 15)) % 7]
+        shade = 255 - 20 * (i // 7)
+        Image.new("RGB", (12, 8), tuple(shade * c for c in COLOURS[shown])).save(folder / f"{i}.png")
+        captions = [shown, f"a {shown}"] if i % 2 else [f"some {shown}"]
+        style = ("plain", "dark")[i >= 7]
+        row = {"image": f"{i}.png", "concept": label, "shown": shown, "captions": captions, "style": style}
+        rows.append(json.dumps(row))
+    (folder / "pictures.jsonl").write_text("\n".join(rows))
+    return f"jsonl:{folder}/pictures.jsonl"
+
+
+@pytest.fixture
+def section(pictures):
+    return {"type": "zeroshot", "uri": pictures, "classes": list(COLOURS)}
+
+
+@pytest.mark.parametrize("batch_size", [4, 23, 64])
+def test_zeroshot_numbers_do_not_depend_on_the_batch_size(section, batch_size):
+    result = evaluators.build(section | {"batch_size": batch_size})(ColourModel())
+    assert result.metrics["top1"] == pytest.approx(20 / 21)
+    assert result.metrics["mean_per_class"] == pytest.approx(20 / 21)
+    assert (result.metrics["examples"], result.metrics["left_out"]) == (21, 2)
+    assert 20 / 21 <= result.metrics["top5"] <= 1
+    assert result.artifacts["confusions"] == [("green", "blue", 1)]
+    np.testing.assert_allclose(result.artifacts["per_class"], [1, 2 / 3, 1, 1, 1, 1, 1])
+
+
+def test_zeroshot_gallery_shows_what_was_seen(section):
+    gallery = evaluators.build(section | {"gallery": 5})(ColourModel()).artifacts["gallery"]
+    assert gallery["images"].shape == (5, 96, 96, 3) and gallery["images"].dtype == np.uint8
+    assert gallery["truth"] == ["red", "magenta", "yellow", "green", "grey"], "pictures 0, 5, 10, 15, 20"
+    assert [row[0] for row in gallery["names"]] == ["red", "magenta", "yellow", "blue", "grey"]
+    assert gallery["scores"].shape == (5, 5) and np.all(np.diff(gallery["scores"]) <= 0)
+    assert gallery["images"][1, 48, 48].tolist() == [255, 0, 255], "the picture"
+    assert gallery["images"][1, 2, 48].tolist() == [255, 255, 255], "white above a wide picture"
+    assert "gallery" not in evaluators.build(section | {"gallery": 0})(ColourModel()).artifacts
+
+
+def test_labels_may_be_names_and_where_filters(section):
+    settings = {"label": "shown", "where": {"style": ["plain"]}, "templates": ["{}", "a photo of {}"]}
+    result = evaluators.build(section | settings)(ColourModel())
+    assert result.metrics["top1"] == 1.0
+    assert (result.metrics["examples"], result.metrics["left_out"]) == (7, 0)
+
+
+def test_prompt_ensemble_is_the_normalised_mean_of_normalised_prompts():
+    embed = {"a x": [3.0, 4.0], "b x": [0.0, 2.0], "a y": [1.0, 0.0], "b y": [5.0, 0.0]}
+    ours = class_embeddings(lambda texts: np.array([embed[t] for t in texts]), ["x", "y"], ["a {}", "b {}"])
+    np.testing.assert_allclose(ours, [np.array([0.6, 1.8]) / np.hypot(0.6, 1.8), [1, 0]], atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [5, 64])
+def test_retrieval_with_several_captions(pictures, batch_size):
+    section = {"type": "retrieval", "uri": pictures, "captions": ["captions", "shown"], "batch_size": batch_size}
+    section["where"] = {"style": "plain"}
+    result = evaluators.build(section)(ColourModel())
+    assert (result.metrics["images"], result.metrics["texts"]) == (7, 17)
+    assert result.metrics["text_to_image/recall@1"] == 1.0
+    assert result.metrics["image_to_text/recall@1"] == 1.0
+    everything = evaluators.build(section | {"where": None})(ColourModel()).metrics
+    assert everything["text_to_image/recall@1"] < everything["text_to_image/recall@5"] == 1.0
+
+
+def test_pixel_neighbour_names_after_the_nearest_picture(pictures):
+    section = {
+        "type": "pixel_neighbour", "uri": pictures, "train_split": None, "classes": list(COLOURS),
+        "where": {"style": ["dark"]}, "train_where": {"style": ["plain"]}, "size": 4,
+    }  # fmt: skip
+    result = evaluators.build(section)()
+    assert (result.metrics["pixel_top1"], result.metrics["pixel_examples"]) == (13 / 14, 14.0)
+    assert result.metrics["pixel_top5"] >= 13 / 14
+    assert result == evaluators.build(section | {"batch_size": 3})()
+
+
+def test_standardised_pictures_ignore_brightness_and_contrast():
+    picture = np.random.default_rng(0).random((1, 12))
+    np.testing.assert_allclose(standardise(0.3 * picture + 0.5), standardise(picture), atol=1e-12)
+    np.testing.assert_allclose(standardise(np.ones((1, 3), np.float32)), 0)
+
+
+def test_nearest_by_class_matches_brute_force():
+    rng = np.random.default_rng(0)
+    queries, pictures, labels = rng.random((9, 5)), rng.random((30, 5)), rng.integers(0, 6, 30)
+    scores = nearest_by_class(queries, pictures, labels, 7, rows=4)
+    for i, query in enumerate(queries):
+        for c in range(7):
+            own = pictures[labels == c]
+            expected = -((own - query) ** 2).sum(1).min() if len(own) else np.nan
+            np.testing.assert_allclose(scores[i, c], expected, atol=1e-12)
+
+
+def test_evenly_spaced_keeps_few_of_many():
+    shown = EvenlySpaced(4)
+    shown.add(range(100_000))
+    kept = shown.items()
+    assert len(kept) == 4 and kept[0] == 0
+    assert np.ptp(np.diff(kept)) < 0.1 * np.mean(np.diff(kept))
+    few = EvenlySpaced(4)
+    few.add("ab")
+    assert few.items() == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"type": "zeroshots"}, "`zeroshots`; expected one of: zeroshot, retrieval, pixel_neighbour"),
+        ({"tempaltes": ["{}"]}, "has no key `tempaltes`; did you mean `templates`?"),
+        ({"classes": "emoji:sene"}, "expected `emoji:seen` or `emoji:held_out`"),
+        ({"classes": "/nowhere.txt"}, "there is no file of class names /nowhere.txt"),
+        ({"classes": []}, "are not a list of names"),
+        ({"templates": ["a photo"]}, "template `a photo` has no `{}`"),
+        ({"where": {"concept": [91, 111]}}, "no picture's `concept` is among the classes"),
+    ],
+)
+def test_mistakes_are_named(section, changes, message):
+    with pytest.raises(UserError) as error:
+        evaluators.build(section | changes)(ColourModel())
+    assert message in str(error.value)
+
+
+def test_classes_from_files(tmp_path):
+    (tmp_path / "names.txt").write_text("a cat\n\na dog\n")
+    (tmp_path / "names.json").write_text('{"7": "a cat", "3": "a dog"}')
+    assert evaluators.classes.read(str(tmp_path / "names.txt")) == {0: "a cat", 1: "a dog"}
+    assert evaluators.classes.read(str(tmp_path / "names.json")) == {7: "a cat", 3: "a dog"}

@@ -1,0 +1,129 @@
+"""A report from the files of a run, whole and in part."""
+
+import html.parser
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_jax import report
+
+NAMES = ["a cat", "a <dog>", "$ and $", "an owl", "a fox", "a cow with a very long name that fits no line at all"]
+
+
+def artifacts():
+    images = np.full((4, 12, 12, 3), 200, np.uint8)
+    return {
+        "classes": NAMES,
+        "per_class": np.array([1.0, 0.5, np.nan]),
+        "confusions": [("a cat", "a <dog>", 3), ("$ and $", "an owl", 1)],
+        "class_pictures": {"names": ["a cat", "a <dog>", "$ and $"], "images": images[:3]},
+        "gallery": {
+            "images": images,
+            "truth": ["a cat", "a fox", NAMES[5], "$ and $"],
+            "names": [NAMES[:5]] * 4,
+            "scores": np.tile(np.array([0.9, 0.4, 0.1, -0.1, -0.2], np.float32), (4, 1)),
+        },
+    }
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    workdir = tmp_path / "demo"
+    workdir.mkdir()
+    lines = [
+        {"step": 1, "loss": 5.0, "lr": 0.1, "examples": 8},
+        {"step": 2, "loss": 4.0, "lr": 0.2, "examples": 16, "seen/top1": 0.25, "new/top1": 0.5},
+        {"step": 3, "seen/top1": 0.5, "new/top1": 0.5, "seen/pixel_top1": 0.4, "seen/examples": 732.0},
+    ]
+    # a kill cut the last line short
+    (workdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 4, "lo')
+    results = {
+        "step": 3, "params_sha256": "abc", "train/seconds": 12.5, "train/data_wait_fraction": 0.031,
+        "seen/top1": 0.612, "seen/top5": 0.831, "seen/examples": 732.0, "seen/pixel_top1": 0.474,
+        "new/top1": 0.108, "captions/image_to_text/recall@5": 0.5,
+    }  # fmt: skip
+    (workdir / "results.json").write_text(json.dumps(results))
+    (workdir / "config.json").write_text('{"batch_size": 256, "note": "a < b"}')
+    report.save_artifacts(workdir, "seen", artifacts())
+    report.save_artifacts(workdir, "new/one", {"confusions": [["a cat", "an owl", 1]]})
+    report.save_artifacts(workdir, "nothing", {})
+    return workdir
+
+
+class Page(html.parser.HTMLParser):
+    """Collects table rows, images and links of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.rows, self.images, self.links = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag == "img":
+            self.images.append(attributes["src"])
+        self.links += [value for key, value in attributes.items() if key in ("href", "src")]
+
+    def handle_data(self, data):
+        if self.rows and self.rows[-1] and self.lasttag in ("td", "th", "code"):
+            self.rows[-1][-1] += data.strip()
+
+
+def test_report_of_a_whole_run(workdir):
+    path = report.write(workdir)
+    assert path == workdir / "report" / "index.html"
+    text = path.read_text()
+    page = Page(text)
+    assert page.rows[0] == ["", "top-1", "pixel top-1", "top-5", "examples"]
+    assert page.rows[1] == ["seen", "61.2 %", "47.4 %", "83.1 %", "732"]
+    assert page.rows[2] == ["new", "10.8 %", "", "", ""]
+    assert page.rows[3:5] == [["", "image → text recall@5"], ["captions", "50.0 %"]], "nothing in common: its own table"
+    assert ["data wait fraction", "3.1 %"] in page.rows and ["seconds", "12.5"] in page.rows
+    assert page.images == ["curves.png", "seen_gallery.png", "seen_confusions.png", "new_one_confusions.png"]
+    assert all("/" not in link for link in page.links), "a folder that needs nothing else"
+    for name in page.images:
+        with Image.open(path.parent / name) as image:
+            assert image.width >= 300 and np.asarray(image.convert("L")).std() > 5, f"{name} is empty"
+    assert "a &lt; b" in text
+
+
+def test_report_leaves_out_what_is_absent(tmp_path):
+    page = Page(report.write(tmp_path).read_text())
+    assert page.rows == page.images == []
+    (tmp_path / "results.json").write_text('{"seen/top1": 0.5}')
+    page = Page(report.write(tmp_path).read_text())
+    assert page.rows == [["", "top-1"], ["seen", "50.0 %"]]
+
+
+def test_artifacts_return_as_they_were_saved(workdir):
+    saved = report.load_artifacts(workdir)
+    assert list(saved) == ["new/one", "seen"]
+    np.testing.assert_array_equal(saved["seen"]["gallery/images"], artifacts()["gallery"]["images"])
+    assert saved["seen"]["gallery/truth"] == artifacts()["gallery"]["truth"]
+    assert saved["new/one"] == {"confusions": [["a cat", "an owl", 1]]}
+
+
+def test_series_ends_at_a_broken_line_and_drops_single_points(workdir):
+    series = report._series(workdir / "metrics.jsonl")
+    assert series == {
+        "loss": ([1, 2], [5.0, 4.0]), "lr": ([1, 2], [0.1, 0.2]),
+        "seen/top1": ([2, 3], [0.25, 0.5]), "new/top1": ([2, 3], [0.5, 0.5]),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("unseen/top1", 0.61234, "61.2 %"), ("pixel_top5", 0.637, "63.7 %"), ("text_to_image/recall@10", 1, "100.0 %"),
+        ("pixel_examples", 732.0, "732"), ("step", 12000, "12,000"), ("train/examples_per_second", 1822.2, "1,822"),
+        ("loss", 0.123456, "0.1235"), ("loss", float("nan"), "nan"), ("params_sha256", "abc", "abc"),
+    ],
+)  # fmt: skip
+def test_numbers_as_people_read_them(name, value, shown):
+    assert report.format_value(name, value) == shown

@@ -1,0 +1,49 @@
+"""What a model can do, as numbers: `evaluators.build(section)(pretrained, mesh) -> Result(metrics, artifacts)`.
+
+    zeroshot          classification by class names, with prompt ensembles
+    retrieval         pictures by their captions and captions by their pictures
+    pixel_neighbour   classification by the nearest training picture in pixels: the baseline a model must beat
+
+The same during training and alone; padding is masked, so numbers are the same for every batch size and host count.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vlm_jax import config
+from vlm_jax.evaluators.metrics import mean_per_class_accuracy, retrieval_recall, top_k_accuracy, truth_ranks
+from vlm_jax.evaluators.pixel_neighbour import pixel_neighbour
+from vlm_jax.evaluators.result import Result
+from vlm_jax.evaluators.retrieval import retrieval
+from vlm_jax.evaluators.zeroshot import zeroshot
+
+__all__ = [
+    "EVALUATORS",
+    "Result",
+    "build",
+    "mean_per_class_accuracy",
+    "pixel_neighbour",
+    "retrieval",
+    "retrieval_recall",
+    "top_k_accuracy",
+    "truth_ranks",
+    "zeroshot",
+]
+
+EVALUATORS: dict[str, Callable[..., Callable]] = {
+    "zeroshot": zeroshot,
+    "retrieval": retrieval,
+    "pixel_neighbour": pixel_neighbour,
+}
+
+
+def build(section: Mapping[str, Any]) -> Callable[..., Result]:
+    """Returns the evaluator that a config section describes: `type`, and the arguments of the function of that name.
+
+    Raises:
+      UserError: an unknown type or key, a key that is missing, classes that cannot be read.
+    """
+    section = dict(section)
+    kind = section.pop("type", None)
+    builder = config.choose(EVALUATORS, kind, "the type of an evaluator")
+    return config.call(builder, section, f"evaluator `{kind}`")

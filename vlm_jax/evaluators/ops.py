@@ -1,0 +1,28 @@
+"""Ops that evaluation adds to a pipeline: a picture to look at, and fields kept as they are."""
+
+import numpy as np
+
+from vlm_jax.data import image_ops
+from vlm_jax.data.registry import field, op
+
+SIDE = 96
+
+
+@op
+def thumbnail(example: dict, side: int = SIDE) -> dict:
+    """Sets `thumbnail` to the picture as people see it, uint8 [side, side, 3], proportions kept on white."""
+    image = image_ops.pil(example["image"])
+    scale = side / max(image.size)
+    small = image.convert("RGB").resize([max(round(s * scale), 1) for s in image.size], image_ops.METHODS["bicubic"])
+    canvas = np.full((side, side, 3), 255, np.uint8)
+    top, left = (side - small.height) // 2, (side - small.width) // 2
+    canvas[top : top + small.height, left : left + small.width] = np.asarray(small)
+    return example | {"thumbnail": canvas}
+
+
+@op
+def boxed(example: dict, *paths: str, to: str) -> dict:
+    """Sets `to` to a list of the fields at `paths`, of any type, as a cell of an object array: batched, it is [B]."""
+    cell = np.empty((), object)
+    cell[()] = [field(example, path) for path in paths]
+    return example | {to: cell}
