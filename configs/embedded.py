@@ -1,0 +1,82 @@
+"""Recipes on the embedded data set (emoji pictures and their names), shared by the contrastive configs.
+
+tiny    the demo: 5 minutes on 2 CPU cores.
+select  the demo with one style (emojione) held out of training, on which the recipe's choices were made.
+smoke   seconds: does everything run?
+"""
+
+from ml_collections import ConfigDict
+
+from vlm_jax.errors import UserError
+
+SIZE = 32  # pixels
+LENGTH = 8  # tokens
+CONTENT = f"decode | crop_to_content | resize({SIZE})"
+TRAIN_STYLES = ("twemoji", "fluent-emoji", "fluent-emoji-flat", "emojione", "fxemoji")
+
+
+def embedded(variant: str, penalty: str) -> ConfigDict:
+    if variant not in ("tiny", "select", "smoke"):
+        raise UserError(f"there is no variant `{variant}` of this config; on the embedded data: tiny, select, smoke")
+    tower = dict(width=128, heads=4, mlp_dim=512, out_dim=128, activation="relu")
+    tokenize = f"lower | tokenize({LENGTH}, bos=False, eos=False)"
+    zeroshot = dict(type="zeroshot", uri="tfds:emoji", label="concept")
+    config = ConfigDict(
+        dict(
+            seed=0,
+            batch_size=256,
+            accumulate=1,
+            duration="295k examples",
+            tokenizer="emoji",
+            preprocess=f"{CONTENT} | normalize",
+            tokenize=tokenize,
+            data=dict(
+                uri="tfds:emoji",
+                split="train",
+                ops=f"{CONTENT} | cache"
+                " | random_affine(10.0, 0.06, (0.82, 1.22)) | flip | jitter(0.1, 0.2, 0.4) | normalize"
+                f" | random_caption('name/en', 'keywords/en', join=' ') | {tokenize}"
+                " | keep('image', 'token_ids', 'concept')",
+                workers=0,
+            ),
+            model=dict(
+                image=dict(patch=8, depth=2, pool="concat", **tower),
+                text=dict(vocab_size=2985, length=LENGTH, depth=1, pool="mean", pad_mask=True, **tower),
+                scale_init=10.0,
+                bias_init=-10.0 if penalty == "sigmoid" else None,
+            ),
+            objective=dict(name="contrastive", penalty=penalty, targets="concept"),
+            optimizer=dict(
+                name="muon", lr=3e-3, ns_steps=3, weight_decay=0.1, schedule=dict(name="cosine", warmup="5%")
+            ),
+            evals=dict(
+                unseen_style=dict(split="unseen_style", classes="emoji:seen", every="25%", **zeroshot),
+                unseen_concepts=dict(split="unseen_concepts", classes="emoji:held_out", **zeroshot),
+                pixel_neighbour=dict(
+                    type="pixel_neighbour",
+                    prefix="unseen_style",
+                    uri="tfds:emoji",
+                    split="unseen_style",
+                    train_split="train",
+                    label="concept",
+                    classes="emoji:seen",
+                ),
+            ),
+            mesh=dict(data=-1, fsdp=1, tensor=1),
+            checkpoint=dict(every="25%", keep=2),
+            log=dict(every="20 steps", tensorboard=True),
+        )
+    )
+    if variant == "select":
+        held = "emojione"
+        config.data.where = dict(style=[style for style in TRAIN_STYLES if style != held])
+        config.evals = dict(
+            emojione=dict(split="train", where=dict(style=[held]), classes="emoji:seen", every="25%", **zeroshot)
+        )
+    if variant == "smoke":
+        for tower in (config.model.image, config.model.text):
+            tower.update(dict(width=32, depth=1, mlp_dim=64))
+        config.update(dict(batch_size=64, duration="40 steps"))
+        config.log.every = "2 steps"
+        config.checkpoint.every = "8 steps"
+    return config

@@ -1,0 +1,59 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from vlm_jax import sharding
+from vlm_jax.errors import UserError
+
+
+def test_one_size_may_be_the_rest():
+    assert dict(sharding.make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    with pytest.raises(UserError, match="does not fit 8 devices"):
+        sharding.make_mesh(3)
+    with pytest.raises(UserError, match="does not fit 8 devices"):
+        sharding.make_mesh(-1, -1)
+
+
+def test_batches_are_spread_over_data_and_fsdp():
+    mesh = sharding.make_mesh(2, 2, 2)
+    batch = sharding.to_global({"image": np.arange(8.0)}, mesh)
+    assert batch["image"].addressable_shards[0].data.shape == (2,)
+    with pytest.raises(UserError, match=r"config.batch_size 6 cannot be split over 4 devices"):
+        sharding.check_batch_size(6, mesh)
+
+
+def test_specs_name_the_last_dimensions():
+    mesh = sharding.make_mesh(1, 4, 2)
+    params = {"blocks": {"mlp": {"fc1": {"kernel": jnp.zeros((3, 8, 16)), "bias": jnp.zeros((3, 16))}}}}
+    shardings = sharding.param_shardings(sharding.RULES, params, mesh)["blocks"]["mlp"]["fc1"]
+    assert shardings["kernel"].spec == P(None, "fsdp", "tensor")
+    assert shardings["bias"].spec == P(None, "tensor")
+
+
+def test_state_that_mirrors_parameters_follows_them():
+    mesh = sharding.make_mesh(1, 8, 1)
+    params = {"a": {"kernel": jnp.zeros((8, 2))}, "kernel": jnp.zeros((16,))}
+    shardings = sharding.param_shardings(((r"a/kernel", ("fsdp", None)), (r".*", ())), params, mesh)
+    state = {"mu": params, "count": jnp.zeros(()), "factored": {"a": {"kernel": jnp.zeros((8,))}}}
+    followed = sharding.follow_params(state, params, shardings, mesh)
+    assert followed["mu"]["a"]["kernel"].spec == P("fsdp", None)
+    assert followed["mu"]["kernel"].spec == P(None)
+    assert followed["factored"]["a"]["kernel"].spec == P()
+    assert jax.tree.structure(followed) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (((r"b", ()),), "no rule matches `a`"),
+        (((r"b", ()), (r".*", ())), "`b` matches no parameter"),
+        (((r"a", ("rows", None)),), "the mesh axis `rows`; the axes are data, fsdp, tensor"),
+        (((r"a", (None, "fsdp")),), r"splits `a` \(8, 3\) over fsdp = 8, which does not divide 3"),
+        (((r"a", (None, None, "fsdp")),), "more axes than dimensions"),
+    ],
+)
+def test_what_does_not_fit_is_named(rules, message):
+    with pytest.raises(UserError, match=message):
+        sharding.param_shardings(rules, {"a": jnp.zeros((8, 3))}, sharding.make_mesh(1, 8, 1))

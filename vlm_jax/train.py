@@ -1,0 +1,299 @@
+"""Trains any model with any objective: python -m vlm_jax.train --config=configs/clip.py:tiny --workdir=runs/tiny
+
+Top to bottom: read the data, build the program from the config, place it on the mesh, continue from the newest
+checkpoint, loop, evaluate, report. The same command after any interruption gives the same result, bit for bit.
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+from jax.sharding import Mesh
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from vlm_jax import command, config, evaluators, models, objectives, optim, report, sharding
+from vlm_jax.checkpoint import Checkpointer, check_same_config, params_sha256, write_json
+from vlm_jax.data import loader, tokenizers
+from vlm_jax.divergence import check_finite, gradient_norms
+from vlm_jax.metric_writer import MetricWriter
+from vlm_jax.parameter_table import format_table, map_with_name
+from vlm_jax.pretrained import Pretrained
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a step reads and writes; randomness and data follow from `step`."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    ema: Any = None
+    objective_state: Any = None
+
+
+class Program(NamedTuple):
+    """The compiled side of a run: `init(rng) -> TrainState`, `step(state, batch) -> (state, metrics, group norms)`."""
+
+    model: Any
+    init: Callable
+    step: Callable
+    abstract_state: TrainState  # shapes, dtypes and shardings
+    table: str
+
+
+def build_program(
+    example: Mapping[str, np.ndarray],
+    mesh: Mesh,
+    steps: Callable[[int | str], int],
+    *,
+    model: Mapping[str, Any],
+    objective: Mapping[str, Any],
+    optimizer: Mapping[str, Any],
+    partition: Sequence,
+    accumulate: int,
+    ema: float | None,
+    seed: int,
+) -> Program:
+    """Builds the jitted init and train step from config sections; `example` is a batch (only its shapes count)."""
+    model = models.build(model)
+    objective = objectives.build(objective, model)
+    one = {name: jnp.zeros((1, *np.shape(array)[1:]), array.dtype) for name, array in example.items()}
+    init_params = lambda rng: model.init(rng, one["image"], one["token_ids"])["params"]
+    shapes = jax.eval_shape(init_params, jax.random.key(seed))
+    tx, groups, schedule = optim.build(optimizer, shapes, total_steps=steps("100%"), steps=steps)
+    trainable = map_with_name(lambda name, _: groups[name] != "frozen", shapes)
+    differentiate = partial(objectives.value_and_grad, objective, accumulate=accumulate, trainable=trainable)
+
+    def init_state(rng):
+        params = init_params(rng)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=tx.init(params),
+            ema=params if ema else None,
+            objective_state=objective.init(params) if objective.init else None,
+        )
+
+    def train_step(state, batch):
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        loss, metrics, grads, objective_state = differentiate(state.params, batch, rng, state=state.objective_state)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {**metrics, "loss": loss, "grad_norm": optax.tree.norm(grads), "lr": schedule(state.step)}
+        state = TrainState(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            ema=optim.ema_update(state.ema, params, ema, state.step) if ema else None,
+            objective_state=objective_state,
+        )
+        return state, metrics, gradient_norms(grads)
+
+    param_shardings = sharding.param_shardings(partition, shapes, mesh)
+    abstract = jax.eval_shape(init_state, jax.random.key(seed))
+    placed = sharding.follow_params(abstract, shapes, param_shardings, mesh)
+    return Program(
+        model=model,
+        init=jax.jit(init_state, out_shardings=placed),
+        step=jax.jit(
+            train_step,
+            donate_argnums=0,
+            in_shardings=(placed, sharding.batch_sharding(mesh)),
+            out_shardings=(placed, sharding.replicated(mesh), sharding.replicated(mesh)),
+        ),
+        abstract_state=jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, placed
+        ),
+        table=format_table(shapes, groups, param_shardings),
+    )
+
+
+def train(settings: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
+    """Runs the experiment `settings` (a config) in `workdir` and returns what results.json then holds.
+
+    Raises:
+      UserError: the config or the data has something wrong. What was saved before stays.
+    """
+    settings = config.plain(settings)
+    workdir = Path(workdir).absolute()
+    workdir.mkdir(parents=True, exist_ok=True)
+    return config.call(_train, settings, "config", settings=settings, workdir=workdir)
+
+
+def _train(
+    *,
+    settings: Mapping[str, Any],
+    workdir: Path,
+    model: Mapping[str, Any],
+    objective: Mapping[str, Any],
+    data: Mapping[str, Any],
+    tokenizer: str,
+    preprocess: str,
+    tokenize: str,
+    optimizer: Mapping[str, Any],
+    batch_size: int,
+    duration: int | str,
+    accumulate: int = 1,
+    ema: float | None = None,
+    seed: int = 0,
+    mesh: Mapping[str, int] | None = None,
+    partition: Sequence = sharding.RULES,
+    evals: Mapping[str, Mapping[str, Any]] | None = None,
+    checkpoint: Mapping[str, Any] | None = None,
+    log: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    mesh = config.call(sharding.make_mesh, mesh or {}, "config.mesh")
+    sharding.check_batch_size(batch_size, mesh)
+    tokenizer = tokenizers.build(tokenizer)
+    batches = config.call(
+        loader.train_loader, data, "config.data", batch_size=batch_size, seed=seed, tokenizer=tokenizer
+    )
+    total = optim.duration_to_steps(duration, batch_size, batches.num_examples)
+    steps = lambda length: optim.duration_to_steps(length, batch_size, batches.num_examples, total)
+    program = build_program(
+        batches.example, mesh, steps, model=model, objective=objective, optimizer=optimizer,
+        partition=partition, accumulate=accumulate, ema=ema, seed=seed,
+    )  # fmt: skip
+    evals = [Evaluation(name, section, steps) for name, section in (evals or {}).items()]
+    pretrained = lambda state: Pretrained(
+        program.model, state.params if state.ema is None else state.ema, tokenizer, preprocess, tokenize, settings, mesh
+    )
+
+    checkpoint, log = {"every": "20%", **(checkpoint or {})}, {"every": "10 steps", **(log or {})}
+    save_every, log_every = steps(checkpoint.pop("every")), steps(log.pop("every"))
+    saver = config.call(Checkpointer, checkpoint, "config.checkpoint", workdir=workdir)
+    check_same_config(workdir / "config.json", settings)
+    if saver.latest_step() is None:
+        state, progress = program.init(jax.random.key(seed)), {"seconds": 0.0, "data_wait": 0.0, "data": None}
+        print(program.table)
+    else:
+        state, progress = saver.restore(program.abstract_state)
+        print(f"continuing from step {int(state.step)} of {total}")
+    if progress["data"]:
+        batches.set_state(progress["data"])
+    batches.start()  # reading goes on while the step compiles
+    train_step = program.step.lower(program.abstract_state, sharding.abstract_batch(batches.example, batch_size, mesh))
+    train_step = train_step.compile()
+
+    first = int(state.step)
+    writer = config.call(MetricWriter, log, "config.log", workdir=workdir, start_step=first)
+    clock = Clock(batches, progress["seconds"], progress["data_wait"])
+    stop = StopSignal()
+    bar = tqdm(total=total, initial=first, desc="train", unit="step", mininterval=0.5 if sys.stderr.isatty() else 15)
+    before = None
+    with closing(saver), closing(writer), closing(batches), closing(bar):  # whatever ends it, what was saved is written
+        for step in range(first + 1, total + 1):
+            batch = sharding.to_global(next(batches), mesh)
+            state, metrics, norms = train_step(state, batch)
+            if before:  # of the step before, so that the device never waits for the host
+                check_finite(*before, saver.latest_step())
+            before = step, metrics, norms
+            stopped_by = stop.name
+            save = step % save_every == 0 or step == total or stopped_by
+            if save or step % log_every == 0:
+                check_finite(*before, saver.latest_step())
+                rate = batch_size * (step - first) / clock.seconds_since_start()
+                bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {rate:,.0f} examples/s", refresh=False)
+                writer.write(step, {**metrics, "examples": step * batch_size, "examples_per_second": rate})
+            bar.update()
+            if save:
+                saver.save(step, state, {**clock.progress(), "data": batches.get_state()})
+            if stopped_by:
+                raise SystemExit(f"{stopped_by}: saved step {step} of {total}; the same command continues from there")
+            for evaluation in evals:
+                if evaluation.every and step % evaluation.every == 0 and step < total:
+                    with clock.paused():
+                        writer.write(step, evaluation.run(pretrained(state)).metrics)
+        bar.close()
+        saver.wait()
+        progress = clock.progress()
+        results = {
+            "step": total,
+            "params_sha256": params_sha256(state.params),
+            "train/seconds": progress["seconds"],
+            "train/examples_per_second": total * batch_size / progress["seconds"],
+            "train/data_wait_fraction": progress["data_wait"] / progress["seconds"],
+            "data/bad_examples": batches.bad,
+        }
+        for evaluation in evals:
+            result = evaluation.run(pretrained(state))
+            report.save_artifacts(workdir, evaluation.name, result.artifacts)
+            writer.write(total, result.metrics)
+            results |= result.metrics
+    write_json(workdir / "results.json", results)
+    print(f"report: {report.write(workdir)}")
+    return results
+
+
+class Evaluation:
+    """An evaluator of the config: its own arguments, and `every` (a duration; default: only at the end) and `prefix`
+    (of its metrics' names; default: its name)."""
+
+    def __init__(self, name: str, section: Mapping[str, Any], steps: Callable[[int | str], int]):
+        section = dict(section)
+        every = section.pop("every", None)
+        self.name = name
+        self.every = steps(every) if every else None
+        self._prefix = section.pop("prefix", name)
+        self._evaluator = evaluators.build(section)
+
+    def run(self, pretrained: Pretrained) -> evaluators.Result:
+        result = self._evaluator(pretrained, pretrained.mesh)
+        return result._replace(metrics={f"{self._prefix}/{name}": value for name, value in result.metrics.items()})
+
+
+class Clock:
+    """Seconds of training over all restarts, compiling and evaluating left out, and how many of them data was late."""
+
+    def __init__(self, batches: loader.Loader, seconds: float, data_wait: float):
+        self._batches, self._seconds, self._data_wait = batches, seconds, data_wait
+        self._start = time.perf_counter()
+
+    def seconds_since_start(self) -> float:
+        return time.perf_counter() - self._start
+
+    def progress(self) -> dict[str, float]:
+        seconds = self._seconds + self.seconds_since_start()
+        return {"seconds": seconds, "data_wait": self._data_wait + self._batches.wait_seconds}
+
+    @contextmanager
+    def paused(self):
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+
+class StopSignal:
+    """Remembers SIGTERM (a preemption notice) and SIGINT, so that the loop can save and leave."""
+
+    def __init__(self):
+        self.name = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number, _frame):
+        self.name = signal.Signals(number).name
+
+
+def main(_: Sequence[str]) -> None:
+    train(command.read_config(_CONFIG), _WORKDIR.value)
+
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/clip.py:tiny", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, results, report")
+flags.mark_flags_as_required(["config", "workdir"])
+
+if __name__ == "__main__":
+    command.run(main)
