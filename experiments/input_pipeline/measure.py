@@ -149,9 +149,7 @@ def main(argv):
 
         contestants[f"torch {torch.__version__} DataLoader"] = torchs
     except ImportError:
-        print(
-            "torch is not installed: no comparison (pip install torch)"
-        )
+        print("torch is not installed: no comparison (pip install torch)")
     with tempfile.TemporaryDirectory() as folder:
         uri = write_shards(Path(folder), IMAGES.value)
         source = sources.open_source(uri)
