@@ -2,7 +2,7 @@
 
     python -m vlm_jax.train --config=configs/clip.py:smoke --workdir=runs/smoke     # seconds: does it run?
 
-    python -m vlm_jax.train --config=configs/clip.py:B/32 --workdir=gs://... \\
+    python -m vlm_jax.train --config=configs/clip.py:B/32 --workdir=runs/b32 \\
         --config.data.uri='wds:/data/laion/{00000..41455}.tar' --config.mesh.fsdp=8
 
 B/32, B/16 and L/14 follow the paper's tables 18-20 (batch 32,768, 32 epochs).

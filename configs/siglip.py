@@ -2,7 +2,7 @@
 
     python -m vlm_jax.train --config=configs/siglip.py:tiny --workdir=runs/siglip_tiny   # embedded data, 2 CPU cores
 
-    python -m vlm_jax.train --config=configs/siglip.py:B/16 --workdir=gs://... \\
+    python -m vlm_jax.train --config=configs/siglip.py:B/16 --workdir=runs/b16 \\
         --config.data.uri='wds:/data/laion/{00000..41455}.tar' --config.mesh.fsdp=8
 
 B/32, B/16, L/14 and So400m/14 follow section 4 of the paper: 32k batch, Adafactor, cooled down by 1 / sqrt(step).

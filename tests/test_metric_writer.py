@@ -1,3 +1,5 @@
+import sys
+
 import jax.numpy as jnp
 import pytest
 
@@ -31,9 +33,7 @@ def test_a_write_that_fails_reaches_the_training_thread(tmp_path):
         writer.close()
 
 
-def test_wandb_that_is_not_installed_says_what_to_install(tmp_path):
-    try:
-        import wandb  # noqa: F401
-    except ImportError:
-        with pytest.raises(UserError, match=r"pip install 'vlm_jax\[wandb\]'"):
-            MetricWriter(tmp_path, tensorboard=False, wandb="project")
+def test_wandb_that_is_not_installed_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it now fails, installed or not
+    with pytest.raises(UserError, match=r"pip install 'vlm_jax\[wandb\]'"):
+        MetricWriter(tmp_path, tensorboard=False, wandb="project")
