@@ -1,5 +1,6 @@
 # make demo   trains and evaluates a small CLIP on the embedded data set; report in runs/demo/report/index.html
 # make test   runs the test suite
+# make parity  the same models in Transformers and here, live (installs torch)
 # make lint   ruff check and ruff format
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,13 +10,16 @@ WORKDIR ?= runs/demo
 TESTS ?= tests
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint format lock clean
+.PHONY: demo test parity lint format lock clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m vlm_jax.train --config=$(CONFIG) --workdir=$(WORKDIR)
 
 test: $(VENV)/installed-test
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n 2 $(TESTS)
+
+parity: $(VENV)/installed-parity
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n 2 tests/parity
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .
@@ -34,9 +38,13 @@ $(VENV)/installed-test: $(VENV)/installed
 	$(PIP) --constraint $(LOCK) --editable '.[test]'
 	touch $@
 
+$(VENV)/installed-parity: $(VENV)/installed-test
+	$(PIP) --constraint $(LOCK) --editable '.[test,parity]'
+	touch $@
+
 # The versions that demo and test install; `make test LOCK=/dev/null VENV=.venv-newest` takes the newest instead.
-lock: $(VENV)/installed-test
-	$(VENV)/bin/python -m pip freeze --exclude-editable > requirements.lock
+lock: $(VENV)/installed-parity
+	$(VENV)/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock
 
 clean:
 	rm -rf $(VENV) build *.egg-info

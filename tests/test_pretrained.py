@@ -60,8 +60,24 @@ def test_a_mesh_and_a_batch_size_change_nothing(run):
     np.testing.assert_allclose(spread.embed_images(list(pixels)), loaded.embed_images(list(pixels)), atol=1e-5)
 
 
+def test_parameters_are_restored_onto_the_mesh(run):
+    workdir, _, params, pixels = run
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    loaded = vlm_jax.load(workdir, mesh=mesh)
+    places = sharding.param_shardings(sharding.RULES, params, mesh)
+    for leaf, alone, place in zip(*map(jax.tree.leaves, (loaded.params, params, places)), strict=True):
+        assert leaf.sharding == place and np.array_equal(leaf, alone)
+    assert sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(loaded.params)) > 10
+    np.testing.assert_allclose(
+        loaded.embed_images(list(pixels)), vlm_jax.load(workdir).embed_images(list(pixels)), atol=1e-5
+    )
+
+
 def test_what_is_no_run_is_named(tmp_path, run):
-    with pytest.raises(vlm_jax.UserError, match=r"holds no config.json; expected a workdir"):
+    with pytest.raises(vlm_jax.UserError, match=r"is no checkpoint: expected .* a workdir of vlm_jax.train, or a file"):
+        vlm_jax.load(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(vlm_jax.UserError, match=r"holds checkpoints but no config.json of vlm_jax.train"):
         vlm_jax.load(tmp_path)
     with pytest.raises(vlm_jax.UserError, match="no image to embed"):
         vlm_jax.load(run[0]).embed_images([])

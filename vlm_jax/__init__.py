@@ -2,8 +2,13 @@
 
 __version__ = "0.1.0"
 
-_PUBLIC = {"load": "vlm_jax.pretrained", "Pretrained": "vlm_jax.pretrained", "UserError": "vlm_jax.errors"}
-__all__ = ["Pretrained", "UserError", "__version__", "load"]
+_PUBLIC = {
+    "Pretrained": "vlm_jax.pretrained",
+    "UserError": "vlm_jax.errors",
+    "load": "vlm_jax.zoo.load",
+    "save_pretrained": "vlm_jax.zoo.save",
+}
+__all__ = ["Pretrained", "UserError", "__version__", "load", "save_pretrained"]
 
 
 def __getattr__(name):

@@ -7,7 +7,7 @@ run's counters. A run that is killed at any point and started again continues fr
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,20 +78,31 @@ class Checkpointer:
         self._manager.close()
 
 
-def load_params(workdir: str | os.PathLike) -> Any:
-    """Returns the newest checkpoint's parameters (the EMA's where the run kept one) as numpy arrays."""
+def load_params(workdir: str | os.PathLike, shardings: Callable[[Any], Any] | None = None) -> Any:
+    """Returns the newest checkpoint's parameters (the EMA's where the run kept one).
+
+    Args:
+      workdir: the run's folder.
+      shardings: tree of shapes -> tree of shardings, where the arrays go; None gives numpy arrays.
+
+    Raises:
+      UserError: the folder holds no finished checkpoint.
+    """
     folder = Path(workdir).absolute() / "checkpoints"
-    manager = ocp.CheckpointManager(folder) if folder.is_dir() else None
-    if manager is None or manager.latest_step() is None:
+    steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+    if not steps:
         raise UserError(f"{workdir} holds no checkpoint; expected a workdir that `vlm_jax.train` wrote")
     with ocp.StandardCheckpointer() as checkpointer:
-        path = folder / str(manager.latest_step()) / "state"
+        path = folder / str(max(steps)) / "state"
         meta = checkpointer.metadata(path).item_metadata
         host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host), dict(meta))
-        state = checkpointer.restore(path, target)
-    manager.close()
-    return jax.tree.map(np.asarray, state["ema"] or state["params"])
+        placed = lambda leaf, place=host: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+        target = jax.tree.map(placed, dict(meta))
+        key = "ema" if meta["ema"] else "params"
+        if shardings is not None:
+            target[key] = jax.tree.map(placed, target[key], shardings(target[key]))
+        params = checkpointer.restore(path, target)[key]
+    return params if shardings is not None else jax.tree.map(np.asarray, params)
 
 
 def check_same_config(path: Path, settings: Mapping[str, Any]) -> None:

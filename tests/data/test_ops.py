@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_jax.data import image_ops, ops
+from vlm_jax.data import examples, image_ops, ops
 from vlm_jax.data.registry import BadExample, op
 from vlm_jax.errors import UserError
 
@@ -63,7 +63,7 @@ def test_a_wrong_op_string_is_one_clear_line(string, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("method", ["nearest", "bilinear", "bicubic", "lanczos", "area"])
+@pytest.mark.parametrize("method", ["nearest", "bilinear", "bicubic", "lanczos", "area", "hamming"])
 def test_resize_equals_pil(method):
     image = picture()
     resampling = image_ops.METHODS[method]
@@ -87,6 +87,69 @@ def test_central_crop_pads_small_images_with_black():
     image = picture(4, 6)
     out = run("central_crop(8)", {"image": image})["image"]
     np.testing.assert_array_equal(out, np.pad(image, ((2, 2), (1, 1), (0, 0))))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "top", "left"), [(5, 8, 2, 0), (6, 9, 2, -1), (12, 4, -1, 2), (8, 2, 0, 2)]
+)
+def test_central_crop_rounds_odd_margins(height, width, top, left):
+    """9 x 7 pictures: to even as torchvision (whose padding is the smaller first), or down as Transformers."""
+    image = picture(9, 7)
+    padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
+    for rounding, (y, x) in {"even": (top, left), "down": ((9 - height) // 2, (7 - width) // 2)}.items():
+        expected = padded[4 + y : 4 + y + height, 4 + x : 4 + x + width]
+        got = run(f"central_crop({height}, {width}, rounding='{rounding}')", {"image": image})["image"]
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_resize_without_antialiasing_takes_two_neighbours():
+    ramp = np.repeat(np.arange(0, 80, 10, dtype=np.uint8)[None, :, None], 3, -1)
+    record = {"image": np.repeat(ramp, 4, 0)}
+    half = run("resize(2, 4, method='bilinear', antialias=False)", record)["image"]
+    np.testing.assert_array_equal(half[0, :, 0], [5, 25, 45, 65])
+    third = run("resize(4, 3, method='bilinear', antialias=False)", record)["image"]
+    np.testing.assert_array_equal(third[0, :, 0], [8, 35, 61])  # 8.33, 35, 61.67: truncated, not rounded
+    double = run("resize(4, 16, method='bilinear', antialias=False)", record)["image"]
+    np.testing.assert_array_equal(double[0, :5, 0], [0, 2, 7, 12, 17])
+    with pytest.raises(UserError, match="antialias=False, method='bicubic'; expected method='bilinear'"):
+        run("resize(4, antialias=False)", record)
+
+
+def test_resize_to_cover_or_to_fit_a_size():
+    sizes = {
+        "resize_shortest((20, 30))": (22, 30),
+        "resize_shortest((30, 20))": (30, 40),
+        "resize_longest(24)": (18, 24),
+        "resize_longest((10, 30))": (10, 13),
+    }
+    for string, size in sizes.items():
+        got = run(string, {"image": picture()})["image"]
+        np.testing.assert_array_equal(got, run(f"resize{size}", {"image": picture()})["image"])
+
+
+def test_packed_patches():
+    """Grids are those of Transformers' get_image_size_for_max_num_patches; patches run row by row."""
+    for (height, width), (rows, columns) in {
+        (48, 64): (5, 7),
+        (64, 48): (7, 5),
+        (8, 300): (1, 36),
+        (9, 9): (6, 6),
+    }.items():
+        resized = run("resize_to_patches(4, 36)", {"image": picture(height, width)})["image"]
+        assert resized.shape == (4 * rows, 4 * columns, 3)
+    image = np.arange(8 * 12 * 3).reshape(8, 12, 3).astype(np.uint8)
+    packed = run("to_float | pack_patches(4, 8)", {"image": image})["image"]
+    assert packed["patches"].dtype == np.float32 and packed["grid"].dtype == np.int32
+    np.testing.assert_array_equal(packed["grid"], (2, 3))
+    expected = [image[y : y + 4, x : x + 4].reshape(-1) / 255 for y in (0, 4) for x in (0, 4, 8)]
+    np.testing.assert_allclose(packed["patches"], [*expected, *[np.zeros(48)] * 2], atol=1e-7)
+    for string in ("to_float | pack_patches(4, 5)", "to_float | pack_patches(5, 99)"):
+        with pytest.raises(UserError, match="was given an image of 8x12; put `resize_to_patches"):
+            run(string, {"image": image})
+    batch = examples.collate([{"image": packed, "label": 1}, {"image": packed, "label": 2}])
+    assert batch["image"]["patches"].shape == (2, 8, 48) and batch["image"]["grid"].tolist() == [[2, 3]] * 2
+    with pytest.raises(UserError, match="`patches` has shapes"):
+        examples.collate([{"image": packed}, {"image": packed | {"patches": np.zeros((3, 48))}}])
 
 
 def test_normalize():
@@ -234,6 +297,8 @@ def test_captions():
         run('caption("none")', record)
     with pytest.raises(BadExample, match=r"has no field `name/fr` \(there: en\)"):
         run('caption("name/fr")', record)
+    assert run("canonicalize", {"text": " A_photo:  of\tÉ-mail’s!"})["text"] == "aphoto of émail’s"
+    assert run("canonicalize(lower=False)", {"text": "It's A."})["text"] == "Its A"
     text = run('caption("name/en") | template("A photo of a {}.") | lower', record)["text"]
     assert text == "a photo of a red apple."
 

@@ -1,6 +1,7 @@
 """Tokenizers against published ids, and against their own promises."""
 
 import io
+import json
 import pickle
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers as hf
 
 from vlm_jax.data import sources, tokenizers, train_tokenizer
 from vlm_jax.errors import UserError
@@ -78,6 +80,63 @@ def test_wordpiece(tmp_path):
     assert tokenizer("The FOXES running! zebra", 10).tolist() == [[2, 4, 5, 6, 7, 8, 9, 1, 3, 0]]
     assert tokenizer("the fox", 4, eos=False).tolist() == [[2, 4, 5, 0]]
 
+    lines = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "\u2028", "Fox"]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    cased = tokenizers.build(f"wordpiece:{path}?cased=true")
+    assert cased.vocab_size == 7, "an odd line separator is a piece"
+    assert cased("the Fox", 4).tolist() == [[2, 4, 6, 3]]
+    assert tokenizers.build(f"wordpiece:{path}")("the Fox", 4).tolist() == [[2, 4, 1, 3]]
+
+
+def test_bpe_reads_clips_vocabulary_and_merges(tmp_path, clip):
+    """A part of CLIP's: frequent words have its ids."""
+    vocab, merges = tokenizers.clip_vocabulary()
+    merges = merges[:2000]
+    pieces = [*list(vocab)[:512], *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+    with pytest.raises(UserError, match=r"there is no file .*merges.txt, which belongs to"):
+        tokenizers.build(f"bpe:{tmp_path}/vocab.json")
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n")
+    tokenizer = tokenizers.build(f"bpe:{tmp_path}/vocab.json")
+    assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (2514, 2513, 2512, 2513)
+    text = "A photo of THE man, with  it's 2 days!"
+    ids = clip.encode(text)
+    assert [i for i in ids if i >= 2512] == [], "made by the first two thousand merges"
+    assert tokenizer.encode(text) == ids
+    assert tokenizer("the", 5).tolist() == [[2512, *clip.encode("the"), 2513, 2513, 2513]]
+    (tmp_path / "vocab.json").write_text('{"a": 0}')
+    with pytest.raises(UserError, match="are not CLIP's byte pairs"):
+        tokenizers.build(f"bpe:{tmp_path}/vocab.json")
+
+
+@pytest.mark.parametrize(
+    ("single", "bos", "eos"),
+    [(["[B]", "$A", "[E]"], 1, 2), (["$A", "[E]"], None, 2), (["[B]", "$A"], 1, None), (["$A"], None, None)],
+)
+def test_json_honours_its_post_processor(single, bos, eos, tmp_path):
+    """Over the usual names (<s>, </s>), which count without one; so does its padding, which is not done twice."""
+    vocab = {"<pad>": 0, "[B]": 1, "[E]": 2, "<s>": 3, "</s>": 4, "red": 5, "fox": 6, "?": 7, "a": 8}
+    model = hf.Tokenizer(hf.models.WordLevel(vocab, unk_token="?"))
+    model.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+    model.save(str(tmp_path / "plain.json"))
+    model.post_processor = hf.processors.TemplateProcessing(single=single, special_tokens=[("[B]", 1), ("[E]", 2)])
+    model.enable_padding(length=12, pad_id=7, pad_token="?")
+    model.enable_truncation(4)
+    model.save(str(tmp_path / "wrapped.json"))
+    plain, wrapped = (tokenizers.build(f"json:{tmp_path}/{name}.json") for name in ("plain", "wrapped"))
+    assert (plain.pad_id, plain.bos_id, plain.eos_id) == (0, 3, 4)
+    assert (wrapped.pad_id, wrapped.bos_id, wrapped.eos_id) == (7, bos, eos)
+    expected = [i for i in (bos, 5, 6, 5, 6, eos) if i is not None]
+    assert wrapped("red fox red fox", 6).tolist() == [expected + [7] * (6 - len(expected))]
+
+
+def test_json_with_two_specials_on_a_side_is_refused(tmp_path):
+    model = hf.Tokenizer(hf.models.WordLevel({"a": 0, "[B]": 1}, unk_token="a"))
+    model.post_processor = hf.processors.TemplateProcessing(single=["[B]", "[B]", "$A"], special_tokens=[("[B]", 1)])
+    model.save(str(tmp_path / "two.json"))
+    with pytest.raises(UserError, match=r"puts the ids \[1, 1\] and \[\] around a text"):
+        tokenizers.build(f"json:{tmp_path}/two.json")
+
 
 def test_trained_tokenizer_encodes_any_text(tmp_path):
     path = tmp_path / "deep" / "tokenizer.json"
@@ -124,6 +183,8 @@ def test_corpus_names_the_record_without_the_field(tmp_path):
         (f"json:{__file__}", "is not a tokenizer.json"),
         (f"sentencepiece:{__file__}", "is not a SentencePiece model"),
         (f"wordpiece:{__file__}", "lacks [UNK]"),
+        (f"wordpiece:{__file__}?cased=1", "cased is `1`; expected true or false"),
+        (f"wordpiece:{sys.executable}", "is not UTF-8 text"),
     ],
 )
 def test_bad_specs_say_so(spec, message):

@@ -9,7 +9,8 @@ from PIL import Image
 from vlm_jax import evaluators
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators.pixel_neighbour import nearest_by_class, standardise
-from vlm_jax.evaluators.zeroshot import EvenlySpaced, class_embeddings
+from vlm_jax.evaluators.zeroshot import evenly_spaced
+from vlm_jax.pretrained import class_embeddings
 
 COLOURS = {
     "red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0), "cyan": (0, 1, 1),
@@ -91,6 +92,21 @@ def test_labels_may_be_names_and_where_filters(section):
     assert (result.metrics["examples"], result.metrics["left_out"]) == (7, 0)
 
 
+class PackedColourModel(ColourModel):
+    """The same from packed patches: its image is a dict of arrays."""
+
+    preprocess = "resize(4) | to_float | pack_patches(2, 6)"
+
+    def embed_image_batch(self, images):
+        assert images["patches"].shape[1:] == (6, 12) and images["grid"].shape[1:] == (2,)
+        return _unit(images["patches"][:, :4].reshape(-1, 16, 3).mean(1))
+
+
+def test_an_image_may_be_a_dict_of_arrays(section):
+    packed, plain = (evaluators.build(section | {"batch_size": 4})(m()) for m in (PackedColourModel, ColourModel))
+    assert packed.metrics == plain.metrics
+
+
 def test_prompt_ensemble_is_the_normalised_mean_of_normalised_prompts():
     embed = {"a x": [3.0, 4.0], "b x": [0.0, 2.0], "a y": [1.0, 0.0], "b y": [5.0, 0.0]}
     ours = class_embeddings(lambda texts: np.array([embed[t] for t in texts]), ["x", "y"], ["a {}", "b {}"])
@@ -137,15 +153,10 @@ def test_nearest_by_class_matches_brute_force():
             np.testing.assert_allclose(scores[i, c], expected, atol=1e-12)
 
 
-def test_evenly_spaced_keeps_few_of_many():
-    shown = EvenlySpaced(4)
-    shown.add(range(100_000))
-    kept = shown.items()
-    assert len(kept) == 4 and kept[0] == 0
-    assert np.ptp(np.diff(kept)) < 0.1 * np.mean(np.diff(kept))
-    few = EvenlySpaced(4)
-    few.add("ab")
-    assert few.items() == ["a", "b"]
+def test_evenly_spaced_goes_from_the_first_to_the_last():
+    assert evenly_spaced(21, 5).tolist() == [0, 5, 10, 15, 20]
+    assert evenly_spaced(2, 4).tolist() == [0, 1]
+    assert evenly_spaced(100_000, 3).tolist() == [0, 50_000, 99_999]
 
 
 @pytest.mark.parametrize(
@@ -154,9 +165,19 @@ def test_evenly_spaced_keeps_few_of_many():
         ({"type": "zeroshots"}, "`zeroshots`; expected one of: zeroshot, retrieval, pixel_neighbour"),
         ({"tempaltes": ["{}"]}, "has no key `tempaltes`; did you mean `templates`?"),
         ({"classes": "emoji:sene"}, "expected `emoji:seen` or `emoji:held_out`"),
-        ({"classes": "/nowhere.txt"}, "there is no file of class names /nowhere.txt"),
+        (
+            {"classes": "/nowhere.txt"},
+            "no file of classes /nowhere.txt, and no packaged classes of that name; expected a .txt",
+        ),
         ({"classes": []}, "are not a list of names"),
+        ({"classes": "imagenett"}, "no packaged classes of that name; did you mean `imagenet`?"),
+        (
+            {"classes": None},
+            "no names for its `concept`; give --classes: a .txt or .json file, `emoji:seen`, or one",
+        ),
+        ({"label": None, "classes": None, "uri": "csv:none.csv"}, "there is no `none.csv`"),
         ({"templates": ["a photo"]}, "template `a photo` has no `{}`"),
+        ({"templates": "imagenet8"}, "no packaged templates of that name; did you mean `imagenet80`?"),
         ({"where": {"concept": [91, 111]}}, "no picture's `concept` is among the classes"),
     ],
 )
@@ -171,3 +192,46 @@ def test_classes_from_files(tmp_path):
     (tmp_path / "names.json").write_text('{"7": "a cat", "3": "a dog"}')
     assert evaluators.classes.read(str(tmp_path / "names.txt")) == {0: "a cat", 1: "a dog"}
     assert evaluators.classes.read(str(tmp_path / "names.json")) == {7: "a cat", 3: "a dog"}
+    (tmp_path / "prompts.txt").write_text("a photo of {}\nsome {}\n")
+    assert evaluators.classes.read_templates([str(tmp_path / "prompts.txt")]) == ["a photo of {}", "some {}"]
+
+
+def test_packaged_classes_and_templates():
+    imagenet = evaluators.classes.read("imagenet")
+    assert len(imagenet) == 1000 and [imagenet[i] for i in (0, 1, 207, 999)] == [
+        "tench", "goldfish", "Golden Retriever", "toilet paper",
+    ]  # fmt: skip
+    sizes = {
+        "cifar10": 10,
+        "cifar100": 100,
+        "pets": 37,
+        "flowers": 102,
+        "gtsrb": 43,
+        "country211": 211,
+        "caltech101": 102,
+    }
+    assert {name: len(evaluators.classes.read(name)) for name in sizes} == sizes
+    assert evaluators.classes.read("cifar10")[9] == "truck" and evaluators.classes.read("cifar100")[99] == "worm"
+    templates = {name: evaluators.classes.read_templates(name) for name in evaluators.classes.packaged("templates")}
+    assert (len(templates["imagenet80"]), len(templates["imagenet7"]), len(templates["cifar10"])) == (80, 7, 18)
+    assert templates["imagenet80"][0] == "a bad photo of a {}." and templates["imagenet7"][0] == "itap of a {}."
+    assert all(template.count("{}") == 1 for several in templates.values() for template in several)
+    assert (evaluators.classes.PACKAGED / "NOTICE").read_text().count("Copyright") == 3
+
+
+def test_a_folder_names_its_own_classes(tmp_path):
+    for i, name in enumerate(["blue", "dark_red", "red", "red"]):
+        (tmp_path / name).mkdir(exist_ok=True)
+        colour = tuple(255 * c for c in COLOURS[name.rpartition("_")[2]])
+        Image.new("RGB", (8, 8), colour).save(tmp_path / name / f"{i}.png")
+    section = {"type": "zeroshot", "uri": f"folder:{tmp_path}"}
+    result = evaluators.build(section)(ColourModel())
+    assert result.artifacts["classes"] == ["blue", "dark red", "red"]
+    assert (result.metrics["top1"], result.metrics["examples"]) == (3 / 4, 4), "red is nearer than dark red"
+    with pytest.raises(UserError, match=r"has 3 classes \(blue, ...\), `cifar10` has 10; give the names"):
+        evaluators.build(section | {"classes": "cifar10"})(ColourModel())
+    (tmp_path / "red").rename(tmp_path / "n01440764")
+    (tmp_path / "blue").rename(tmp_path / "n01443537")
+    (tmp_path / "dark_red").rename(tmp_path / "n01484850")
+    with pytest.raises(UserError, match=r"has for its `label` no names but `n01440764`, ...; give --classes: "):
+        evaluators.build(section)

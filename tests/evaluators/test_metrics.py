@@ -1,5 +1,6 @@
 """Metrics against hand-computed numbers, brute force and the golden retrieval recalls."""
 
+import fractions
 import pathlib
 
 import numpy as np
@@ -67,6 +68,66 @@ def test_retrieval_matches_brute_force_with_uneven_captions():
         by_text = np.mean([image_of_text[t] in row for t, row in enumerate(images)])
         assert recall[f"image_to_text/recall@{k}"] == by_image
         assert recall[f"text_to_image/recall@{k}"] == by_text
+
+
+def test_blocks_change_nothing(monkeypatch):
+    rng = np.random.default_rng(2)
+    images, texts = rng.integers(-2, 3, (9, 4)), rng.integers(-2, 3, (23, 4))  # many equal similarities
+    image_of_text = rng.permutation(np.concatenate([np.arange(9), rng.integers(0, 9, 14)]))
+    matrix = metrics.similarity(images.astype(np.float32), texts.astype(np.float32))
+    whole = metrics.retrieval_ranks(lambda i, t: matrix[i, t], 9, image_of_text)
+    order = np.argsort(-matrix.T, axis=1, kind="stable")
+    assert np.array_equal(whole["text_to_image"], (order == image_of_text[:, None]).argmax(1))
+    order = np.argsort(-matrix, axis=1, kind="stable")
+    assert np.array_equal(whole["image_to_text"], (image_of_text[order] == np.arange(9)[:, None]).argmax(1))
+    asked = []
+
+    def scores(i, t):
+        asked.append((i.stop - i.start, t.stop - t.start))
+        return metrics.similarity(images[i].astype(np.float32), texts[t].astype(np.float32))
+
+    monkeypatch.setattr(metrics, "ROWS", 4)
+    monkeypatch.setattr(metrics, "COLUMNS", 5)
+    blockwise = metrics.retrieval_ranks(scores, 9, image_of_text)
+    assert all(np.array_equal(whole[name], blockwise[name]) for name in whole)
+    index, best = metrics.top_k(scores, 9, 23, 7)
+    assert np.array_equal(index, order[:, :7])
+    assert np.array_equal(best, np.take_along_axis(matrix, order, 1)[:, :7])
+    assert max(asked) <= (4, 5), "never the whole matrix"
+    assert metrics.top_k(scores, 9, 3, 7)[0].shape == (9, 3), "fewer candidates than k"
+
+
+def test_similarity_is_rounded_once():
+    rng = np.random.default_rng(3)
+    a, b = rng.normal(size=(40, 129)).astype(np.float32), rng.normal(size=(50, 129)).astype(np.float32)
+    exact = np.float32([[sum(map(fractions.Fraction, map(float, x.astype(float) * y))) for y in b[:4]] for x in a[:4]])
+    whole = metrics.similarity(a, b)
+    assert np.array_equal(whole[:4, :4], exact), "products of two float32 are exact in float64"
+    for i, j in ((0, 0), (7, 49), (39, 13)):
+        assert np.array_equal(metrics.similarity(a[i : i + 1], b[j : j + 3]), whole[i : i + 1, j : j + 3])
+
+
+def test_a_diverged_model_retrieves_nothing():
+    scores = np.full((3, 3), np.nan)
+    scores[0] = [0.5, 0.4, 0.3]
+    ranks = metrics.retrieval_ranks(lambda i, t: scores[i, t], 3, np.arange(3))
+    assert ranks["image_to_text"].tolist() == [0, 3, 3]
+    assert metrics.recall(ranks, ks=(1,))["text_to_image/recall@1"] == pytest.approx(1 / 3)
+
+
+def test_fixed_logits_give_what_scikit_learn_gives():
+    """Golden numbers of scikit-learn; tests/parity/test_metrics.py makes and compares them live."""
+    golden = np.load(GOLDEN / "metrics.npz")
+    logits, labels = golden["logits"], golden["labels"]
+    for k in (1, 2, 5):
+        assert top_k_accuracy(logits, labels, k=k) == pytest.approx(golden[f"top_k_accuracy_score_{k}"], abs=1e-12)
+    mean, _ = mean_per_class_accuracy(logits.argmax(1) == labels, labels, logits.shape[1])
+    assert mean == pytest.approx(golden["balanced_accuracy_score"], abs=1e-12)
+    similarity = golden["similarity"]
+    ours = retrieval_recall(similarity, np.arange(len(similarity)), ks=(1, 5, 10))
+    for k in (1, 5, 10):
+        assert ours[f"image_to_text/recall@{k}"] == pytest.approx(golden[f"image_to_text_{k}"], abs=1e-12)
+        assert ours[f"text_to_image/recall@{k}"] == pytest.approx(golden[f"text_to_image_{k}"], abs=1e-12)
 
 
 def test_wrong_shapes_are_named():

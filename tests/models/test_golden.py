@@ -2,12 +2,15 @@
 
 import pathlib
 
+import flax
 import jax
 import numpy as np
 import pytest
-import reference_names
 
 from vlm_jax import models
+from vlm_jax.zoo import big_vision, key_map
+from vlm_jax.zoo.load import read_params
+from vlm_jax.zoo.tensors import open_tensors
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 SIZES = dict(width=32, depth=2, mlp_dim=128, heads=2)
@@ -18,8 +21,13 @@ TEXT = dict(**SIZES, vocab_size=64, length=16)
 def load(name, model, *inputs):
     arrays = dict(np.load(GOLDEN / f"{name}.npz"))
     args = [None if key is None else arrays[key] for key in inputs]
-    like = jax.eval_shape(model.init, jax.random.key(0), *args)["params"]
-    return arrays, {"params": reference_names.to_params(arrays, like)}, args
+    like = flax.traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), *args)["params"], sep="/")
+    tensors = big_vision.of_today(open_tensors(GOLDEN / f"{name}.npz").tensors)
+    entries = big_vision.describe(tensors)[1]
+    if len(args) == 1:  # the table is of two towers
+        entries = [entry._replace(ours=entry.ours.partition("/")[2]) for entry in entries]
+    plan = key_map.match(entries, like, tensors, (), name)
+    return arrays, {"params": flax.traverse_util.unflatten_dict(read_params(plan, like, tensors), sep="/")}, args
 
 
 def close(got, want):

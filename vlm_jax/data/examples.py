@@ -99,7 +99,7 @@ def check_bad(count: int, allowed: float, read: int, max_bad_fraction: float, ba
 def collate(rows: list[dict[str, Any]], texts: bool = False) -> Batch:
     """Stacks examples: arrays to [B, ...], int to int32, float to float32, bool.
 
-    With `texts`, str and lists become object arrays [B]. Fields of other types are left out.
+    With `texts`, str and lists become object arrays [B]. A dict of arrays is stacked too. Other fields are left out.
 
     Raises:
       UserError: a field's shape differs between examples, or not all have it.
@@ -110,7 +110,9 @@ def collate(rows: list[dict[str, Any]], texts: bool = False) -> Batch:
             values = [row[key] for row in rows]
         except KeyError:
             raise UserError(f"some examples lack the field `{key}`; choose fields with `keep(...)`") from None
-        if isinstance(first, np.ndarray):
+        if isinstance(first, dict) and first and all(isinstance(v, np.ndarray) for v in first.values()):
+            batch[key] = collate(values)
+        elif isinstance(first, np.ndarray):
             try:
                 batch[key] = np.stack(values)
             except ValueError:

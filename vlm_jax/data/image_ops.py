@@ -11,18 +11,20 @@ from PIL import Image, ImageChops
 from vlm_jax.data.registry import BadExample, op
 from vlm_jax.errors import UserError
 
-Method = Literal["nearest", "bilinear", "bicubic", "lanczos", "area"]
+Method = Literal["nearest", "bilinear", "bicubic", "lanczos", "area", "hamming"]
 METHODS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
     "area": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
 }
-# Channel statistics by name; "clip" as in CLIP's released preprocessing, "imagenet" as in ResNet's.
+# Channel statistics by name: of CLIP's released preprocessing, of torchvision's classifiers, of EfficientNet-Lite.
 STATISTICS = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "efficientnet_lite": ((127 / 255,) * 3, (128 / 255,) * 3),
 }
 GREY = np.array((0.299, 0.587, 0.114))  # ITU-R BT.601 luma, as PIL's "L"
 Picture = Image.Image | np.ndarray
@@ -61,6 +63,9 @@ def _size(image: Picture) -> tuple[int, int]:
 @op
 def decode(image: object, background: tuple[int, ...] | int | None = 255) -> Picture:
     """Decodes JPEG, PNG, WebP, ... bytes into RGB.
+
+    Grey, palette and CMYK become RGB as by `PIL.Image.convert`, on which released preprocessing relies too: 16-bit grey
+    is clipped at 255, and the camera's orientation (EXIF) is not applied.
 
     Args:
       image: encoded bytes; an array or a PIL image passes through.
@@ -131,25 +136,108 @@ def crop_to_content(image: object, tolerance: int = 8, margin: float = 0.0, squa
 
 
 @op
-def resize(image: object, height: int, width: int | None = None, method: Method = "bicubic") -> Picture:
-    """Resizes to [height, width] (width: as height), proportions not kept. Equals `PIL.Image.resize`."""
-    return pil(image).resize((height if width is None else width, height), METHODS[method])
+def resize(
+    image: object, height: int, width: int | None = None, method: Method = "bicubic", antialias: bool = True
+) -> Picture:
+    """Resizes to [height, width] (width: as height), proportions not kept. Equals `PIL.Image.resize`.
+
+    Without `antialias` (bilinear only) it equals `tf.image.resize`, truncated to uint8: big_vision's preprocessing.
+    """
+    width = height if width is None else width
+    if antialias:
+        return pil(image).resize((width, height), METHODS[method])
+    if method != "bilinear":
+        raise UserError(f"op `resize` was given antialias=False, method={method!r}; expected method='bilinear'")
+    return _bilinear(array(image), height, width)
+
+
+def _bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [h, w, C] -> [height, width, C] from two neighbours an axis; centres at half pixels."""
+    (top, bottom, y), (left, right, x) = _neighbours(image.shape[0], height), _neighbours(image.shape[1], width)
+    image = image.astype(np.float32)
+    image = image[:, left] + (image[:, right] - image[:, left]) * x[:, None]
+    return (image[top] + (image[bottom] - image[top]) * y[:, None, None]).astype(np.uint8)
+
+
+def _neighbours(size: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(lower index, upper index, float32 weight of the upper) of each of `new` pixels among `size`."""
+    place = (np.arange(new, dtype=np.float32) + np.float32(0.5)) * np.float32(size / new) - np.float32(0.5)
+    lower = np.floor(place)
+    upper = np.minimum(lower + 1, size - 1)
+    return np.maximum(lower, 0).astype(int), upper.astype(int), place - lower
 
 
 @op
-def resize_shortest(image: object, size: int, method: Method = "bicubic") -> Picture:
-    """Resizes so that the shorter side is `size`; the longer is truncated to whole pixels, as in torchvision."""
+def resize_shortest(image: object, size: int | tuple[int, int], method: Method = "bicubic") -> Picture:
+    """Resizes so that the shorter side is `size`; the longer is truncated to whole pixels, as in torchvision.
+
+    A size (height, width) is covered, proportions kept, sides rounded, as in open_clip.
+    """
     h, w = _size(image)
+    if isinstance(size, tuple):
+        return _scaled(image, min(h / size[0], w / size[1]), method)
     new = (size, int(size * w / h)) if h <= w else (int(size * h / w), size)
     return pil(image).resize(new[::-1], METHODS[method])
 
 
 @op
-def central_crop(image: object, height: int, width: int | None = None) -> Picture:
-    """Cuts [height, width] out of the middle; a smaller image is padded with black first, as in torchvision."""
-    width = height if width is None else width
+def resize_longest(image: object, size: int | tuple[int, int], method: Method = "bicubic") -> Picture:
+    """Resizes to fit into `size` (a side, or height and width), proportions kept, sides rounded; `pad` after it."""
+    (h, w), (height, width) = _size(image), np.broadcast_to(size, 2)
+    return _scaled(image, max(h / height, w / width), method)
+
+
+def _scaled(image: Picture, ratio: float, method: Method) -> Image.Image:
     h, w = _size(image)
-    top, left = round((h - height) / 2), round((w - width) / 2)
+    return pil(image).resize((max(round(w / ratio), 1), max(round(h / ratio), 1)), METHODS[method])
+
+
+@op
+def resize_to_patches(image: object, patch: int, max_patches: int, method: Method = "bilinear") -> Picture:
+    """Resizes to at most `max_patches` patches of side `patch`, proportions kept up to whole patches.
+
+    SigLIP 2 "NaFlex" (arXiv:2502.14786, section 2.4): sides are rounded up to multiples of `patch` at the largest scale
+    that fits, found by bisection as in Transformers' `Siglip2ImageProcessor`.
+    """
+    h, w = _size(image)
+    sides = lambda scale: [max(math.ceil(side * scale / patch), 1) * patch for side in (h, w)]
+    low, high = 1e-6, 100.0
+    while high - low >= 1e-5:
+        middle = (low + high) / 2
+        fits = math.prod(sides(middle)) <= max_patches * patch**2
+        low, high = (middle, high) if fits else (low, middle)
+    return pil(image).resize(sides(low)[::-1], METHODS[method])
+
+
+@op
+def pack_patches(image: object, patch: int, max_patches: int) -> dict[str, np.ndarray]:
+    """Normalised float [H, W, C] -> patches, row by row: the input of a tower with packed patches (SigLIP 2 "NaFlex").
+
+    Returns dict(patches=float32 [max_patches, patch * patch * C], zeros at the end; grid=int32 [2], rows and columns).
+    """
+    h, w, channels = np.shape(image)
+    rows, columns = h // patch, w // patch
+    if h % patch or w % patch or rows * columns > max_patches:
+        size = f"({patch}, {max_patches})"
+        raise UserError(f"pack_patches{size} was given an image of {h}x{w}; put `resize_to_patches{size}` before it")
+    patches = np.zeros((max_patches, patch * patch * channels), np.float32)
+    cells = np.reshape(image, (rows, patch, columns, patch, channels)).swapaxes(1, 2)
+    patches[: rows * columns] = cells.reshape(rows * columns, -1)
+    return {"patches": patches, "grid": np.array((rows, columns), np.int32)}
+
+
+@op
+def central_crop(
+    image: object, height: int, width: int | None = None, rounding: Literal["even", "down"] = "even"
+) -> Picture:
+    """Cuts [height, width] out of the middle; a smaller image is padded with black first.
+
+    An odd margin is halved by rounding to even, as in torchvision, or down, as in Transformers.
+    """
+    h, w = _size(image)
+    width = height if width is None else width
+    half = lambda margin: round(margin / 2) if margin >= 0 else -(-margin // 2)
+    top, left = (margin // 2 if rounding == "down" else half(margin) for margin in (h - height, w - width))
     return pil(image).crop((left, top, left + width, top + height))
 
 
@@ -159,9 +247,7 @@ def random_crop(image: object, rng: np.random.Generator, height: int, width: int
     image, width = array(image), height if width is None else width
     h, w = image.shape[:2]
     if h < height or w < width:
-        raise UserError(
-            f"random_crop({height}, {width}) was given an image of {h}x{w}; put `resize` or `pad` before it"
-        )
+        raise UserError(f"random_crop({height}, {width}) was given an image of {h}x{w}; put `resize` or `pad` first")
     top, left = int(rng.random() * (h - height + 1)), int(rng.random() * (w - width + 1))
     return image[top : top + height, left : left + width]
 
@@ -292,7 +378,7 @@ def to_float(image: object) -> np.ndarray:
 @op
 def normalize(
     image: object,
-    mean: float | tuple[float, ...] | Literal["clip", "imagenet"] = 0.5,
+    mean: float | tuple[float, ...] | Literal["clip", "imagenet", "efficientnet_lite"] = 0.5,
     std: float | tuple[float, ...] | None = None,
 ) -> np.ndarray:
     """uint8 [H, W, C] -> float32 `(image / 255 - mean) / std`; std is 0.5 by default, or the one of a named mean."""

@@ -1,5 +1,6 @@
 """Text ops (choose a caption, fill a template, make tokens) and field ops (keep, rename)."""
 
+import string
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,16 @@ def lower(text: str) -> str:
     return text.lower()
 
 
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@op
+def canonicalize(text: str, lower: bool = True) -> str:
+    """Lower case, ASCII punctuation dropped, single spaces: what SigLIP's zero-shot evaluation does to its prompts."""
+    text = (text.lower() if lower else text).translate(_PUNCTUATION)
+    return " ".join(text.split())
+
+
 @op
 def tokenize(
     example: dict,
@@ -111,7 +122,8 @@ def tokenize(
         raise UserError(
             f"op `tokenize` was given `{key}` of type {type(text).__name__}; expected a text: use `caption` first"
         )
-    example[to] = tokenizer([_text(text, key)], length, bos=bos, eos=eos)[0]
+    _text(text, key)  # not empty; white space at its ends is the tokenizer's business
+    example[to] = tokenizer([text], length, bos=bos, eos=eos)[0]
     return example
 
 

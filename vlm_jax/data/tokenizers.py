@@ -5,10 +5,12 @@ A tokenizer is named by a spec, a string that can stand in a config:
     clip                            49,408 ids, lower-cased, pad 0 (Radford et al. 2021, arXiv:2103.00020)
     emoji                           trained on the English names and keywords of the embedded training split
     sentencepiece:/path/spm.model   T5, SigLIP, Gemma, Llama
-    wordpiece:/path/vocab.txt       BERT, lower-cased
+    wordpiece:/path/vocab.txt       BERT, lower-cased but with `?cased=true`
+    bpe:/path/vocab.json            CLIP's byte pairs as Transformers reads them, with merges.txt beside
     json:/path/tokenizer.json       any file of the `tokenizers` library, `train_tokenizer`'s own among them
 
 Options follow a `?`, as in `sentencepiece:/path/spm.model?pad_id=1&lower=true` (SigLIP's use of T5's vocabulary).
+What a tokenizer.json's post-processor puts around a text is BOS and EOS; else they are known by their usual names.
 """
 
 import dataclasses
@@ -19,7 +21,7 @@ import pathlib
 import re
 import unicodedata
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import sentencepiece
@@ -88,7 +90,7 @@ def build(spec: str) -> Tokenizer:
         options["path"] = path
     elif path:
         raise UserError(f"tokenizer spec `{spec}`: `{kind}` is packaged and takes no path; write `{kind}`")
-    lower = _truth(options.pop("lower", "false"), spec)
+    lower = _truth(options.pop("lower", "false"), spec, "lower")
     ids = {key: _integer(options.pop(key), key, spec) for key in ("pad_id", "bos_id", "eos_id") if key in options}
     fields = config.call(builder, options, f"tokenizer spec `{spec}`") | ids
     encode = fields.pop("encode")
@@ -99,9 +101,9 @@ def build(spec: str) -> Tokenizer:
     )
 
 
-def _truth(value: str, spec: str) -> bool:
+def _truth(value: str, spec: str, key: str) -> bool:
     if value.lower() not in ("true", "false"):
-        raise UserError(f"tokenizer spec `{spec}`: lower is `{value}`; expected true or false")
+        raise UserError(f"tokenizer spec `{spec}`: {key} is `{value}`; expected true or false")
     return value.lower() == "true"
 
 
@@ -137,14 +139,23 @@ def _byte_alphabet() -> list[str]:
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
 
-@functools.cache
-def _clip_model() -> hf.Tokenizer:
+CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+CLIP_SPECIALS = ("<|startoftext|>", "<|endoftext|>")
+
+
+def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """OpenAI's pieces, without the two specials after them, and merges."""
     lines = gzip.decompress((VOCAB / "clip" / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode().split("\n")
     merges = [tuple(line.split()) for line in lines[1 : 49_152 - 256 - 2 + 1]]  # 49,152 = vocabulary before </w> bytes
     alphabet = _byte_alphabet()
     pieces = [*alphabet, *(c + "</w>" for c in alphabet), *map("".join, merges)]
-    model = hf.Tokenizer(hf.models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, end_of_word_suffix="</w>"))
-    words = hf.Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+    return {piece: i for i, piece in enumerate(pieces)}, merges
+
+
+@functools.cache
+def _clip_model() -> hf.Tokenizer:
+    model = hf.Tokenizer(hf.models.BPE(*clip_vocabulary(), end_of_word_suffix="</w>"))
+    words = hf.Regex(CLIP_WORDS)
     model.pre_tokenizer = hf.pre_tokenizers.Sequence(
         [
             hf.pre_tokenizers.Split(words, behavior="removed", invert=True),
@@ -184,31 +195,75 @@ def _sentencepiece(path: str) -> dict:
     }
 
 
-def _wordpiece(path: str) -> dict:
-    """BERT uncased: [CLS] and [SEP] are BOS and EOS, [PAD] pads."""
-    pieces = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
-    vocab = {piece.strip(): i for i, piece in enumerate(pieces)}
+def wordpiece_model(path: str, cased: bool = False) -> hf.Tokenizer:
+    """BERT's, as Transformers builds it from a vocab.txt."""
+    pieces = _text(path).removesuffix("\n").split("\n")  # not splitlines: a piece may be an odd line separator
+    vocab = {piece: i for i, piece in enumerate(pieces)}
     for special in ("[UNK]", "[PAD]", "[CLS]", "[SEP]"):
         if special not in vocab:
             raise UserError(f"{path} lacks {special}; expected a WordPiece vocabulary, one piece per line")
     model = hf.Tokenizer(hf.models.WordPiece(vocab, unk_token="[UNK]"))
-    model.normalizer = hf.normalizers.BertNormalizer(lowercase=True)
+    model.normalizer = hf.normalizers.BertNormalizer(lowercase=not cased)
     model.pre_tokenizer = hf.pre_tokenizers.BertPreTokenizer()
-    return _from_library(model)
+    model.post_processor = hf.processors.BertProcessing(("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"]))
+    return model
 
 
-def _json(path: str) -> dict:
+def _wordpiece(path: str, cased: str = "false") -> dict:
+    """[CLS] and [SEP] are BOS and EOS, [PAD] pads."""
+    return _from_library(wordpiece_model(path, _truth(cased, f"wordpiece:{path}", "cased")))
+
+
+def bpe_model(path: str) -> hf.Tokenizer:
+    """CLIP's, as Transformers builds it from vocab.json and merges.txt: no HTML unescaped, no encoding mended."""
+    merges = pathlib.Path(path).with_name("merges.txt")
+    if not merges.is_file():
+        raise UserError(f"there is no file {merges}, which belongs to {path}")
     try:
-        model = hf.Tokenizer.from_file(path)
+        vocab, pairs = hf.models.BPE.read_file(path, str(merges))
+        start, end = (vocab[special] for special in CLIP_SPECIALS)
+    except Exception as e:  # the library raises a bare Exception
+        raise UserError(f"{path} and {merges.name} are not CLIP's byte pairs: {str(e).splitlines()[0]}") from None
+    return clip_model(vocab, pairs, start, end)
+
+
+def clip_model(vocab: dict[str, int], merges: list[tuple[str, str]], start: int, end: int) -> hf.Tokenizer:
+    """Byte pairs under Transformers' `CLIPTokenizer`: NFC, one space for any white space, lower case."""
+    unknown = CLIP_SPECIALS[1]
+    model = hf.Tokenizer(hf.models.BPE(vocab, merges, unk_token=unknown, end_of_word_suffix="</w>"))
+    space = hf.normalizers.Replace(hf.Regex(r"\s+"), " ")
+    model.normalizer = hf.normalizers.Sequence([hf.normalizers.NFC(), space, hf.normalizers.Lowercase()])
+    words = hf.Regex(rf"<\|startoftext\|>|<\|endoftext\|>|{CLIP_WORDS}")
+    model.pre_tokenizer = hf.pre_tokenizers.Sequence(
+        [
+            hf.pre_tokenizers.Split(words, behavior="removed", invert=True),
+            hf.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    model.decoder = hf.decoders.ByteLevel()
+    model.add_special_tokens(list(CLIP_SPECIALS))
+    around = ((token, i) for token, i in zip(reversed(CLIP_SPECIALS), (end, start), strict=True))
+    model.post_processor = hf.processors.RobertaProcessing(*around, trim_offsets=False, add_prefix_space=False)
+    return model
+
+
+def json_model(path: str) -> hf.Tokenizer:
+    """The tokenizer of a file of the `tokenizers` library."""
+    try:
+        return hf.Tokenizer.from_file(path)
     except Exception as e:  # the library raises a bare Exception
         raise UserError(f"{path} is not a tokenizer.json: {str(e).splitlines()[0]}") from e
-    model.no_padding()
-    model.no_truncation()
-    return _from_library(model)
 
 
 def _emoji() -> dict:
-    return _json(str(VOCAB / "emoji" / "tokenizer.json"))
+    return _from_library(json_model(str(VOCAB / "emoji" / "tokenizer.json")))
+
+
+def _text(path: str) -> str:
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 text: {e}") from None
 
 
 # The names special tokens go by, the first that a vocabulary has counts.
@@ -219,16 +274,53 @@ SPECIALS = {
 }
 
 
+def special_ids(model: hf.Tokenizer) -> dict[str, int | None]:
+    """pad_id, bos_id and eos_id: by the model's own padding and post-processor, else by their usual names.
+
+    Padding and truncation of the model are switched off.
+    """
+    ids = {key: _first(map(model.token_to_id, names)) for key, names in SPECIALS.items()}
+    if model.padding:
+        ids["pad_id"] = model.padding["pad_id"]
+    model.no_padding()
+    model.no_truncation()
+    return ids if around(model) is None else ids | dict(zip(("bos_id", "eos_id"), around(model), strict=True))
+
+
+def around(model: hf.Tokenizer) -> tuple[int | None, int | None] | None:
+    """The ids that the post-processor puts before and after a text; None where there is no such processor."""
+    if model.post_processor is None or isinstance(model.post_processor, hf.processors.ByteLevel):
+        return None
+    for text in ("a", "0", "."):  # the first that the vocabulary has
+        plain, whole = model.encode(text, add_special_tokens=False).ids, model.encode(text).ids
+        if plain:
+            break
+    start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    before, after = whole[:start], whole[start + len(plain) :]
+    if len(before) > 1 or len(after) > 1:
+        raise UserError(f"a tokenizer puts the ids {before} and {after} around a text; expected one on a side at most")
+    return _first(before), _first(after)
+
+
+def _first(values: Iterable[int | None]) -> int | None:
+    return next((value for value in values if value is not None), None)
+
+
 def _from_library(model: hf.Tokenizer) -> dict:
-    vocab = model.get_vocab(with_added_tokens=True)
-    special = lambda names: next((vocab[name] for name in names if name in vocab), None)
-    return {
+    return special_ids(model) | {
         "encode": lambda text: model.encode(text, add_special_tokens=False).ids,
-        "vocab_size": max(vocab.values()) + 1,
-    } | {key: special(names) for key, names in SPECIALS.items()}
+        "vocab_size": max(model.get_vocab(with_added_tokens=True).values()) + 1,
+    }
 
 
-BUILDERS = {"clip": _clip, "emoji": _emoji, "sentencepiece": _sentencepiece, "wordpiece": _wordpiece, "json": _json}
+BUILDERS = {
+    "clip": _clip,
+    "emoji": _emoji,
+    "sentencepiece": _sentencepiece,
+    "wordpiece": _wordpiece,
+    "bpe": lambda path: _from_library(bpe_model(path)),
+    "json": lambda path: _from_library(json_model(path)),
+}
 PACKAGED = ("clip", "emoji")
 
 

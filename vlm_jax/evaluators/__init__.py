@@ -1,5 +1,7 @@
 """What a model can do, as numbers: `evaluators.build(section)(pretrained, mesh) -> Result(metrics, artifacts)`.
 
+A third argument, a `progress.Progress`, keeps what is done so far, so that a killed evaluation goes on.
+
     zeroshot          classification by class names, with prompt ensembles
     retrieval         pictures by their captions and captions by their pictures
     pixel_neighbour   classification by the nearest training picture in pixels: the baseline a model must beat
@@ -11,7 +13,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vlm_jax import config
-from vlm_jax.evaluators.metrics import mean_per_class_accuracy, retrieval_recall, top_k_accuracy, truth_ranks
+from vlm_jax.evaluators.metrics import (
+    mean_per_class_accuracy,
+    retrieval_ranks,
+    retrieval_recall,
+    top_k_accuracy,
+    truth_ranks,
+)
 from vlm_jax.evaluators.pixel_neighbour import pixel_neighbour
 from vlm_jax.evaluators.result import Result
 from vlm_jax.evaluators.retrieval import retrieval
@@ -24,6 +32,7 @@ __all__ = [
     "mean_per_class_accuracy",
     "pixel_neighbour",
     "retrieval",
+    "retrieval_ranks",
     "retrieval_recall",
     "top_k_accuracy",
     "truth_ranks",

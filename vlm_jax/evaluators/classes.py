@@ -1,24 +1,44 @@
-"""The classes of a zero-shot task: labels and their names."""
+"""The classes of a zero-shot task, labels and their names, and the prompts that the names are put into.
 
+`vlm_jax/data/zeroshot` holds names and prompts of the usual data sets; its NOTICE says where they are from.
+"""
+
+import difflib
+import functools
 import json
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from vlm_jax.data.registry import BadExample, field
 from vlm_jax.errors import UserError
+
+PACKAGED = pathlib.Path(__file__).parents[1] / "data" / "zeroshot"
+LABELS = ("label", "cls", "concept")  # of TFDS and folders, of webdatasets, of the embedded data set
+
+
+@functools.cache
+def packaged(kind: str) -> dict[str, list[str]]:
+    """The package's "classes" or "templates": data set -> names in the order of its labels, or prompts."""
+    return json.loads((PACKAGED / f"{kind}.json").read_text(encoding="utf-8"))
 
 
 def read(classes: str | Sequence[str] | Mapping[int, str]) -> dict[int | str, str]:
     """Returns label -> name.
 
     Args:
-      classes: "emoji:seen" or "emoji:held_out" (the embedded data set's concepts of groups 3-7), a .txt file (line i
-        names label i), a .json file (a list likewise, or an object from labels to names), a list or a mapping.
+      classes: the name of a data set of `vlm_jax/data/zeroshot/classes.json` ("imagenet", "cifar10", ...);
+        "emoji:seen" or "emoji:held_out" (the embedded data set's concepts of groups 3-7); a .txt file (line i names
+        label i); a .json file (a list likewise, or an object from labels to names); a list or a mapping.
     """
     if isinstance(classes, str) and classes.startswith("emoji:"):
         return _emoji(classes)
-    names = _file(classes) if isinstance(classes, str) else classes
+    if isinstance(classes, str) and classes in packaged("classes"):
+        return dict(enumerate(packaged("classes")[classes]))
+    names = _file(classes, "classes", "`emoji:seen`") if isinstance(classes, str) else classes
     if isinstance(names, Mapping):
         named = {int(label) if str(label).isdecimal() else label: name for label, name in names.items()}
     else:
@@ -26,6 +46,77 @@ def read(classes: str | Sequence[str] | Mapping[int, str]) -> dict[int | str, st
     if not named or not all(isinstance(name, str) and name.strip() for name in named.values()):
         raise UserError(f"classes {classes!r:.60} are not a list of names or a mapping from labels to names")
     return named
+
+
+def read_templates(templates: str | Sequence[str]) -> list[str]:
+    """Returns prompts, `{}` stands for the name.
+
+    Args:
+      templates: one prompt or several; or one name of `vlm_jax/data/zeroshot/templates.json` ("imagenet80",
+        "imagenet7", "cifar10", ...) or a .txt or .json file with a list.
+    """
+    several = [templates] if isinstance(templates, str) else list(templates)
+    if len(several) == 1 and "{}" not in several[0]:
+        if several[0] in packaged("templates"):
+            return packaged("templates")[several[0]]
+        if several[0].endswith((".txt", ".json")) or " " not in several[0]:
+            several = _file(several[0], "templates", "a prompt such as `a photo of a {}.`")
+    if not isinstance(several, list) or not several:
+        raise UserError(f"templates {templates!r:.60} are not a list of prompts")
+    for template in several:
+        if not isinstance(template, str) or "{}" not in template:
+            raise UserError(f"template `{template}` has no `{{}}` for the class name")
+    return several
+
+
+def of_source(source: Any, label: str, about: str) -> dict[int, str]:
+    """Returns label -> name as the data set itself says it: a folder's sub-folders, a TFDS ClassLabel.
+
+    Underscores become spaces. Raises a UserError where there are no names, or only numbers or WordNet's ids.
+    """
+    names = _own_names(source, label)
+    if not names or all(re.fullmatch(r"\d+|n\d{8}", name) for name in names):
+        what = f"has for its `{label}` no names but `{names[0]}`, ..." if names else f"has no names for its `{label}`"
+        raise UserError(f"{about} {what}; give --classes: {_options('classes', '`emoji:seen`')}")
+    return dict(enumerate(name.replace("_", " ") for name in names))
+
+
+def check_count(source: Any, label: str, classes: Any, about: str) -> None:
+    """Raises a UserError where packaged classes are not as many as those that the data set says it has."""
+    own = _own_names(source, label)
+    if own and isinstance(classes, str) and len(own) != len(packaged("classes").get(classes, own)):
+        raise UserError(
+            f"{about} has {len(own)} classes ({own[0]}, ...), `{classes}` has {len(packaged('classes')[classes])}; "
+            "give the names of these labels, a .json file {label: name}, or leave --classes out"
+        )
+
+
+def find_label(source: Any, about: str) -> str:
+    """Returns the first of LABELS that the source's first record has."""
+    record = source[0]
+    for label in LABELS:
+        try:
+            field(record, label)
+            return label
+        except BadExample:
+            continue
+    raise UserError(f"{about} has no field {' or '.join(LABELS)}; give --label, one of: {', '.join(record)}")
+
+
+def index_of(named: Mapping[int | str, str]) -> Callable[[Iterable], np.ndarray]:
+    """Returns a function from labels (lists of one number or name, as `ops.boxed` makes them) to class indices int [B].
+
+    -1 stands for a label that is no class's.
+    """
+    index = {name: i for i, name in enumerate(named.values())} | {label: i for i, label in enumerate(named)}
+    return lambda labels: np.array([index.get(label, -1) for (label,) in labels], np.int64)
+
+
+def _own_names(source: Any, label: str) -> list[str]:
+    features = getattr(source, "features", {})
+    if label == "label" and hasattr(source, "classes"):
+        return source.classes
+    return list(getattr(features[label], "names", ())) if label in features else []
 
 
 def _emoji(classes: str) -> dict[int, str]:
@@ -37,9 +128,11 @@ def _emoji(classes: str) -> dict[int, str]:
     return emoji.concepts(held_out=part == "held_out")
 
 
-def _file(path: str) -> Sequence[str] | Mapping[str, str]:
+def _file(path: str, kind: str, beside: str) -> Sequence[str] | Mapping[str, str]:
     if not pathlib.Path(path).is_file():
-        raise UserError(f"there is no file of class names {path}; expected a .txt or .json file, or `emoji:seen`")
+        close = difflib.get_close_matches(path, packaged(kind), n=1)
+        hint = f"did you mean `{close[0]}`?" if close else f"expected {_options(kind, beside)}"
+        raise UserError(f"there is no file of {kind} {path}, and no packaged {kind} of that name; {hint}")
     text = pathlib.Path(path).read_text(encoding="utf-8")
     if path.endswith(".txt"):
         return [line.strip() for line in text.splitlines() if line.strip()]
@@ -49,10 +142,5 @@ def _file(path: str) -> Sequence[str] | Mapping[str, str]:
         raise UserError(f"{path} is neither a .txt file of names nor JSON: {e}") from e
 
 
-def index_of(named: Mapping[int | str, str]) -> Callable[[Iterable], np.ndarray]:
-    """Returns a function from labels (lists of one number or name, as `ops.boxed` makes them) to class indices int [B].
-
-    -1 stands for a label that is no class's.
-    """
-    index = {name: i for i, name in enumerate(named.values())} | {label: i for i, label in enumerate(named)}
-    return lambda labels: np.array([index.get(label, -1) for (label,) in labels], np.int64)
+def _options(kind: str, beside: str) -> str:
+    return f"a .txt or .json file, {beside}, or one of {', '.join(packaged(kind))}"

@@ -1,10 +1,25 @@
-"""Pure functions from scores to numbers. N examples or queries, C classes, M candidates."""
+"""Pure functions from scores to numbers. N examples or queries, C classes, M candidates.
 
-from collections.abc import Sequence
+What compares all with all takes its scores block by block, `scores(rows, columns) -> [rows, columns]`, so that the full
+matrix need not exist: `lambda i, t: similarity(images[i], texts[t])`, or `lambda i, t: matrix[i, t]`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-ROWS_AT_A_TIME = 1024  # bounds the memory of comparisons over [N, M]
+ROWS, COLUMNS = 1024, 4096  # of a block: 32 MB in float64
+
+Scores = Callable[[slice, slice], np.ndarray]
+
+
+def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Returns the inner products of float32 [n, D] and [m, D], float32 [n, m].
+
+    Added up in float64 and rounded once, so that a pair's number does not depend on the block that it is computed in,
+    and equal embeddings tie exactly.
+    """
+    return (a.astype(np.float64) @ b.astype(np.float64, copy=False).T).astype(np.float32)
 
 
 def truth_ranks(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -19,12 +34,37 @@ def truth_ranks(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """
     _check(scores.ndim == 2 and truth.shape == scores.shape[:1], "scores [N, M] and truth [N]", scores, truth)
     ranks = np.empty(len(scores), np.int64)
-    for rows in _chunks(len(scores)):
+    for rows in _slices(len(scores), ROWS):
         own = np.take_along_axis(scores[rows], truth[rows, None], axis=1)
-        earlier = np.arange(scores.shape[1]) < truth[rows, None]
-        before = (scores[rows] > own) | ((scores[rows] == own) & earlier)
+        before = _before(scores[rows], own, np.arange(scores.shape[1]) < truth[rows, None])
         ranks[rows] = np.where(np.isnan(own[:, 0]), scores.shape[1], before.sum(axis=1))
     return ranks
+
+
+def top_k(scores: Scores, queries: int, candidates: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the `k` best candidates of each query, int [N, k], and their scores, float [N, k], best first.
+
+    Equal scores stand in the order of their index. Memory: one block.
+
+    Args:
+      scores: the scores, block by block.
+      queries: N.
+      candidates: M; with fewer than `k`, all are returned.
+      k: how many.
+    """
+    found = []
+    for rows in _slices(queries, ROWS):
+        best = index = None
+        for columns in _slices(candidates, COLUMNS):
+            block = scores(rows, columns)
+            at = np.broadcast_to(np.arange(columns.start, columns.stop), block.shape)
+            if best is not None:  # what was found stands first: its indices are lower
+                block, at = np.concatenate([best, block], axis=1), np.concatenate([index, at], axis=1)
+            order = np.argsort(-block, axis=1, kind="stable")[:, :k]
+            best, index = (np.take_along_axis(x, order, axis=1) for x in (block, at))
+        found.append((index, best))
+    index, best = zip(*found, strict=True)
+    return np.concatenate(index), np.concatenate(best)
 
 
 def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, mask: np.ndarray | None = None, k: int = 1) -> float:
@@ -79,6 +119,43 @@ def confusions(
     return [(int(pairs[i, 0]), int(pairs[i, 1]), int(counts[i])) for i in order]
 
 
+def retrieval_ranks(scores: Scores, images: int, image_of_text: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns how many candidates stand before the right one: `image_to_text` int [N], `text_to_image` int [M].
+
+    An image with several texts has the rank of the best of them. Ties and NaN as in `truth_ranks`. Each block of scores
+    is computed once (those with pairs twice) for both directions. Memory: one block and a few numbers for each row.
+
+    Args:
+      scores: the similarity of images (rows) and texts (columns), block by block.
+      images: N.
+      image_of_text: int [M], which image a text describes.
+    """
+    texts, owner = len(image_of_text), image_of_text
+    captions = np.bincount(owner, minlength=images)
+    _check(len(captions) == images and captions.all(), "a caption for each image", captions, owner)
+    own = np.empty(texts)  # of each text with its image
+    for rows, columns in _blocks(images, texts):
+        here = np.flatnonzero((owner[columns] >= rows.start) & (owner[columns] < rows.stop))
+        if len(here):
+            own[columns.start + here] = scores(rows, columns)[owner[columns][here] - rows.start, here]
+    order = np.lexsort((-np.where(np.isnan(own), np.inf, own), owner))  # stable: the first of equals
+    best = order[np.unique(owner[order], return_index=True)[1]]  # the most similar of an image's texts, [N]
+    of_image, of_text = np.zeros(images, np.int64), np.zeros(texts, np.int64)
+    for rows, columns in _blocks(images, texts):
+        block = scores(rows, columns)
+        index = np.arange(columns.start, columns.stop)
+        of_image[rows] += _before(block, own[best[rows], None], index < best[rows, None]).sum(axis=1)
+        index = np.arange(rows.start, rows.stop)[:, None]
+        of_text[columns] += _before(block, own[columns], index < owner[columns]).sum(axis=0)
+    of_image[np.isnan(own[best])], of_text[np.isnan(own)] = texts, images
+    return {"image_to_text": of_image, "text_to_image": of_text}
+
+
+def recall(ranks: dict[str, np.ndarray], ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """Returns `name/recall@k`, the share of ranks below k (Karpathy & Fei-Fei 2015, arXiv:1412.2306, section 4.1)."""
+    return {f"{name}/recall@{k}": float(np.mean(rank < k)) for name, rank in ranks.items() for k in ks}
+
+
 def retrieval_recall(
     similarity: np.ndarray, image_of_text: np.ndarray, ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
@@ -86,7 +163,6 @@ def retrieval_recall(
 
     Image to text: the share of images that have one of their captions among the k most similar texts.
     Text to image: the share of captions that have their image among the k most similar images.
-    (Karpathy & Fei-Fei 2015, arXiv:1412.2306, section 4.1.)
 
     Args:
       similarity: float [N, M], of N images with M texts.
@@ -95,21 +171,19 @@ def retrieval_recall(
     """
     images, texts = similarity.shape
     _check(image_of_text.shape == (texts,), "similarity [N, M] and image_of_text [M]", similarity, image_of_text)
-    captions = np.bincount(image_of_text, minlength=images)
-    _check(len(captions) == images and captions.all(), "a caption for each image", similarity, image_of_text)
-    best = np.empty(images, np.int64)  # the most similar of an image's own captions
-    for rows in _chunks(images):
-        own = image_of_text == np.arange(images)[rows, None]
-        best[rows] = np.where(own, similarity[rows], -np.inf).argmax(axis=1)
-    ranks = {
-        "image_to_text": truth_ranks(similarity, best),
-        "text_to_image": truth_ranks(similarity.T, image_of_text),
-    }
-    return {f"{name}/recall@{k}": float(np.mean(rank < k)) for name, rank in ranks.items() for k in ks}
+    return recall(retrieval_ranks(lambda i, t: similarity[i, t], images, image_of_text), ks)
 
 
-def _chunks(rows: int) -> list[slice]:
-    return [slice(start, start + ROWS_AT_A_TIME) for start in range(0, rows, ROWS_AT_A_TIME)]
+def _before(scores: np.ndarray, own: np.ndarray, earlier: np.ndarray) -> np.ndarray:
+    return (scores > own) | ((scores == own) & earlier)
+
+
+def _blocks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+    return ((r, c) for r in _slices(rows, ROWS) for c in _slices(columns, COLUMNS))
+
+
+def _slices(length: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
 def _check(condition: bool, expected: str, *arrays: np.ndarray) -> None:

@@ -8,8 +8,14 @@ import numpy as np
 from vlm_jax.data import loader
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators import metrics
-from vlm_jax.evaluators.ops import boxed  # noqa: F401 (registered as an op)
+from vlm_jax.evaluators.hosts import Hosts
+from vlm_jax.evaluators.ops import boxed, thumbnail  # noqa: F401 (registered as ops)
+from vlm_jax.evaluators.progress import Progress, Table, memory_limit
 from vlm_jax.evaluators.result import Result
+from vlm_jax.evaluators.stream import look_up, stream
+from vlm_jax.evaluators.zeroshot import evenly_spaced
+
+NAMED = 5  # best captions shown with a picture
 
 
 def retrieval(
@@ -22,11 +28,14 @@ def retrieval(
     where: Mapping[str, Sequence] | None = None,
     ops: str | None = None,
     batch_size: int = 256,
+    gallery: int = 24,
+    memory_share: float = 0.25,
 ) -> Callable[..., Result]:
-    """Returns an evaluator `(pretrained, mesh=None) -> Result`.
+    """Returns an evaluator `(pretrained, mesh=None, progress=None) -> Result`.
 
-    Metrics: `image_to_text/recall@k`, `text_to_image/recall@k`, `images`, `texts`. A picture may have several captions;
-    any of them is right. (The usual Flickr30k and COCO protocol has five for each picture.)
+    Metrics: `image_to_text/recall@k`, `text_to_image/recall@k`, `images`, `texts`, `left_out` (pictures without text).
+    A picture may have several captions; any of them is right. (The usual Flickr30k and COCO protocol has five for each
+    picture.) Similarities are made and ranked in blocks, never the whole matrix.
 
     Args:
       uri: the data set, as for `sources.open_source`.
@@ -37,34 +46,80 @@ def retrieval(
       where: field -> values that a record must have to take part.
       ops: op string from record to `image`; the model's own preprocessing by default.
       batch_size: pictures at a time; the numbers do not depend on it.
+      gallery: how many pictures to show with their best captions, evenly spaced over the split.
+      memory_share: of the free memory, for embeddings (half for pictures, half for texts); beyond it, a file.
     """
     captions = (captions,) if isinstance(captions, str) else tuple(captions)
+    fields = ", ".join(f'"{path}"' for path in captions)
+    limit = memory_limit(memory_share)
 
-    def evaluate(pretrained: Any, mesh: Any = None) -> Result:
+    def evaluate(pretrained: Any, mesh: Any = None, progress: Progress | None = None) -> Result:
         del mesh  # the model knows where it runs
-        fields = ", ".join(f'"{path}"' for path in captions)
+        progress = progress or Progress()
+        hosts = Hosts(getattr(pretrained, "mesh", None), batch_size)
+        pretrained = hosts.place(pretrained)
         string = f'decode | boxed({fields}, to="captions") | {ops or pretrained.preprocess} | keep("image", "captions")'
         batches = loader.eval_batches(
-            uri=uri, split=split, where=where, batch_size=batch_size, ops=string, tokenizer=pretrained.tokenizer
-        )
-        images, texts, image_of_text, without = [], [], [], 0
-        for batch in batches:
-            embedded = np.asarray(pretrained.embed_image_batch(batch["image"]))
-            for real, embedding, values in zip(batch["mask"], embedded, batch["captions"], strict=True):
-                own = _texts(values) if real else []
-                without += bool(real and not own)
-                if own:
-                    image_of_text += [len(images)] * len(own)
-                    images.append(embedding)
-                    texts += own
-        if not images:
+            uri=uri, split=split, where=where, ops=string, tokenizer=pretrained.tokenizer,
+            batch_size=hosts.batch_size, process_index=hosts.index, process_count=hosts.count,
+        )  # fmt: skip
+        counts = hosts.from_first(progress.begin(examples=batches.num_examples, batch_size=hosts.batch_size))
+        counts = {"batches": 0, "images": 0, "left_out": 0} | counts
+        images, texts = progress.table("images", limit / 2), progress.table("texts", limit / 2)
+        some, left_out = counts["images"], counts["left_out"]
+        for batch in stream(batches, hosts, ["captions"], counts["batches"], progress.show):
+            rows = zip(batch.mask, batch.columns["captions"], strict=True)
+            of_row = [_texts(values) if real else [] for real, values in rows]
+            row = np.array([i for i, own in enumerate(of_row) for _ in own], np.int64)
+            kept, number = np.unique(row, return_inverse=True)
+            some, left_out = some + len(kept), left_out + int(batch.mask.sum()) - len(kept)
+            if len(kept):
+                embedded = pretrained.embed_image_batch(batch.image)
+                prompts = [template.replace("{}", text) for own in of_row for text in own]
+                filled = prompts + prompts[:1] * (-len(prompts) % hosts.batch_size)  # few shapes are compiled
+                nth = np.concatenate([np.arange(len(own)) for own in of_row])
+                embedded_texts = pretrained.embed_texts(filled)[: len(prompts)]
+                if hosts.first:
+                    texts.append(embedding=embedded_texts, image=len(images) + number, nth=nth)
+                    images.append(embedding=embedded[kept], position=batch.position[kept])
+            progress.save(batches=batch.done, images=some, left_out=left_out)
+        if not some:
             raise UserError(f"{uri} {split or ''}: no picture has a text under {', '.join(captions)}")
-        embedded = np.asarray(pretrained.embed_texts([template.replace("{}", text) for text in texts]))
-        recall = metrics.retrieval_recall(np.stack(images) @ embedded.T, np.array(image_of_text), ks)
-        counts = {"images": float(len(images)), "texts": float(len(texts)), "left_out": float(without)}
-        return Result(recall | counts, {})
+        result = Result({}, {})
+        if hosts.first:
+            look = lambda rows, string: look_up(batches, string, images.read("position")[rows])
+            result = _result(images, texts, ks, gallery, look, fields)
+        return result._replace(metrics=hosts.from_first(result.metrics | {"left_out": float(left_out)}))
 
     return evaluate
+
+
+def _result(images: Table, texts: Table, ks: Sequence[int], gallery: int, look: Callable, fields: str) -> Result:
+    scores = lambda i, t: metrics.similarity(images.read("embedding", i), texts.read("embedding", t))
+    ranks = metrics.retrieval_ranks(scores, len(images), texts.read("image"))
+    numbers = metrics.recall(ranks, ks) | {"images": float(len(images)), "texts": float(len(texts))}
+    artifacts = {"ranks": ranks}
+    if gallery:
+        artifacts["gallery"] = _gallery(images, texts, evenly_spaced(len(images), gallery), look, fields)
+    return Result(numbers, artifacts)
+
+
+def _gallery(images: Table, texts: Table, shown: np.ndarray, look: Callable, fields: str) -> dict[str, Any]:
+    """Some pictures with their best captions; `truth` is the best of a picture's own, or its first."""
+    queries = np.concatenate([images.read("embedding", slice(i, i + 1)) for i in shown])
+    scores = lambda i, t: metrics.similarity(queries[i], texts.read("embedding", t))
+    best, similarity = metrics.top_k(scores, len(shown), len(texts), NAMED)
+    owner, nth = texts.read("image"), texts.read("nth")
+    wanted = np.union1d(owner[best], shown)
+    records = look(wanted, f'boxed({fields}, to="captions") | keep("captions")')
+    captions = {i: _texts(record["captions"][()]) for i, record in zip(wanted, records, strict=True)}
+    names = [[captions[owner[text]][nth[text]] for text in row] for row in best]
+    truth = []
+    for i, row, texts_of_row in zip(shown, best, names, strict=True):
+        own = np.flatnonzero(owner[row] == i)
+        truth.append(texts_of_row[own[0]] if len(own) else captions[i][0])
+    pictures = [record["thumbnail"] for record in look(shown, 'decode | thumbnail | keep("thumbnail")')]
+    return {"images": np.stack(pictures), "truth": truth, "names": names, "scores": similarity}
 
 
 def _texts(values: list) -> list[str]:

@@ -1,149 +1,153 @@
 """Zero-shot classification: the class whose name, put into prompts, embeds nearest (arXiv:2103.00020, section 3.1)."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from vlm_jax.data import loader
+from vlm_jax.data.sources import open_source
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators import classes as class_names
 from vlm_jax.evaluators import metrics
+from vlm_jax.evaluators.hosts import Hosts
 from vlm_jax.evaluators.ops import boxed, thumbnail  # noqa: F401 (registered as ops)
+from vlm_jax.evaluators.progress import Progress, Table, memory_limit
 from vlm_jax.evaluators.result import Result
+from vlm_jax.evaluators.stream import look_up, stream
+from vlm_jax.pretrained import class_embeddings
 
 NAMED = 5  # best names kept for each picture
 MIXED_UP = 24  # confusions kept
-
-
-def class_embeddings(
-    embed_texts: Callable[[list[str]], np.ndarray], names: Sequence[str], templates: Sequence[str]
-) -> np.ndarray:
-    """Returns unit-norm class embeddings, float32 [C, D]: the normalised mean of the names' normalised prompts.
-
-    Args:
-      embed_texts: texts -> float [n, D].
-      names: C class names.
-      templates: prompts; `{}` stands for the name.
-    """
-    for template in templates:
-        if "{}" not in template:
-            raise UserError(f"template `{template}` has no `{{}}` for the class name")
-    prompts = [template.replace("{}", name) for name in names for template in templates]
-    embeddings = np.asarray(embed_texts(prompts), np.float32).reshape(len(names), len(templates), -1)
-    return _unit(_unit(embeddings).mean(axis=1))
+PROMPTS = 2048  # embedded between two looks at the clock
 
 
 def zeroshot(
     *,
     uri: str,
     split: str | None = None,
-    classes: str | Sequence[str] | Mapping[int, str],
-    label: str = "concept",
+    classes: str | Sequence[str] | Mapping[int, str] | None = None,
+    label: str | None = None,
     templates: str | Sequence[str] = ("{}",),
     where: Mapping[str, Sequence] | None = None,
     ops: str | None = None,
     batch_size: int = 256,
     gallery: int = 24,
+    memory_share: float = 0.25,
 ) -> Callable[..., Result]:
-    """Returns an evaluator `(pretrained, mesh=None) -> Result`.
+    """Returns an evaluator `(pretrained, mesh=None, progress=None) -> Result`.
 
     Metrics: `top1`, `top5` (left out below six classes), `mean_per_class`, `examples`, `left_out`.
 
     Args:
       uri: the data set, as for `sources.open_source`.
       split: its split.
-      classes: the names to choose among, see `classes.read`. Pictures with another label are left out and counted.
-      label: the record's field with the label: a number of `classes`, or a class name.
-      templates: prompts, `{}` stands for the name.
+      classes: the names to choose among, see `classes.read`; by default those that the data set itself has. Pictures
+        with another label are left out and counted.
+      label: the record's field with the label: a number of `classes`, or a class name; by default the first of
+        `classes.LABELS` that there is.
+      templates: prompts, `{}` stands for the name; or the name of packaged ones, see `classes.read_templates`.
       where: field -> values that a record must have to take part.
       ops: op string from record to `image`; the model's own preprocessing by default.
       batch_size: pictures at a time; the numbers do not depend on it.
       gallery: how many pictures to show with their best names, evenly spaced over the split.
+      memory_share: of the free memory, for what is kept of each picture (70 bytes); beyond it, a file.
     """
-    named = class_names.read(classes)
+    about = f"data set `{uri}`, split `{split}`" if split else f"data set `{uri}`"
+    if label is None or classes is None:
+        source = open_source(uri, split)
+        label = label or class_names.find_label(source, about)
+    named = class_names.of_source(source, label, about) if classes is None else class_names.read(classes)
     names, index_of = list(named.values()), class_names.index_of(named)
-    templates = [templates] if isinstance(templates, str) else list(templates)
+    templates = class_names.read_templates(templates)
+    limit = memory_limit(memory_share)
 
-    def evaluate(pretrained: Any, mesh: Any = None) -> Result:
+    def evaluate(pretrained: Any, mesh: Any = None, progress: Progress | None = None) -> Result:
         del mesh  # the model knows where it runs
-        text = class_embeddings(pretrained.embed_texts, names, templates)
-        string = ["decode", "thumbnail", f'boxed("{label}", to="label")', ops or pretrained.preprocess]
+        progress = progress or Progress()
+        hosts = Hosts(getattr(pretrained, "mesh", None), batch_size)
+        pretrained = hosts.place(pretrained)
+        string = f'decode | boxed("{label}", to="label") | {ops or pretrained.preprocess} | keep("image", "label")'
         batches = loader.eval_batches(
-            uri=uri,
-            split=split,
-            where=where,
-            batch_size=batch_size,
-            tokenizer=pretrained.tokenizer,
-            ops=" | ".join([*string, 'keep("image", "label", "thumbnail")']),
+            uri=uri, split=split, where=where, ops=string, tokenizer=pretrained.tokenizer,
+            batch_size=hosts.batch_size, process_index=hosts.index, process_count=hosts.count,
+        )  # fmt: skip
+        class_names.check_count(batches.examples.source, label, classes, about)
+        prompts_sha256 = hashlib.sha256(json.dumps([list(named.items()), templates]).encode()).hexdigest()
+        counts = progress.begin(
+            examples=batches.num_examples, batch_size=hosts.batch_size, classes_and_templates=prompts_sha256
         )
-        columns, left_out = [], 0
-        shown, pictures = EvenlySpaced(gallery), {}
-        for batch in batches:
-            truth = index_of(batch["label"])
-            among = batch["mask"] & (truth >= 0)
-            left_out += int(batch["mask"].sum() - among.sum())
-            if not among.any():
-                continue
-            logits = (pretrained.embed_image_batch(batch["image"]) @ text.T)[among]
-            truth, thumbnails = truth[among], batch["thumbnail"][among]
-            order = np.argsort(-logits, axis=1, kind="stable")[:, :NAMED]
-            top, own = (np.take_along_axis(logits, index, axis=1) for index in (order, truth[:, None]))
-            columns.append((truth, metrics.truth_ranks(logits, truth), order[:, 0], top[:, 0] - own[:, 0]))
-            shown.add(zip(thumbnails, truth, order, top, strict=True))
-            for i, picture in zip(truth.tolist(), thumbnails, strict=True):
-                pictures.setdefault(i, picture)
-        if not columns:
-            raise UserError(f"{uri} {split or ''}: no picture's `{label}` is among the classes {classes!r:.60}")
-        labels, ranks, predicted, margins = map(np.concatenate, zip(*columns, strict=True))
-        mean, per_class = metrics.mean_per_class_accuracy(ranks == 0, labels, len(names))
-        numbers = {"top1": float(np.mean(ranks == 0))}
-        if len(names) > NAMED:
-            numbers["top5"] = float(np.mean(ranks < NAMED))
-        numbers |= {"mean_per_class": mean, "examples": float(len(labels)), "left_out": float(left_out)}
-        worst = metrics.confusions(predicted, labels, margins)[:MIXED_UP]
-        confusions = [(names[true], names[wrong], count) for true, wrong, count in worst]
-        artifacts = {"classes": names, "per_class": per_class, "confusions": confusions}
-        mixed_up = {names[i]: pictures[i] for pair in worst for i in pair[:2] if i in pictures}
-        if mixed_up:
-            artifacts["class_pictures"] = {"names": list(mixed_up), "images": np.stack(list(mixed_up.values()))}
-        if shown.items():
-            artifacts["gallery"] = _gallery(shown.items(), names)
-        return Result(numbers, artifacts)
+        counts = {"classes": 0, "batches": 0, "examples": 0, "left_out": 0} | hosts.from_first(counts)
+        table, examples = progress.table("classes", limit / 2), progress.table("examples", limit / 2)
+        step = max(PROMPTS // len(templates), 1)
+        for start in range(counts["classes"], len(names), step):
+            embedded = class_embeddings(pretrained.embed_texts, names[start : start + step], templates)
+            if hosts.first:
+                table.append(embedding=embedded)
+            progress.save(classes=start + len(embedded))
+        text = table.read("embedding").astype(np.float64) if hosts.first else None
+
+        some, left_out = counts["examples"], counts["left_out"]
+        for batch in stream(batches, hosts, ["label"], counts["batches"], progress.show):
+            truth = index_of(batch.columns["label"])
+            among = batch.mask & (truth >= 0)
+            some, left_out = some + int(among.sum()), left_out + int(batch.mask.sum() - among.sum())
+            if among.any():
+                embedded = pretrained.embed_image_batch(batch.image)
+                if hosts.first:
+                    logits = metrics.similarity(embedded[among], text)
+                    examples.append(position=batch.position[among], **_row(logits, truth[among]))
+            progress.save(batches=batch.done, examples=some, left_out=left_out)
+        if not some:
+            raise UserError(f"{about}: no picture's `{label}` is among the classes {', '.join(names):.60}")
+        result = _result(examples, names, batches, gallery) if hosts.first else Result({}, {})
+        numbers = result.metrics | {"left_out": float(left_out)}
+        return result._replace(metrics=hosts.from_first(numbers))
 
     return evaluate
 
 
-class EvenlySpaced:
-    """Keeps `count` items of a stream of unknown length at even distances: a choice by rule, not by looks."""
-
-    def __init__(self, count: int):
-        self._count, self._stride, self._seen, self._kept = count, 1, 0, []
-
-    def add(self, items: Iterable) -> None:
-        for item in items:
-            if self._count and self._seen % self._stride == 0:
-                self._kept.append(item)
-                if len(self._kept) > 8 * self._count:
-                    self._kept, self._stride = self._kept[::2], 2 * self._stride
-            self._seen += 1
-
-    def items(self) -> list:
-        """At most `count` items, from the first to the last kept."""
-        if len(self._kept) <= self._count:
-            return self._kept
-        return [self._kept[round(i)] for i in np.linspace(0, len(self._kept) - 1, self._count)]
+def _row(logits: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
+    """What is kept of each picture: its class, that class's rank, the best names, their scores, and the class's own."""
+    best, scores = metrics.top_k(lambda i, c: logits[i, c], *logits.shape, NAMED)
+    ranks = metrics.truth_ranks(logits, truth)
+    own = np.take_along_axis(logits, truth[:, None], axis=1)[:, 0]
+    return {"truth": truth, "rank": ranks, "best": best.astype(np.int32), "scores": scores, "own": own}
 
 
-def _gallery(shown: list[tuple], names: list[str]) -> dict[str, Any]:
-    images, truth, order, top = zip(*shown, strict=True)
-    return {
-        "images": np.stack(images),
-        "truth": [names[i] for i in truth],
-        "names": [[names[i] for i in row] for row in order],
-        "scores": np.stack(top),
-    }
+def _result(examples: Table, names: list[str], batches: loader.EvalBatches, gallery: int) -> Result:
+    labels, ranks, best, scores = map(examples.read, ("truth", "rank", "best", "scores"))
+    mean, per_class = metrics.mean_per_class_accuracy(ranks == 0, labels, len(names))
+    numbers = {"top1": float(np.mean(ranks == 0))}
+    if len(names) > NAMED:
+        numbers["top5"] = float(np.mean(ranks < NAMED))
+    numbers |= {"mean_per_class": mean, "examples": float(len(labels))}
+
+    position = examples.read("position")
+    pictures = lambda rows: np.stack(
+        [row["thumbnail"] for row in look_up(batches, 'decode | thumbnail | keep("thumbnail")', position[rows])]
+    )
+    margins = scores[:, 0] - examples.read("own")
+    worst = metrics.confusions(best[:, 0], labels, margins)[:MIXED_UP]
+    confusions = [(names[true], names[wrong], count) for true, wrong, count in worst]
+    predictions = {"position": position, "label": labels, "predicted": best[:, 0], "rank_of_label": ranks}
+    artifacts = {"classes": names, "per_class": per_class, "confusions": confusions, "predictions": predictions}
+    first = dict(zip(*np.unique(labels, return_index=True), strict=True))
+    if mixed_up := {names[i]: first[i] for pair in worst for i in pair[:2] if i in first}:
+        artifacts["class_pictures"] = {"names": list(mixed_up), "images": pictures(list(mixed_up.values()))}
+    if gallery:
+        shown = evenly_spaced(len(labels), gallery)
+        artifacts["gallery"] = {
+            "images": pictures(shown),
+            "truth": [names[i] for i in labels[shown]],
+            "names": [[names[i] for i in row] for row in best[shown]],
+            "scores": scores[shown],
+        }
+    return Result(numbers, artifacts)
 
 
-def _unit(x: np.ndarray) -> np.ndarray:
-    return x / (np.linalg.norm(x, axis=-1, keepdims=True) + 1e-8)
+def evenly_spaced(length: int, count: int) -> np.ndarray:
+    """At most `count` of range(length), from the first to the last: a choice by rule, not by looks."""
+    return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(np.int64))

@@ -5,9 +5,9 @@ import jax
 
 from vlm_jax import config
 from vlm_jax.errors import UserError
+from vlm_jax.models import efficientnet, variants
 from vlm_jax.models.text import TextTransformer
 from vlm_jax.models.two_tower import TwoTower
-from vlm_jax.models.variants import lookup
 from vlm_jax.models.vit import ViT
 
 
@@ -28,18 +28,24 @@ def build(section) -> nn.Module:
 
 
 def two_tower(image, text, scale_init=10.0, bias_init=None, dtype="float32"):
-    """A `TwoTower`; `image` and `text` are sections for `tower`, `dtype` the compute dtype of both."""
+    """A `TwoTower`; `image` and `text` are sections for `tower` (or None), `dtype` the compute dtype of both."""
     return TwoTower(
-        image=tower(ViT, image, "config.model.image", dtype),
-        text=tower(TextTransformer, text, "config.model.text", dtype),
+        image=tower("vit", image, "config.model.image", dtype),
+        text=tower("text", text, "config.model.text", dtype),
         scale_init=scale_init,
         bias_init=bias_init,
     )
 
 
-def tower(cls, section, where, dtype):
-    """An encoder from its fields and, for those not given, the sizes of `variant` (see `variants.lookup`)."""
+def tower(kind, section, where, dtype):
+    """A tower from its fields and, for those not given, the sizes of `variant` (see `variants.lookup`).
+
+    `type` in the section is a key of `TOWERS`; without it, it is `kind`.
+    """
+    if section is None:
+        return None
     section = {key: tuple(value) if isinstance(value, list) else value for key, value in dict(section).items()}
+    cls, lookup = config.choose(TOWERS, section.pop("type", kind), f"{where}.type")
     sizes = lookup(section.pop("variant")) if "variant" in section else {}
     if "patch" in sizes and cls is TextTransformer:
         raise UserError(f"{where}.variant has a patch size, which a text tower has not; leave out `/{sizes['patch']}`")
@@ -52,3 +58,8 @@ def count(params) -> int:
 
 
 MODELS = {"two_tower": two_tower}
+TOWERS = {  # the module, and what its variants' names mean
+    "vit": (ViT, variants.lookup),
+    "text": (TextTransformer, variants.lookup),
+    "efficientnet": (efficientnet.EfficientNetLite, efficientnet.lookup),
+}

@@ -1,9 +1,12 @@
 """Absolute positions: learned, 2-D sine-cosine, and the resampling of a learned table to another grid."""
 
+import functools
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from vlm_jax.config import choose
 from vlm_jax.errors import UserError
 
 
@@ -31,13 +34,15 @@ def learned(module, length, width):
     return module.param("pos_embed", nn.initializers.normal(width**-0.5), (1, length, width))
 
 
-def resample_posemb(table, old_grid, new_grid):
-    """Resamples a learned table to another grid, corner-aligned and linear (`scipy.ndimage.zoom(order=1)`).
+def resample_posemb(table, old_grid, new_grid, method="linear"):
+    """Resamples a learned table to another grid, as one of the published methods does.
 
     Args:
       table: [1, h * w, D]; rows of other tokens (cls) are the caller's to split off.
       old_grid: (h, w) of the table.
       new_grid: (h, w) wanted.
+      method: a key of `RESAMPLING`: "linear", corner-aligned (big_vision: `scipy.ndimage.zoom(order=1)`); "bicubic",
+        antialiased (open_clip, timm); "bicubic_sharp", not antialiased, a = -0.75 (DINOv2 and ViT in Transformers).
 
     Returns:
       float32 numpy array [1, new_h * new_w, D].
@@ -45,10 +50,59 @@ def resample_posemb(table, old_grid, new_grid):
     table = np.asarray(table, np.float32)
     if table.ndim != 3 or table.shape[:2] != (1, old_grid[0] * old_grid[1]):
         raise UserError(f"a position table for the grid {tuple(old_grid)} has shape [1, h * w, D]; got {table.shape}")
-    grid = table.reshape(*old_grid, -1)
-    for axis, (old, new) in enumerate(zip(old_grid, new_grid, strict=True)):
-        at = np.linspace(0.0, old - 1.0, new) if new > 1 else np.zeros(1)
-        low = np.minimum(at.astype(int), max(old - 2, 0))
-        share = (at - low).astype(np.float32).reshape([-1 if a == axis else 1 for a in range(3)])
-        grid = grid.take(low, axis) * (1 - share) + grid.take(np.minimum(low + 1, old - 1), axis) * share
-    return grid.reshape(1, -1, table.shape[-1])
+    rows, columns = map(choose(RESAMPLING, method, "the resampling method"), old_grid, new_grid)
+    grid = np.einsum("yh,xw,hwd->yxd", rows, columns, table.reshape(*old_grid, -1), optimize=True)
+    return grid.reshape(1, -1, table.shape[-1]).astype(np.float32)
+
+
+def resampled(table, old_grid, grids, length):
+    """Resamples a learned table to each picture's grid: bilinear, antialiased (SigLIP 2's NaFlex).
+
+    Args:
+      table: [h * w, D].
+      old_grid: (h, w) of the table.
+      grids: integers [B, 2], the (h, w) wanted.
+      length: N, of which a picture's first h * w count, row by row.
+
+    Returns:
+      [B, N, D].
+    """
+    at, columns = jnp.arange(length), grids[:, 1:]
+    wanted = jnp.stack([at // columns, at % columns])  # [2, B, N]
+
+    def weights(old, new, at):
+        step = old / new[:, None]
+        distance = jnp.arange(old) - ((at + 0.5) * step - 0.5)[..., None]
+        share = jnp.maximum(1 - jnp.abs(distance) / jnp.maximum(step, 1)[..., None], 0)
+        return share / jnp.maximum(share.sum(-1, keepdims=True), 1e-6)  # beyond the picture there may be none
+
+    rows, columns = (weights(old_grid[axis], grids[:, axis], wanted[axis]) for axis in (0, 1))
+    share = rows[..., :, None] * columns[..., None, :]
+    return share.reshape(*share.shape[:2], -1) @ table
+
+
+def _corner_aligned(old, new):
+    """Linear weights [new, old]; the first and the last row stay where they are."""
+    at = np.linspace(0.0, old - 1.0, new) if new > 1 else np.zeros(1)
+    return np.maximum(1 - np.abs(at[:, None] - np.arange(old)), 0)
+
+
+def _bicubic(old, new, a, antialias):
+    """Keys' kernel with parameter a at pixel centres, weights [new, old]; edges repeat unless antialiased."""
+    step = old / new
+    stretch = max(step, 1.0) if antialias else 1.0
+    reach = int(np.ceil(2 * stretch)) + 1
+    source = np.arange(-reach, old + reach)
+    x = np.abs((np.arange(new)[:, None] + 0.5) * step - 0.5 - source) / stretch
+    near, far = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * (x**3 - 5 * x**2 + 8 * x - 4)
+    share = np.where(x <= 1, near, np.where(x < 2, far, 0))
+    repeat_edges = np.clip(source, 0, old - 1)[:, None] == np.arange(old)
+    share = share[:, reach:-reach] if antialias else share @ repeat_edges
+    return share / share.sum(1, keepdims=True)
+
+
+RESAMPLING = {
+    "linear": _corner_aligned,
+    "bicubic": functools.partial(_bicubic, a=-0.5, antialias=True),
+    "bicubic_sharp": functools.partial(_bicubic, a=-0.75, antialias=False),
+}

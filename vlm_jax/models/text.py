@@ -12,7 +12,8 @@ class TextTransformer(Encoder, kw_only=True):
     """Token ids -> blocks -> pool -> head.
 
     CLIP (Radford et al. 2021): causal, pool "argmax" or "eos", head without bias. LiT and SigLIP (Zhai et al. 2022,
-    2023): bidirectional, no padding mask, pool "last", head with bias.
+    2023): bidirectional, no padding mask, pool "last", head with bias. BERT (Devlin et al. 2018): post_norm, pre_norm,
+    pad_mask, token_types 2.
 
     Attributes:
       vocab_size: V.
@@ -27,6 +28,7 @@ class TextTransformer(Encoder, kw_only=True):
       pool_exclude: ids left out of the pools "mean", "max", "map" and "concat" (BOS and EOS, say); attention sees them.
       embed_std: standard deviation of the token embeddings at init; None is D ** -0.5.
       pre_norm: whether a norm follows the positions.
+      token_types: rows of the token type table, of which every token gets the first (BERT: 2); 0 for none.
       Others: see `Encoder`.
     """
 
@@ -41,6 +43,7 @@ class TextTransformer(Encoder, kw_only=True):
     pool_exclude: tuple[int, ...] = ()
     embed_std: float | None = None
     pre_norm: bool = False
+    token_types: int = 0
 
     @nn.compact
     def __call__(self, token_ids, *, train=False):
@@ -67,6 +70,9 @@ class TextTransformer(Encoder, kw_only=True):
             x = x + positions.learned(self, self.length, self.width)[:, : x.shape[1]].astype(self.dtype)
         elif self.posemb != "none":
             raise UserError(f"posemb of a text tower is `{self.posemb}`; expected one of: learned, none")
+        if self.token_types:
+            table = self.param("token_type_embed", nn.initializers.normal(std), (self.token_types, self.width))
+            x = x + table[0].astype(self.dtype)
         if self.pre_norm:
             x = self.new_norm("pre_norm")(x)
         mask = token_ids != self.pad_id if self.pad_mask else None

@@ -1,6 +1,7 @@
 """The one transformer: the block, and the encoder that every tower is.
 
-Pre-norm residual blocks (Vaswani et al. 2017; Dosovitskiy et al. 2020). What released models differ in is a field.
+Residual blocks (Vaswani et al. 2017), norms before the branches (Dosovitskiy et al. 2020) or after them (BERT). What
+released models differ in is a field.
 """
 
 import functools
@@ -25,6 +26,8 @@ REMAT = {
 class Block(nn.Module):
     """x + attn(norm1(x)), then x + mlp(norm2(x)); each branch scaled, dropped out and dropped whole if asked for.
 
+    With post_norm: norm1(x + attn(x)), then norm2(x + mlp(x)).
+
     Attributes: those of `Encoder`, and train: whether dropout and drop path are active.
     """
 
@@ -36,6 +39,7 @@ class Block(nn.Module):
     norm: str
     norm_eps: float
     norm_bias: bool
+    post_norm: bool
     attn_bias: bool
     mlp_bias: bool
     causal: bool
@@ -55,8 +59,13 @@ class Block(nn.Module):
         mlp = Mlp(
             self.mlp_dim, self.activation, self.gated, self.mlp_bias, self.dropout, self.train, self.dtype, name="mlp"
         )
-        x = x + self._branch(1, attn(norm(name="norm1")(x), mask=mask), drop_path)
-        x = x + self._branch(2, mlp(norm(name="norm2")(x)), drop_path)
+        norm1, norm2 = norm(name="norm1"), norm(name="norm2")
+        if self.post_norm:
+            x = norm1(x + self._branch(1, attn(x, mask=mask), drop_path))
+            x = norm2(x + self._branch(2, mlp(x), drop_path))
+        else:
+            x = x + self._branch(1, attn(norm1(x), mask=mask), drop_path)
+            x = x + self._branch(2, mlp(norm2(x)), drop_path)
         return x, None
 
     def _branch(self, number, y, drop_path):
@@ -85,6 +94,7 @@ class Encoder(nn.Module, kw_only=True):
       norm: "layernorm" or "rmsnorm".
       norm_eps: its epsilon.
       norm_bias: whether the norms inside blocks have a bias (the final norm always has).
+      post_norm: whether norms follow the branches (BERT); there is no final norm then.
       attn_bias: whether attention projections have biases.
       mlp_bias: whether MLP matrices have biases.
       layer_scale: initial value of a learned scale on each branch; None for none.
@@ -110,6 +120,7 @@ class Encoder(nn.Module, kw_only=True):
     norm: str = "layernorm"
     norm_eps: float = 1e-6
     norm_bias: bool = True
+    post_norm: bool = False
     attn_bias: bool = True
     mlp_bias: bool = True
     layer_scale: float | None = None
@@ -156,6 +167,7 @@ class Encoder(nn.Module, kw_only=True):
             norm=self.norm,
             norm_eps=self.norm_eps,
             norm_bias=self.norm_bias,
+            post_norm=self.post_norm,
             attn_bias=self.attn_bias,
             mlp_bias=self.mlp_bias,
             causal=causal,
@@ -178,7 +190,7 @@ class Encoder(nn.Module, kw_only=True):
         else:
             for i in range(self.depth):
                 x, _ = new_block(name=f"blocks_{i}")(x, mask, None if rates is None else rates[i])
-        return self.new_norm("norm")(x)
+        return x if self.post_norm else self.new_norm("norm")(x)
 
     def summarise(self, tokens, *, mask=None, pool_mask=None, position=None):
         """Pools and projects encoded tokens; called from the compact method of a tower.

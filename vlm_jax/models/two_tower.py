@@ -8,8 +8,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from vlm_jax.errors import UserError
-from vlm_jax.models.text import TextTransformer
-from vlm_jax.models.vit import ViT
 
 
 @flax.struct.dataclass
@@ -21,7 +19,7 @@ class Embeddings:
       text: fp32 [B, D], unit norm.
       image_tokens: [B, N, D_image], before pool and head.
       text_tokens: [B, L, D_text], before pool and head.
-      scale: fp32 scalar, the factor on cosines: exp(logit_scale).
+      scale: fp32 scalar, the factor on cosines: exp(logit_scale); None for one tower alone.
       bias: fp32 scalar added to logits, None for models without one.
     """
 
@@ -42,17 +40,17 @@ def unit(x, eps=1e-8):
 
 
 class TwoTower(nn.Module):
-    """An image tower and a text tower, with the scale and bias of their logits.
+    """An image tower and a text tower, with the scale and bias of their logits; or one tower alone.
 
     Attributes:
-      image: the image tower.
-      text: the text tower.
+      image: the image tower, or None.
+      text: the text tower, or None.
       scale_init: initial factor on cosines (stored as its log, `logit_scale`).
       bias_init: initial `logit_bias`; None for a model without one (softmax losses do not need it).
     """
 
-    image: ViT
-    text: TextTransformer
+    image: nn.Module | None
+    text: nn.Module | None
     scale_init: float = 10.0
     bias_init: float | None = None
 
@@ -61,15 +59,20 @@ class TwoTower(nn.Module):
         """Embeds images and texts; either may be None.
 
         Args:
-          images: floating [B, H, W, 3], already normalised, or None.
+          images: what the image tower takes, floating [B, H, W, 3], already normalised, or None.
           token_ids: integers [B, L], or None.
           train: whether dropout and drop path are active (they draw from the rng `dropout`).
 
         Returns:
           `Embeddings`.
         """
-        log_scale = self.param("logit_scale", nn.initializers.constant(math.log(self.scale_init)), ())
-        bias = None
+        for name, given in (("image", images), ("text", token_ids)):
+            if given is not None and getattr(self, name) is None:
+                raise UserError(f"the model has no {name} tower; it cannot embed {name}s")
+        scale = bias = None
+        if self.image is not None and self.text is not None:
+            log_scale = self.param("logit_scale", nn.initializers.constant(math.log(self.scale_init)), ())
+            scale = jnp.exp(log_scale)
         if self.bias_init is not None:
             bias = self.param("logit_bias", nn.initializers.constant(self.bias_init), ())
         image = text = image_tokens = text_tokens = None
@@ -84,7 +87,7 @@ class TwoTower(nn.Module):
                 f"image embeddings have {image.shape[-1]} dimensions, text embeddings {text.shape[-1]}; "
                 "set out_dim of image and text to one number"
             )
-        return Embeddings(image, text, image_tokens, text_tokens, jnp.exp(log_scale), bias)
+        return Embeddings(image, text, image_tokens, text_tokens, scale, bias)
 
 
 def _pooled(name, encoded):

@@ -1,5 +1,7 @@
 """The image tower: a Vision Transformer (Dosovitskiy et al. 2020)."""
 
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -23,10 +25,12 @@ class ViT(Encoder, kw_only=True):
     Attributes:
       patch: side of a patch in pixels.
       image_size: (height, width) in pixels or one int, checked; None takes whatever the parameters are made for.
+        Packed patches need it: the position table is resampled from this size to each picture's.
       pool: "gap" (the mean of all tokens, cls included), "map", "tok", "concat", "max" or "none".
       posemb: "learned", "sincos2d" or "none".
       cls: whether a cls token comes first; None: exactly where pool is "tok".
       cls_position: whether the learned positions have a row for it, the first (OpenAI's CLIP).
+      registers: learned tokens after the cls token, without position (Darcet et al. 2023).
       patch_bias: whether the patch projection has a bias.
       pre_norm: whether a norm follows the positions (OpenAI's CLIP).
       Others: see `Encoder`.
@@ -38,6 +42,7 @@ class ViT(Encoder, kw_only=True):
     posemb: str = "learned"
     cls: bool | None = None
     cls_position: bool = False
+    registers: int = 0
     patch_bias: bool = True
     pre_norm: bool = False
 
@@ -46,38 +51,64 @@ class ViT(Encoder, kw_only=True):
         """Encodes images.
 
         Args:
-          images: floating [B, H, W, 3], already normalised; H and W at least `patch`.
+          images: floating [B, H, W, 3], already normalised; H and W at least `patch`. Or packed patches of pictures of
+            different sizes (NaFlex: Tschannen et al. 2025, section 2.4.2), dict(patches=floating
+            [B, N, patch * patch * 3], grid=integers [B, 2]): row by row, of which the first grid.prod() count.
           train: whether dropout and drop path are active.
 
         Returns:
           `Encoded`.
         """
-        self._check(images)
-        x = patchify(images.astype(self.dtype), self.patch)
-        _, h, w, _ = x.shape
-        x = Dense(self.width, use_bias=self.patch_bias, dtype=self.dtype, name="patch_embed")(
-            x.reshape(x.shape[0], h * w, -1)
-        )
         has_cls = self.pool == "tok" if self.cls is None else self.cls
         covers_cls = has_cls and self.cls_position
-        if self.posemb == "learned":
-            table = self._table(h * w + covers_cls, (h, w))
-        elif self.posemb == "sincos2d":
-            table = positions.sincos2d(h, w, self.width)
-        elif self.posemb == "none":
-            table = jnp.zeros((1, h * w, self.width))
+        mask = None
+        if isinstance(images, Mapping):
+            x, table, mask = self._packed(images, has_cls)
         else:
-            raise UserError(f"posemb is `{self.posemb}`; expected one of: learned, sincos2d, none")
+            self._check(images)
+            x = patchify(images.astype(self.dtype), self.patch)
+            _, h, w, _ = x.shape
+            x = x.reshape(x.shape[0], h * w, -1)
+            table = self._positions(h, w, covers_cls)
+        x = Dense(self.width, use_bias=self.patch_bias, dtype=self.dtype, name="patch_embed")(x)
         table = table.astype(self.dtype)
-        x = x + table[:, -h * w :]
+        x = x + table[:, -x.shape[1] :]
         if has_cls:
             cls = self.param("cls", nn.initializers.zeros, (1, 1, self.width)).astype(self.dtype)
-            cls = cls + table[:, :1] if covers_cls else cls
-            x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, self.width)), x], axis=1)
+            first = [cls + table[:, :1] if covers_cls else cls]
+            if self.registers:
+                shape = (1, self.registers, self.width)
+                first.append(self.param("registers", nn.initializers.normal(0.02), shape).astype(self.dtype))
+            x = jnp.concatenate([*(jnp.broadcast_to(t, (x.shape[0], *t.shape[1:])) for t in first), x], axis=1)
         if self.pre_norm:
             x = self.new_norm("pre_norm")(x)
-        x = self.encode(x, train=train)
-        return self.summarise(x)
+        x = self.encode(x, mask=mask, train=train)
+        return self.summarise(x, mask=mask, pool_mask=mask)
+
+    def _positions(self, h, w, covers_cls):
+        if self.posemb == "learned":
+            return self._table(h * w + covers_cls, (h, w))
+        if self.posemb == "sincos2d":
+            return positions.sincos2d(h, w, self.width)
+        if self.posemb == "none":
+            return jnp.zeros((1, h * w, self.width))
+        raise UserError(f"posemb is `{self.posemb}`; expected one of: learned, sincos2d, none")
+
+    def _packed(self, images, has_cls):
+        """Patches [B, N, P], positions [B, N, D], mask bool [B, N]."""
+        patches, grid = images["patches"], images["grid"]
+        if patches.ndim != 3 or patches.shape[-1] != 3 * self.patch**2 or grid.shape != (patches.shape[0], 2):
+            raise UserError(
+                f"packed patches should be patches [B, N, {3 * self.patch**2}] and grid [B, 2]; got "
+                f"{list(patches.shape)} and {list(grid.shape)}: pack_patches({self.patch}, ...) in the data ops"
+            )
+        if has_cls or self.posemb != "learned" or self.image_size is None:
+            raise UserError("packed patches need posemb `learned`, an image_size, and no cls token")
+        height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        own = height // self.patch, width // self.patch
+        table = positions.learned(self, own[0] * own[1], self.width)[0]
+        mask = jnp.arange(patches.shape[1]) < jnp.prod(grid, axis=1)[:, None]
+        return patches.astype(self.dtype), positions.resampled(table, own, grid, patches.shape[1]), mask
 
     def _table(self, length, grid):
         if self.has_variable("params", "pos_embed"):

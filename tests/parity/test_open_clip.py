@@ -1,0 +1,144 @@
+"""open_clip's models at random init: saved there, loaded here, the same embeddings, logits and gradients."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+pytest.importorskip("open_clip", reason="open_clip_torch needs a torchvision built for this torch", exc_type=Exception)
+
+import open_clip
+
+import vlm_jax
+from tests.parity import make_references as references
+from tests.parity.test_transformers import gradients_like
+from tests.zoo.test_references import by_their_names, loss_and_embeddings, read
+from vlm_jax.errors import UserError
+
+CLIP, SIGLIP = references.CLIP, references.SIGLIP
+VISION, WORDS, SIGLIP_WORDS = CLIP["vision_cfg"], CLIP["text_cfg"], SIGLIP["text_cfg"]
+CUSTOM = dict(embed_dim=12, custom_text=True)
+SMALL = {
+    "clip": dict(CLIP, quick_gelu=False),
+    "clip_quick_gelu": CLIP,
+    "layer_scale": dict(CLIP, vision_cfg=VISION | dict(ls_init_value=0.1), text_cfg=WORDS | dict(ls_init_value=0.1)),
+    "not_square": dict(CLIP, vision_cfg=VISION | dict(image_size=[8, 16])),
+    "no_ln_pre": dict(CLIP, vision_cfg=VISION | dict(no_ln_pre=True)),
+    "custom_text": dict(CUSTOM, vision_cfg=VISION, text_cfg=WORDS | dict(pool_type="eos", eos_id=30)),
+    "tanh": dict(CUSTOM, vision_cfg=VISION, text_cfg=SIGLIP_WORDS | dict(act_kwargs=dict(approximate="tanh"))),
+    "siglip": SIGLIP,
+}
+
+
+def new(config):
+    """A randomised model of open_clip with a `model_cfg`."""
+    torch.manual_seed(0)
+    if config.get("custom_text") and config is not SIGLIP:
+        model = open_clip.CustomTextCLIP(**{key: value for key, value in config.items() if key != "custom_text"})
+    else:
+        model = references.open_clip_model(config)
+    return references.randomised(model)
+
+
+def save(model, config, folder):
+    """As open_clip puts a model on the hub."""
+    (folder / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=config)))
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+
+
+def batch(model, size=3):
+    """Images [B, H, W, 3] and token ids, the first text a short one."""
+    rng = np.random.default_rng(0)
+    sides = model.visual.image_size if hasattr(model.visual, "image_size") else (8, 8)
+    images = rng.normal(size=(size, *sides, 3)).astype(np.float32)
+    token_ids = rng.integers(3, 29, (size, model.context_length)).astype(np.int32)
+    token_ids[0, 5:], token_ids[1:, -1] = 0, 30
+    token_ids[0, 5] = 30
+    return images, token_ids
+
+
+def theirs(model, images, token_ids):
+    """Unit-norm image and text embeddings, and logits."""
+    image = model.encode_image(torch.tensor(images).permute(0, 3, 1, 2), normalize=True)
+    text = model.encode_text(torch.tensor(token_ids, dtype=torch.long), normalize=True)
+    return image, text, model.logit_scale.exp() * image @ text.T + (model.logit_bias or 0)
+
+
+def close(got, want, tolerance=1e-5):
+    want = np.asarray(want.detach())
+    np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * max(np.abs(want).max(), 1))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small(name, tmp_path):
+    model = new(SMALL[name])
+    save(model, SMALL[name], tmp_path)
+    inputs = batch(model)
+    image, text, logits = theirs(model, *inputs)
+    gradients_like(model, logits, model.logit_bias is not None)
+    released, ours, params = read(tmp_path)
+    loss = lambda params: loss_and_embeddings(ours, params, *inputs, model.logit_bias is not None)
+    grads, (out, our_logits) = jax.jit(jax.grad(loss, has_aux=True))(params)
+    close(out.image, image)
+    close(out.text, text)
+    close(our_logits, logits)
+    gradients = by_their_names(released, grads)
+    assert gradients.keys() == dict(model.named_parameters()).keys()
+    for key, parameter in model.named_parameters():
+        close(gradients[key], parameter.grad)
+
+
+def test_b32_from_a_folder_and_from_bare_files(tmp_path):
+    config = open_clip.get_model_config("ViT-B-32")
+    model = new(config)
+    save(model, config, tmp_path)
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    training = {f"module.{key}": value for key, value in model.state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": training}, tmp_path / "epoch_3.pt")
+    images, token_ids = batch(model, 2)
+    with torch.no_grad():
+        image, text, logits = theirs(model, images, token_ids)
+    for path in (tmp_path, tmp_path / "bare.pt", tmp_path / "epoch_3.pt"):
+        bare = {} if path is tmp_path else dict(activation="gelu", preprocess="laion_half")
+        loaded = vlm_jax.load(path, **bare)
+        out = jax.jit(loaded.model.apply)({"params": loaded.params}, images, token_ids)
+        close(out.image, image, 1e-4)
+        close(out.text, text, 1e-4)
+        close(out.scale * out.image @ out.text.T, logits, 1e-4)
+        close(loaded.embed_image_batch(images), image, 1e-4)
+    with pytest.raises(UserError, match="bare CLIP weights do not tell their activation; pass activation="):
+        vlm_jax.load(tmp_path / "bare.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "projection"), [("vit_base_patch32_siglip_256", "none"), ("vit_base_patch16_siglip_224", "linear")]
+)
+def test_timm_towers_of_full_size(name, projection, tmp_path):
+    """The first has tanh GELU in timm, the second exact GELU: nothing but the name tells."""
+    image = dict(image_size=int(name[-3:]), timm_model_name=name, timm_pool="map", timm_proj=projection)
+    config = dict(embed_dim=768, custom_text=True, init_logit_bias=-10, vision_cfg=image, text_cfg=SIGLIP_WORDS)
+    model = new(config)
+    save(model, config, tmp_path)
+    images, token_ids = batch(model, 2)
+    with torch.no_grad():
+        want = theirs(model, images, token_ids)
+    _, ours, params = read(tmp_path)
+    out = jax.jit(ours.apply)({"params": params}, images, token_ids)
+    close(out.image, want[0], 1e-4)
+    close(out.text, want[1], 1e-4)
+    close(out.scale * out.image @ out.text.T + out.bias, want[2], 1e-4)
+
+
+def test_stored_references_are_what_is_computed_now():
+    for name in (*references.TRANSFORMERS, *references.OPEN_CLIP):
+        with np.load(references.GOLDEN / f"released_{name}.npz") as stored:
+            fresh = references.make(name)
+            assert fresh.keys() == set(stored)
+            for key in stored:
+                if key.startswith(("input/", "output/")):
+                    np.testing.assert_allclose(fresh[key], stored[key], rtol=1e-5, atol=1e-5, err_msg=f"{name} {key}")
+                elif key.endswith("model.safetensors"):
+                    assert np.array_equal(fresh[key], stored[key]), (name, key)

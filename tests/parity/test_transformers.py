@@ -1,0 +1,258 @@
+"""Each family of Transformers at random init: saved there, loaded here, the same embeddings, tokens, logits, gradients.
+
+The models are small (two layers); `test_full_size` has B/32's width and depth.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from vlm_jax import models
+from vlm_jax.zoo import formats, key_map
+from vlm_jax.zoo.load import read_params
+
+IMAGE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32)
+IMAGE |= dict(patch_size=16)
+TEXT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
+TEXT |= dict(max_position_embeddings=16)
+DINO = {key: value for key, value in IMAGE.items() if key != "intermediate_size"}
+PACKED = {key: value for key, value in IMAGE.items() if key != "image_size"} | dict(num_patches=16)
+SPECIAL = dict(bos_token_id=61, eos_token_id=62, pad_token_id=0)
+T = transformers
+
+
+def dual(vision):
+    bert = T.BertConfig(**TEXT)
+    return T.VisionTextDualEncoderConfig.from_vision_text_configs(vision, bert, projection_dim=24)
+
+
+def clip(**text):
+    return T.CLIPConfig(vision_config=IMAGE, text_config=TEXT | SPECIAL | text, projection_dim=24)
+
+
+PAIRS = {
+    "clip_eos": lambda: T.CLIPModel(clip()),
+    "clip_argmax": lambda: T.CLIPModel(clip(eos_token_id=2, hidden_act="gelu")),
+    "siglip": lambda: T.SiglipModel(T.SiglipConfig(vision_config=IMAGE, text_config=TEXT)),
+    "dual_vit": lambda: T.VisionTextDualEncoderModel(dual(T.ViTConfig(**IMAGE))),
+    "dual_clip": lambda: T.VisionTextDualEncoderModel(dual(T.CLIPVisionConfig(**IMAGE))),
+}
+IMAGES = {
+    "clip": lambda: T.CLIPVisionModelWithProjection(T.CLIPVisionConfig(**IMAGE, projection_dim=24)),
+    "vit": lambda: T.ViTModel(T.ViTConfig(**IMAGE)),
+    "vit_classifier": lambda: T.ViTForImageClassification(T.ViTConfig(**IMAGE, num_labels=5)),
+    "dinov2": lambda: T.Dinov2Model(T.Dinov2Config(**DINO, layerscale_value=0.7)),
+    "dinov2_gated": lambda: T.Dinov2Model(T.Dinov2Config(**DINO, use_swiglu_ffn=True)),
+    "dinov2_registers": lambda: T.Dinov2WithRegistersModel(T.Dinov2WithRegistersConfig(**DINO)),
+}
+TEXTS = {
+    "clip": lambda: T.CLIPTextModelWithProjection(T.CLIPTextConfig(**TEXT | SPECIAL, projection_dim=24)),
+    "bert": lambda: T.BertModel(T.BertConfig(**TEXT)),
+}
+
+
+def save_and_load(make, folder):
+    """The model there (randomised, in eval mode), and (model, params, released) here."""
+    torch.manual_seed(0)
+    theirs = make().eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.ndim:  # zeros and ones of an init would hide swapped biases
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    theirs.save_pretrained(folder)
+    released = formats.understand(folder)
+    params = read_params(released.match(), released.shapes, released.tensors)
+    tree = jax.tree.map(jnp.asarray, _tree(params))
+    return theirs, models.build(released.model), tree, released
+
+
+def _tree(flat):
+    import flax
+
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def batch(rng, size=3, side=32, length=16):
+    images = rng.normal(size=(size, side, side, 3)).astype(np.float32)
+    token_ids = rng.integers(3, 61, (size, length)).astype(np.int32)
+    token_ids[0, 9], token_ids[0, 10:] = 62, 0  # a short text
+    token_ids[1:, -1] = 62
+    return images, token_ids
+
+
+def to_torch(images, token_ids):
+    mask = torch.ones(token_ids.shape, dtype=torch.long)
+    return dict(
+        pixel_values=torch.tensor(images).permute(0, 3, 1, 2),
+        input_ids=torch.tensor(token_ids, dtype=torch.long),
+        attention_mask=mask,
+    )
+
+
+def close(got, want, tolerance=1e-5):
+    want = want.detach().numpy() if isinstance(want, torch.Tensor) else want
+    np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * max(np.abs(want).max(), 1))
+
+
+def unit(x):
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_two_towers(name, tmp_path):
+    theirs, model, params, released = save_and_load(PAIRS[name], tmp_path)
+    images, token_ids = batch(np.random.default_rng(0))
+    inputs = to_torch(images, token_ids)
+    if name.startswith("dual"):
+        inputs["attention_mask"] = torch.tensor(token_ids != 0, dtype=torch.long)
+    if name == "siglip":
+        del inputs["attention_mask"]
+    out = theirs(**inputs)
+    logits = out.logits_per_image
+    gradients_like(theirs, logits, "siglip" in name)
+
+    def loss_fn(params):
+        ours = model.apply({"params": params}, images, token_ids)
+        logits = ours.scale * ours.image @ ours.text.T + (0 if ours.bias is None else ours.bias)
+        return contrastive_loss(logits, "siglip" in name), (ours, logits)
+
+    grads, (ours, our_logits) = jax.jit(jax.grad(loss_fn, has_aux=True))(params)
+    close(ours.image, unit(out.image_embeds))
+    close(ours.text, unit(out.text_embeds))
+    close(our_logits, logits)
+    same_gradients(theirs, grads, released, tmp_path / "gradients")
+
+
+def gradients_like(theirs, logits, sigmoid):
+    """Leaves the gradients of the contrastive loss of `logits` in the model there."""
+    if sigmoid:
+        signs = 2 * torch.eye(len(logits)) - 1
+        loss = -torch.nn.functional.logsigmoid(signs * logits).sum() / len(logits)
+    else:
+        labels = torch.arange(len(logits))
+        cross = torch.nn.functional.cross_entropy
+        loss = (cross(logits, labels) + cross(logits.T, labels)) / 2
+    loss.backward()
+
+
+def contrastive_loss(logits, sigmoid):
+    if sigmoid:
+        return -jax.nn.log_sigmoid((2 * jnp.eye(len(logits)) - 1) * logits).sum() / len(logits)
+    return -(jnp.diag(jax.nn.log_softmax(logits, 0)) + jnp.diag(jax.nn.log_softmax(logits, 1))).mean() / 2
+
+
+def same_gradients(theirs, grads, released, folder, tolerance=1e-5):
+    """Ours, put into their layout by the key table, equal theirs (saved as if they were the parameters)."""
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    theirs.save_pretrained(folder)
+    theirs = formats.understand(folder).tensors
+    leaves = released.shapes
+    flat = {name: np.asarray(leaf) for name, leaf in _flat(grads).items()}
+    found = {}
+    for entry in released.entries:
+        name, i = key_map.blocks_of(entry.ours, leaves)
+        if name in leaves:
+            array = flat[name] if i is None else flat[name][i]
+            into = found.setdefault(entry.theirs, np.zeros(released.tensors[entry.theirs].shape, np.float32))
+            entry.write(array, into)
+    assert max(np.abs(array).max() for array in found.values()) > 1e-2
+    for name, array in found.items():
+        np.testing.assert_allclose(array, theirs[name].read(), rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+def _flat(tree):
+    import flax
+
+    return flax.traverse_util.flatten_dict(tree, sep="/")
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_image_towers(name, tmp_path):
+    theirs, model, params, _ = save_and_load(IMAGES[name], tmp_path)
+    images, _ = batch(np.random.default_rng(1))
+    out = theirs(pixel_values=torch.tensor(images).permute(0, 3, 1, 2))
+    encoded = jax.jit(lambda p, x: model.image.apply({"params": p}, x))(params["image"], images)
+    pooled = next(out[key] for key in ("image_embeds", "logits", "pooler_output") if key in out)
+    close(encoded.pooled, pooled)
+    if name.startswith(("vit", "dinov2")) and "last_hidden_state" in out:
+        close(encoded.tokens, out.last_hidden_state)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_text_towers(name, tmp_path):
+    theirs, model, params, _ = save_and_load(TEXTS[name], tmp_path)
+    _, token_ids = batch(np.random.default_rng(2))
+    mask = torch.tensor(token_ids != 0, dtype=torch.long)
+    out = theirs(input_ids=torch.tensor(token_ids, dtype=torch.long), attention_mask=mask)
+    encoded = jax.jit(lambda p, x: model.text.apply({"params": p}, x))(params["text"], token_ids)
+    close(encoded.pooled, out.text_embeds if "text_embeds" in out else out.pooler_output)
+    seen = token_ids != 0
+    close(np.asarray(encoded.tokens)[seen], out.last_hidden_state.detach().numpy()[seen])
+
+
+def test_packed_patches(tmp_path):
+    make = lambda: T.Siglip2Model(T.Siglip2Config(vision_config=PACKED, text_config=TEXT))
+    theirs, model, params, released = save_and_load(make, tmp_path)
+    rng = np.random.default_rng(3)
+    _, token_ids = batch(rng)
+    grid = np.array([[3, 5], [5, 4], [1, 20]], np.int32)  # of a table of 4 x 4
+    patches = rng.normal(size=(3, 20, 16 * 16 * 3)).astype(np.float32)
+    mask = (np.arange(20) < grid.prod(1)[:, None]).astype(np.int64)
+    out = theirs(
+        input_ids=torch.tensor(token_ids, dtype=torch.long),
+        pixel_values=torch.tensor(patches),
+        pixel_attention_mask=torch.tensor(mask),
+        spatial_shapes=torch.tensor(grid, dtype=torch.long),
+    )
+    gradients_like(theirs, out.logits_per_image, True)
+
+    def loss_fn(params):
+        ours = model.apply({"params": params}, dict(patches=patches, grid=grid), token_ids)
+        return contrastive_loss(ours.scale * ours.image @ ours.text.T + ours.bias, True), ours
+
+    grads, ours = jax.jit(jax.grad(loss_fn, has_aux=True))(params)
+    close(ours.image, unit(out.image_embeds))
+    close(ours.text, unit(out.text_embeds))
+    same_gradients(theirs, grads, released, tmp_path / "gradients")
+
+
+def test_positions_resample_as_theirs_do(tmp_path):
+    make = lambda: T.Dinov2Model(T.Dinov2Config(**DINO | dict(image_size=64)))
+    theirs, model, params, _ = save_and_load(make, tmp_path)
+    images = np.random.default_rng(4).normal(size=(2, 96, 48, 3)).astype(np.float32)
+    out = theirs(pixel_values=torch.tensor(images).permute(0, 3, 1, 2))
+    table = np.asarray(params["image"]["pos_embed"])
+    rows = models.resample_posemb(table[:, 1:], (4, 4), (6, 3), "bicubic_sharp")
+    resized = model.image.clone(image_size=(96, 48))
+    at = {"params": params["image"] | {"pos_embed": np.concatenate([table[:, :1], rows], 1)}}
+    close(jax.jit(resized.apply)(at, images).pooled, out.pooler_output)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_full_size(name, tmp_path):
+    size = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    text = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8)
+    image = dict(size, image_size=224, patch_size=32)
+    if name == "clip":
+        make = lambda: T.CLIPModel(T.CLIPConfig(vision_config=image, text_config=text | SPECIAL | dict(vocab_size=64)))
+    else:
+        text = dict(size, vocab_size=64)
+        make = lambda: T.SiglipModel(T.SiglipConfig(vision_config=image, text_config=text))
+    theirs, model, params, _ = save_and_load(make, tmp_path)
+    length = model.text.length
+    images, token_ids = batch(np.random.default_rng(5), 2, 224, length)
+    inputs = to_torch(images, token_ids)
+    if name == "siglip":
+        del inputs["attention_mask"]
+    with torch.no_grad():
+        out = theirs(**inputs)
+    ours = jax.jit(model.apply)({"params": params}, images, token_ids)
+    logits = ours.scale * ours.image @ ours.text.T + (0 if ours.bias is None else ours.bias)
+    close(ours.image, unit(out.image_embeds), 1e-4)
+    close(ours.text, unit(out.text_embeds), 1e-4)
+    close(logits, out.logits_per_image, 1e-4)

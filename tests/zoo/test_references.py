@@ -1,0 +1,137 @@
+"""Released families as torch computes them (`tests/parity/make_references.py`), from files to values and gradients."""
+
+import json
+import pathlib
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlm_jax import models
+from vlm_jax.zoo import formats, key_map
+from vlm_jax.zoo.load import read_params
+from vlm_jax.zoo.tensors import open_tensors
+
+# Compiles gradients in a quarter of the time.
+QUICK = {"xla_cpu_use_fusion_emitters": False}
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+SIGMOID = ("siglip", "siglip2", "open_clip_siglip")
+PAIRS = ("clip_eos", "clip_argmax", "dual", "open_clip", *SIGMOID)
+TOWERS = {
+    "clip_vision": "image",
+    "clip_text": "text",
+    "vit": "image",
+    "vit_classifier": "image",
+    "dinov2": "image",
+    "dinov2_gated": "image",
+    "dinov2_registers": "image",
+    "bert": "text",
+}
+
+
+def close(got, want):
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * max(np.abs(want).max(), 1))
+
+
+def unpack(name, folder):
+    """Writes the files of a stored checkpoint into `folder`; returns (inputs, outputs)."""
+    stored = np.load(GOLDEN / f"released_{name}.npz")
+    for key in stored:
+        if "/" not in key:
+            (folder / key).write_bytes(stored[key].tobytes())
+    part = lambda prefix: {key.removeprefix(prefix): stored[key] for key in stored if key.startswith(prefix)}
+    return part("input/"), part("output/")
+
+
+def read(path, activation=None):
+    """(what the files are, the model, its parameters)."""
+    released = formats.understand(path, activation)
+    params = read_params(released.match(), released.shapes, released.tensors)
+    return released, models.build(released.model), flax.traverse_util.unflatten_dict(params, sep="/")
+
+
+def given(inputs):
+    """Images (or packed patches) and token ids, as the model takes them."""
+    images = {key: inputs[key] for key in ("patches", "grid")} if "patches" in inputs else inputs["image"]
+    return images, inputs["token_ids"]
+
+
+def loss_and_embeddings(model, params, images, token_ids, sigmoid):
+    out = model.apply({"params": params}, images, token_ids)
+    logits = out.scale * out.image @ out.text.T + (0 if out.bias is None else out.bias)
+    if sigmoid:
+        loss = -jax.nn.log_sigmoid((2 * jnp.eye(len(logits)) - 1) * logits).sum() / len(logits)
+    else:
+        loss = -(jnp.diag(jax.nn.log_softmax(logits, 0)) + jnp.diag(jax.nn.log_softmax(logits, 1))).mean() / 2
+    return loss, (out, logits)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_two_towers(name, tmp_path):
+    inputs, outputs = unpack(name, tmp_path)
+    released, model, params = read(tmp_path)
+    loss = lambda params, *inputs: loss_and_embeddings(model, params, *inputs, name in SIGMOID)
+    grads, (out, logits) = jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)(params, *given(inputs))
+    close(out.image, outputs["image"])
+    close(out.text, outputs["text"])
+    close(logits, outputs["logits"])
+    for key in outputs.keys() & {"image_tokens", "text_tokens"}:
+        want = outputs[key]
+        close(np.where(want.any(-1, keepdims=True), getattr(out, key), 0), want)  # what is masked there is 0
+    expected = open_tensors(tmp_path / "gradients.safetensors").tensors
+    assert max(np.abs(tensor.read()).max() for tensor in expected.values()) > 0.1
+    ours = by_their_names(released, grads)
+    assert ours.keys() <= expected.keys()
+    for tensor, want in expected.items():
+        close(ours.get(tensor, 0), want.read())  # that of a tensor without a parameter of ours is 0
+
+
+def by_their_names(released, tree):
+    """Arrays in our tree, put into their tensors by the key table."""
+    arrays, shapes, found = flax.traverse_util.flatten_dict(tree, sep="/"), released.shapes, {}
+    for entry in released.entries:
+        name, i = key_map.blocks_of(entry.ours, shapes)
+        if name in shapes:
+            into = found.setdefault(entry.theirs, np.zeros(released.tensors[entry.theirs].shape, np.float32))
+            entry.write(np.asarray(arrays[name] if i is None else arrays[name][i]), into)
+    return found
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_one_tower(name, tmp_path):
+    inputs, outputs = unpack(name, tmp_path)
+    _, model, params = read(tmp_path)
+    side = TOWERS[name]
+    assert params.keys() == {side}
+    tower = getattr(model, side)
+    (given,) = inputs.values()
+    encoded = jax.jit(tower.apply)({"params": params[side]}, given)
+    close(encoded.pooled, outputs["pooled"])
+    if f"{side}_tokens" in outputs:
+        want = outputs[f"{side}_tokens"]
+        close(np.where(want.any(-1, keepdims=True), encoded.tokens, 0), want)
+
+
+@pytest.mark.parametrize("pool", ["mean", "max"])
+def test_sentence_transformers_say_how_to_pool(pool, tmp_path):
+    inputs, outputs = unpack("bert", tmp_path)
+    modules = [{"path": path, "type": f"sentence_transformers.models.{path}"} for path in ("Transformer", "Pooling")]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "Pooling").mkdir()
+    modes = {f"pooling_mode_{mode}_tokens": mode == pool for mode in ("mean", "max")}
+    (tmp_path / "Pooling" / "config.json").write_text(json.dumps(modes))
+    _, model, params = read(tmp_path)
+    tokens, seen = outputs["text_tokens"], (inputs["token_ids"] != 0)[..., None]
+    want = tokens.sum(1) / seen.sum(1) if pool == "mean" else np.where(seen, tokens, -np.inf).max(1)
+    close(jax.jit(model.text.apply)({"params": params["text"]}, inputs["token_ids"]).pooled, want)
+
+
+def test_openai_names_in_a_bare_file(tmp_path):
+    inputs, outputs = unpack("openai", tmp_path)
+    _, model, params = read(tmp_path / "bare.safetensors", "quick_gelu")
+    _, (out, logits) = jax.jit(loss_and_embeddings, static_argnums=(0, 4))(model, params, *given(inputs), False)
+    close(out.image, outputs["image"])
+    close(out.text, outputs["text"])
+    close(logits, outputs["logits"])

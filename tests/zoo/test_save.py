@@ -1,0 +1,133 @@
+"""What is loaded can be written in every format that has words for it, and comes back bit for bit."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+import vlm_jax
+from vlm_jax import convert
+from vlm_jax.zoo import formats, save
+from vlm_jax.zoo.load import read_params
+from vlm_jax.zoo.tensors import open_tensors
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+NEEDED = dict(preprocess="decode | resize(32, 48) | normalize", tokenizer="emoji", tokenize="tokenize(16)")
+
+
+def params_of(path):
+    released = formats.understand(path)
+    return read_params(released.match(), released.shapes, released.tensors)
+
+
+def same(got, want):
+    assert got.keys() == want.keys()
+    for name in want:
+        np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+
+
+@pytest.mark.parametrize("format", list(save.WRITERS))
+@pytest.mark.parametrize("name", ["siglip_loop", "siglip_scan"])
+def test_two_towers_through_every_format(name, format, tmp_path):
+    source, middle, back = GOLDEN / f"{name}.npz", tmp_path / "middle.npz", tmp_path / "back.npz"
+    convert.convert(source, middle, format, image_size=(32, 48), **NEEDED)
+    same(params_of(middle), params_of(source))
+    convert.convert(middle, back, "big_vision")
+    same(params_of(back), params_of(source))
+
+
+@pytest.mark.parametrize("name", ["vit_gap_learn", "vit_map_sincos2d", "vit_tok_learn", "text_last", "text_map"])
+def test_one_tower(name, tmp_path):
+    source = GOLDEN / f"{name}.npz"
+    formats_of_it = ("native", "big_vision", "hf") if name == "text_last" else ("native", "big_vision")
+    for format in formats_of_it:
+        convert.convert(source, tmp_path / f"{format}.npz", format)
+        same(params_of(tmp_path / f"{format}.npz"), params_of(source))
+
+
+def test_big_vision_files_are_as_released(tmp_path):
+    """Written from a scan, an npz has the arrays of the loop that the reference has, up to their root."""
+    convert.convert(GOLDEN / "siglip_loop.npz", tmp_path / "a.npz", "big_vision")
+    with np.load(GOLDEN / "siglip_loop.npz") as want, np.load(tmp_path / "a.npz") as got:
+        names = [name for name in want.files if name.startswith("params/")]
+        assert sorted(got.files) == sorted(names)
+        for name in names:
+            np.testing.assert_array_equal(got[name], want[name])
+
+
+@pytest.fixture(scope="module")
+def siglip():
+    return vlm_jax.load(GOLDEN / "siglip_scan.npz", **NEEDED, image_size=(32, 48))
+
+
+@pytest.mark.parametrize("format", ["native", "hf", "open_clip"])
+def test_preprocessing_and_tokenizer_travel(siglip, format, tmp_path):
+    vlm_jax.save_pretrained(siglip, tmp_path / "copy", format)
+    copy = vlm_jax.load(tmp_path / "copy")
+    pictures = list(np.random.default_rng(0).integers(0, 256, (3, 40, 60, 3), np.uint8))
+    np.testing.assert_array_equal(copy.embed_images(pictures), siglip.embed_images(pictures))
+    if format == "native":
+        assert (copy.preprocess, copy.tokenize) == (siglip.preprocess, siglip.tokenize)
+    tokens = siglip.tokenizer(["a cat", "two dogs"], 16)
+    np.testing.assert_array_equal(copy.tokenizer(["a cat", "two dogs"], 16), tokens)
+
+
+def test_files_hold_what_other_readers_expect(siglip, tmp_path):
+    vlm_jax.save_pretrained(siglip, tmp_path / "hf", "hf")
+    file = open_tensors(tmp_path / "hf" / "model.safetensors")
+    fused = file.tensors["vision_model.head.attention.in_proj_weight"].read()
+    pool = siglip.params["image"]["map_pool"]["attn"]
+    np.testing.assert_array_equal(fused, np.concatenate([pool[n]["kernel"].T for n in ("query", "key", "value")]))
+    assert file.metadata["format"] == "pt"
+    assert {"config.json", "preprocessor_config.json", "tokenizer.json", "model.safetensors"} <= {
+        path.name for path in (tmp_path / "hf").iterdir()
+    }
+
+
+def test_what_a_format_has_no_words_for(siglip, tmp_path):
+    with pytest.raises(vlm_jax.UserError, match=r"open_clip's format is of two towers; this model has one"):
+        convert.convert(GOLDEN / "vit_tok_learn.npz", tmp_path / "a", "open_clip")
+    with pytest.raises(vlm_jax.UserError, match=r"Transformers has no such model.*text/map_pool"):
+        convert.convert(GOLDEN / "text_map.npz", tmp_path / "a", "hf")
+    with pytest.raises(vlm_jax.UserError, match=r"Transformers has no such model.*image_size would be 224"):
+        convert.convert(GOLDEN / "siglip_loop.npz", tmp_path / "a", "hf")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a").mkdir()
+    with pytest.raises(vlm_jax.UserError, match="exists; remove it or write elsewhere"):
+        vlm_jax.save_pretrained(siglip, tmp_path / "a")
+    with pytest.raises(vlm_jax.UserError, match="--format is `tf`; expected one of: native, hf"):
+        vlm_jax.save_pretrained(siglip, tmp_path / "b", "tf")
+
+
+def test_a_failure_leaves_nothing(siglip, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(save, "write_safetensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        vlm_jax.save_pretrained(siglip, tmp_path / "a", "hf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_tells_what_a_file_is(tmp_path):
+    text = convert.inspect(GOLDEN / "siglip_scan.npz")
+    assert "format       big_vision" in text and "licence      not stated" in text
+    assert "preprocess   unknown: pass preprocess= to load" in text
+    row = next(line for line in text.splitlines() if "encoderblock/LayerNorm_0/bias" in line and line.startswith("img"))
+    assert row.split() == [
+        "img/Transformer/encoderblock/LayerNorm_0/bias", "2x32", "float32", "image/blocks_0/norm1/bias", "...",
+        "image/blocks_1/norm1/bias",
+    ]  # fmt: skip
+    arrays = dict(np.load(GOLDEN / "siglip_loop.npz"))
+    del arrays["params/img/embedding/bias"]
+    np.savez(tmp_path / "odd.npz", **arrays, **{"params/img/more": np.zeros(3)})
+    text = convert.inspect(tmp_path / "odd.npz")
+    assert "img/more" in text and "(NOTHING TAKES IT)" in text
+    assert "no tensor for: image/patch_embed/bias (from img/embedding/bias)" in text
+
+
+def test_random_parameters_are_told_apart(siglip, tmp_path):
+    """Swapped layers or projections would not survive this: every array differs from every other."""
+    flat = jax.tree.leaves(siglip.params)
+    assert len({np.asarray(leaf).tobytes() for leaf in flat}) == len(flat)

@@ -1,0 +1,256 @@
+"""Evaluates a model on a data set, on one device or a mesh, on one host or several.
+
+    python -m vlm_jax.evaluate --model=runs/demo --task=zeroshot --data=tfds:emoji --split=unseen_style \\
+        --classes=emoji:seen --out=runs/eval
+    python -m vlm_jax.evaluate --model=MODEL --task=retrieval --data=jsonl:/data/flickr/test.jsonl \\
+        --captions=captions --out=runs/flickr
+
+prints a table and leaves results.json, artifacts/ and report/index.html in --out. The same command after any
+interruption continues after the last complete chunk and gives the same results, bit for bit. On several hosts the same
+command runs on each of them with --distributed=auto.
+"""
+
+import ast
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from jax.experimental import multihost_utils
+
+import vlm_jax
+from vlm_jax import command, config, evaluators, report, sharding
+from vlm_jax.checkpoint import params_sha256, write_json
+from vlm_jax.errors import UserError
+from vlm_jax.evaluators.hosts import Hosts
+from vlm_jax.evaluators.progress import Progress
+from vlm_jax.pretrained import Pretrained
+
+TASKS = ("zeroshot", "retrieval")
+
+
+def evaluate(
+    pretrained: Pretrained,
+    task: str,
+    out: str | os.PathLike | None = None,
+    *,
+    model: str | None = None,
+    show: bool = False,
+    **section: Any,
+) -> dict[str, Any]:
+    """Evaluates a model and returns what results.json then holds: "zeroshot/top1" and so on.
+
+    Args:
+      pretrained: the model; its `mesh` says where it runs.
+      task: "zeroshot" or "retrieval".
+      out: the folder for results, artifacts, report and progress; None writes nothing.
+      model: what the model is called in the results.
+      show: shows a progress bar.
+      **section: the evaluator's arguments, see `evaluators.zeroshot` and `evaluators.retrieval`; `uri` is needed.
+
+    Raises:
+      UserError: an unknown task or argument, a data set or classes that cannot be read, a folder with other results.
+    """
+    section = {"batch_size": pretrained.batch_size} | section
+    return _evaluate(pretrained, task, _evaluator(task, section), section, out, model, show)
+
+
+def _evaluator(task: str, section: Mapping[str, Any]) -> Callable[..., evaluators.Result]:
+    config.choose(dict.fromkeys(TASKS), task, "the task")
+    return evaluators.build({"type": task, **section})
+
+
+def _evaluate(
+    pretrained: Pretrained,
+    task: str,
+    evaluator: Callable[..., evaluators.Result],
+    section: Mapping[str, Any],
+    out: str | os.PathLike | None,
+    model: str | None,
+    show: bool,
+) -> dict[str, Any]:
+    if pretrained.preprocess is None:
+        raise UserError("this model has no image tower")
+    pretrained = dataclasses.replace(pretrained, batch_size=section["batch_size"])
+    named = {"model": model, "data": section["uri"], "split": section.get("split"), "classes": section.get("classes")}
+    named = {key: value for key, value in named.items() if isinstance(value, str)}
+    run = lambda progress: evaluator(pretrained, pretrained.mesh, progress)
+    numbers = lambda result: named | {f"{task}/{name}": value for name, value in result.metrics.items()}
+    if out is None:
+        return numbers(run(Progress(show=show)))
+
+    hosts, out = Hosts(pretrained.mesh, section["batch_size"]), Path(out).absolute()
+    settings = {"task": task, **named, **_model_facts(pretrained), "version": vlm_jax.__version__, "evaluator": section}
+    mistake = hosts.from_first(_claim(out, config.plain(settings)) if hosts.first else None)
+    if mistake:
+        raise UserError(f"{out} holds {mistake}")
+    progress = Progress(out / "progress" if hosts.first else None, show and hosts.first)
+    results = hosts.from_first(_read_json(out / "results.json"))
+    if results is None:
+        result = run(progress)
+        results = numbers(result)
+        if hosts.first:
+            report.save_artifacts(out, task, result.artifacts)
+            write_json(out / "results.json", results)
+    if hosts.first:
+        report.write(out)
+        progress.delete()
+    return results
+
+
+def _model_facts(pretrained: Pretrained) -> dict[str, str]:
+    """What makes two models of the same name different."""
+    here = lambda x: getattr(x, "is_fully_addressable", True)
+    whole = lambda x: x if here(x) else multihost_utils.process_allgather(x, tiled=True)
+    return {
+        "params_sha256": params_sha256(jax.tree.map(whole, pretrained.params)),
+        "architecture": " ".join(repr(pretrained.model).split()),
+        "tokenizer": getattr(pretrained.tokenizer, "spec", None),
+        "preprocess": pretrained.preprocess,
+        "tokenize": pretrained.tokenize,
+    }
+
+
+def _claim(out: Path, settings: Mapping[str, Any]) -> str | None:
+    """Writes config.json into `out`, or returns what the folder holds instead."""
+    before = _read_json(out / "config.json")
+    if before is None:
+        if (out / "results.json").exists():
+            return "results of something else; choose another --out"
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "config.json", settings)
+        return None
+    if "evaluator" not in before:
+        return "something else than an evaluation (a training run?); choose another --out"
+    before, after = config.flatten(before), config.flatten(settings)
+    for key in [*after, *before]:
+        was, now = before.get(key), after.get(key)
+        if was != now:
+            return f"an evaluation with {key} = {was!s:.80}, not {now!s:.80}; choose another --out or delete it"
+    return None
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def start_processes(hosts: str) -> None:
+    """`jax.distributed.initialize`, before anything asks for a device.
+
+    Args:
+      hosts: "auto" (TPU pods, Slurm and others tell themselves) or "address:port,processes,index".
+    """
+    if hosts == "auto":
+        return jax.distributed.initialize()
+    try:
+        address, count, index = hosts.split(",")
+        jax.distributed.initialize(address, int(count), int(index))
+    except ValueError as error:
+        raise UserError(f"--distributed={hosts} is not `auto` or `address:port,processes,index` ({error})") from error
+
+
+def _given(values: flags.FlagValues, names: Sequence[str]) -> dict[str, Any]:
+    """The flags among `names` that have a value, as Python values."""
+    given = {}
+    for name in names:
+        value = values[name].value
+        if value is not None:
+            read, expected = READ.get(name, (lambda value: value, ""))
+            try:
+                given[name] = read(value)
+            except (ValueError, SyntaxError):
+                spelled = ",".join(value) if isinstance(value, list) else value
+                raise UserError(f"--{name}={spelled:.60} cannot be read; expected {expected}") from None
+    return given
+
+
+def _where(conditions: Sequence[str]) -> dict[str, list]:
+    """["style=noto,twemoji", "group=3"] -> {"style": ["noto", "twemoji"], "group": [3]}."""
+    where = {}
+    for condition in conditions:
+        name, values = condition.split("=", 1)
+        where[name] = [int(value) if value.lstrip("-").isdecimal() else value for value in values.split(",")]
+    return where
+
+
+# Flags that become arguments of `vlm_jax.load` and of the evaluator, and how those are read that are no plain values.
+MODEL = ("preprocess", "tokenizer", "tokenize", "activation", "image_size", "resample", "dtype")
+DATA = (
+    "data", "split", "where", "batch_size", "memory_share", "gallery",
+    "classes", "templates", "label", "captions", "template", "ks",
+)  # fmt: skip
+READ = {
+    "where": (_where, "field=value,value such as style=noto"),
+    "classes": (
+        lambda text: ast.literal_eval(text) if text.startswith(("[", "{")) else text,
+        "a name, a file, a list ['cat', 'dog'] or labels and names {7: 'cat', 3: 'dog'}",
+    ),
+    "ks": (lambda values: [int(value) for value in values], "whole numbers such as 1,5,10"),
+    "image_size": (lambda sides: [int(side) for side in (sides * 2)[:2]], "pixels, 384 or height,width"),
+    "mesh": (lambda parts: {axis: int(size) for axis, size in (part.split("=") for part in parts)}, "data=8,fsdp=1"),
+}
+
+
+def main(_: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
+    if values.distributed:
+        start_processes(values.distributed)
+    section = _given(values, DATA)
+    section["uri"] = section.pop("data")
+    evaluator = _evaluator(values.task, section)  # what is wrong with the data is said before the model is loaded
+    mesh = config.call(sharding.make_mesh, _given(values, ("mesh",)).get("mesh", {}), "--mesh", devices=None)
+    pretrained = vlm_jax.load(values.model, mesh=mesh, **_given(values, MODEL))
+    results = _evaluate(pretrained, values.task, evaluator, section, values.out, values.model, show=True)
+    if jax.process_index() == 0:
+        print(_table(results))
+        print(f"report: {Path(values.out).absolute() / 'report' / 'index.html'}")
+
+
+def _table(results: Mapping[str, Any]) -> str:
+    """What was evaluated, and a line for each metric."""
+    numbers = {name.partition("/")[2]: value for name, value in results.items() if "/" in name}
+    about = ", ".join(f"{name} {value}" for name, value in results.items() if "/" not in name)
+    width = max(map(len, numbers)) + 2
+    return "\n".join([about, *(f"  {name:{width}}{report.format_value(name, numbers[name]):>9}" for name in numbers)])
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the command's flags; not done by an import, since the program that imports has its own."""
+    text, several, listed = (
+        partial(define, default=None, flag_values=values)
+        for define in (flags.DEFINE_string, flags.DEFINE_multi_string, flags.DEFINE_list)
+    )
+    text("model", help="What vlm_jax.load reads: a workdir, a folder, a file, hf:org/name")
+    text("task", help="zeroshot or retrieval")
+    text("data", help="Data set: tfds:, wds:, jsonl:, csv:, folder:")
+    text("out", help="Folder for results.json, artifacts and report")
+    flags.mark_flags_as_required(["model", "task", "data", "out"], values)
+    text("split", help="The data set's split")
+    several("where", help="Which records count: field=value,value; repeatable")
+    flags.DEFINE_integer("batch_size", 256, "Pictures at a time over all devices", flag_values=values)
+    flags.DEFINE_float("memory_share", None, "Of the free memory, for embeddings (0.25)", flag_values=values)
+    flags.DEFINE_integer("gallery", None, "Pictures in the report (24)", flag_values=values)
+    text("classes", help="zeroshot: imagenet, emoji:seen, a file, a list; by default the data set's own")
+    several("templates", help="zeroshot: imagenet80, a file, a prompt with {}; repeatable")
+    text("label", help="zeroshot: the field with the label")
+    listed("captions", help="retrieval: the fields with captions")
+    text("template", help="retrieval: a prompt, {} for the caption")
+    listed("ks", help="retrieval: how many candidates may be named, e.g. 1,5,10")
+    text("preprocess", help="Where the model's files do not tell: op string, or openai, siglip, ...")
+    text("tokenizer", help="Where the model's files do not tell: clip, json:/path, ...")
+    text("tokenize", help="Where the model's files do not tell: e.g. tokenize(77)")
+    text("activation", help="Of bare CLIP weights: quick_gelu or gelu")
+    listed("image_size", help="Another size than the model's: 384 or 384,288; needs --resample")
+    text("resample", help="How learned positions get to it: linear, bicubic, bicubic_sharp")
+    text("dtype", help="Compute dtype (float32)")
+    listed("mesh", help="data=2,fsdp=4,tensor=1; by default data has all devices")
+    text("distributed", help="On several hosts: auto, or address:port,processes,index")
+
+
+if __name__ == "__main__":
+    define_flags(flags.FLAGS)
+    command.run(main)

@@ -1,0 +1,159 @@
+"""What an evaluation has done so far: rows in bounded memory or in files, kept so that it goes on after a kill."""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from vlm_jax.checkpoint import write_json
+from vlm_jax.errors import UserError
+
+SAVE_SECONDS = 1.0  # at most this much is done again after a kill, and a batch
+
+
+def available_memory() -> int:
+    """Bytes of memory that are free now (of all memory, where the system does not tell)."""
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory_limit(share: float) -> float:
+    """That share of the available memory, in bytes."""
+    if not 0 < share <= 1:
+        raise UserError(f"memory_share is {share}; expected a share between 0 and 1, e.g. 0.25")
+    return share * available_memory()
+
+
+class Table:
+    """Columns of as many rows, appended in chunks and read in any part.
+
+    Args:
+      folder: where the columns' files are; None keeps them in memory, and in temporary files once they outgrow it.
+      name: the table's, the beginning of its files' names.
+      limit: how many bytes of memory the columns may take together.
+      saved: what `layout` returned when the table was last saved; rows of the files beyond it are dropped.
+    """
+
+    def __init__(self, folder: Path | None, name: str, limit: float, saved: dict[str, Any] | None = None):
+        self._folder, self._name, self._limit = folder, name, limit
+        self._rows, self._columns = 0, {}
+        self._files: dict[str, IO[bytes]] = {}
+        self.in_memory = folder is None
+        if saved:
+            self._rows = saved["rows"]
+            for column, (dtype, shape) in saved["columns"].items():
+                self._columns[column] = np.dtype(dtype), tuple(shape)
+                self._files[column] = self._open(column)
+                self._files[column].truncate(self._rows * self._row_bytes(column))
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def append(self, **columns: np.ndarray) -> None:
+        """Appends arrays [n, ...] of the same n; the first call fixes the columns, their dtypes and shapes."""
+        if not self._columns:
+            self._columns = {column: (rows.dtype, rows.shape[1:]) for column, rows in columns.items()}
+            self._files = {column: self._open(column) for column in columns}
+        for column, (dtype, shape) in self._columns.items():
+            rows = np.ascontiguousarray(columns[column], dtype)
+            if rows.shape[1:] != shape:
+                raise ValueError(f"column `{column}` of `{self._name}` has rows {shape}; got {rows.shape[1:]}")
+            self._files[column].seek(self._rows * self._row_bytes(column))
+            self._files[column].write(rows.tobytes())
+        self._rows += len(rows)
+        if self.in_memory and self._rows * sum(map(self._row_bytes, self._columns)) > self._limit:
+            self.in_memory = False
+            for file in self._files.values():
+                file.rollover()
+
+    def read(self, column: str, rows: slice = slice(None)) -> np.ndarray:
+        """Returns some consecutive rows of a column, [n, ...]; only they are read."""
+        start, stop, _ = rows.indices(self._rows)
+        dtype, shape = self._columns[column]
+        self._files[column].seek(start * self._row_bytes(column))
+        data = self._files[column].read((stop - start) * self._row_bytes(column))
+        return np.frombuffer(data, dtype).reshape(stop - start, *shape)
+
+    def layout(self) -> dict[str, Any]:
+        """Puts the files on disk and returns what opens the table again, JSON-able."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        columns = {column: [dtype.str, list(shape)] for column, (dtype, shape) in self._columns.items()}
+        return {"rows": self._rows, "columns": columns}
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def _open(self, column: str) -> IO[bytes]:
+        if self._folder is None:
+            return tempfile.SpooledTemporaryFile()  # on disk from `rollover` on
+        path = self._folder / f"{self._name}.{column}"
+        return open(path, "r+b" if path.exists() else "w+b")
+
+    def _row_bytes(self, column: str) -> int:
+        dtype, shape = self._columns[column]
+        return dtype.itemsize * math.prod(shape)
+
+
+class Progress:
+    """Tables and counters of one evaluation, in `folder`, which is made; with None nothing outlives the process.
+
+    Args:
+      folder: where; what an evaluation that was killed has left there is continued.
+      show: prints what is continued and shows a progress bar.
+    """
+
+    def __init__(self, folder: str | os.PathLike | None = None, show: bool = False):
+        self.folder, self.show = None if folder is None else Path(folder), show
+        self._tables: dict[str, Table] = {}
+        self._record = {"facts": None, "counts": {}, "tables": {}}
+        self._saved_at = time.monotonic()
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if (self.folder / "progress.json").exists():
+                self._record = json.loads((self.folder / "progress.json").read_text())
+
+    def begin(self, **facts: int | str) -> dict[str, int]:
+        """Returns the counters that were last saved; empty at the start.
+
+        Raises:
+          UserError: `facts` (of the data, the names) are not those that the progress was made with.
+        """
+        before = self._record["facts"] or facts
+        for key, value in facts.items():
+            if before.get(key) != value:
+                raise UserError(
+                    f"{self.folder} holds the progress of an evaluation with {key} = {before.get(key)}, now it is "
+                    f"{value}; choose another --out or delete it"
+                )
+        self._record["facts"] = facts
+        return self._record["counts"]
+
+    def table(self, name: str, limit: float) -> Table:
+        """The table of this name: new, or as it was last saved. `limit`: see `Table`."""
+        self._tables[name] = Table(self.folder, name, limit, self._record["tables"].get(name))
+        return self._tables[name]
+
+    def save(self, now: bool = False, **counts: int) -> None:
+        """Sets counters, and about every second (or `now`) makes tables and counters what a kill leaves."""
+        self._record["counts"] |= counts
+        if self.folder is None or (not now and time.monotonic() < self._saved_at + SAVE_SECONDS):
+            return
+        self._record["tables"] |= {name: table.layout() for name, table in self._tables.items()}
+        write_json(self.folder / "progress.json", self._record)
+        self._saved_at = time.monotonic()
+
+    def delete(self) -> None:
+        """Closes the tables and deletes the folder."""
+        for table in self._tables.values():
+            table.close()
+        if self.folder is not None:
+            shutil.rmtree(self.folder)

@@ -1,0 +1,237 @@
+"""A convolutional image tower: EfficientNet-Lite (Tan and Le 2019, arXiv:1905.11946).
+
+The Lite variants are the EfficientNets for small devices: ReLU6 for swish, no squeeze-and-excitation, stem and head
+of one width whatever the multiplier.
+"""
+
+import math
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.config import choose
+from vlm_jax.errors import UserError
+from vlm_jax.models.pooling import Encoded, pool
+
+LITE = {  # width multiplier, depth multiplier, side of the images in pixels
+    "lite0": (1.0, 1.0, 224),
+    "lite1": (1.0, 1.1, 240),
+    "lite2": (1.1, 1.2, 260),
+    "lite3": (1.2, 1.4, 280),
+    "lite4": (1.4, 1.8, 300),
+}
+STAGES = (  # repeats, kernel, stride, expansion, outputs (table 1)
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+BATCH_NORM_EPS = 1e-3
+
+
+class BlockSizes(NamedTuple):
+    """Kernel side, stride, expansion and output channels of one block."""
+
+    kernel: int
+    stride: int
+    expansion: int
+    outputs: int
+
+
+def lookup(variant):
+    """{"width_multiplier", "depth_multiplier"} of a key of `LITE`."""
+    width, depth, _ = choose(LITE, variant, "variant")
+    return dict(width_multiplier=width, depth_multiplier=depth)
+
+
+def block_sizes(width_multiplier, depth_multiplier):
+    """The `BlockSizes` of all blocks; widths are multiples of 8, the first and the last stage are never repeated."""
+    blocks = []
+    for i, (repeats, kernel, stride, expansion, outputs) in enumerate(STAGES):
+        if i not in (0, len(STAGES) - 1):
+            repeats = math.ceil(repeats * depth_multiplier)
+        outputs = _round_to_8(outputs * width_multiplier)
+        blocks += [BlockSizes(kernel, stride if j == 0 else 1, expansion, outputs) for j in range(repeats)]
+    return blocks
+
+
+def _round_to_8(channels):
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded if rounded >= 0.9 * channels else rounded + 8
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch normalisation (Ioffe and Szegedy 2015) by stored statistics: (x - mean) / sqrt(var + eps) * scale + bias.
+
+    The statistics are parameters, so that a model is a function of its parameters alone; they have no gradient and
+    do not move (a weight decay would move them: exclude `.*/(mean|var)` in the parameter table, or freeze the tower).
+
+    Attributes:
+      dtype: of the output; the arithmetic is fp32.
+    """
+
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x):
+        """Normalises channels: [..., C] -> [..., C]."""
+        ones, zeros, shape = nn.initializers.ones, nn.initializers.zeros, x.shape[-1:]
+        mean = jax.lax.stop_gradient(self.param("mean", zeros, shape))
+        var = jax.lax.stop_gradient(self.param("var", ones, shape))
+        factor = self.param("scale", ones, shape) * jax.lax.rsqrt(var + BATCH_NORM_EPS)
+        x = (x.astype(jnp.float32) - mean) * factor + self.param("bias", zeros, shape)
+        return x.astype(self.dtype)
+
+
+def depthwise(x, kernel, strides, padding, **options):
+    """`lax.conv_general_dilated` where each channel has its own kernel and nothing is dilated.
+
+    On a CPU it is a sum of shifted images: XLA takes 10 to 40 times as long for a grouped convolution there.
+
+    Args:
+      x: [B, H, W, C].
+      kernel: [k, k, 1, C].
+      strides: two, for H and W.
+      padding: "SAME" or "VALID".
+      **options: for `lax.conv_general_dilated`.
+    """
+
+    def shifts(x, kernel):
+        pads = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+        dtype, kernel = x.dtype, kernel.astype(jnp.float32)
+        x = jnp.pad(x.astype(jnp.float32), ((0, 0), *pads, (0, 0)))
+        rows, columns = ((n - k) // s * s + 1 for n, k, s in zip(x.shape[1:3], kernel.shape[:2], strides, strict=True))
+        shifted = lambda i, j: x[:, i : i + rows : strides[0], j : j + columns : strides[1]]
+        y = sum(shifted(i, j) * kernel[i, j, 0] for i in range(kernel.shape[0]) for j in range(kernel.shape[1]))
+        return y.astype(dtype)
+
+    grouped = lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+    return jax.lax.platform_dependent(x, kernel, cpu=shifts, default=grouped)
+
+
+class ConvNorm(nn.Module):
+    """A convolution without bias, "SAME" padding, and its norm: [B, H, W, C] -> [B, H / stride, W / stride, features].
+
+    Attributes:
+      features: output channels; None: as many as come in, each convolved alone (depthwise).
+      kernel: its side.
+      stride: in both directions; odd sizes round up.
+      dtype: of the convolution.
+    """
+
+    features: int | None
+    kernel: int
+    stride: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        alone = self.features is None
+        x = nn.Conv(
+            x.shape[-1] if alone else self.features,
+            (self.kernel, self.kernel),
+            self.stride,
+            padding="SAME",
+            feature_group_count=x.shape[-1] if alone else 1,
+            conv_general_dilated=depthwise if alone else None,
+            use_bias=False,
+            dtype=self.dtype,
+            # Variance 2 / (kernel pixels * outputs of one group): He et al. 2015, equation 14.
+            kernel_init=nn.initializers.variance_scaling(2.0, "fan_in" if alone else "fan_out", "normal"),
+            name="conv",
+        )(x)
+        return FrozenBatchNorm(self.dtype, name="norm")(x)
+
+
+class Block(nn.Module):
+    """Mobile inverted bottleneck (Sandler et al. 2018): expand 1x1, depthwise, project 1x1; residual if shapes allow.
+
+    Attributes:
+      sizes: its `BlockSizes`.
+      dtype: of the convolutions.
+    """
+
+    sizes: BlockSizes
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        """[B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), outputs]."""
+        kernel, stride, expansion, outputs = self.sizes
+        y = x
+        if expansion != 1:
+            y = jax.nn.relu6(ConvNorm(expansion * x.shape[-1], 1, 1, self.dtype, name="expand")(y))
+        y = jax.nn.relu6(ConvNorm(None, kernel, stride, self.dtype, name="depthwise")(y))
+        y = ConvNorm(outputs, 1, 1, self.dtype, name="project")(y)
+        return x + y if stride == 1 and outputs == x.shape[-1] else y
+
+
+class EfficientNetLite(nn.Module):
+    """Stem -> blocks -> 1x1 convolution -> pool -> head. Made for released weights: see `FrozenBatchNorm`.
+
+    Padding is TensorFlow's "SAME" at every image size (the PyTorch ports agree at the size they are built for).
+
+    Attributes:
+      width_multiplier: factor on the channels of the blocks; `lookup` has those of the variants.
+      depth_multiplier: factor on the repeats of the stages but the first and the last.
+      stem_width: channels of the first convolution.
+      head_width: D, channels of the last convolution.
+      pool: "gap" (the mean over the grid), "max" or "none".
+      out_dim: width of the head (1000 for ImageNet's logits); None for none.
+      head_bias: whether the head has a bias.
+      dtype: compute dtype.
+    """
+
+    width_multiplier: float = 1.0
+    depth_multiplier: float = 1.0
+    stem_width: int = 32
+    head_width: int = 1280
+    pool: str = "gap"
+    out_dim: int | None = None
+    head_bias: bool = True
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, images, *, train=False):
+        """Encodes images.
+
+        Args:
+          images: floating [B, H, W, 3], already normalised.
+          train: as for other towers; nothing here depends on it.
+
+        Returns:
+          `Encoded`: pooled [B, D] or [B, out_dim] (None for pool "none"), tokens [B, h * w, D] with
+          h = ceil(H / 32), w = ceil(W / 32), mask None.
+
+        Raises:
+          UserError: images of another shape or dtype, an unknown pool, a head without a pool.
+        """
+        self._check(images)
+        x = jax.nn.relu6(ConvNorm(self.stem_width, 3, 2, self.dtype, name="stem")(images.astype(self.dtype)))
+        for i, sizes in enumerate(block_sizes(self.width_multiplier, self.depth_multiplier)):
+            x = Block(sizes, self.dtype, name=f"blocks_{i}")(x)
+        x = jax.nn.relu6(ConvNorm(self.head_width, 1, 1, self.dtype, name="last")(x))
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
+        if self.pool == "none":
+            return Encoded(None, tokens, None)
+        pooled = pool(self.pool, tokens)
+        if self.out_dim:
+            pooled = nn.Dense(self.out_dim, use_bias=self.head_bias, dtype=self.dtype, name="head")(pooled)
+        return Encoded(pooled, tokens, None)
+
+    def _check(self, images):
+        if self.pool not in ("gap", "max", "none"):
+            raise UserError(f"pool is `{self.pool}`; an EfficientNet has one of: gap, max, none")
+        if self.pool == "none" and self.out_dim:
+            raise UserError('pool "none" gives no vector for a head; leave out_dim unset')
+        if images.ndim != 4 or images.shape[-1] != 3:
+            raise UserError(f"images should be [B, H, W, 3]; got {list(images.shape)}")
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise UserError(
+                f"images should be floating and normalised; got {images.dtype}: add normalize to the data ops"
+            )

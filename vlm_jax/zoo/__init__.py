@@ -1,0 +1,1 @@
+"""Released checkpoints of other projects, in and out: `load`, `save`, one key map per format."""

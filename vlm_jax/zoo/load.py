@@ -1,0 +1,204 @@
+"""`vlm_jax.load`: a released checkpoint, or a workdir of ours, as a model that is ready to use."""
+
+import gc
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from vlm_jax import models, sharding
+from vlm_jax.data import tokenizers
+from vlm_jax.errors import UserError
+from vlm_jax.models.positions import RESAMPLING, resample_posemb
+from vlm_jax.parameter_table import named_leaves
+from vlm_jax.pretrained import Pretrained
+from vlm_jax.zoo import formats, hub, key_map, preprocessing
+
+THREADS = 2  # that copy tensors at a time
+
+
+def load(
+    spec: str | os.PathLike,
+    *,
+    preprocess: str | None = None,
+    tokenizer: str | None = None,
+    tokenize: str | None = None,
+    activation: str | None = None,
+    image_size: int | Sequence[int] | None = None,
+    resample: str | None = None,
+    mesh: Mesh | None = None,
+    partition: Sequence = sharding.RULES,
+    dtype: str | None = None,
+) -> Pretrained:
+    """Loads a model, without torch and without running anything that the file holds.
+
+    Args:
+      spec: "hf:org/name" (or "hf:org/name@revision"), a folder of Transformers, open_clip or ours, a file (safetensors,
+        npz, .pt, .pth), or a workdir of `vlm_jax.train`.
+      preprocess: how pictures are prepared, where the files do not tell: an op string, or a key of
+        `zoo.preprocessing.FAMILIES` ("openai", "siglip", ...).
+      tokenizer: a tokenizer spec (see `vlm_jax.data.tokenizers`), where the files do not hold one.
+      tokenize: how texts are made tokens, an op string such as "lower | tokenize(64, bos=False)".
+      activation: of bare CLIP weights, "quick_gelu" or "gelu".
+      image_size: (height, width) or one int in pixels: another size than the checkpoint's. Needs `resample`, and
+        resizes in `preprocess` follow it where that is known by family only.
+      resample: how learned positions get to another size: "linear" (big_vision), "bicubic" (open_clip) or
+        "bicubic_sharp" (DINOv2).
+      mesh: where the parameters go, each straight to its shards; None is one device.
+      partition: partition rules of the parameters on the mesh.
+      dtype: compute dtype, parameters are float32; None is that of a run, and float32 for released weights.
+
+    Raises:
+      UserError: nothing is there, it is of no known format, a tensor is left over or missing or of another shape, or
+        the files do not tell what an argument must then say.
+    """
+    path = hub.local(spec)
+    if (path / "checkpoints").is_dir():
+        released = formats.run_of(path)
+    else:
+        released = formats.understand(path, activation)
+        plan = released.match()
+    shapes = released.shapes
+    section = dict(released.model) if dtype is None else dict(released.model, dtype=dtype)
+    size = _sides(image_size) if image_size is not None else None
+    settings = _settings(released, section, preprocess, tokenizer, tokenize, size)
+    place = None if mesh is None else lambda params: sharding.param_shardings(partition, params, mesh)
+    if released.run is not None:
+        from vlm_jax import checkpoint  # orbax takes a while to import
+
+        params = named_leaves(checkpoint.load_params(path, place))
+    else:
+        params = read_params(plan, shapes, released.tensors, place and named_leaves(place(_tree(shapes))))
+    if size is not None:
+        section["image"] = _resized(section["image"], params, size, resample)
+    return Pretrained(
+        model=models.build(section),
+        params=_tree(params),
+        tokenizer=tokenizers.build(settings["tokenizer"]) if settings["tokenizer"] else None,
+        preprocess=settings["preprocess"],
+        tokenize=settings["tokenize"],
+        config={**(released.run or {}), "model": section, **settings},
+        mesh=mesh,
+    )
+
+
+def read_params(
+    plan: Mapping[str, Sequence[key_map.Entry]],
+    shapes: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+) -> dict[str, jax.Array]:
+    """Reads parameters, each from its tensors to its place; the host holds one shard at a time.
+
+    Args:
+      plan: parameter name -> its entries, from `key_map.match`.
+      shapes: parameter name -> anything with a shape.
+      tensors: tensor name -> `tensors.Tensor`.
+      shardings: parameter name -> sharding; None is the default device.
+
+    Returns:
+      parameter name -> float32 array.
+    """
+
+    def read(name, index):
+        return key_map.read(name, plan[name], tensors, shapes[name].shape, index)
+
+    if shardings is not None:
+        return {name: _sharded(partial(read, name), leaf.shape, shardings[name]) for name, leaf in shapes.items()}
+    whole = lambda name: jax.device_put(read(name, (slice(None),) * len(shapes[name].shape)), may_alias=True)
+    with ThreadPoolExecutor(THREADS) as pool:
+        return dict(zip(shapes, pool.map(whole, shapes), strict=True))
+
+
+def _sharded(read: Callable, shape: Sequence[int], place: jax.sharding.Sharding) -> jax.Array:
+    shards, shard, last = [], None, None
+    for device, index in place.addressable_devices_indices_map(tuple(shape)).items():
+        if index != last:
+            shard = None
+            gc.collect(0)  # when jaxlib lets go of what it has copied: the last shard is freed before the next is read
+            shard, last = read(index), index
+        shards.append(jax.device_put(shard, device, may_alias=False).block_until_ready())
+    return jax.make_array_from_single_device_arrays(tuple(shape), place, shards)
+
+
+def _settings(released, section, preprocess, tokenizer, tokenize, size) -> dict[str, Any]:
+    """preprocess, tokenizer and tokenize, from the arguments or else the files; names what neither tells."""
+    missing = []
+    if section["image"]:
+        if preprocess in preprocessing.FAMILIES:
+            known = size or section["image"].get("image_size")
+            if known is None:
+                raise UserError(f"preprocess={preprocess!r} needs the size of the pictures; pass image_size= as well")
+            preprocess = preprocessing.FAMILIES[preprocess](known)
+        preprocess = preprocess or released.preprocess
+        if preprocess is None:
+            families = ", ".join(preprocessing.FAMILIES)
+            why = released.hints.get("preprocess") or "the files do not tell how pictures were prepared"
+            missing.append(f"{why}: pass preprocess= (one of {families}, or an op string)")
+    if section["text"]:
+        tokenizer, tokenize = tokenizer or released.tokenizer, tokenize or released.tokenize
+        if tokenizer is None:
+            why = released.hints.get("tokenizer") or "the files hold no tokenizer"
+            missing.append(why if "tokenizer=" in why else f"{why}: pass tokenizer='clip', 'json:/path', ...")
+        if tokenize is None:
+            missing.append(f"pass tokenize= (how texts are made tokens, e.g. 'tokenize({section['text']['length']})')")
+    if missing:
+        raise UserError(f"{released.path} ({released.format}): " + "; ".join(missing))
+    return {
+        "preprocess": preprocess if section["image"] else None,
+        "tokenizer": tokenizer if section["text"] else None,
+        "tokenize": tokenize if section["text"] else None,
+    }
+
+
+def _resized(section: dict, params: dict, size: tuple[int, int], method: str | None) -> dict:
+    """The image section for pictures of `size`, with `pos_embed` in `params` resampled to it."""
+    table = params.get("image/pos_embed")
+    if table is None:  # positions that are computed, or none
+        return dict(section, image_size=size)
+    patch, first = section["patch"], int(section.get("cls_position", False))
+    new = size[0] // patch, size[1] // patch
+    if not all(new):
+        raise UserError(f"image_size {size} is smaller than a patch of {patch} px")
+    old = _grid(section, table.shape[1] - first, new)
+    if old != new:
+        if method is None:
+            raise UserError(
+                f"the checkpoint has positions for {old[0]} x {old[1]} patches, image_size={size} gives {new[0]} x "
+                f"{new[1]}: pass resample= to resample them, one of {', '.join(RESAMPLING)}"
+            )
+        host = np.asarray(table)
+        rows = resample_posemb(host[:, first:], old, new, method)
+        params["image/pos_embed"] = jax.device_put(np.concatenate([host[:, :first], rows], axis=1), table.sharding)
+    return dict(section, image_size=size)
+
+
+def _grid(section: Mapping[str, Any], rows: int, new: tuple[int, int]) -> tuple[int, int]:
+    """The grid of the checkpoint's positions: by its image_size, or else a square, or else the new one if it fits."""
+    if section.get("image_size"):
+        height, width = _sides(section["image_size"])
+        return height // section["patch"], width // section["patch"]
+    side = math.isqrt(rows)
+    if side * side == rows:
+        return side, side
+    if new[0] * new[1] != rows:
+        raise UserError(f"positions of {rows} patches are no square, and the checkpoint does not tell their grid")
+    return new
+
+
+def _sides(size: int | Sequence[int]) -> tuple[int, int]:
+    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list | tuple) else ()
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise UserError(f"image_size is {size!r}; expected (height, width) or one int, in pixels")
+    return sides
+
+
+def _tree(flat: Mapping[str, Any]) -> dict:
+    return flax.traverse_util.unflatten_dict(dict(flat), sep="/")

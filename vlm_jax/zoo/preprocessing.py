@@ -1,0 +1,345 @@
+"""Image preprocessing of released weights as op strings: known families, Transformers' and open_clip's files.
+
+What is not understood raises: a wrong preprocessing costs accuracy without a sign.
+"""
+
+import inspect
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from vlm_jax.data import ops
+from vlm_jax.data.image_ops import STATISTICS
+from vlm_jax.data.registry import OPS
+from vlm_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+Size = int | tuple[int, int]  # a side, or (height, width)
+FIX = "pass preprocess='decode | ...', an op string"
+METHODS = ("nearest", "lanczos", "bilinear", "bicubic", "area", "hamming")  # by PIL's number: `resample` in the files
+# The op strings that another project's file can express.
+EXPRESSIBLE = re.compile(r"decode( resize\w*)?( central_crop| pad)?( normalize| to_float)( pack_patches)?")
+
+# --- known families -------------------------------------------------------------------------------------------------
+
+
+def _call(name: str, *args, **kwargs) -> str:
+    """`name(args, key=value)`, without what the op does by default."""
+    defaults = inspect.signature(OPS[name]).parameters
+    stated = [f"{key}={value!r}" for key, value in kwargs.items() if value != defaults[key].default]
+    arguments = [*map(repr, args), *stated]
+    return f"{name}({', '.join(arguments)})" if arguments else name
+
+
+def _sides(size: Size) -> tuple[int, ...]:
+    """(side,) of a square, else (height, width)."""
+    height, width = np.broadcast_to(size, 2).tolist()
+    return (height,) if height == width else (height, width)
+
+
+def _squash(size: Size, normalize: str, **options) -> str:
+    return f"decode | {_call('resize', *_sides(size), **options)} | {normalize}"
+
+
+def _crop(size: Size, normalize: str, share: float = 1.0, **options) -> str:
+    """The central `size` of a picture whose shortest side is `size / share`."""
+    sides = _sides(size)
+    larger = tuple(math.floor(side / share) for side in sides)
+    resize = _call("resize_shortest", larger if len(sides) == 2 else larger[0], **options)
+    return f"decode | {resize} | {_call('central_crop', *sides)} | {normalize}"
+
+
+# By what the weights are called: how their publisher prepares a picture for a tower of a given size.
+FAMILIES: dict[str, Callable[[Size], str]] = {
+    "openai": lambda size: _crop(size, "normalize('clip')"),
+    "laion_half": lambda size: _crop(size, "normalize"),  # LAION-2B L/14
+    "siglip": lambda size: _squash(size, "normalize"),  # as Transformers and open_clip ship it
+    "big_vision": lambda size: _squash(size, "normalize", method="bilinear", antialias=False),  # SigLIP (2), LiT
+    "clipa": lambda size: _squash(size, "normalize('imagenet')", method="bilinear"),
+    "mobileclip": lambda size: _crop(size, "to_float", method="bilinear"),
+    "pe": lambda size: _squash(size, "normalize", method="bilinear"),  # Perception Encoder
+    "dinov2": lambda size: _crop(size, "normalize('imagenet')", 0.875),
+    "imagenet": lambda size: _crop(size, "normalize('imagenet')", 0.875, method="bilinear"),  # torchvision classifiers
+    "efficientnet_lite": lambda size: _crop(size, "normalize('efficientnet_lite')", 0.875),
+}
+
+
+def _normalize(mean: Any, std: Any) -> str:
+    """The op that subtracts `mean` and divides by `std`, in units of [0, 1]: by name where they have one."""
+    try:
+        mean, std = (np.broadcast_to(np.asarray(v, float), 3) for v in (mean, std))
+    except (ValueError, TypeError):
+        raise UserError(f"mean {mean!r} and std {std!r} are not numbers for three channels; {FIX}") from None
+    close = lambda a, b: np.allclose(mean, a, rtol=0, atol=1e-7) and np.allclose(std, b, rtol=0, atol=1e-7)
+    if close(0, 1):
+        return "to_float"
+    if close(0.5, 0.5):
+        return "normalize"
+    name = next((name for name, values in STATISTICS.items() if close(*values)), None)
+    return _call("normalize", *((name,) if name else (tuple(mean.tolist()), tuple(std.tolist()))))
+
+
+# --- Transformers ---------------------------------------------------------------------------------------------------
+
+
+def _defaults(size: Any, resample: int, statistics: Any = (0.5, 0.5), crop: bool = False, **more) -> dict[str, Any]:
+    switches = dict(do_resize=True, do_center_crop=crop, do_rescale=True, do_normalize=True, default_to_square=True)
+    numbers = dict(size=size, resample=resample, crop_size=224, rescale_factor=1 / 255)
+    return switches | numbers | dict(image_mean=statistics[0], image_std=statistics[1]) | more
+
+
+# What each class does where the file is silent.
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "CLIP": _defaults({"shortest_edge": 224}, 3, STATISTICS["clip"], crop=True, default_to_square=False),
+    "Bit": _defaults({"shortest_edge": 224}, 3, STATISTICS["clip"], crop=True, default_to_square=False),  # DINOv2
+    "Siglip": _defaults({"height": 224, "width": 224}, 3, default_to_square=False),
+    "ViT": _defaults({"height": 224, "width": 224}, 2),
+    "Siglip2": _defaults(None, 2, patch_size=16, max_num_patches=256),
+}
+MODEL_TYPES = {"clip": "CLIP", "dinov2": "Bit", "siglip": "Siglip", "siglip2": "Siglip2", "vit": "ViT"}
+# Without effect here: pictures are always RGB, arrays [H, W, C].
+IGNORED = {
+    "image_processor_type", "feature_extractor_type", "processor_class", "do_convert_rgb", "data_format", "device",
+    "input_data_format", "return_tensors", "disable_grouping", "_valid_processor_keys", "auto_map", "image_seq_length",
+}  # fmt: skip
+
+
+def from_transformers(folder: str | Path) -> str:
+    """Returns the op string of the `preprocessor_config.json` (or `processor_config.json`) in `folder`.
+
+    Pixels equal those of Transformers' PIL classes; its torchvision classes round differently, by a level or two.
+
+    Raises:
+      UserError: there is no such file, or it says something that is not understood.
+    """
+    path, stated = _read(Path(folder))
+    kind = _kind(path, stated)
+    stated = {key: value for key, value in stated.items() if value is not None}
+    for key, value in stated.items():
+        if key not in PROCESSORS[kind] and key not in IGNORED and value is not False:
+            raise UserError(f"{path} has {key} {value!r}, which is not known here; {FIX}")
+    settings = PROCESSORS[kind] | stated
+    factor = settings["rescale_factor"] if settings["do_rescale"] else 1
+    if not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+        raise UserError(f"{path} multiplies pixels by {factor} (rescale_factor); expected 1/255: {FIX}")
+    normalize = _normalize(settings["image_mean"], settings["image_std"]) if settings["do_normalize"] else "to_float"
+    if settings["resample"] not in range(len(METHODS)):
+        raise UserError(f"{path} has resample {settings['resample']!r}; expected PIL's number, 0 to 5: {FIX}")
+    method = METHODS[settings["resample"]]
+    steps = ["decode"]
+    if kind == "Siglip2":
+        budget = settings["patch_size"], settings["max_num_patches"]
+        steps += [_call("resize_to_patches", *budget, method=method), normalize, _call("pack_patches", *budget)]
+        if not settings["do_resize"]:
+            raise UserError(f"{path} has do_resize False; packed patches need it: {FIX}")
+        return _parsed(steps, path)
+    size = settings["size"]
+    if isinstance(size, int) and not settings["default_to_square"]:
+        size = {"shortest_edge": size}
+    shortest = isinstance(size, dict) and {k for k, v in size.items() if v is not None} == {"shortest_edge"}
+    if settings["do_resize"] and shortest:
+        steps.append(_call("resize_shortest", size["shortest_edge"], method=method))
+    elif settings["do_resize"]:
+        steps.append(_call("resize", *_height_and_width(size, "size", path), method=method))
+    if settings["do_center_crop"]:
+        sides = _height_and_width(settings["crop_size"], "crop_size", path)
+        steps.append(_call("central_crop", *sides, rounding="down"))
+    elif shortest or not settings["do_resize"]:
+        raise UserError(f"{path} leaves pictures of different sizes (no crop); {FIX}")
+    return _parsed([*steps, normalize], path)
+
+
+def _read(folder: Path) -> tuple[Path, dict[str, Any]]:
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            settings = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} is not JSON: {error}") from None
+        settings = settings.get("image_processor", settings) if isinstance(settings, dict) else None
+        if not isinstance(settings, dict):
+            raise UserError(f"{path} does not hold the settings of an image processor; {FIX}")
+        return path, settings
+    raise UserError(f"{folder} has no preprocessor_config.json, which says how pictures are prepared; {FIX}")
+
+
+def _kind(path: Path, settings: dict[str, Any]) -> str:
+    """The class, without prefixes and suffixes of its variants; of a file that names none, the model's own."""
+    name = settings.get("image_processor_type") or settings.get("feature_extractor_type")
+    kind = re.sub(r"(ImageProcessor(Fast|Pil)?|FeatureExtractor)$", "", str(name))
+    config = path.parent / "config.json"
+    if name is None and config.is_file():
+        kind = MODEL_TYPES.get(json.loads(config.read_text()).get("model_type"))
+    if kind not in PROCESSORS:
+        known = ", ".join(f"{known}ImageProcessor" for known in PROCESSORS)
+        raise UserError(f"{path} is of class {name}; known are {known}: {FIX}")
+    return kind
+
+
+def _height_and_width(size: Any, key: str, path: Path) -> tuple[int, ...]:
+    if isinstance(size, int):
+        return (size,)
+    if not isinstance(size, dict) or {k for k, v in size.items() if v is not None} != {"height", "width"}:
+        raise UserError(f"{path} has {key} {size!r}; expected a number, shortest_edge, or height and width: {FIX}")
+    return _sides((size["height"], size["width"]))
+
+
+def _parsed(steps: list[str], path: Path) -> str:
+    try:
+        return ops.parse(" | ".join(steps)).string
+    except UserError as error:
+        raise UserError(f"{path} holds a wrong value: {error}") from None
+
+
+def to_transformers(string: str) -> dict[str, Any]:
+    """Returns the `preprocessor_config.json` of an op string.
+
+    A central crop's odd margins are rounded down there, so that it may lie a pixel aside of torchvision's.
+
+    Raises:
+      UserError: Transformers has no equivalent of an op.
+    """
+    steps, mean, std = _steps(string, "Transformers")
+    refuse = lambda name: _refuse(string, name, "Transformers")
+    settings = dict(do_convert_rgb=True, do_rescale=True, rescale_factor=1 / 255)
+    settings |= dict(do_normalize="to_float" not in steps, image_mean=mean, image_std=std)
+    resize = next((name for name in steps if name.startswith("resize")), None)
+    options = steps.get(resize, {})
+    if resize == "resize_longest" or "pad" in steps or isinstance(options.get("size"), tuple):
+        refuse("pad" if "pad" in steps else resize)
+    if not options.get("antialias", True):
+        refuse("resize(antialias=False)")
+    settings |= dict(do_resize=bool(resize)) | ({"resample": METHODS.index(options["method"])} if resize else {})
+    if resize == "resize_to_patches" or "pack_patches" in steps:
+        budget = {key: options.get(key) for key in ("patch", "max_patches")}
+        if budget != steps.get("pack_patches") or "central_crop" in steps:
+            refuse("pack_patches")
+        budget = dict(patch_size=budget["patch"], max_num_patches=budget["max_patches"])
+        return dict(image_processor_type="Siglip2ImageProcessor") | settings | budget
+    crop = steps.get("central_crop")
+    name = "SiglipImageProcessor" if resize == "resize" and not crop else "CLIPImageProcessor"
+    settings = dict(image_processor_type=name) | settings | dict(do_center_crop=bool(crop))
+    if resize:
+        settings["size"] = {"shortest_edge": options["size"]} if "size" in options else _height_width(options)
+    if crop:
+        settings["crop_size"] = _height_width(crop)
+        _warn_of_rounding(crop, "down", "Transformers")
+    return settings
+
+
+def _height_width(options: dict[str, Any]) -> dict[str, int]:
+    height, width = options["height"], options["width"]
+    return {"height": height, "width": height if width is None else width}
+
+
+def _steps(string: str, project: str) -> tuple[dict[str, dict[str, Any]], list[float], list[float]]:
+    """(arguments of each op, mean, std) of an op string whose form is EXPRESSIBLE."""
+    pipeline = ops.parse(string)
+    steps = {}
+    for step in (*pipeline.before, *pipeline.after):
+        if not re.fullmatch(r"decode|resize\w*|central_crop|pad|normalize|to_float|pack_patches", step.name):
+            _refuse(string, step.name, project)
+        own = [p for p in inspect.signature(step.function).parameters.values() if p.name != "image"]
+        steps[step.name] = {p.name: step.kwargs.get(p.name, p.default) for p in own}
+    if not EXPRESSIBLE.fullmatch(" ".join(steps)) or len(steps) != len(pipeline.before) + len(pipeline.after):
+        _refuse(string, "the order of the ops", project)
+    if steps["decode"]["background"] != 255:
+        _refuse(string, "decode(background=...)", project)
+    given = steps.get("normalize", dict(mean=0.0, std=1.0))
+    mean, std = STATISTICS.get(given["mean"], (given["mean"], 0.5))
+    mean, std = (np.broadcast_to(v, 3).tolist() for v in (mean, std if given["std"] is None else given["std"]))
+    return steps, mean, std
+
+
+def _refuse(string: str, name: str, project: str) -> NoReturn:
+    raise UserError(
+        f"preprocess `{string}`: {name} has no equivalent in {project}; pass preprocess= with the nearest that has: "
+        "decode | resize or resize_shortest | central_crop or pad | normalize or to_float"
+    )
+
+
+def _warn_of_rounding(crop: dict[str, Any], theirs: str, project: str) -> None:
+    if crop["rounding"] != theirs:
+        log.warning("central_crop: %s rounds odd margins %s; its crop may lie one pixel aside", project, theirs)
+
+
+# --- open_clip ------------------------------------------------------------------------------------------------------
+
+OPEN_CLIP = dict(
+    size=224, mode="RGB", mean=STATISTICS["clip"][0], std=STATISTICS["clip"][1],
+    interpolation="bicubic", resize_mode="shortest", fill_color=0,
+)  # fmt: skip
+OPEN_CLIP_VALUES = {
+    "mode": ("RGB",),
+    "interpolation": ("bicubic", "bilinear", "random"),
+    "resize_mode": ("shortest", "longest", "squash"),
+}
+
+
+def from_open_clip(preprocess_cfg: Mapping[str, Any], size: Size | None = None) -> str:
+    """Returns the op string of an open_clip `preprocess_cfg` (in `open_clip_config.json`).
+
+    Args:
+      preprocess_cfg: its keys; open_clip's own defaults stand for those that are absent.
+      size: the image tower's, which open_clip puts over the one in the file; None takes the file's.
+
+    Raises:
+      UserError: something in it is not understood.
+    """
+    given = {key: value for key, value in preprocess_cfg.items() if value is not None}
+    settings = OPEN_CLIP | given | ({} if size is None else {"size": size})
+    for key, value in settings.items():
+        if key not in OPEN_CLIP:
+            raise UserError(f"preprocess_cfg has the key `{key}`; known are {', '.join(OPEN_CLIP)}: {FIX}")
+        if value not in OPEN_CLIP_VALUES.get(key, (value,)):
+            raise UserError(f"preprocess_cfg has {key} {value!r}; expected {' or '.join(OPEN_CLIP_VALUES[key])}: {FIX}")
+    normalize = _normalize(settings["mean"], settings["std"])
+    method = "bilinear" if settings["interpolation"] == "bilinear" else "bicubic"
+    sides = _sides(settings["size"])
+    if settings["resize_mode"] == "squash":
+        return _squash(sides, normalize, method=method)
+    if settings["resize_mode"] == "shortest":  # open_clip forgets the method where the size is not square
+        return _crop(sides, normalize, method=method if len(sides) == 1 else "bicubic")
+    resize = _call("resize_longest", sides if len(sides) == 2 else sides[0], method=method)
+    return f"decode | {resize} | {_call('pad', *sides, value=settings['fill_color'])} | {normalize}"
+
+
+def to_open_clip(string: str) -> dict[str, Any]:
+    """Returns the `preprocess_cfg` of an op string.
+
+    Raises:
+      UserError: open_clip has no equivalent of an op.
+    """
+    steps, mean, std = _steps(string, "open_clip")
+    refuse = lambda name: _refuse(string, name, "open_clip")
+    names = tuple(name for name in steps if name not in ("decode", "normalize", "to_float"))
+    modes = {
+        ("resize",): "squash",
+        ("resize_shortest", "central_crop"): "shortest",
+        ("resize_longest", "pad"): "longest",
+    }
+    if names not in modes:
+        refuse(" | ".join(names) or "no resizing")
+    options, window = steps[names[0]], _height_width(steps[names[-1]])
+    size = (window["height"], window["width"])
+    shortest = names[0] == "resize_shortest" and len(_sides(size)) == 2
+    if options["method"] not in ("bicubic", "bilinear") or (shortest and options["method"] != "bicubic"):
+        refuse(f"{names[0]}(method={options['method']!r})")
+    if not options.get("antialias", True):
+        refuse("resize(antialias=False)")
+    if "size" in options and tuple(np.broadcast_to(options["size"], 2)) != size:
+        refuse(f"{names[0]} to another size than that of {names[1]}")
+    if "central_crop" in steps:
+        _warn_of_rounding(steps["central_crop"], "even", "open_clip")
+    fill = steps["pad"]["value"] if "pad" in steps else 0
+    size = size if len(_sides(size)) == 2 else size[0]
+    values = dict(interpolation=options["method"], resize_mode=modes[names], fill_color=fill)
+    return dict(size=size, mode="RGB", mean=mean, std=std) | values

@@ -1,0 +1,278 @@
+"""`vlm_jax.save_pretrained`: a model of ours in the layout of another project, or in our own.
+
+Every layout is proved before anything is written: what would be written is read back as a description, which must be
+the model's own.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm_jax import models
+from vlm_jax.checkpoint import write_json
+from vlm_jax.config import choose
+from vlm_jax.errors import UserError
+from vlm_jax.parameter_table import named_leaves
+from vlm_jax.pretrained import Pretrained
+from vlm_jax.zoo import big_vision, formats, key_map, open_clip, preprocessing, tokenizer_files, transformers
+from vlm_jax.zoo.tensors import Tensor, write_npz, write_safetensors
+
+# Fields that change how a model runs or begins, and not what it computes.
+RUNTIME = ("scan", "remat", "implementation", "dtype", "dropout", "drop_path", "embed_std", "parent", "name")
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """What is to be written.
+
+    Attributes:
+      section: config section of the model.
+      shapes: parameter name -> anything with a shape.
+      read: parameter name, index (a slice for each axis) -> float32 array.
+      preprocess, tokenizer, tokenize: as in a config; None where unknown.
+      licence: of the weights, if known.
+    """
+
+    section: Mapping[str, Any]
+    shapes: Mapping[str, Any]
+    read: Callable[[str, tuple[slice, ...]], np.ndarray]
+    preprocess: str | None = None
+    tokenizer: str | None = None
+    tokenize: str | None = None
+    licence: str | None = None
+
+
+def save_pretrained(pretrained: Pretrained, path: str | os.PathLike, format: str = "native") -> None:
+    """Writes a model with its preprocessing and tokenizer.
+
+    Args:
+      pretrained: the model.
+      path: a folder to make ("native", "hf", "open_clip"), or an .npz file ("big_vision").
+      format: a key of `WRITERS`.
+
+    Raises:
+      UserError: the format has no words for the model, or there is something at `path`.
+    """
+    leaves = named_leaves(pretrained.params)
+    config = pretrained.config
+    write(
+        Content(
+            section=config["model"],
+            shapes=leaves,
+            read=lambda name, index: np.asarray(leaves[name][index], np.float32),
+            preprocess=pretrained.preprocess,
+            tokenizer=config.get("tokenizer"),
+            tokenize=pretrained.tokenize,
+            licence=config.get("licence"),
+        ),
+        path,
+        format,
+    )
+
+
+def content_of(released: formats.Released) -> Content:
+    """What a checkpoint holds, its tensors still unread."""
+    plan = released.match()
+    return Content(
+        section=released.model,
+        shapes=released.shapes,
+        read=lambda name, index: key_map.read(
+            name, plan[name], released.tensors, released.shapes[name].shape, index
+        ),
+        preprocess=released.preprocess,
+        tokenizer=released.tokenizer,
+        tokenize=released.tokenize,
+        licence=released.licence,
+    )  # fmt: skip
+
+
+def write(content: Content, path: str | os.PathLike, format: str) -> None:
+    """Writes `content`; what was begun is removed if it fails."""
+    path = Path(path)
+    if path.exists():
+        raise UserError(f"{path} exists; remove it or write elsewhere")
+    writer = choose(WRITERS, format, "--format")
+    if format == "big_vision":
+        return writer(content, path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        writer(content, partial)
+        os.replace(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _native(content: Content, folder: Path) -> None:
+    arrays = {
+        name: Tensor(tuple(leaf.shape), np.dtype(np.float32), lambda index, name=name: content.read(name, index))
+        for name, leaf in content.shapes.items()
+    }
+    write_safetensors(folder / formats.PARAMS, arrays, {"format": "vlm_jax"})
+    tokenizer = tokenizer_files.copy(content.tokenizer, folder) if content.tokenizer else None
+    settings = dict(model=dict(content.section), preprocess=content.preprocess, tokenizer=tokenizer)
+    write_json(folder / "config.json", settings | dict(tokenize=content.tokenize, licence=content.licence))
+
+
+def _transformers(content: Content, folder: Path) -> None:
+    section = full_section(content)
+    tried = []
+    for config, entries in transformers.outlines(section["image"], section["text"]):
+        pooling = (section["text"] or {}).get("pool") if _is_sentence_model(section) else None
+        describe = lambda tensors, config=config, pooling=pooling: transformers.describe(
+            config, {name: tensor.shape for name, tensor in tensors.items()}, pooling
+        )
+        problems = _problems(content, entries, lambda tensors, describe=describe: describe(tensors)[0])
+        tried.append((problems, config))
+        packed = "pack_patches" in (content.preprocess or "")
+        if not problems and (not packed or config["model_type"].startswith("siglip2")):
+            break
+    else:
+        homeless = lambda problems: any(problem.startswith("it has no place") for problem in problems)
+        problems, config = min(tried, key=lambda row: (homeless(row[0]), len(row[0])))
+        raise UserError(
+            f"Transformers has no such model; nearest is {config['architectures'][0]}, but {', '.join(problems)}: "
+            "write it as native or big_vision"
+        )
+    if content.preprocess:
+        write_json(folder / "preprocessor_config.json", preprocessing.to_transformers(content.preprocess))
+    if content.tokenizer:
+        tokenizer_files.to_transformers(content.tokenizer, content.tokenize, folder)
+    write_json(folder / "config.json", config)
+    if pooling:
+        _write_sentence_modules(folder, pooling, section["text"]["width"])
+    write_safetensors(folder / "model.safetensors", _their_arrays(content, entries), {"format": "pt"})
+
+
+def _is_sentence_model(section) -> bool:
+    """A BERT that pools as sentence-transformers' do; Transformers' own pool is a dense layer on the first token."""
+    text = section["text"]
+    return bool(text and not section["image"] and text["post_norm"] and not text["rep_dim"])
+
+
+def _write_sentence_modules(folder: Path, pool: str, width: int) -> None:
+    kinds = {"0": ("", "Transformer"), "1": ("1_Pooling", "Pooling"), "2": ("2_Normalize", "Normalize")}
+    modules = [
+        dict(idx=int(i), name=i, path=path, type=f"sentence_transformers.models.{kind}")
+        for i, (path, kind) in kinds.items()
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules, indent=2))
+    (folder / "1_Pooling").mkdir()
+    mode = {"mean": "mean_tokens", "first": "cls_token", "max": "max_tokens"}[pool]
+    write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": width, f"pooling_mode_{mode}": True})
+
+
+def _open_clip(content: Content, folder: Path) -> None:
+    section = full_section(content)
+    cfg, entries = open_clip.outline(section)
+    if problems := _problems(content, entries, lambda tensors: open_clip.describe(tensors, cfg)[0]):
+        raise UserError(f"open_clip has no such model: {', '.join(problems)}: write it as native, hf or big_vision")
+    settings = {"model_cfg": cfg, "preprocess_cfg": {}}
+    if content.preprocess:
+        settings["preprocess_cfg"] = preprocessing.to_open_clip(content.preprocess)
+    if content.tokenizer and content.tokenizer != "clip":
+        cfg["text_cfg"]["hf_tokenizer_name"] = "."
+        tokenizer_files.to_transformers(content.tokenizer, content.tokenize, folder)
+    write_json(folder / "open_clip_config.json", settings)
+    write_safetensors(folder / "open_clip_model.safetensors", _their_arrays(content, entries), {"format": "pt"})
+
+
+def _big_vision(content: Content, path: Path) -> None:
+    entries = big_vision.outline(full_section(content))
+    if problems := _problems(content, entries, lambda tensors: big_vision.describe(tensors)[0]):
+        raise UserError(f"big_vision has no such model: {', '.join(problems)}: write it as native")
+    arrays = _their_arrays(content, entries)
+    write_npz(path, {f"params/{name}": array for name, array in arrays.items()})
+
+
+WRITERS = {"native": _native, "hf": _transformers, "open_clip": _open_clip, "big_vision": _big_vision}
+
+
+def full_section(content: Content) -> dict[str, Any]:
+    """The section with all fields of its towers, an image size among them where the positions are a square."""
+    model = models.build(content.section)
+    section = {"image": _fields(model.image), "text": _fields(model.text), "bias_init": model.bias_init}
+    table = content.shapes.get("image/pos_embed")
+    if section["image"] and table is not None and section["image"].get("image_size") is None:
+        rows = table.shape[1] - section["image"]["cls_position"]
+        side = int(rows**0.5)
+        if side * side == rows:
+            section["image"]["image_size"] = side * section["image"]["patch"]
+    return section
+
+
+def _fields(tower) -> dict[str, Any] | None:
+    if tower is None:
+        return None
+    return {field.name: getattr(tower, field.name) for field in dataclasses.fields(tower)}
+
+
+def _problems(content: Content, entries: list[key_map.Entry], describe: Callable) -> list[str]:
+    """What would be lost: fields that the layout reads back otherwise, parameters that it has no place for."""
+    placed = {entry.ours for entry in entries}
+    homeless = [name for name in content.shapes if name.replace("blocks/", "blocks_0/") not in placed]
+    if homeless:
+        return [f"it has no place for {key_map.listed(homeless)}"]
+    problems = []
+    try:
+        read_back = models.build(describe(_their_arrays(content, entries)))
+    except (UserError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+        return [str(error)]
+    wanted = full_section(content)
+    for side in ("image", "text"):
+        got = _fields(getattr(read_back, side)) or {}
+        want = wanted[side] or {}
+        for key in want.keys() - set(RUNTIME):
+            if not _same(key, got.get(key), want[key], want):
+                problems.append(f"{side}.{key} would be {got.get(key)!r}, not {want[key]!r}")
+    return sorted(problems)
+
+
+def _same(key: str, got: Any, want: Any, fields: Mapping[str, Any]) -> bool:
+    square = lambda size: (size, size) if isinstance(size, int) else tuple(size or ())
+    if key == "image_size":
+        return got is None or square(got) == square(want)
+    if key == "layer_scale":  # only whether there is one; its initial value is of training
+        return (got is None) == (want is None)
+    if key == "head_bias" and not fields.get("out_dim"):
+        return True
+    if key in ("eos_id", "pad_id"):
+        uses = fields.get("pool") == "eos" if key == "eos_id" else fields.get("pad_mask")
+        return not uses or got == want
+    if key == "cls":
+        return bool(got or fields.get("pool") == "tok") == bool(want or fields.get("pool") == "tok")
+    return got == want or (isinstance(want, tuple) and tuple(got or ()) == want)
+
+
+def _their_arrays(content: Content, entries: list[key_map.Entry]) -> dict[str, Tensor]:
+    """Their name -> tensor, put together from ours when it is read."""
+    by_name: dict[str, list[key_map.Entry]] = {}
+    for entry in entries:
+        if key_map.array_shape(entry.ours, content.shapes) is not None:
+            by_name.setdefault(entry.theirs, []).append(entry)
+
+    def tensor(own: list[key_map.Entry]) -> Tensor:
+        shape = own[0].their_shape(key_map.array_shape(own[0].ours, content.shapes))
+
+        def load(index):
+            whole = np.empty(shape, np.float32)
+            for entry in own:
+                name, i = key_map.blocks_of(entry.ours, content.shapes)
+                rank = len(content.shapes[name].shape)
+                if i is None:
+                    entry.write(content.read(name, (slice(None),) * rank), whole)
+                else:
+                    row = content.read(name, (slice(i, i + 1), *(slice(None),) * (rank - 1)))
+                    entry.write(row[0], whole)
+            return whole[tuple(index)]
+
+        return Tensor(shape, np.dtype(np.float32), load)
+
+    return {name: tensor(own) for name, own in sorted(by_name.items())}

@@ -1,0 +1,306 @@
+"""Tokenizers beside released weights: read from a Transformers folder as a spec and ops, copied, written for it.
+
+A spec is what `vlm_jax.data.tokenizers.build` takes; the ops string turns "text" into "token_ids".
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import tokenizers as hf
+
+from vlm_jax.data import ops, tokenizers
+from vlm_jax.errors import UserError
+
+# Files by kind of spec, in the order in which they are preferred.
+FILES = (
+    ("json", "tokenizer.json"),
+    ("sentencepiece", "spiece.model"),
+    ("sentencepiece", "tokenizer.model"),
+    ("bpe", "vocab.json"),
+    ("wordpiece", "vocab.txt"),
+)
+FIX = "pass tokenizer= (a spec such as `json:/path/tokenizer.json`)"
+SENTENCEPIECE = ("SiglipTokenizer", "T5Tokenizer")  # whose ids are the SentencePiece model's own, EOS added
+SIGLIP2 = ("GemmaTokenizer", "Siglip2Tokenizer")  # under a SigLIP model: lower-cased, EOS only, padded on the right
+WRAPPING = {"CLIPTokenizer": ("bos_token", "eos_token"), "BertTokenizer": ("cls_token", "sep_token")}
+CLASSES = {"clip": "CLIPTokenizer", "siglip": "SiglipTokenizer", "siglip2": "Siglip2Tokenizer", "bert": "BertTokenizer"}
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def from_transformers(folder: str | Path, length: int, model_type: str) -> tuple[str, str]:
+    """Returns (tokenizer spec, ops) of a Transformers or sentence-transformers folder.
+
+    Args:
+      folder: holds tokenizer.json, spiece.model, tokenizer.model, vocab.json with merges.txt, or vocab.txt, and what
+        says how they are used: tokenizer_config.json, special_tokens_map.json.
+      length: of the text tower.
+      model_type: the model's, from config.json: "clip", "siglip", "siglip2", "bert", ...
+
+    Raises:
+      UserError: there is no tokenizer, or it does what is not known here.
+    """
+    folder = _transformer_folder(Path(folder))
+    settings = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
+    name = str(settings.get("tokenizer_class") or CLASSES.get(model_type.split("_")[0], "")).removesuffix("Fast")
+    siglip2 = name in SIGLIP2 and model_type.startswith("siglip")
+    if settings.get("padding_side") == "left" and not siglip2:
+        raise UserError(f"{folder}: the tokenizer pads on the left (padding_side), which no tower here reads; {FIX}")
+    kind, path = _file(folder, name, siglip2)
+    spec = f"{kind}:{path}"
+    if kind == "sentencepiece":
+        ids, find, added = _sentencepiece(path, settings)
+    else:
+        spec += "?cased=true" if kind == "wordpiece" and settings.get("do_lower_case") is False else ""
+        ids, find, added = _library(kind, path, name, settings)
+    pad = find(_content(settings.get("pad_token")))
+    wanted = {"pad_id": ids["pad_id"] if pad is None else pad, "bos_id": added[0], "eos_id": added[1]}
+    if siglip2:
+        wanted |= {"bos_id": None, "eos_id": find(_content(settings.get("eos_token")) or "<eos>")}
+    options = "&".join(f"{key}={i}" for key, i in wanted.items() if i is not None and i != ids[key])
+    if options:
+        spec += ("&" if "?" in spec else "?") + options
+    absent = "".join(f", {key}=False" for key in ("bos", "eos") if wanted[f"{key}_id"] is None)
+    return spec, f"{_before(folder, name, siglip2, settings)}tokenize({length}{absent})"
+
+
+def _transformer_folder(folder: Path) -> Path:
+    """Where the transformer of a sentence-transformers folder lies: at its root, or in its first module's folder."""
+    modules = folder / "modules.json"
+    if not modules.is_file():
+        return folder
+    first = next(iter(_json(modules, list)), {})
+    return folder / first.get("path", "")
+
+
+def _json(path: Path, kind: type = dict) -> Any:
+    if not path.is_file():
+        return kind()
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, kind):
+        raise UserError(f"{path} holds a {type(value).__name__}; expected a {kind.__name__}")
+    return value
+
+
+def _content(token: Any) -> str | None:
+    """A special token's text: the files have it bare, or as a dict."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _file(folder: Path, name: str, siglip2: bool) -> tuple[str, Path]:
+    there = [(kind, folder / file) for kind, file in FILES if (folder / file).is_file()]
+    if name == "SiglipTokenizer":  # Transformers too reads spiece.model, where a folder has both
+        there.sort(key=lambda item: item[0] != "sentencepiece")
+    if not there:
+        looked_for = ", ".join(file for _, file in FILES)
+        raise UserError(f"{folder} has no tokenizer; looked for {looked_for}: {FIX}")
+    kind, path = there[0]
+    known = {"sentencepiece": SENTENCEPIECE + (SIGLIP2 if siglip2 else ()), "bpe": ("CLIPTokenizer",)}
+    if kind in known and name not in known[kind]:
+        raise UserError(f"{path} is of class {name or 'unknown'}; expected {', '.join(known[kind])}: {FIX}")
+    return kind, path
+
+
+def _library(kind: str, path: Path, name: str, settings: Mapping[str, Any]) -> tuple:
+    """(ids that `build` gives, token -> id, (BOS, EOS) that Transformers adds), by the `tokenizers` library."""
+    build = {"json": tokenizers.json_model, "bpe": tokenizers.bpe_model, "wordpiece": tokenizers.wordpiece_model}[kind]
+    model = build(str(path))
+    if isinstance(model.normalizer, hf.normalizers.BertNormalizer):
+        _check_bert(path, kind, model.normalizer, settings)
+    find = lambda token: None if token is None else model.token_to_id(token)
+    ids, added = tokenizers.special_ids(model), tokenizers.around(model)
+    flags = [settings.get(f"add_{key}_token") for key in ("bos", "eos")]
+    if name in WRAPPING:
+        added = added or tuple(find(_content(settings.get(key))) for key in WRAPPING[name])
+        added = tuple(ids[key] if i is None else i for key, i in zip(("bos_id", "eos_id"), added, strict=True))
+    elif flags != [None, None]:
+        tokens = [find(_content(settings.get(f"{key}_token"))) for key in ("bos", "eos")]
+        added = tuple(token if flag else None for token, flag in zip(tokens, flags, strict=True))
+    return ids, find, added or (None, None)
+
+
+def _check_bert(path: Path, kind: str, rule: hf.normalizers.BertNormalizer, settings: Mapping[str, Any]) -> None:
+    """Raises where the settings, which count over the file in Transformers, ask for another normalization."""
+    pairs = {"strip_accents": rule.strip_accents, "tokenize_chinese_chars": rule.handle_chinese_chars}
+    pairs |= {"do_lower_case": rule.lowercase} if kind == "json" else {}
+    for key, has in pairs.items():
+        asked = settings.get(key)
+        if asked is not None and asked != has:
+            raise UserError(f"{path}: tokenizer_config.json has {key} {asked}, the tokenizer {has}; {FIX}")
+
+
+def _sentencepiece(path: Path, settings: Mapping[str, Any]) -> tuple:
+    """As `_library`, of a SentencePiece model."""
+    tokenizer = tokenizers.build(f"sentencepiece:{path}")
+    ids = {key: getattr(tokenizer, key) for key in ("pad_id", "bos_id", "eos_id")}
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    pieces = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
+    bos = ids["bos_id"] if settings.get("add_bos_token") else None
+    return ids, pieces.get, (bos, ids["eos_id"])
+
+
+def _before(folder: Path, name: str, siglip2: bool, settings: Mapping[str, Any]) -> str:
+    """The ops on the text that are not in the tokenizer's own file."""
+    if name == "SiglipTokenizer":
+        return "canonicalize | " if settings.get("do_lower_case", True) else "canonicalize(lower=False) | "
+    sentence_lower = _json(folder / "sentence_bert_config.json").get("do_lower_case")
+    return "lower | " if siglip2 or sentence_lower else ""
+
+
+# --- copying --------------------------------------------------------------------------------------------------------
+
+
+def copy(spec: str, folder: str | Path) -> str:
+    """Copies the files that `spec` names into `folder`; returns the spec with the bare file name.
+
+    A packaged tokenizer has none: its spec is returned as it is.
+    """
+    tokenizers.build(spec)  # whatever is wrong with it, it says so
+    kind, path, query = _parts(spec)
+    if path is None:
+        return spec
+    for file in (path, *((path.with_name("merges.txt"),) if kind == "bpe" else ())):
+        target = Path(folder) / file.name
+        if not (target.exists() and target.samefile(file)):
+            shutil.copyfile(file, target)
+    return f"{kind}:{path.name}{query}"
+
+
+def _parts(spec: str) -> tuple[str, Path | None, str]:
+    head, mark, query = spec.partition("?")
+    kind, _, path = head.partition(":")
+    return kind, Path(path) if path else None, mark + query
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def to_transformers(spec: str, tokenize_ops: str, folder: str | Path) -> None:
+    """Writes into `folder` what AutoTokenizer reads: tokenizer.json (for SigLIP spiece.model) and its settings.
+
+    The ids are the same, with two exceptions for the packaged `clip`: Transformers pads with <|endoftext|> where OpenAI
+    has 0 (no embedding depends on it), and neither unescapes HTML nor mends encodings.
+
+    Args:
+      spec: of the tokenizer.
+      tokenize_ops: e.g. "lower | tokenize(64, bos=False)".
+      folder: is there.
+
+    Raises:
+      UserError: Transformers has no equivalent.
+    """
+    tokenizer = tokenizers.build(spec)
+    pipeline = ops.parse(tokenize_ops, tokenizer)
+    steps = {step.name: step.kwargs for step in (*pipeline.before, *pipeline.after)}
+    if "tokenize" not in steps or not set(steps) <= {"lower", "canonicalize", "tokenize"}:
+        expected = "`tokenize(...)`, before it `lower` or `canonicalize`"
+        raise UserError(f"tokenize `{tokenize_ops}` has no equivalent in Transformers; expected {expected}")
+    kind, path, query = _parts(spec)
+    options, canonical = steps["tokenize"], steps.get("canonicalize")
+    around = [
+        tokenizer.bos_id if options.get("bos", True) else None,
+        tokenizer.eos_id if options.get("eos", True) else None,
+    ]
+    if kind == "sentencepiece" and canonical is not None and around[0] is None and around[1] is not None:
+        _write_siglip(path, Path(folder), tokenizer, options["length"], canonical.get("lower", True))
+        return
+    model = _model(kind, path, query)
+    lower = (
+        "lower" in steps or "lower=true" in query.lower() or (canonical is not None and canonical.get("lower", True))
+    )
+    normalizers = [hf.normalizers.Lowercase()] if lower else []
+    if canonical is not None:
+        replace = lambda pattern, by: hf.normalizers.Replace(hf.Regex(pattern), by)
+        normalizers += [replace(r"[!-/:-@\[-`{-~]", ""), replace(r"\s+", " "), hf.normalizers.Strip()]
+    name = "PreTrainedTokenizerFast" if normalizers or None in around else _class(model)
+    if normalizers:
+        model.normalizer = hf.normalizers.Sequence([*normalizers, *filter(None, [model.normalizer])])
+    pad = tokenizer.eos_id if kind == "clip" else tokenizer.pad_id
+    bos, eos, pad = (None if i is None else model.id_to_token(i) for i in (*around, pad))
+    tokens, settings = {"bos_token": bos, "eos_token": eos, "pad_token": pad}, {}
+    if name == "BertTokenizer":
+        rule = model.normalizer
+        tokens = {"cls_token": bos, "sep_token": eos, "pad_token": pad, "unk_token": "[UNK]", "mask_token": "[MASK]"}
+        settings = dict(do_lower_case=rule.lowercase, strip_accents=rule.strip_accents)
+        settings["tokenize_chinese_chars"] = rule.handle_chinese_chars
+    if name != "CLIPTokenizer":
+        ids = [(token, i) for token, i in zip((bos, eos), around, strict=True) if i is not None]
+        single = [token for token in (bos, "$A", eos) if token is not None]
+        model.post_processor = hf.processors.TemplateProcessing(single=single, special_tokens=ids)
+    model.save(str(Path(folder) / "tokenizer.json"))
+    _write_settings(Path(folder), name, options["length"], tokens, settings)
+
+
+def _model(kind: str, path: Path | None, query: str) -> hf.Tokenizer:
+    """The tokenizer of a spec as one of the `tokenizers` library, without padding and truncation."""
+    if kind == "clip":
+        vocab, merges = tokenizers.clip_vocabulary()
+        start, end = len(vocab), len(vocab) + 1
+        specials = dict(zip(tokenizers.CLIP_SPECIALS, (start, end), strict=True))
+        model = tokenizers.clip_model(vocab | specials, merges, start, end)
+    elif kind == "wordpiece":
+        model = tokenizers.wordpiece_model(str(path), cased="cased=true" in query.lower())
+    elif kind == "bpe":
+        model = tokenizers.bpe_model(str(path))
+    elif kind == "sentencepiece":
+        model = _unigram(path)
+    else:
+        model = tokenizers.json_model(str(path or tokenizers.VOCAB / kind / "tokenizer.json"))
+    model.no_padding()
+    model.no_truncation()
+    return model
+
+
+def _class(model: hf.Tokenizer) -> str:
+    """Transformers' class that builds the same from the vocabulary; one that takes the file as it is, else."""
+    clip = isinstance(model.model, hf.models.BPE) and model.model.end_of_word_suffix == "</w>"
+    if clip and None not in map(model.token_to_id, tokenizers.CLIP_SPECIALS):
+        return "CLIPTokenizer"
+    if isinstance(model.model, hf.models.WordPiece) and isinstance(model.normalizer, hf.normalizers.BertNormalizer):
+        return "BertTokenizer"
+    return "PreTrainedTokenizerFast"
+
+
+def _unigram(path: Path) -> hf.Tokenizer:
+    """A SentencePiece model in the `tokenizers` library."""
+    from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which nothing else here does
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    trainer, rules = proto.trainer_spec, proto.normalizer_spec
+    if trainer.model_type != trainer.UNIGRAM:
+        raise UserError(f"{path} holds byte pairs, which are not converted; pass its tokenizer.json as `json:...`")
+    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    model = hf.Tokenizer(hf.models.Unigram(pieces, trainer.unk_id, trainer.byte_fallback))
+    steps = [hf.normalizers.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else []
+    if rules.remove_extra_whitespaces:
+        steps += [hf.normalizers.Strip(), hf.normalizers.Replace(hf.Regex(" {2,}"), " ")]
+    model.normalizer = hf.normalizers.Sequence(steps)
+    scheme = "always" if rules.add_dummy_prefix else "never"
+    model.pre_tokenizer = hf.pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme)
+    model.decoder = hf.decoders.Metaspace(replacement="▁", prepend_scheme=scheme)
+    model.add_special_tokens([piece.piece for piece in proto.pieces if piece.type in (piece.CONTROL, piece.UNKNOWN)])
+    model.add_tokens([piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED])
+    return model
+
+
+def _write_siglip(path: Path, folder: Path, tokenizer: tokenizers.Tokenizer, length: int, lower: bool) -> None:
+    shutil.copyfile(path, folder / "spiece.model")
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    ids = {"eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id, "unk_token": model.unk_id()}
+    tokens = {key: model.id_to_piece(i) for key, i in ids.items()}
+    _write_settings(folder, "SiglipTokenizer", length, tokens, {"do_lower_case": lower})
+
+
+def _write_settings(folder: Path, name: str, length: int, tokens: dict[str, str | None], settings: dict) -> None:
+    tokens = {key: token for key, token in tokens.items() if token is not None}
+    settings = {"tokenizer_class": name, "model_max_length": length, "padding_side": "right"} | tokens | settings
+    for file, content in (("tokenizer_config.json", settings), ("special_tokens_map.json", tokens)):
+        (folder / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
