@@ -280,3 +280,33 @@ def test_mutated_values(folder):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2 * LIMIT
+
+
+# --- our own folders ------------------------------------------------------------------------------------------------
+
+SECTION = dict(width=8, depth=2, heads=2, mlp_dim=16, patch=4, image_size=8, scan=True)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "message"),
+    [
+        ("image", "depth", 10**9, "has 1000000000 blocks of the image tower; the file holds fewer"),
+        ("image", "width", 16, "does not fit the model of its config"),
+        ("image", "width", -8, "no model can have its settings|cannot be understood"),
+        ("image", "widht", 8, "has no key `widht`; did you mean `width`"),
+        ("image", "heads", "two", "no model can have its settings|cannot be understood"),
+        ("model", "name", "three_tower", "is `three_tower`; expected one of: two_tower"),
+        (None, "tokenizer", ["clip"], r"has tokenizer \['clip'\]; expected a string"),
+        (None, "model", 3, "cannot be understood"),
+    ],
+)
+def test_our_own_config(part, key, value, message, tmp_path):
+    settings = dict(model=dict(name="two_tower", image=dict(SECTION), text=None), preprocess=SAYS["preprocess"])
+    arrays = {name: np.zeros(leaf.shape, np.float32) for name, leaf in formats.param_shapes(settings["model"]).items()}
+    write_safetensors(tmp_path / "params.safetensors", arrays)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    vlm_jax.load(tmp_path)
+    {None: settings, "model": settings["model"], "image": settings["model"]["image"]}[part][key] = value
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=message):
+        vlm_jax.load(tmp_path)

@@ -264,7 +264,15 @@ def _open_clip(folder: Path, settings: dict) -> Released:
 def _native(folder: Path, settings: dict) -> Released:
     if "model" not in settings:
         raise UserError(f"{folder / 'config.json'} has no `model`; expected what vlm_jax.save_pretrained wrote")
+    for key in ("preprocess", "tokenizer", "tokenize"):
+        if not isinstance(settings.get(key), str | None):
+            raise UserError(f"{folder / 'config.json'} has {key} {settings[key]!r}; expected a string")
     file = open_tensors(folder / PARAMS)
+    for side in ("image", "text"):
+        depth = (settings["model"].get(side) or {}).get("depth")
+        stacked = [t.shape[0] for name, t in file.tensors.items() if f"{side}/blocks/" in name and t.shape]
+        if isinstance(depth, int) and depth > max(stacked, default=len(file.tensors)):
+            raise UserError(f"{folder / 'config.json'} has {depth} blocks of the {side} tower; the file holds fewer")
     tokenizer = settings.get("tokenizer")
     if tokenizer and ":" in tokenizer:  # of a file beside
         kind, _, rest = tokenizer.partition(":")
