@@ -64,24 +64,25 @@ def load(
         released = formats.run_of(path)
     else:
         released = formats.understand(path, activation)
-        plan = released.match()
-    shapes = released.shapes
     section = dict(released.model) if dtype is None else dict(released.model, dtype=dtype)
     size = _sides(image_size) if image_size is not None else None
     settings = _settings(released, section, preprocess, tokenizer, tokenize, size)
     place = None if mesh is None else lambda params: sharding.param_shardings(partition, params, mesh)
-    if released.run is not None:
-        from vlm_jax import checkpoint  # orbax takes a while to import
+    with ThreadPoolExecutor(1) as pool:  # a vocabulary takes as long to build as a tower to read
+        tokenizer = pool.submit(tokenizers.build, settings["tokenizer"]) if settings["tokenizer"] else None
+        if released.run is not None:
+            from vlm_jax import checkpoint  # orbax takes a while to import
 
-        params = named_leaves(checkpoint.load_params(path, place))
-    else:
-        params = read_params(plan, shapes, released.tensors, place and named_leaves(place(_tree(shapes))))
+            params = named_leaves(checkpoint.load_params(path, place))
+        else:
+            plan, shapes = released.match(), released.shapes
+            params = read_params(plan, shapes, released.tensors, place and named_leaves(place(_tree(shapes))))
     if size is not None:
         section["image"] = _resized(section["image"], params, size, resample)
     return Pretrained(
         model=models.build(section),
         params=_tree(params),
-        tokenizer=tokenizers.build(settings["tokenizer"]) if settings["tokenizer"] else None,
+        tokenizer=tokenizer.result() if tokenizer else None,
         preprocess=settings["preprocess"],
         tokenize=settings["tokenize"],
         config={**(released.run or {}), "model": section, **settings},
