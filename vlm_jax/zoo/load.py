@@ -60,10 +60,7 @@ def load(
         the files do not tell what an argument must then say.
     """
     path = hub.local(spec)
-    if (path / "checkpoints").is_dir():
-        released = formats.run_of(path)
-    else:
-        released = formats.understand(path, activation)
+    released = formats.run_of(path) if (path / "checkpoints").is_dir() else formats.understand(path, activation)
     section = dict(released.model) if dtype is None else dict(released.model, dtype=dtype)
     size = _sides(image_size) if image_size is not None else None
     settings = _settings(released, section, preprocess, tokenizer, tokenize, size)
