@@ -19,7 +19,7 @@ test: $(VENV)/installed-test
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n 2 $(TESTS)
 
 parity: $(VENV)/installed-parity
-	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n 2 tests/parity
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n 2 -rs tests/parity
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .

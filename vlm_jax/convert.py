@@ -95,6 +95,12 @@ def _spell(section: Mapping[str, Any] | None) -> str:
     return "none" if section is None else ", ".join(f"{key}={json.dumps(value)}" for key, value in section.items())
 
 
+def _pixels(sides: Sequence[str]) -> list[int]:
+    if len(sides) != 2 or not all(side.isdecimal() for side in sides):
+        raise UserError(f"--image_size={','.join(sides)} cannot be read; expected height,width in pixels")
+    return [int(side) for side in sides]
+
+
 def main(argv: Sequence[str]) -> None:
     if _INSPECT.value:
         if len(argv) != 2:
@@ -111,7 +117,7 @@ def main(argv: Sequence[str]) -> None:
         tokenizer=_TOKENIZER.value,
         tokenize=_TOKENIZE.value,
         activation=_ACTIVATION.value,
-        image_size=[int(side) for side in _IMAGE_SIZE.value] or None,
+        image_size=_pixels(_IMAGE_SIZE.value) if _IMAGE_SIZE.value else None,
     )
     print(f"wrote {argv[2]}")
 

@@ -5,14 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.data import loader
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators import metrics
-from vlm_jax.evaluators.hosts import Hosts
 from vlm_jax.evaluators.ops import boxed, thumbnail  # noqa: F401 (registered as ops)
 from vlm_jax.evaluators.progress import Progress, Table, memory_limit
 from vlm_jax.evaluators.result import Result
-from vlm_jax.evaluators.stream import look_up, stream
+from vlm_jax.evaluators.stream import look_up, open_pass, stream
 from vlm_jax.evaluators.zeroshot import evenly_spaced
 
 NAMED = 5  # best captions shown with a picture
@@ -56,13 +54,10 @@ def retrieval(
     def evaluate(pretrained: Any, mesh: Any = None, progress: Progress | None = None) -> Result:
         del mesh  # the model knows where it runs
         progress = progress or Progress()
-        hosts = Hosts(getattr(pretrained, "mesh", None), batch_size)
-        pretrained = hosts.place(pretrained)
         string = f'decode | boxed({fields}, to="captions") | {ops or pretrained.preprocess} | keep("image", "captions")'
-        batches = loader.eval_batches(
-            uri=uri, split=split, where=where, ops=string, tokenizer=pretrained.tokenizer,
-            batch_size=hosts.batch_size, process_index=hosts.index, process_count=hosts.count,
-        )  # fmt: skip
+        pretrained, hosts, batches = open_pass(
+            pretrained, uri=uri, split=split, where=where, ops=string, batch_size=batch_size
+        )
         counts = hosts.from_first(progress.begin(examples=batches.num_examples, batch_size=hosts.batch_size))
         counts = {"batches": 0, "images": 0, "left_out": 0} | counts
         images, texts = progress.table("images", limit / 2), progress.table("texts", limit / 2)

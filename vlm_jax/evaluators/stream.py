@@ -1,7 +1,7 @@
 """One pass over a data set for an evaluator, from any batch on, each host reading its share."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,6 +66,23 @@ def stream(
         position = k * hosts.batch_size + np.arange(len(rows))
         named = dict(zip(columns, map(list, values), strict=True))
         yield Batch(k + 1, position, np.array(mask, bool), hosts.whole(batch["image"]), named)
+
+
+def open_pass(
+    pretrained: Any, *, uri: str, split: str | None, where: Mapping[str, Sequence] | None, ops: str, batch_size: int
+) -> tuple[Any, Hosts, loader.EvalBatches]:
+    """What one pass needs: the model as it embeds such batches, the processes, and this one's share of the batches.
+
+    Args:
+      pretrained: the model; it knows where it runs.
+      uri, split, where, ops, batch_size: as for `loader.eval_batches`.
+    """
+    hosts = Hosts(getattr(pretrained, "mesh", None), batch_size)
+    batches = loader.eval_batches(
+        uri=uri, split=split, where=where, ops=ops, tokenizer=pretrained.tokenizer,
+        batch_size=hosts.batch_size, process_index=hosts.index, process_count=hosts.count,
+    )  # fmt: skip
+    return hosts.place(pretrained), hosts, batches
 
 
 def look_up(batches: loader.EvalBatches, string: str, positions: Sequence[int]) -> list[dict[str, Any]]:

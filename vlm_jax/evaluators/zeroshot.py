@@ -12,11 +12,10 @@ from vlm_jax.data.sources import open_source
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators import classes as class_names
 from vlm_jax.evaluators import metrics
-from vlm_jax.evaluators.hosts import Hosts
 from vlm_jax.evaluators.ops import boxed, thumbnail  # noqa: F401 (registered as ops)
 from vlm_jax.evaluators.progress import Progress, Table, memory_limit
 from vlm_jax.evaluators.result import Result
-from vlm_jax.evaluators.stream import look_up, stream
+from vlm_jax.evaluators.stream import look_up, open_pass, stream
 from vlm_jax.pretrained import class_embeddings
 
 NAMED = 5  # best names kept for each picture
@@ -67,13 +66,10 @@ def zeroshot(
     def evaluate(pretrained: Any, mesh: Any = None, progress: Progress | None = None) -> Result:
         del mesh  # the model knows where it runs
         progress = progress or Progress()
-        hosts = Hosts(getattr(pretrained, "mesh", None), batch_size)
-        pretrained = hosts.place(pretrained)
         string = f'decode | boxed("{label}", to="label") | {ops or pretrained.preprocess} | keep("image", "label")'
-        batches = loader.eval_batches(
-            uri=uri, split=split, where=where, ops=string, tokenizer=pretrained.tokenizer,
-            batch_size=hosts.batch_size, process_index=hosts.index, process_count=hosts.count,
-        )  # fmt: skip
+        pretrained, hosts, batches = open_pass(
+            pretrained, uri=uri, split=split, where=where, ops=string, batch_size=batch_size
+        )
         class_names.check_count(batches.examples.source, label, classes, about)
         prompts_sha256 = hashlib.sha256(json.dumps([list(named.items()), templates]).encode()).hexdigest()
         counts = progress.begin(

@@ -16,6 +16,7 @@ from vlm_jax import models
 from vlm_jax.errors import UserError
 from vlm_jax.parameter_table import named_leaves
 from vlm_jax.zoo import big_vision, efficientnet, key_map, open_clip, preprocessing, tokenizer_files, transformers
+from vlm_jax.zoo.json_files import read_json
 from vlm_jax.zoo.tensors import Tensor, TensorFile, open_tensors
 
 PARAMS = "params.safetensors"
@@ -154,19 +155,6 @@ def _folder(path: Path) -> Released:
         f"{path} is no checkpoint: expected a folder of Transformers (config.json, model.safetensors), of open_clip "
         f"(open_clip_config.json), of ours (config.json, {PARAMS}), a workdir of vlm_jax.train, or a file"
     )
-
-
-def read_json(path: Path) -> dict:
-    """The JSON object in a file; an empty one where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} should hold a JSON object; it holds a {type(value).__name__}")
-    return value
 
 
 def _licence(folder: Path) -> str | None:
@@ -314,7 +302,7 @@ def native_entries(shapes: Mapping[str, Any]) -> list[key_map.Entry]:
     """Our own names, every parameter as it is."""
     entries = []
     for name, leaf in shapes.items():
-        if "blocks/" in name:
+        if key_map.is_scanned(name):
             for i in range(leaf.shape[0]):
                 ours = name.replace("blocks/", f"blocks_{i}/")
                 entries.append(key_map.Entry(ours, name, key_map.Layout(), block=(0, i, leaf.shape[0])))

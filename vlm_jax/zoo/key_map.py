@@ -169,7 +169,6 @@ def kinds(heads: int, patch: int, grid: int) -> dict[str, tuple[tuple[str, str, 
         "conv": pair(conv),
         "conv2d": pair(Layout(order=(3, 2, 0, 1))),  # OIHW and HWIO
         "in_proj": (("/kernel", "_weight", linear), ("/bias", "_bias", same)),  # nn.MultiheadAttention
-        "in_proj_bias": (("/bias", "_bias", same),),
         # flax
         "flax": (*flax(same, same), ("/scale", "/scale", same), ("/embedding", "/embedding", same)),
         "flax_conv": flax(Layout(((patch, patch, 3), (-1,))), same),
@@ -178,7 +177,6 @@ def kinds(heads: int, patch: int, grid: int) -> dict[str, tuple[tuple[str, str, 
         "flax_grid": (("", "", Layout(((), (grid, -1), (-1,)))),),  # positions [h, w, D]
         # arrays
         "same": (("", "", same),),
-        "transposed": (("", "", linear),),
         "vector": (("", "", Layout(((), (), (-1,)))),),  # [1, 1, D] and [D]
         "table": (("", "", Layout(((), (-1,), (-1,)))),),  # [1, L, D] and [L, D]
         "one": (("", "", Layout(ones=1)),),  # a scalar and [1]
@@ -219,6 +217,11 @@ def expand(
                 our_array, their_array = ours + number(our_name) + our_suffix, theirs + number(name) + their_suffix
                 entries.append(Entry(our_array, their_array, layout, part, block))
     return entries
+
+
+def is_scanned(name: str) -> bool:
+    """Whether a parameter is of a scan over blocks: its first axis counts them."""
+    return re.search(r"(^|/)blocks/", name) is not None
 
 
 def blocks_of(name: str, shapes: Mapping[str, Any]) -> tuple[str, int | None]:
@@ -275,7 +278,7 @@ def match(
         elif tensor.dtype not in FLOATS:
             differ.append(f"{entry.theirs} is {tensor.dtype}, {entry.ours} needs a float")
     for name, leaf in shapes.items():
-        rows = leaf.shape[0] if re.search(r"(^|/)blocks/", name) else 1
+        rows = leaf.shape[0] if is_scanned(name) else 1
         if len(plan.get(name, ())) != rows:
             missing.append(f"{name} (the format has no place for it)")
     spare = [n for n in tensors if n not in taken and not any(fnmatch.fnmatchcase(n, pattern) for pattern in ignored)]
@@ -305,7 +308,7 @@ def read(name: str, entries: Sequence[Entry], tensors: Mapping[str, Any], shape:
     """
     index = [slice(*cut.indices(size)[:2]) for cut, size in zip(index, shape, strict=True)]
     out = aligned_empty([cut.stop - cut.start for cut in index])
-    if not re.search(r"(^|/)blocks/", name):
+    if not is_scanned(name):
         entries[0].read_into(out, tensors[entries[0].theirs], shape, index)
         return out
     for row, i in zip(out, range(index[0].start, index[0].stop), strict=True):

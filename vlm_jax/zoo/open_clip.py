@@ -74,17 +74,17 @@ TEXT_HEAD = (("head/kernel", "text_projection", "same"),)
 TEXT_HEAD_WITH_BIAS = (("head", "text_projection", "dense"),)
 SCALES = (("logit_scale", "logit_scale", "same"), ("logit_bias", "logit_bias", "same"))
 
-# timm's names of the SigLIP image towers: (variant, patch, image size).
+# Our variants in timm's names of the SigLIP image towers.
 TIMM_NAMES = {"B": "base", "L": "large", "So400m": "so400m", "g-opt": "giantopt"}
 # timm's towers with tanh GELU, by name; its others have the exact one.
 TIMM_TANH = r"vit_(giantopt_patch16|so400m_patch16|base_patch32)_siglip|vit_large_patch16_siglip(_gap)?_512"
-# Fields of model_cfg that change what the model computes, and the only values that are known here.
+# Fields of model_cfg that change what the model computes, and the only value that is known here.
+PLAIN_BLOCK = dict(block_type="default", qk_norm=False, scaled_cosine_attn=False, scale_heads=False)
+PLAIN_BLOCK |= dict(scale_attn_inner=False, scale_attn=False, scale_fc=False, final_ln_after_pool=False)
 PLAIN = {
-    "vision_cfg": dict(attentional_pool=False, pool_type="tok", final_ln_after_pool=False, pos_embed_type="learnable"),
-    "text_cfg": dict(embed_cls=False, final_ln_after_pool=False, hf_model_name=None),
+    "vision_cfg": dict(PLAIN_BLOCK, attentional_pool=False, pool_type="tok", pos_embed_type="learnable"),
+    "text_cfg": dict(PLAIN_BLOCK, embed_cls=False, hf_model_name=None),
 }
-PLAIN_BLOCK = dict(block_type=(None, "default"), qk_norm=(False,), scaled_cosine_attn=(False,), scale_heads=(False,))
-PLAIN_BLOCK |= dict(scale_attn_inner=(False,), scale_attn=(False,), scale_fc=(False,))
 
 
 def recognise(names) -> bool:
@@ -114,10 +114,9 @@ def describe(
     cfg = dict(model_cfg or {})
     vision, text = dict(cfg.get("vision_cfg") or {}), dict(cfg.get("text_cfg") or {})
     for where, part in (("vision_cfg", vision), ("text_cfg", text)):
-        known = {key: (value,) for key, value in PLAIN[where].items()} | PLAIN_BLOCK
-        for key, values in known.items():
-            if part.get(key, values[0]) not in values:
-                raise UserError(f"{where}.{key} is {part[key]!r}; only {values[0]!r} is supported")
+        for key, value in PLAIN[where].items():
+            if part.get(key) not in (None, value):
+                raise UserError(f"{where}.{key} is {part[key]!r}; only {value!r} is supported")
     timm = any(name.startswith("visual.trunk.") for name in shapes)
     prefix = "text." if "text.token_embedding.weight" in shapes else ""
     if model_cfg is None and activation is None:
@@ -126,24 +125,17 @@ def describe(
             "tuned from them) or activation='gelu' (most of open_clip's)"
         )
     plain = "quick_gelu" if cfg.get("quick_gelu") else activation or "gelu"
-    image_fields = (_timm_image if timm else _image)(shapes, vision, plain)
-    text_fields = _text(shapes, prefix, text, plain)
-    section = {"name": "two_tower", "image": image_fields, "text": text_fields}
-    section["bias_init"] = -10.0 if "logit_bias" in shapes else None
-    entries = expand(
-        TIMM_IMAGE if timm else IMAGE,
-        "image/",
-        "visual.",
-        depth=image_fields["depth"],
-        heads=image_fields["heads"],
-        patch=image_fields["patch"],
-    )
-    entries += expand(text_rows(text_fields), "text/", prefix, depth=text_fields["depth"], heads=text_fields["heads"])
-    return section, entries + expand(SCALES), IGNORED
+    section = {"name": "two_tower", "image": _timm_image(shapes, vision) if timm else _image(shapes, vision, plain)}
+    section |= {"text": _text(shapes, prefix, text, plain), "bias_init": -10.0 if "logit_bias" in shapes else None}
+    return section, _entries(section, timm, prefix), IGNORED
 
 
-def text_rows(fields: Mapping[str, Any]):
-    return (*TEXT, *(TEXT_HEAD_WITH_BIAS if fields.get("head_bias") else TEXT_HEAD))
+def _entries(section, timm, prefix):
+    image, text = section["image"], section["text"]
+    rows, texts = TIMM_IMAGE if timm else IMAGE, TEXT + (TEXT_HEAD_WITH_BIAS if text["head_bias"] else TEXT_HEAD)
+    entries = expand(rows, "image/", "visual.", depth=image["depth"], heads=image["heads"], patch=image["patch"])
+    entries += expand(texts, "text/", prefix, depth=text["depth"], heads=text["heads"])
+    return entries + expand(SCALES)
 
 
 def _blocks(shapes, prefix):
@@ -187,7 +179,7 @@ def _image(shapes, cfg, plain):
     )
 
 
-def _timm_image(shapes, cfg, plain):
+def _timm_image(shapes, cfg):
     trunk = "visual.trunk."
     width, _, patch, _ = shapes[f"{trunk}patch_embed.proj.weight"]
     depth, mlp_dim = _blocks(shapes, f"{trunk}blocks."), shapes[f"{trunk}blocks.0.mlp.fc1.weight"][0]
@@ -280,9 +272,6 @@ def config(section: Mapping[str, Any]) -> dict[str, Any]:
 
 def outline(section: Mapping[str, Any]) -> tuple[dict, list]:
     """(`model_cfg`, entries of the key table) that write a model whose section has all fields."""
-    cfg, image, text = config(section), section["image"], section["text"]
+    cfg = config(section)
     prefix = "text." if cfg.get("custom_text") else ""
-    rows = TIMM_IMAGE if "timm_model_name" in cfg["vision_cfg"] else IMAGE
-    entries = expand(rows, "image/", "visual.", depth=image["depth"], heads=image["heads"], patch=image["patch"])
-    entries += expand(text_rows(text), "text/", prefix, depth=text["depth"], heads=text["heads"])
-    return cfg, entries + expand(SCALES)
+    return cfg, _entries(section, "timm_model_name" in cfg["vision_cfg"], prefix)

@@ -6,6 +6,7 @@ the model's own.
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -202,7 +203,7 @@ def full_section(content: Content) -> dict[str, Any]:
     table = content.shapes.get("image/pos_embed")
     if section["image"] and table is not None and section["image"].get("image_size") is None:
         rows = table.shape[1] - section["image"]["cls_position"]
-        side = int(rows**0.5)
+        side = math.isqrt(rows)
         if side * side == rows:
             section["image"]["image_size"] = side * section["image"]["patch"]
     return section

@@ -14,6 +14,7 @@ import tokenizers as hf
 
 from vlm_jax.data import ops, tokenizers
 from vlm_jax.errors import UserError
+from vlm_jax.zoo.json_files import read_json
 
 # Files by kind of spec, in the order in which they are preferred.
 FILES = (
@@ -46,7 +47,7 @@ def from_transformers(folder: str | Path, length: int, model_type: str) -> tuple
       UserError: there is no tokenizer, or it does what is not known here.
     """
     folder = _transformer_folder(Path(folder))
-    settings = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
+    settings = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
     name = str(settings.get("tokenizer_class") or CLASSES.get(model_type.split("_")[0], "")).removesuffix("Fast")
     siglip2 = name in SIGLIP2 and model_type.startswith("siglip")
     if settings.get("padding_side") == "left" and not siglip2:
@@ -74,20 +75,8 @@ def _transformer_folder(folder: Path) -> Path:
     modules = folder / "modules.json"
     if not modules.is_file():
         return folder
-    first = next(iter(_json(modules, list)), {})
+    first = next(iter(read_json(modules, list)), {})
     return folder / first.get("path", "")
-
-
-def _json(path: Path, kind: type = dict) -> Any:
-    if not path.is_file():
-        return kind()
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, kind):
-        raise UserError(f"{path} holds a {type(value).__name__}; expected a {kind.__name__}")
-    return value
 
 
 def _content(token: Any) -> str | None:
@@ -151,7 +140,7 @@ def _before(folder: Path, name: str, siglip2: bool, settings: Mapping[str, Any])
     """The ops on the text that are not in the tokenizer's own file."""
     if name == "SiglipTokenizer":
         return "canonicalize | " if settings.get("do_lower_case", True) else "canonicalize(lower=False) | "
-    sentence_lower = _json(folder / "sentence_bert_config.json").get("do_lower_case")
+    sentence_lower = read_json(folder / "sentence_bert_config.json").get("do_lower_case")
     return "lower | " if siglip2 or sentence_lower else ""
 
 

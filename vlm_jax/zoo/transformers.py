@@ -24,10 +24,7 @@ SCALES = {
     "siglip2": (("logit_scale", "logit_scale", "one"), ("logit_bias", "logit_bias", "one")),
     "vision-text-dual-encoder": (("logit_scale", "logit_scale", "same"),),
 }
-HEADS = {  # tensors outside of the towers' prefixes
-    "image": (("head", "visual_projection", "dense"), ("head", "classifier", "dense")),
-    "text": (("head", "text_projection", "dense"),),
-}
+HEADS = {"image": ("visual_projection", "classifier"), "text": ("text_projection",)}  # outside of the towers' prefixes
 PREFIXES = {
     "image": ("vision_model.vision_model.", "vision_model.", "vit.", "dinov2.", "dinov2_with_registers.", ""),
     "text": ("text_model.text_model.", "text_model.", "bert.", ""),
@@ -67,9 +64,9 @@ def describe(config: Mapping[str, Any], shapes: Mapping[str, tuple], pooling: st
         fields = read_config(tower, part, names)
         if fields["depth"] > len(shapes):
             raise UserError(f"config.json has num_hidden_layers {fields['depth']}, the file {len(shapes)} tensors")
-        head = next((n for _, n, _ in HEADS[side] if f"{n}.weight" in shapes), None)
+        head = next((name for name in HEADS[side] if f"{name}.weight" in shapes), None)
         if pair and not head and config.get("projection_dim"):
-            head = HEADS[side][0][1]  # which is missing, as will be said
+            head = HEADS[side][0]  # which is missing, as will be said
         if head:
             width = shapes.get(f"{head}.weight", (config.get("projection_dim"),))[0]
             fields |= {"out_dim": width, "head_bias": f"{head}.bias" in shapes}
@@ -78,15 +75,7 @@ def describe(config: Mapping[str, Any], shapes: Mapping[str, tuple], pooling: st
             fields.pop("rep_dim", None)
             ignored.append(f"{prefix}pooler.*")
         section[side] = fields
-        entries += expand(
-            rows_of(tower, fields),
-            f"{side}/",
-            prefix,
-            depth=fields["depth"],
-            heads=fields["heads"],
-            patch=fields.get("patch", 1),
-        )
-        entries += expand([(ours, theirs, k) for ours, theirs, k in HEADS[side] if theirs == head], f"{side}/")
+        entries += _tower_entries(side, tower, fields, prefix, head)
     if not section["image"] and not section["text"]:
         raise UserError(f"no tensor has the names of a {kind} tower; expected e.g. vision_model.embeddings...")
     if pair and section["image"] and section["text"]:
@@ -137,7 +126,7 @@ def outlines(image: Mapping[str, Any] | None, text: Mapping[str, Any] | None) ->
         prefix, head = "", None
         if kind.startswith(("clip", "siglip")):
             prefix = "vision_model." if side == "image" else "text_model."
-            head = HEADS[side][0][1] if kind.startswith("clip") else None
+            head = HEADS[side][0] if kind.startswith("clip") else None
             config["projection_dim"] = fields.get("out_dim")
         elif kind == "vit" and fields.get("out_dim"):
             prefix, head, config["architectures"] = "vit.", "classifier", ["ViTForImageClassification"]
@@ -149,7 +138,7 @@ def _outline_pair(kind, vision, texts, image, text):
     config = {"model_type": kind, "architectures": [ARCHITECTURES[kind]]}
     config["vision_config"] = {"model_type": vision, **write_config(VISION[vision], image)}
     config["text_config"] = {"model_type": texts, **write_config(TEXTS[texts], text)}
-    heads = (None, None) if "siglip" in kind else (HEADS["image"][0][1], HEADS["text"][0][1])
+    heads = (None, None) if "siglip" in kind else (HEADS["image"][0], HEADS["text"][0])
     if heads[0]:
         config["projection_dim"] = text.get("out_dim")
     entries = _tower_entries("image", VISION[vision], image, "vision_model.", heads[0])
@@ -158,6 +147,7 @@ def _outline_pair(kind, vision, texts, image, text):
 
 
 def _tower_entries(side, tower, fields, prefix, head):
+    """The entries of a tower below `prefix`, and of its projection, the tensor `head` (None: it has none)."""
     sizes = dict(depth=fields["depth"], heads=fields["heads"], patch=fields.get("patch", 1))
     entries = expand(rows_of(tower, fields), f"{side}/", prefix, **sizes)
     return entries + (expand([("head", head, "dense")], f"{side}/") if head else [])
