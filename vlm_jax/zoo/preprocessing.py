@@ -18,7 +18,6 @@ from vlm_jax.data import ops
 from vlm_jax.data.image_ops import STATISTICS
 from vlm_jax.data.registry import OPS
 from vlm_jax.errors import UserError
-from vlm_jax.zoo.json_files import read_json
 
 log = logging.getLogger(__name__)
 Size = int | tuple[int, int]  # a side, or (height, width)
@@ -161,8 +160,11 @@ def _read(folder: Path) -> tuple[Path, dict[str, Any]]:
         path = folder / name
         if not path.is_file():
             continue
-        settings = read_json(path)
-        settings = settings.get("image_processor", settings)
+        try:
+            settings = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} is not JSON: {error}") from None
+        settings = settings.get("image_processor", settings) if isinstance(settings, dict) else None
         if not isinstance(settings, dict):
             raise UserError(f"{path} does not hold the settings of an image processor; {FIX}")
         return path, settings
