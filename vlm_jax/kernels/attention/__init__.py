@@ -1,14 +1,41 @@
-"""Scaled dot-product attention: a plain reference, and the implementations that compete with it.
+"""Scaled dot-product attention: one function, a plain reference, and the implementations that compete with it.
 
 Vaswani et al. 2017, "Attention Is All You Need", equation 1: softmax(scale q k^T + bias) v, softmax in fp32.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from vlm_jax.errors import UserError
+from vlm_jax.kernels.attention import gpu as _gpu
+from vlm_jax.kernels.attention import tpu as _tpu
+from vlm_jax.kernels.attention.reference import reference
+from vlm_jax.kernels.attention.xla import cudnn, cudnn_lacks, xla
+
+__all__ = ["IMPLEMENTATIONS", "Choice", "attention", "explain"]
+
+IMPLEMENTATIONS = {
+    "reference": reference,
+    "xla": xla,
+    "cudnn": cudnn,
+    "tpu": _tpu.tpu,
+    "tpu_interpret": functools.partial(_tpu.tpu, interpret=True),
+    "gpu": _gpu.gpu,
+    "gpu_interpret": functools.partial(_gpu.gpu, interpret=True),
+}
+"""Name -> function. `*_interpret` is the same kernel run by Pallas's interpreter on any platform, slowly: for tests."""
+
+LACKS = {
+    "cudnn": cudnn_lacks,
+    "tpu": _tpu.lacks,
+    "tpu_interpret": _tpu.lacks,
+    "gpu": _gpu.lacks,
+    "gpu_interpret": _gpu.lacks,
+}
+"""Name -> what of (q, k, bias, mask) the implementation cannot do, in words, or None."""
 
 
 class Choice(NamedTuple):
@@ -36,49 +63,41 @@ def attention(q, k, v, *, bias=None, mask=None, causal=False, scale=None, implem
       [B, Lq, H, D] in q's dtype.
 
     Raises:
-      UserError: shapes that do not agree, or an implementation that does not exist.
+      UserError: shapes that do not agree, an implementation that does not exist, or one that cannot do this.
     """
     choice = explain(q, k, v, bias=bias, mask=mask, causal=causal, implementation=implementation)
+    run = IMPLEMENTATIONS[choice.implementation]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return IMPLEMENTATIONS[choice.implementation](q, k, v, bias=bias, mask=mask, causal=causal, scale=scale)
+    return run(q, k, v, bias=bias, mask=mask, causal=causal, scale=scale)
 
 
 def explain(q, k, v, *, bias=None, mask=None, causal=False, scale=None, implementation=None) -> Choice:
-    """Returns the `Choice` that `attention` makes for the same arguments (arrays or `jax.ShapeDtypeStruct`s)."""
+    """Returns the `Choice` that `attention` makes for the same arguments (arrays or `jax.ShapeDtypeStruct`s).
+
+    With implementation=None the platform decides when attention is traced: that of the ambient mesh's devices
+    (`jax.set_mesh`; so a program compiled ahead of time for a TPU holds the kernel), else `jax.default_backend()`. On a
+    TPU it is `tpu` where that can do the request, and `xla` everywhere else: no GPU has timed `gpu` yet, and `cudnn`
+    has to be asked for.
+    """
     del causal, scale
     _check(q, k, v, bias, mask)
     if implementation is None:
-        return Choice("xla", "the only compiled implementation, on every platform")
+        device = jax.sharding.get_abstract_mesh().abstract_device
+        platform, where = (device.platform, "the mesh's") if device else (jax.default_backend(), "the default")
+        if platform != "tpu":
+            return Choice("xla", f"{where} platform is {platform}")
+        lacking = _tpu.lacks(q, k, bias, mask)
+        if lacking:
+            return Choice("xla", f"{where} platform is tpu, but `tpu` cannot do {lacking}")
+        return Choice("tpu", f"{where} platform is tpu")
     if implementation not in IMPLEMENTATIONS:
         raise UserError(
             f"attention implementation is `{implementation}`; expected one of: {', '.join(IMPLEMENTATIONS)}"
         )
+    lacking = LACKS.get(implementation, lambda *_: None)(q, k, bias, mask)
+    if lacking:
+        raise UserError(f"attention implementation `{implementation}` cannot do {lacking}; use another, or None")
     return Choice(implementation, "asked for by name")
-
-
-def reference(q, k, v, *, bias, mask, causal, scale):
-    """The equation, line by line; logits and softmax in fp32."""
-    logits = scale * jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
-    if bias is not None:
-        logits = logits + bias
-    hidden = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: a row without any visible key stays finite
-    if mask is not None:
-        logits = jnp.where(mask, logits, hidden)
-    if causal:
-        seen = jnp.arange(q.shape[1])[:, None] >= jnp.arange(k.shape[1])[None, :]
-        logits = jnp.where(seen, logits, hidden)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v).astype(q.dtype)
-
-
-def xla(q, k, v, *, bias, mask, causal, scale):
-    """`jax.nn.dot_product_attention` as XLA compiles it: the logits [B, H, Lq, Lk] go through memory."""
-    return jax.nn.dot_product_attention(
-        q, k, v, bias, mask, scale=scale, is_causal=causal, implementation="xla"
-    )  # fmt: skip
-
-
-IMPLEMENTATIONS = {"reference": reference, "xla": xla}
 
 
 def _check(q, k, v, bias, mask):

@@ -1,0 +1,102 @@
+"""The implementations that run on any platform pass the suite; what `explain` answers; mistakes are named."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.kernels.attention_suite import AttentionSuite, case, outputs
+from vlm_jax import kernels
+from vlm_jax.errors import UserError
+
+
+class TestReference(AttentionSuite):
+    implementation = "reference"
+
+
+class TestXla(AttentionSuite):
+    implementation = "xla"
+
+
+class TestTpuInterpreted(AttentionSuite):
+    implementation = "tpu_interpret"
+    check_vma = False
+
+
+class TestGpuInterpreted(AttentionSuite):
+    implementation = "gpu_interpret"
+    check_vma = False
+
+
+def struct(shape=(2, 5, 3, 8), dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def test_explain():
+    x = struct()
+    assert kernels.explain(x, x, x) == ("xla", "the default platform is cpu")
+    assert kernels.explain(x, x, x, implementation="reference") == ("reference", "asked for by name")
+
+
+@pytest.mark.parametrize(
+    ("implementation", "x", "bias", "message"),
+    [
+        ("cudnn", struct(), None, r"`cudnn` cannot do dtype float32"),
+        ("cudnn", struct((2, 5, 3, 8), jnp.bfloat16), struct((1, 1, 5, 5)), "a bias or mask with odd lengths"),
+        ("cudnn", struct((2, 4, 3, 256), jnp.bfloat16), None, "head_dim 256"),
+        ("tpu", struct(dtype=jnp.float16), None, "`tpu` cannot do dtype float16"),
+    ],
+)
+def test_what_an_implementation_cannot_do_raises(implementation, x, bias, message):
+    with pytest.raises(UserError, match=message):
+        kernels.explain(x, x, x, bias=bias, implementation=implementation)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(implementation="magic"), "`magic`; expected one of: reference, xla"),
+        (dict(k=jnp.zeros((2, 7, 3, 4))), "one batch, heads and head_dim"),
+        (dict(q=jnp.zeros((5, 3, 8))), r"\[batch, length, heads, head_dim\]"),
+        (dict(bias=jnp.zeros((3, 5, 7))), "bias must broadcast"),
+        (dict(mask=jnp.ones((2, 1, 1, 5), bool)), "mask must broadcast"),
+        (dict(mask=jnp.ones((2, 1, 1, 7))), "mask must be bool"),
+    ],
+)
+def test_mistakes_are_named(change, message):
+    q, k = jnp.zeros((2, 5, 3, 8)), jnp.zeros((2, 7, 3, 8))
+    with pytest.raises(UserError, match=message):
+        kernels.attention(**(dict(q=q, k=k, v=k) | change))
+
+
+def on_tpu():
+    """A context in which the ambient mesh is of TPUs, as for a program compiled ahead of time."""
+    device = jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), (jax.sharding.AxisType.Auto,), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def test_the_mesh_s_platform_decides():
+    """Traced on a CPU under a mesh of TPUs and lowered for them, the default is the Pallas kernels."""
+    x = struct((2, 5, 2, 64), jnp.bfloat16)
+    grad = jax.grad(lambda q, k, v: kernels.attention(q, k, v).astype(jnp.float32).sum(), (0, 1, 2))
+    with on_tpu():
+        assert kernels.explain(x, x, x) == ("tpu", "the mesh's platform is tpu")
+        half = struct(dtype=jnp.float16)
+        assert kernels.explain(half, half, half).reason.endswith(
+            "tpu, but `tpu` cannot do dtype float16 (float32 and bfloat16 only)"
+        )
+        lowered = jax.jit(grad).trace(x, x, x).lower(lowering_platforms=("tpu",))
+    assert lowered.as_text().count("@tpu_custom_call") == 2
+
+
+@pytest.mark.parametrize("name", ["length_64_196", "bias_and_mask", "dim_72"])
+def test_the_gpu_kernels_lower_for_cuda(name):
+    arrays, options, _ = case(name, "bfloat16")
+    attend = lambda q, k, v, bias: kernels.attention(q, k, v, bias=bias, **options, implementation="gpu")
+    triton = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+    exported = jax.export.export(
+        jax.jit(partial(outputs, attend)), platforms=["cuda"], disabled_checks=[triton]
+    )(arrays)  # fmt: skip
+    assert exported.mlir_module().count("triton") == (4 if arrays[3] is not None else 3)

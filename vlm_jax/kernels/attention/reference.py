@@ -1,0 +1,25 @@
+"""The equation of attention, line by line: what every other implementation is compared with."""
+
+import jax
+import jax.numpy as jnp
+
+HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
+"""The logit of a key that a query may not see. Finite, so that a row without any visible key stays finite: its
+weights are exp(HIDDEN - HIDDEN) / Lk = 1 / Lk, whatever the bias, and its queries, keys and bias get no gradient."""
+
+
+def reference(q, k, v, *, bias, mask, causal, scale):
+    """softmax(scale q k^T + bias) v (Vaswani et al. 2017, equation 1); logits and softmax in fp32.
+
+    Memory: the logits, the weights and the mask, [B, H, Lq, Lk] each.
+    """
+    logits = scale * jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits = logits + bias
+    if mask is not None:
+        logits = jnp.where(mask, logits, HIDDEN)
+    if causal:
+        seen = jnp.arange(q.shape[1])[:, None] >= jnp.arange(k.shape[1])[None, :]
+        logits = jnp.where(seen, logits, HIDDEN)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v).astype(q.dtype)
