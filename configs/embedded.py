@@ -1,4 +1,4 @@
-"""Recipes on the embedded data set (emoji pictures and their names), shared by the contrastive configs.
+"""Recipes on the embedded data set (emoji pictures and their names), shared by the configs.
 
 tiny    the demo: 5 minutes on 2 CPU cores.
 select  the demo with one style (emojione) held out of training, on which the recipe's choices were made.
@@ -11,8 +11,26 @@ from vlm_jax.errors import UserError
 
 SIZE = 32  # pixels
 LENGTH = 8  # tokens
+CAPTION_LENGTH = 10  # tokens, the end included
 CONTENT = f"decode | crop_to_content | resize({SIZE})"
 TRAIN_STYLES = ("twemoji", "fluent-emoji", "fluent-emoji-flat", "emojione", "fxemoji")
+
+
+def captioner(variant: str, corruption: str | dict) -> ConfigDict:
+    """The captioning counterpart of `embedded`: the same pictures, augmentation, image tower and optimizer."""
+    config = embedded(variant, penalty="softmax")
+    config.tokenize = f"lower | tokenize({CAPTION_LENGTH}, bos=False)"
+    config.data.ops = config.data.ops.split(" | random_caption")[0] + (
+        f" | caption('name/en') | {config.tokenize} | keep('image', 'token_ids')"
+    )
+    image = config.model.image.to_dict()
+    sizes = {key: image[key] for key in ("width", "heads", "mlp_dim", "activation")}
+    decoder = dict(vocab_size=2985, length=CAPTION_LENGTH, depth=1, mask_token=True, **sizes)
+    for key in ("pool", "out_dim"):
+        del image[key]
+    config.model = dict(name="captioner", image=image, decoder=decoder)
+    config.objective = dict(name="captioning", corruption=corruption)
+    return config
 
 
 def embedded(variant: str, penalty: str) -> ConfigDict:

@@ -79,5 +79,5 @@ def test_what_is_no_run_is_named(tmp_path, run):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(vlm_jax.UserError, match=r"holds checkpoints but no config.json of vlm_jax.train"):
         vlm_jax.load(tmp_path)
-    with pytest.raises(vlm_jax.UserError, match="no image to embed"):
+    with pytest.raises(vlm_jax.UserError, match="no image is given"):
         vlm_jax.load(run[0]).embed_images([])

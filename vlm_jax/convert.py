@@ -71,15 +71,16 @@ def inspect(source: str | os.PathLike, activation: str | None = None) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     count = sum(math.prod(leaf.shape) for leaf in released.shapes.values())
     unknown = "unknown: pass {0}= to load"
+    parts = {"image": "image tower", "text": "text tower", "decoder": "decoder"}
     facts = {
         "file": released.path,
         "format": released.format,
         "parameters": f"{count:,}",
-        "image tower": _spell(released.model["image"]),
-        "text tower": _spell(released.model["text"]),
+        **{part: _spell(released.model[side]) for side, part in parts.items() if side in released.model},
         "preprocess": released.preprocess or (unknown.format("preprocess") if released.model["image"] else "none"),
-        "tokenizer": released.tokenizer or (unknown.format("tokenizer") if released.model["text"] else "none"),
-        "tokenize": released.tokenize or (unknown.format("tokenize") if released.model["text"] else "none"),
+        "tokenizer": released.tokenizer
+        or (unknown.format("tokenizer") if formats.of_texts(released.model) else "none"),
+        "tokenize": released.tokenize or (unknown.format("tokenize") if formats.of_texts(released.model) else "none"),
         "licence": released.licence or "not stated",
     }
     width = max(map(len, facts))

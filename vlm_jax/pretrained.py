@@ -16,9 +16,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vlm_jax import sharding
+from vlm_jax.config import call, choose
 from vlm_jax.data import ops
 from vlm_jax.data.registry import BadExample
 from vlm_jax.errors import UserError
+from vlm_jax.models import generate, pooling
+from vlm_jax.models.generate import log_likelihood, log_likelihoods
 
 
 @partial(jax.jit, static_argnames="model")
@@ -28,14 +31,24 @@ def embed(model: nn.Module, params: Any, images: jax.Array | None, token_ids: ja
     return embeddings.image if token_ids is None else embeddings.text
 
 
+@partial(jax.jit, static_argnames="model")
+def features(model: nn.Module, params: Any, images: jax.Array) -> jax.Array:
+    """The mean of the image tower's tokens, fp32 [B, D]: what is there before any head."""
+    if hasattr(model, "decoder"):
+        tokens, mask = model.apply({"params": params}, images, method="encode")
+    else:
+        tokens, mask = model.apply({"params": params}, images, None).image_tokens, None
+    return pooling.pool("mean", tokens.astype(jnp.float32), mask)
+
+
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A two-tower model, or one tower, ready for use.
+    """A two-tower model, one tower, or a captioner, ready for use.
 
     Attributes:
-      model: a `vlm_jax.models.TwoTower`.
+      model: a `vlm_jax.models.TwoTower` or `Captioner`.
       params: its parameters.
-      tokenizer: text -> ids, see `vlm_jax.data.tokenizers`; None without a text tower.
+      tokenizer: text <-> ids, see `vlm_jax.data.tokenizers`; None without texts.
       preprocess: op string from a record with "image" to the model's input, e.g. "decode | resize(32) | normalize";
         None without an image tower.
       tokenize: op string from a record with "text" to "token_ids", e.g. "lower | tokenize(16)"; None likewise.
@@ -53,84 +66,187 @@ class Pretrained:
     mesh: Mesh | None = None
     batch_size: int = 256
 
+    @property
+    def is_captioner(self) -> bool:
+        """Whether texts are scored by their likelihood, and not by an embedding."""
+        return hasattr(self.model, "decoder")
+
     def embed_images(self, images: Sequence) -> np.ndarray:
         """Pictures (PIL images, paths, encoded bytes, uint8 arrays [H, W, 3]) -> unit-norm float32 [n, D]."""
-        self._need("image")
-        read = lambda image: Path(image).read_bytes() if isinstance(image, str | os.PathLike) else image
-        rows = self._prepare("image", self.preprocess, [{"image": read(image)} for image in _as_list(images)], "image")
-        return self._embed(rows, "image")
+        return self.embed_image_batch(self._pictures(images))
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> unit-norm float32 [n, D]."""
         self._need("text")
-        rows = self._prepare("text", self.tokenize, [{"text": text} for text in _as_list(texts)], "token_ids")
-        return self._embed(rows, "text")
+        return self._run(lambda model, params, token_ids: embed(model, params, None, token_ids), self._token_ids(texts))
 
     def embed_image_batch(self, images: Any) -> np.ndarray:
         """Preprocessed images, float [B, H, W, 3] (or packed patches, see `models.ViT`) -> unit-norm float32 [B, D]."""
         self._need("image")
-        return self._embed(images, "image")
+        if self.is_captioner:
+            raise UserError("a captioner embeds no pictures; its image tower's output is `image_features`")
+        return self._run(lambda model, params, images: embed(model, params, images, None), images)
+
+    def image_features(self, images: Sequence) -> np.ndarray:
+        """Pictures -> the mean of the image tower's tokens, before any head, float32 [n, D]: for probes."""
+        return self.image_feature_batch(self._pictures(images))
+
+    def image_feature_batch(self, images: Any) -> np.ndarray:
+        """The same of preprocessed images [B, H, W, 3]."""
+        self._need("image")
+        return self._run(features, images)
 
     def logits(self, images: Sequence, texts: Sequence[str]) -> np.ndarray:
-        """Every picture with every text: scale * cosine + bias, as in training, float32 [n, m]."""
-        self._need("image")
-        self._need("text")
+        """Every picture with every text, float32 [n, m]: scale * cosine + bias, as in training; a captioner's
+        log-likelihoods."""
+        if self.is_captioner:
+            return self.caption_logits(self._pictures(images), texts)
         bias = float(self.params.get("logit_bias", 0.0))
-        return (
-            math.exp(float(self.params["logit_scale"])) * self.embed_images(images) @ self.embed_texts(texts).T + bias
-        )
+        image, text = self.embed_images(images), self.embed_texts(texts)
+        return math.exp(float(self.params["logit_scale"])) * image @ text.T + bias
+
+    def caption_logits(self, images: Any, texts: Sequence[str]) -> np.ndarray:
+        """log p(text | picture) of every preprocessed image [B, H, W, 3] with every text, float32 [B, m]."""
+        token_ids, pad = self._token_ids(texts), self.tokenizer.pad_id
+        lengths = token_ids.shape[1] - np.argmax((token_ids != pad)[:, ::-1], axis=1)
+        room = np.minimum(2 ** np.ceil(np.log2(np.maximum(lengths, 2))).astype(int), token_ids.shape[1])
+        few = dataclasses.replace(self, batch_size=min(self.batch_size, 64))  # the logits of several texts are there
+        logits = np.empty((len(jax.tree.leaves(images)[0]), len(texts)), np.float32)
+        for length in np.unique(room):  # short texts together: padding costs as much as tokens
+            some = token_ids[room == length][:, :length]
+            logits[:, room == length] = few._run(
+                lambda *args, ids=some: log_likelihoods(*args, ids, pad_id=pad), images
+            )
+        return logits
+
+    def class_logits(self, images: Any, labels: Sequence[str], templates: Sequence[str] = ("{}",)) -> np.ndarray:
+        """The mean of a label's prompts' `caption_logits`, float32 [B, labels]."""
+        logits = self.caption_logits(images, prompts_of(labels, templates))
+        return logits.reshape(len(logits), len(labels), len(templates)).mean(2)
 
     def classify(self, images: Sequence, labels: Sequence[str], templates: Sequence[str] = ("{}",)) -> np.ndarray:
         """Zero-shot probabilities float32 [n, labels]: the softmax over labels of scale * cosine (CLIP, section 3.1.2).
 
         A softmax for models trained with the sigmoid loss, too: the labels are taken to be all there are. Whether a
-        text fits at all is the sigmoid of their `logits`.
+        text fits at all is the sigmoid of their `logits`. For a captioner, of the log-likelihoods (a label's is the
+        mean of its prompts').
 
         Args:
           images: as for `embed_images`.
           labels: class names.
           templates: prompts with a `{}` for the name; a label's embedding is the mean of its prompts'.
         """
-        self._need("text")
-        with ThreadPoolExecutor(1) as pool:  # two programs to compile, at the same time
-            text = pool.submit(class_embeddings, self.embed_texts, labels, templates)
-            image, text = self.embed_images(images), text.result()
-        logits = math.exp(float(self.params["logit_scale"])) * image @ text.T
+        if self.is_captioner:
+            logits = self.class_logits(self._pictures(images), labels, templates)
+        else:
+            self._need("text")
+            with ThreadPoolExecutor(1) as pool:  # two programs to compile, at the same time
+                text = pool.submit(class_embeddings, self.embed_texts, labels, templates)
+                image, text = self.embed_images(images), text.result()
+            logits = math.exp(float(self.params["logit_scale"])) * image @ text.T
         logits = np.exp(logits - logits.max(-1, keepdims=True))
         return logits / logits.sum(-1, keepdims=True)
 
-    def _prepare(self, modality: str, string: str, records: list[dict], field: str) -> list:
+    def caption(
+        self,
+        images: Sequence,
+        method: str = "greedy",
+        *,
+        prefix: str = "",
+        length: int | None = None,
+        beams: int = 4,
+        length_penalty: float = 0.6,
+        seed: int = 0,
+        **rules,
+    ) -> list[str]:
+        """Describes pictures.
+
+        Args:
+          images: as for `embed_images`.
+          method: "greedy", "sample" or "beam".
+          prefix: what every caption begins with.
+          length: tokens at most; None is what the model was made for.
+          beams, length_penalty: of "beam", see `generate.beam_search`.
+          seed: of "sample".
+          **rules: fields of `generate.Rules`: temperature, top_k, top_p, repetition_penalty, no_repeat_ngram.
+        """
+        if not self.is_captioner:
+            raise UserError("this model has no decoder: it compares pictures with captions (`logits`), and writes none")
+        choose({"greedy": 0, "sample": 0, "beam": 0}, method, "method of `caption`")
+        rules = call(generate.Rules, rules, "`caption`")
+        length = min(length or self.model.decoder.length, self.model.decoder.length)
+        ids = self.tokenizer
+        end = ids.pad_id if ids.eos_id is None else ids.eos_id
+        special = generate.Special(self.model.decoder.start_id, end, ids.pad_id)
+        forced = None
+        if prefix:
+            forced = self._token_ids([prefix])[0]
+            forced = jnp.asarray(np.where(forced == end, ids.pad_id, forced))
+
+        def write(model, params, images):
+            given = None if forced is None else jnp.broadcast_to(forced, (len(jax.tree.leaves(images)[0]), len(forced)))
+            if method == "beam":
+                texts = generate.beam_search(
+                    model, params, images, given, length=length, beams=beams, length_penalty=length_penalty,
+                    special=special, rules=rules,
+                )  # fmt: skip
+                return texts.token_ids[:, 0]
+            rng, common = jax.random.key(seed), dict(length=length, special=special, rules=rules)
+            return generate.sample(model, params, images, rng, given, greedy=method == "greedy", **common).token_ids
+
+        return [ids.decode(row) for row in self._run(write, self._pictures(images))]
+
+    def score(self, images: Sequence, captions: Sequence[str]) -> np.ndarray:
+        """log p(caption i | picture i), the sum over its tokens, float32 [n]."""
+        if not self.is_captioner:
+            raise UserError("this model has no likelihoods: it compares pictures with captions (`logits`)")
+        pictures, token_ids = self._pictures(images), self._token_ids(captions)
+        count = len(jax.tree.leaves(pictures)[0])
+        if count != len(token_ids):
+            raise UserError(f"score takes a caption for each picture; got {count} pictures, {len(token_ids)} captions")
+        pad = self.tokenizer.pad_id
+        run = lambda model, params, pairs: log_likelihood(model, params, *pairs, pad_id=pad)
+        return self._run(run, (pictures, token_ids))
+
+    def _pictures(self, images: Sequence) -> Any:
+        """Preprocessed, a tree of arrays [n, ...]."""
+        self._need("image")
+        read = lambda image: Path(image).read_bytes() if isinstance(image, str | os.PathLike) else image
+        return self._prepare("image", self.preprocess, [{"image": read(image)} for image in _as_list(images)], "image")
+
+    def _token_ids(self, texts: Sequence[str]) -> np.ndarray:
+        """int32 [n, L]."""
+        return self._prepare("text", self.tokenize, [{"text": text} for text in _as_list(texts)], "token_ids")
+
+    def _prepare(self, modality: str, string: str, records: list[dict], field: str) -> Any:
+        if not records:
+            raise UserError(f"no {modality} is given: the list is empty")
         pipeline = ops.parse(string, self.tokenizer)
         rows = []
         for i, record in enumerate(records):
             try:
                 rows.append(pipeline(record, np.random.default_rng(0))[field])
             except BadExample as error:
-                raise UserError(f"{modality} {i} of {len(records)} cannot be embedded: {error}") from None
-        return rows
+                raise UserError(f"{modality} {i} of {len(records)} cannot be used: {error}") from None
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 
     def _need(self, modality: str) -> None:
-        if getattr(self.model, modality) is None:
+        if getattr(self.model, modality, None) is None:
             raise UserError(f"this model has no {modality} tower")
 
-    def _embed(self, rows: Any, modality: str) -> np.ndarray:
-        """Embeds a list of examples, or a batch (a tree of arrays [B, ...])."""
-        if isinstance(rows, list):
-            if not rows:
-                raise UserError(f"no {modality} to embed: the list is empty")
-            rows = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+    def _run(self, fn: Callable, rows: Any) -> np.ndarray:
+        """fn(model, params, batch) -> [b, ...] over a tree of arrays [n, ...], some rows at a time -> [n, ...]."""
         count = len(jax.tree.leaves(rows)[0])
         size = min(self.batch_size, 1 << (count - 1).bit_length())  # few shapes, so that few programs are compiled
         if self.mesh is not None:
             size = _round_up(size, math.prod(self.mesh.shape[axis] for axis in sharding.BATCH_AXES))
-        embeddings = []
+        results = []
         pad = lambda chunk: np.concatenate([chunk, np.repeat(chunk[:1], size - len(chunk), axis=0)])
         for start in range(0, count, size):
             padded = jax.tree.map(lambda array, start=start: pad(array[start : start + size]), rows)
             batch = jax.tree.map(jnp.asarray if self.mesh is None else self._spread, padded)
-            images, token_ids = (batch, None) if modality == "image" else (None, batch)
-            embeddings.append(np.asarray(self._gather(embed(self.model, self.params, images, token_ids))))
-        return np.concatenate(embeddings)[:count]
+            results.append(np.asarray(self._gather(fn(self.model, self.params, batch))))
+        return np.concatenate(results)[:count]
 
     def _spread(self, batch: np.ndarray) -> jax.Array:
         place = sharding.batch_sharding(self.mesh)
@@ -162,12 +278,16 @@ def class_embeddings(
       names: C class names.
       templates: prompts; `{}` stands for the name.
     """
+    embeddings = np.asarray(embed_texts(prompts_of(names, templates)), np.float32)
+    return unit(unit(embeddings.reshape(len(names), len(templates), -1)).mean(axis=1))
+
+
+def prompts_of(names: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Every name in every template, the templates of a name together."""
     for template in templates:
         if "{}" not in template:
             raise UserError(f"template `{template}` has no `{{}}` for the class name")
-    prompts = [template.replace("{}", name) for name in names for template in templates]
-    embeddings = np.asarray(embed_texts(prompts), np.float32).reshape(len(names), len(templates), -1)
-    return unit(unit(embeddings).mean(axis=1))
+    return [template.replace("{}", name) for name in names for template in templates]
 
 
 def unit(x: np.ndarray) -> np.ndarray:

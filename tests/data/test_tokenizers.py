@@ -198,3 +198,13 @@ def test_pickles_as_its_spec(clip):
     data = pickle.dumps(clip)
     assert len(data) < 1000
     assert pickle.loads(data)("a diagram", 4).tolist() == [[49406, 320, 22697, 49407]]
+
+
+@pytest.mark.parametrize("spec", ["clip", "emoji"])
+@pytest.mark.parametrize("text", ["a photo of a cat", "it's 23 café ☕ fly-by"])
+def test_decode_gives_the_text_back(spec, text):
+    tokenizer = tokenizers.build(spec)
+    spaced = text.replace("it's 23", "it 's 2 3").replace("fly-by", "fly - by") if spec == "clip" else text
+    assert tokenizer.decode(tokenizer([text], 40)[0]) == spaced
+    cat, more = tokenizer.encode("cat"), tokenizer.encode("more")
+    assert tokenizer.decode([tokenizer.bos_id, *cat, tokenizer.eos_id, *more]) == "cat"

@@ -8,6 +8,7 @@ import pytest
 
 import vlm_jax
 from vlm_jax import convert
+from vlm_jax.errors import UserError
 from vlm_jax.zoo import formats, save
 from vlm_jax.zoo.load import read_params
 from vlm_jax.zoo.tensors import open_tensors
@@ -46,10 +47,22 @@ def test_one_tower(name, tmp_path):
         same(params_of(tmp_path / f"{format}.npz"), params_of(source))
 
 
-def test_big_vision_files_are_as_released(tmp_path):
+@pytest.mark.parametrize("name", ["cappa_loop", "cappa_scan"])
+def test_captioners(name, tmp_path):
+    source = GOLDEN / f"{name}.npz"
+    for format in ("native", "big_vision"):
+        convert.convert(source, tmp_path / f"{format}.npz", format, image_size=(32, 48), **NEEDED)
+        same(params_of(tmp_path / f"{format}.npz"), params_of(source))
+    for format in ("hf", "open_clip"):
+        with pytest.raises(UserError, match="has no such captioner: write it as native or big_vision"):
+            convert.convert(source, tmp_path / format, format, image_size=(32, 48), **NEEDED)
+
+
+@pytest.mark.parametrize("name", ["siglip_loop", "cappa_loop"])
+def test_big_vision_files_are_as_released(name, tmp_path):
     """Written from a scan, an npz has the arrays of the loop that the reference has, up to their root."""
-    convert.convert(GOLDEN / "siglip_loop.npz", tmp_path / "a.npz", "big_vision")
-    with np.load(GOLDEN / "siglip_loop.npz") as want, np.load(tmp_path / "a.npz") as got:
+    convert.convert(GOLDEN / f"{name}.npz", tmp_path / "a.npz", "big_vision", image_size=(32, 48), **NEEDED)
+    with np.load(GOLDEN / f"{name}.npz") as want, np.load(tmp_path / "a.npz") as got:
         names = [name for name in want.files if name.startswith("params/")]
         assert sorted(got.files) == sorted(names)
         for name in names:

@@ -44,10 +44,18 @@ class Tokenizer:
     bos_id: int | None
     eos_id: int | None
     encode_text: Callable[[str], tuple[int, ...]] = dataclasses.field(repr=False, compare=False)
+    decode_ids: Callable[[list[int]], str] = dataclasses.field(repr=False, compare=False)
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of one text, without specials."""
         return list(self.encode_text(text))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of ids: without padding and BOS, up to the first EOS."""
+        ids, special = [int(i) for i in ids], (self.pad_id, self.bos_id)
+        if self.eos_id in ids and self.eos_id not in special:
+            ids = ids[: ids.index(self.eos_id)]
+        return self.decode_ids([i for i in ids if i not in special and i < self.vocab_size]).strip()
 
     def __call__(self, texts: str | Sequence[str], length: int, bos: bool = True, eos: bool = True) -> np.ndarray:
         """Returns `[BOS] text [EOS] pad pad ...`, int32 [B, length]; a long text is cut, EOS kept.
@@ -93,9 +101,10 @@ def build(spec: str) -> Tokenizer:
     lower = _truth(options.pop("lower", "false"), spec, "lower")
     ids = {key: _integer(options.pop(key), key, spec) for key in ("pad_id", "bos_id", "eos_id") if key in options}
     fields = config.call(builder, options, f"tokenizer spec `{spec}`") | ids
-    encode = fields.pop("encode")
+    encode, decode = fields.pop("encode"), fields.pop("decode")
     return Tokenizer(
         spec=spec,
+        decode_ids=decode,
         encode_text=functools.lru_cache(REMEMBERED_TEXTS)(lambda text: tuple(encode(text.lower() if lower else text))),
         **fields,
     )
@@ -162,6 +171,7 @@ def _clip_model() -> hf.Tokenizer:
             hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+    model.decoder = hf.decoders.ByteLevel()
     return model
 
 
@@ -169,6 +179,7 @@ def _clip() -> dict:
     model = _clip_model()
     return {
         "encode": lambda text: model.encode(clip_clean(text)).ids,
+        "decode": lambda ids: model.decode(ids).replace("</w>", " "),
         "vocab_size": 49_408,
         "pad_id": 0,
         "bos_id": 49_406,
@@ -188,6 +199,7 @@ def _sentencepiece(path: str) -> dict:
     known = lambda i: i if i >= 0 else None
     return {
         "encode": model.encode,
+        "decode": model.decode,
         "vocab_size": model.get_piece_size(),
         "pad_id": max(model.pad_id(), 0),
         "bos_id": known(model.bos_id()),
@@ -205,6 +217,7 @@ def wordpiece_model(path: str, cased: bool = False) -> hf.Tokenizer:
     model = hf.Tokenizer(hf.models.WordPiece(vocab, unk_token="[UNK]"))
     model.normalizer = hf.normalizers.BertNormalizer(lowercase=not cased)
     model.pre_tokenizer = hf.pre_tokenizers.BertPreTokenizer()
+    model.decoder = hf.decoders.WordPiece()
     model.post_processor = hf.processors.BertProcessing(("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"]))
     return model
 
@@ -307,8 +320,11 @@ def _first(values: Iterable[int | None]) -> int | None:
 
 
 def _from_library(model: hf.Tokenizer) -> dict:
+    if model.decoder is None and isinstance(model.model, hf.models.BPE):
+        model.decoder = hf.decoders.ByteLevel()
     return special_ids(model) | {
         "encode": lambda text: model.encode(text, add_special_tokens=False).ids,
+        "decode": model.decode,
         "vocab_size": max(model.get_vocab(with_added_tokens=True).values()) + 1,
     }
 

@@ -1,4 +1,5 @@
-"""Zero-shot classification: the class whose name, put into prompts, embeds nearest (arXiv:2103.00020, section 3.1)."""
+"""Zero-shot classification: the class whose name, put into prompts, embeds nearest (arXiv:2103.00020, section 3.1), or
+for captioners is the likeliest (arXiv:2306.07915, section 4.3)."""
 
 import hashlib
 import json
@@ -77,13 +78,14 @@ def zeroshot(
         )
         counts = {"classes": 0, "batches": 0, "examples": 0, "left_out": 0} | hosts.from_first(counts)
         table, examples = progress.table("classes", limit / 2), progress.table("examples", limit / 2)
+        by_likelihood = getattr(pretrained, "is_captioner", False)
         step = max(PROMPTS // len(templates), 1)
-        for start in range(counts["classes"], len(names), step):
+        for start in range(counts["classes"], 0 if by_likelihood else len(names), step):
             embedded = class_embeddings(pretrained.embed_texts, names[start : start + step], templates)
             if hosts.first:
                 table.append(embedding=embedded)
             progress.save(classes=start + len(embedded))
-        text = table.read("embedding").astype(np.float64) if hosts.first else None
+        text = table.read("embedding").astype(np.float64) if hosts.first and not by_likelihood else None
 
         some, left_out = counts["examples"], counts["left_out"]
         for batch in stream(batches, hosts, ["label"], counts["batches"], progress.show):
@@ -91,9 +93,12 @@ def zeroshot(
             among = batch.mask & (truth >= 0)
             some, left_out = some + int(among.sum()), left_out + int(batch.mask.sum() - among.sum())
             if among.any():
-                embedded = pretrained.embed_image_batch(batch.image)
+                if by_likelihood:
+                    logits = pretrained.class_logits(batch.image, names, templates)[among]
+                else:
+                    embedded = pretrained.embed_image_batch(batch.image)[among]
+                    logits = metrics.similarity(embedded, text) if hosts.first else None
                 if hosts.first:
-                    logits = metrics.similarity(embedded[among], text)
                     examples.append(position=batch.position[among], **_row(logits, truth[among]))
             progress.save(batches=batch.done, examples=some, left_out=left_out)
         if not some:

@@ -1,6 +1,8 @@
-"""Flax modules: one transformer under an image tower, a text tower, and the two together."""
+"""Flax modules: one transformer under image towers, text towers, decoders, and what is made of them."""
 
 from vlm_jax.models.build import build, count
+from vlm_jax.models.captioner import Captioner
+from vlm_jax.models.decoder import Decoder
 from vlm_jax.models.pooling import Encoded
 from vlm_jax.models.positions import resample_posemb
 from vlm_jax.models.text import TextTransformer
@@ -9,6 +11,8 @@ from vlm_jax.models.two_tower import Embeddings, TwoTower
 from vlm_jax.models.vit import ViT
 
 __all__ = [
+    "Captioner",
+    "Decoder",
     "Embeddings",
     "Encoded",
     "Encoder",

@@ -6,6 +6,8 @@ import jax
 from vlm_jax import config
 from vlm_jax.errors import UserError
 from vlm_jax.models import efficientnet, variants
+from vlm_jax.models.captioner import Captioner
+from vlm_jax.models.decoder import Decoder
 from vlm_jax.models.text import TextTransformer
 from vlm_jax.models.two_tower import TwoTower
 from vlm_jax.models.vit import ViT
@@ -37,6 +39,14 @@ def two_tower(image, text, scale_init=10.0, bias_init=None, dtype="float32"):
     )
 
 
+def captioner(image, decoder, dtype="float32"):
+    """A `Captioner`; `image` and `decoder` are sections for `tower`, `dtype` the compute dtype of both."""
+    return Captioner(
+        image=tower("vit", {"pool": "none", **image}, "config.model.image", dtype),
+        decoder=tower("decoder", decoder, "config.model.decoder", dtype),
+    )
+
+
 def tower(kind, section, where, dtype):
     """A tower from its fields and, for those not given, the sizes of `variant` (see `variants.lookup`).
 
@@ -47,8 +57,8 @@ def tower(kind, section, where, dtype):
     section = {key: tuple(value) if isinstance(value, list) else value for key, value in dict(section).items()}
     cls, lookup = config.choose(TOWERS, section.pop("type", kind), f"{where}.type")
     sizes = lookup(section.pop("variant")) if "variant" in section else {}
-    if "patch" in sizes and cls is TextTransformer:
-        raise UserError(f"{where}.variant has a patch size, which a text tower has not; leave out `/{sizes['patch']}`")
+    if "patch" in sizes and cls in (TextTransformer, Decoder):
+        raise UserError(f"{where}.variant has a patch size, which texts have not; leave out `/{sizes['patch']}`")
     return config.call(cls, {**sizes, **section}, where, dtype=dtype)
 
 
@@ -57,9 +67,10 @@ def count(params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-MODELS = {"two_tower": two_tower}
+MODELS = {"two_tower": two_tower, "captioner": captioner}
 TOWERS = {  # the module, and what its variants' names mean
     "vit": (ViT, variants.lookup),
     "text": (TextTransformer, variants.lookup),
+    "decoder": (Decoder, variants.lookup),
     "efficientnet": (efficientnet.EfficientNetLite, efficientnet.lookup),
 }

@@ -5,6 +5,7 @@ Parameters are fp32; matmuls run in `dtype`; norm and softmax statistics are fp3
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -71,6 +72,13 @@ class Norm(nn.Module):
         return x.astype(self.dtype)
 
 
+class KeyValues(NamedTuple):
+    """Projected keys and values [B, L, H, head_dim], kept while decoding."""
+
+    key: jax.Array
+    value: jax.Array
+
+
 class Attention(nn.Module):
     """Multi-head attention with its projections: parameters query, key, value, out, each a 2-D kernel.
 
@@ -91,16 +99,19 @@ class Attention(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x, kv=None, mask=None):
+    def __call__(self, x, kv=None, mask=None, *, cache=None, position=None):
         """Attends from x to kv (x itself when None).
 
         Args:
           x: [B, Lq, D].
           kv: [B, Lk, Dk] or None.
           mask: bool, True = visible, broadcasting to [B, heads, Lq, Lk], or None.
+          cache: `KeyValues` or None: attends to these instead of kv; if there is a position, after writing those of x
+            there.
+          position: integer scalar, where in the cache x stands.
 
         Returns:
-          [B, Lq, D].
+          [B, Lq, D], and the `KeyValues` that were attended to.
         """
         width = x.shape[-1]
         if self.head_dim is None and width % self.heads:
@@ -111,9 +122,13 @@ class Attention(nn.Module):
         )
         kv = x if kv is None else kv
         project = lambda name, t: dense(self.heads * head_dim, name=name)(t).reshape(*t.shape[:2], self.heads, head_dim)
-        q, k, v = project("query", x), project("key", kv), project("value", kv)
-        out = attention(q, k, v, mask=mask, causal=self.causal, implementation=self.implementation)
-        return dense(width, name="out")(out.reshape(*x.shape[:2], -1))
+        q = project("query", x)
+        if cache is None or position is not None:
+            new = KeyValues(project("key", kv), project("value", kv))
+            write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), position, axis=1)
+            cache = new if cache is None else KeyValues(*map(write, cache, new))
+        out = attention(q, *cache, mask=mask, causal=self.causal, implementation=self.implementation)
+        return dense(width, name="out")(out.reshape(*x.shape[:2], -1)), cache
 
 
 class Mlp(nn.Module):

@@ -115,7 +115,7 @@ class MapPool(nn.Module):
         probe = jnp.broadcast_to(probe.astype(self.dtype), (tokens.shape[0], 1, tokens.shape[-1]))
         mask = None if mask is None else mask[:, None, None, :]
         attn = Attention(self.heads, self.head_dim, self.attn_bias, False, self.implementation, self.dtype, name="attn")
-        y = attn(probe, tokens, mask)
+        y, _ = attn(probe, tokens, mask)
         z = Norm(self.norm, self.norm_eps, dtype=self.dtype, name="norm")(y)
         mlp = Mlp(self.mlp_dim, self.activation, self.gated, self.mlp_bias, dtype=self.dtype, name="mlp")
         return (y + mlp(z))[:, 0]

@@ -1,10 +1,11 @@
-"""The one transformer: the block, and the encoder that every tower is.
+"""The one transformer: the block, and the stack of them that every tower and decoder is.
 
 Residual blocks (Vaswani et al. 2017), norms before the branches (Dosovitskiy et al. 2020) or after them (BERT). What
 released models differ in is a field.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 from vlm_jax.config import choose
 from vlm_jax.errors import UserError
-from vlm_jax.models.layers import Attention, Mlp, Norm
+from vlm_jax.models.layers import Attention, KeyValues, Mlp, Norm
 from vlm_jax.models.pooling import Encoded, MapPool, pool
 
 REMAT = {
@@ -23,10 +24,39 @@ REMAT = {
 }
 
 
+class Cache(NamedTuple):
+    """What a block keeps while decoding.
+
+    Attributes:
+      attn: `KeyValues` of the tokens so far, with room for those to come.
+      cross_attn: `KeyValues` of the context; None before the first step, and without cross-attention.
+    """
+
+    attn: KeyValues
+    cross_attn: KeyValues | None = None
+
+
+class Around(NamedTuple):
+    """What is beside the tokens, the same for all blocks.
+
+    Attributes:
+      mask: bool [B | 1, 1, L | 1, Lk], which keys a token sees, or None.
+      context: [B, Lc, Dc], what cross-attention reads; None without, and once it is in the caches.
+      context_mask: bool [B, 1, 1, Lc], False where context is padding, or None.
+      position: integer scalar, where in the caches the tokens stand; None without caches.
+    """
+
+    mask: Any = None
+    context: Any = None
+    context_mask: Any = None
+    position: Any = None
+
+
 class Block(nn.Module):
     """x + attn(norm1(x)), then x + mlp(norm2(x)); each branch scaled, dropped out and dropped whole if asked for.
 
-    With post_norm: norm1(x + attn(x)), then norm2(x + mlp(x)).
+    With cross, x + cross_attn(cross_norm(x), context) comes between. With post_norm: norm1(x + attn(x)), then
+    norm2(x + mlp(x)).
 
     Attributes: those of `Encoder`, and train: whether dropout and drop path are active.
     """
@@ -43,6 +73,7 @@ class Block(nn.Module):
     attn_bias: bool
     mlp_bias: bool
     causal: bool
+    cross: bool
     layer_scale: float | None
     dropout: float
     implementation: str | None
@@ -50,28 +81,35 @@ class Block(nn.Module):
     train: bool
 
     @nn.compact
-    def __call__(self, x, mask, drop_path):
-        """[B, L, D], mask as in `Attention`, drop_path: this layer's rate or None -> ([B, L, D], None)."""
+    def __call__(self, x, around, drop_path, cache):
+        """[B, L, D], `Around`, this layer's rate of drop path, `Cache` or None -> [B, L, D], `Cache` or None."""
         norm = functools.partial(Norm, self.norm, self.norm_eps, self.norm_bias, self.dtype)
-        attn = Attention(
-            self.heads, self.head_dim, self.attn_bias, self.causal, self.implementation, self.dtype, name="attn"
-        )
+        attention = functools.partial(Attention, self.heads, self.head_dim, self.attn_bias)
+        attn = attention(self.causal, self.implementation, self.dtype, name="attn")
         mlp = Mlp(
             self.mlp_dim, self.activation, self.gated, self.mlp_bias, self.dropout, self.train, self.dtype, name="mlp"
         )
-        norm1, norm2 = norm(name="norm1"), norm(name="norm2")
-        if self.post_norm:
-            x = norm1(x + self._branch(1, attn(x, mask=mask), drop_path))
-            x = norm2(x + self._branch(2, mlp(x), drop_path))
-        else:
-            x = x + self._branch(1, attn(norm1(x), mask=mask), drop_path)
-            x = x + self._branch(2, mlp(norm2(x)), drop_path)
-        return x, None
+        own, read = (None, None) if cache is None else cache
 
-    def _branch(self, number, y, drop_path):
+        def residual(x, name, norm, branch):
+            """The sum, and what else the branch returns."""
+            y, other = branch(x if self.post_norm else norm(x))
+            x = x + self._branch(name, y, drop_path)
+            return norm(x) if self.post_norm else x, other
+
+        self_attn = lambda x: attn(x, mask=around.mask, cache=own, position=around.position)
+        x, own = residual(x, "1", norm(name="norm1"), self_attn)
+        if self.cross:
+            cross = attention(False, self.implementation, self.dtype, name="cross_attn")
+            cross_attn = lambda x: cross(x, around.context, around.context_mask, cache=read)
+            x, read = residual(x, "_cross", norm(name="cross_norm"), cross_attn)
+        x, _ = residual(x, "2", norm(name="norm2"), lambda x: (mlp(x), None))
+        return x, None if cache is None else Cache(own, read)
+
+    def _branch(self, name, y, drop_path):
         if self.layer_scale is not None:  # Touvron et al. 2021, CaiT, equation 4
             init = nn.initializers.constant(self.layer_scale)
-            y = y * self.param(f"layer_scale{number}", init, y.shape[-1:]).astype(y.dtype)
+            y = y * self.param(f"layer_scale{name}", init, y.shape[-1:]).astype(y.dtype)
         y = nn.Dropout(self.dropout)(y, deterministic=not self.train)
         if drop_path is not None and self.train:  # Huang et al. 2016, per example
             keep = 1.0 - drop_path
@@ -151,9 +189,23 @@ class Encoder(nn.Module, kw_only=True):
         Returns:
           [B, L, D].
         """
+        around = Around(None if mask is None else mask[:, None, None, :])
+        return self.stack(x, around, causal=causal, train=train)[0]
+
+    def stack(self, x, around, *, caches=None, causal=False, cross=False, train=False):
+        """As `encode`, with all that a decoder needs.
+
+        Args:
+          x, causal, train: as for `encode`.
+          around: `Around`.
+          caches: what `new_caches` or the last call returned, or None.
+          cross: whether blocks have cross-attention.
+
+        Returns:
+          [B, L, D], and the caches, one `Cache` a block, or None.
+        """
         policy = choose(REMAT, self.remat, "remat")
         x = nn.Dropout(self.dropout)(x.astype(self.dtype), deterministic=not train)
-        mask = None if mask is None else mask[:, None, None, :]
         block = Block
         if self.remat != "none":
             block = nn.remat(block, prevent_cse=not self.scan, policy=policy)
@@ -171,6 +223,7 @@ class Encoder(nn.Module, kw_only=True):
             attn_bias=self.attn_bias,
             mlp_bias=self.mlp_bias,
             causal=causal,
+            cross=cross,
             layer_scale=self.layer_scale,
             dropout=self.dropout,
             implementation=self.implementation,
@@ -179,18 +232,31 @@ class Encoder(nn.Module, kw_only=True):
         )
         rates = jnp.linspace(0.0, self.drop_path, self.depth) if self.drop_path else None
         if self.scan:
+            by_layer = lambda value: nn.broadcast if value is None else 0
             scanned = nn.scan(
                 new_block.func,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(nn.broadcast, nn.broadcast if rates is None else 0),
+                in_axes=(nn.broadcast, by_layer(rates), by_layer(caches)),
                 length=self.depth,
             )
-            x, _ = scanned(**new_block.keywords, name="blocks")(x, mask, rates)
+            x, caches = scanned(**new_block.keywords, name="blocks")(x, around, rates, caches)
         else:
+            kept = []
             for i in range(self.depth):
-                x, _ = new_block(name=f"blocks_{i}")(x, mask, None if rates is None else rates[i])
-        return x if self.post_norm else self.new_norm("norm")(x)
+                of_block = [None if values is None else values[i] for values in (rates, caches)]
+                x, cache = new_block(name=f"blocks_{i}")(x, around, *of_block)
+                kept.append(cache)
+            caches = None if caches is None else kept
+        return x if self.post_norm else self.new_norm("norm")(x), caches
+
+    def new_caches(self, batch, length):
+        """Empty caches for `stack`: a list of `Cache`, or, with scan, one with a leading layer axis."""
+        head_dim = self.head_dim or self.width // self.heads
+        layers = (self.depth,) if self.scan else ()
+        zeros = lambda: jnp.zeros((*layers, batch, length, self.heads, head_dim), self.dtype)
+        new = lambda: Cache(KeyValues(zeros(), zeros()))
+        return new() if self.scan else [new() for _ in range(self.depth)]
 
     def summarise(self, tokens, *, mask=None, pool_mask=None, position=None):
         """Pools and projects encoded tokens; called from the compact method of a tower.

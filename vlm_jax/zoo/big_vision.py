@@ -1,4 +1,4 @@
-"""big_vision's npz files: LiT, SigLIP, SigLIP 2 and lone towers, in all the names they have had.
+"""big_vision's npz files: LiT, SigLIP, SigLIP 2, Cap, CapPa and lone towers, in all the names they have had.
 
 Everything is read off the arrays' shapes: sizes, heads, pool, head. What they cannot tell (the tokenizer, the
 preprocessing) is known for the released files by their names.
@@ -71,6 +71,20 @@ BERT = (
     ("blocks_{i}/norm2", f"{BERT_BLOCK}/mlp_block/layer_norm", "flax"),
     ("head", "head", "flax"),
 )
+DECODER_BLOCK = (  # {block}: "EncDecBlock{i}", or "EncDecBlock*1": stacked on the second axis
+    ("blocks_{i}/norm1", "{block}/LayerNorm1", "flax"),
+    ("blocks_{i}/cross_norm", "{block}/LayerNorm2", "flax"),
+    ("blocks_{i}/norm2", "{block}/LayerNorm3", "flax"),
+    *(
+        (f"blocks_{{i}}/{ours}/{name}", f"{{block}}/{theirs}/{name}", "flax_out" if name == "out" else "flax_heads")
+        for ours, theirs in (("attn", "SelfAttn"), ("cross_attn", "CrossAttn"))
+        for name in ("query", "key", "value", "out")
+    ),
+    ("blocks_{i}/mlp/fc1", "{block}/MLP/Dense_0", "flax"),
+    ("blocks_{i}/mlp/fc2", "{block}/MLP/Dense_1", "flax"),
+)
+DECODER = (("decoder/token_embed", "EmbedTargets", "flax"), ("decoder/norm", "LayerNorm", "flax"))
+CAPTIONER = (("decoder/pos_embed", "pos_embedding_decoder", "same"),)
 SCALES = (("logit_scale", "t", "one"), ("logit_bias", "b", "one"))
 
 
@@ -105,7 +119,7 @@ def describe(tensors: Mapping[str, Any]) -> tuple[dict, list]:
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if any(name.startswith("decoder/") for name in shapes):
-        raise UserError("this is a captioner (encoder and decoder); only image and text towers can be loaded yet")
+        return _captioner(shapes)
     two = any(name.startswith(("img/", "txt/")) for name in shapes)
     section, entries = {"name": "two_tower", "image": None, "text": None}, []
     for side, prefix in (("image", "img/"), ("text", "txt/")):
@@ -139,6 +153,46 @@ def tower_entries(rows, side: str, prefix: str, fields: Mapping[str, Any], stack
     size, patch = fields.get("image_size") or 0, fields.get("patch", 1)
     grid = (size if isinstance(size, int) else size[0]) // patch
     return expand(rows, f"{side}/", prefix, depth=fields["depth"], heads=fields["heads"], patch=patch, grid=grid)
+
+
+def captioner_entries(image: Mapping, decoder: Mapping, stacked_image: bool, stacked_decoder: bool) -> list:
+    """The entries of a captioner; `stacked_...`: whether the blocks of a part are one array."""
+    block = "EncDecBlock*1" if stacked_decoder else "EncDecBlock{i}"
+    rows = [(ours, theirs.replace("{block}", block), kind) for ours, theirs, kind in DECODER_BLOCK]
+    return [
+        *tower_entries(IMAGE, "image", "encoder/", image, stacked_image),
+        *expand(rows, "decoder/", "decoder/", depth=decoder["depth"], heads=decoder["heads"]),
+        *expand((*DECODER, ("head", "LogitsDense", "flax")), "", "decoder/"),
+        *expand(CAPTIONER),
+    ]
+
+
+def _captioner(shapes: Mapping[str, tuple]) -> tuple[dict, list]:
+    below = {name.removeprefix("encoder/"): shape for name, shape in shapes.items() if name.startswith("encoder/")}
+    image = _image(below) | {"pool": "none"}
+    stacked = "decoder/EncDecBlock/LayerNorm1/scale" in shapes
+    first = f"decoder/EncDecBlock{'' if stacked else 0}"
+    blocks = {match[1] for name in shapes if (match := re.match(r"decoder/EncDecBlock(\d+)/", name))}
+    layer = (1,) if stacked else ()
+    query = shapes[f"{first}/SelfAttn/query/kernel"]
+    fc1 = shapes[f"{first}/MLP/Dense_0/kernel"]
+    inputs, width = shapes["decoder/EmbedTargets/embedding"]
+    vocab_size = shapes["decoder/LogitsDense/kernel"][1]
+    decoder = dict(
+        width=width,
+        depth=query[1] if stacked else len(blocks),
+        heads=query[1 + len(layer)],
+        mlp_dim=fc1[-1],
+        vocab_size=vocab_size,
+        length=shapes["pos_embedding_decoder"][1],
+        mask_token=inputs == vocab_size + 1,
+        norm_bias=f"{first}/LayerNorm1/bias" in shapes,
+        attn_bias=f"{first}/SelfAttn/query/bias" in shapes,
+        mlp_bias=f"{first}/MLP/Dense_0/bias" in shapes,
+        logits_bias="decoder/LogitsDense/bias" in shapes,
+    )
+    section = {"name": "captioner", "image": image, "decoder": decoder}
+    return section, captioner_entries(image, decoder, "encoderblock" in _blocks(below), stacked)
 
 
 def _blocks(shapes):
@@ -217,6 +271,8 @@ def _bert(shapes):
 def outline(section: Mapping[str, Any]) -> list:
     """The entries of the key table that write a model whose section has all fields; a layer is an array of its own."""
     image, text = section["image"], section["text"]
+    if section["decoder"]:
+        return captioner_entries(image, section["decoder"], stacked_image=False, stacked_decoder=False)
     entries = []
     if image:
         entries += tower_entries(IMAGE, "image", "img/" if text else "", image, stacked=False)

@@ -20,6 +20,7 @@ from vlm_jax.zoo.json_files import read_json
 from vlm_jax.zoo.tensors import Tensor, TensorFile, open_tensors
 
 PARAMS = "params.safetensors"
+SIDES = ("image", "text", "decoder")  # parts of a model section
 TRANSFORMERS = (
     "model.safetensors.index.json",
     "model.safetensors",
@@ -113,8 +114,9 @@ def param_shapes(section: Mapping[str, Any], positions: int | None = None) -> di
             size = patch, patch * max((positions or 1) - covers_cls, 1)
         height, width = (size, size) if isinstance(size, int) else size
         image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
-    if model.text is not None:
-        text = jax.ShapeDtypeStruct((1, model.text.length), jnp.int32)
+    reader = getattr(model, "text", None) or getattr(model, "decoder", None)
+    if reader is not None:
+        text = jax.ShapeDtypeStruct((1, reader.length), jnp.int32)
     return named_leaves(jax.eval_shape(model.init, jax.random.key(0), image, text)["params"])
 
 
@@ -169,10 +171,15 @@ def _licence(folder: Path) -> str | None:
 
 def _scanned(section: dict) -> dict:
     """Blocks as one scan: compiles in a fraction of the time."""
-    for tower in (section["image"], section["text"]):
-        if tower and tower.get("depth", 1) > 1:
-            tower["scan"] = True
+    for side in SIDES:
+        if section.get(side) and section[side].get("depth", 1) > 1:
+            section[side]["scan"] = True
     return section
+
+
+def of_texts(section: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The section of what reads texts: the text tower, the decoder, or None."""
+    return section.get("text") or section.get("decoder")
 
 
 def _or_none(read: Callable, *args) -> Any:
@@ -356,12 +363,13 @@ KNOWN = (  # (name, how texts are made tokens, the tokenizer to pass)
     (r"(webli|siglip)_(en|i18n)_\w+", SIGLIP_TEXT, "sentencepiece:/path/to/{vocabulary}.model?pad_id=1"),
     (r"siglip2_\w+", SIGLIP_TEXT, "sentencepiece:/path/to/gemma.model?pad_id=0"),
     (r"LiT-(B16B|B16B_2|L16L)", "tokenize(16)", "wordpiece:/path/to/vocab.txt"),
+    (r"cap(pa)?_\w+", SIGLIP_TEXT, "sentencepiece:/path/to/{vocabulary}.model?pad_id=0"),
 )
 
 
 def _big_vision(path: Path, tensors: Mapping[str, Tensor]) -> Released:
     section, entries = big_vision.describe(tensors)
-    image, text = section["image"], section["text"]
+    image, text = section["image"], of_texts(section)
     known = next((row for row in KNOWN if re.match(row[0], path.name)), None)
     fields, hints = {}, {}
     if image:

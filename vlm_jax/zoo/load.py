@@ -140,19 +140,20 @@ def _settings(released, section, preprocess, tokenizer, tokenize, size) -> dict[
             families = ", ".join(preprocessing.FAMILIES)
             why = released.hints.get("preprocess") or "the files do not tell how pictures were prepared"
             missing.append(f"{why}: pass preprocess= (one of {families}, or an op string)")
-    if section["text"]:
+    texts = formats.of_texts(section)
+    if texts:
         tokenizer, tokenize = tokenizer or released.tokenizer, tokenize or released.tokenize
         if tokenizer is None:
             why = released.hints.get("tokenizer") or "the files hold no tokenizer"
             missing.append(why if "tokenizer=" in why else f"{why}: pass tokenizer='clip', 'json:/path', ...")
         if tokenize is None:
-            missing.append(f"pass tokenize= (how texts are made tokens, e.g. 'tokenize({section['text']['length']})')")
+            missing.append(f"pass tokenize= (how texts are made tokens, e.g. 'tokenize({texts['length']})')")
     if missing:
         raise UserError(f"{released.path} ({released.format}): " + "; ".join(missing))
     return {
         "preprocess": preprocess if section["image"] else None,
-        "tokenizer": tokenizer if section["text"] else None,
-        "tokenize": tokenize if section["text"] else None,
+        "tokenizer": tokenizer if texts else None,
+        "tokenize": tokenize if texts else None,
     }
 
 

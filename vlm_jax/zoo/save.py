@@ -123,7 +123,7 @@ def _native(content: Content, folder: Path) -> None:
 
 
 def _transformers(content: Content, folder: Path) -> None:
-    section = full_section(content)
+    section = _of_towers(content, "Transformers")
     tried = []
     for config, entries in transformers.outlines(section["image"], section["text"]):
         pooling = (section["text"] or {}).get("pool") if _is_sentence_model(section) else None
@@ -152,6 +152,13 @@ def _transformers(content: Content, folder: Path) -> None:
     write_safetensors(folder / "model.safetensors", _their_arrays(content, entries), {"format": "pt"})
 
 
+def _of_towers(content: Content, format: str) -> dict[str, Any]:
+    section = full_section(content)
+    if section["decoder"]:
+        raise UserError(f"{format} has no such captioner: write it as native or big_vision")
+    return section
+
+
 def _is_sentence_model(section) -> bool:
     """A BERT that pools as sentence-transformers' do; Transformers' own pool is a dense layer on the first token."""
     text = section["text"]
@@ -171,7 +178,7 @@ def _write_sentence_modules(folder: Path, pool: str, width: int) -> None:
 
 
 def _open_clip(content: Content, folder: Path) -> None:
-    section = full_section(content)
+    section = _of_towers(content, "open_clip")
     cfg, entries = open_clip.outline(section)
     if problems := _problems(content, entries, lambda tensors: open_clip.describe(tensors, cfg)[0]):
         raise UserError(f"open_clip has no such model: {', '.join(problems)}: write it as native, hf or big_vision")
@@ -199,7 +206,8 @@ WRITERS = {"native": _native, "hf": _transformers, "open_clip": _open_clip, "big
 def full_section(content: Content) -> dict[str, Any]:
     """The section with all fields of its towers, an image size among them where the positions are a square."""
     model = models.build(content.section)
-    section = {"image": _fields(model.image), "text": _fields(model.text), "bias_init": model.bias_init}
+    section = {side: _fields(getattr(model, side, None)) for side in formats.SIDES}
+    section["bias_init"] = getattr(model, "bias_init", None)
     table = content.shapes.get("image/pos_embed")
     if section["image"] and table is not None and section["image"].get("image_size") is None:
         rows = table.shape[1] - section["image"]["cls_position"]
@@ -227,8 +235,8 @@ def _problems(content: Content, entries: list[key_map.Entry], describe: Callable
     except (UserError, LookupError, TypeError, ValueError, ArithmeticError) as error:
         return [str(error)]
     wanted = full_section(content)
-    for side in ("image", "text"):
-        got = _fields(getattr(read_back, side)) or {}
+    for side in formats.SIDES:
+        got = _fields(getattr(read_back, side, None)) or {}
         want = wanted[side] or {}
         for key in want.keys() - set(RUNTIME):
             if not _same(key, got.get(key), want[key], want):

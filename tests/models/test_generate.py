@@ -1,0 +1,187 @@
+"""Decoding against brute force, on a decoder with five tokens."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlm_jax import models
+from vlm_jax.models.generate import Rules, Special, beam_search, sample
+
+VOCAB, LENGTH, BATCH = 5, 4, 3
+SPECIAL = Special(start=0, end=1, pad=0)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["loop", "scan"])
+def captioner(request):
+    """(model, params, images), with logits that are far from uniform."""
+    sizes = dict(width=32, depth=2, heads=2, mlp_dim=64, scan=request.param)
+    decoder = dict(**sizes, vocab_size=VOCAB, length=8, mask_token=True)
+    model = models.build(dict(name="captioner", image=dict(**sizes, patch=8), decoder=decoder))
+    images = jax.random.normal(jax.random.key(0), (BATCH, 16, 16, 3))
+    params = model.init(jax.random.key(1), images, jnp.zeros((BATCH, LENGTH), jnp.int32))["params"]
+    params["head"]["kernel"] = 0.3 * jax.random.normal(jax.random.key(2), params["head"]["kernel"].shape)
+    return model, params, images
+
+
+@pytest.fixture(scope="module")
+def texts(captioner):
+    """Every text that can come, int [n, L], and its log-likelihood [B, n], computed without caches."""
+    model, params, images = captioner
+    every = [ids for ids in itertools.product(range(VOCAB), repeat=LENGTH) if not _after_end(ids)]
+    every = np.array(every)
+    forward = jax.jit(lambda images, ids: jax.nn.log_softmax(model.apply({"params": params}, images, ids)))
+    scores = []
+    for image in images:
+        log_p = forward(jnp.broadcast_to(image, (len(every), *image.shape)), every)
+        own = np.take_along_axis(np.asarray(log_p, np.float64), every[..., None], axis=2)[..., 0]
+        ended = np.cumsum(every == SPECIAL.end, axis=1) - (every == SPECIAL.end)
+        scores.append(np.where(ended > 0, 0, own).sum(1))
+    return every, np.array(scores)
+
+
+def _after_end(ids):
+    """Whether something other than padding follows the end."""
+    return SPECIAL.end in ids and any(ids[ids.index(SPECIAL.end) + 1 :])
+
+
+def lengths(ids):
+    ended = ids == SPECIAL.end
+    return np.where(ended.any(1), ended.argmax(1) + 1, ids.shape[1])
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0])
+def test_beam_search_is_exhaustive_where_it_can_be(captioner, texts, alpha):
+    model, params, images = captioner
+    every, scores = texts
+    beams = 4**3  # as many as there are unfinished texts of three tokens
+    got = beam_search(model, params, images, length=LENGTH, beams=beams, length_penalty=alpha, special=SPECIAL)
+    normed = scores / ((5 + lengths(every)) / 6) ** alpha
+    for b in range(BATCH):
+        order = np.argsort(-normed[b])[:10]
+        np.testing.assert_array_equal(got.token_ids[b, :10], every[order])
+        np.testing.assert_allclose(got.log_likelihood[b, :10], scores[b][order], rtol=1e-5, atol=1e-5)
+
+
+def test_one_beam_is_greedy(captioner):
+    model, params, images = captioner
+    greedy = sample(model, params, images, length=LENGTH, greedy=True, special=SPECIAL)
+    beam = beam_search(model, params, images, length=LENGTH, beams=1, special=SPECIAL)
+    np.testing.assert_array_equal(beam.token_ids[:, 0], greedy.token_ids)
+    np.testing.assert_allclose(beam.log_likelihood[:, 0], greedy.log_likelihood, rtol=1e-6)
+
+
+def test_greedy_takes_the_likeliest_each_time(captioner, texts):
+    """The same tokens as a loop without caches, and their log-likelihood."""
+    model, params, images = captioner
+    got = sample(model, params, images, length=LENGTH, greedy=True, special=SPECIAL)
+    ids = np.zeros((BATCH, LENGTH), np.int32)
+    forward = jax.jit(lambda ids: model.apply({"params": params}, images, ids))
+    for t in range(LENGTH):
+        ids[:, t] = np.argmax(forward(ids)[:, t], axis=-1)
+    for b in range(BATCH):
+        ids[b, lengths(ids)[b] :] = 0
+    np.testing.assert_array_equal(got.token_ids, ids)
+    every, scores = texts
+    for b in range(BATCH):
+        row = np.flatnonzero((every == ids[b]).all(1))[0]
+        np.testing.assert_allclose(got.log_likelihood[b], scores[b, row], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "rules", [Rules(), Rules(temperature=0.5), Rules(top_k=2), Rules(top_p=0.6), Rules(temperature=2.0, top_p=0.8)]
+)
+def test_samples_have_the_distribution(captioner, texts, rules):
+    """Frequencies of all texts of two tokens, among 20,000 draws, against the product of the steps' probabilities."""
+    model, params, images = captioner
+    n, length = 20_000, 2
+    got = sample(
+        model, params, jnp.broadcast_to(images[:1], (n, *images.shape[1:])), jax.random.key(3),
+        length=length, special=SPECIAL, rules=rules,
+    )  # fmt: skip
+    want = np.zeros((VOCAB, VOCAB))
+    first, after = _steps(model, params, images[:1], rules)
+    for a in range(VOCAB):
+        want[a] = first[a] * (after[a] if a != SPECIAL.end else np.eye(VOCAB)[SPECIAL.pad])
+    np.testing.assert_allclose(want.sum(), 1, rtol=1e-5)
+    counts = np.zeros((VOCAB, VOCAB))
+    np.add.at(counts, tuple(np.asarray(got.token_ids).T), 1)
+    sd = np.sqrt(n * want * (1 - want))
+    assert np.all(np.abs(counts - n * want) <= 5 * sd + 2)
+    assert not counts[want == 0].any()
+
+
+def _steps(model, params, image, rules):
+    """p(first) [V] and p(second | first) [V, V], by the rules' definitions."""
+    texts = np.array([[a, 0] for a in range(VOCAB)])
+    images = jnp.broadcast_to(image, (VOCAB, *image.shape[1:]))
+    logits = np.asarray(model.apply({"params": params}, images, texts), np.float64)
+
+    def probabilities(logits):
+        p = np.exp(logits / rules.temperature)
+        p /= p.sum()
+        order = np.argsort(-p)
+        keep = order[: rules.top_k or VOCAB]
+        if rules.top_p:
+            keep = order[: np.searchsorted(np.cumsum(p[order]), rules.top_p) + 1]
+        return np.where(np.isin(np.arange(VOCAB), keep), p, 0) / p[keep].sum()
+
+    return probabilities(logits[0, 0]), np.array([probabilities(row) for row in logits[:, 1]])
+
+
+@pytest.mark.parametrize("beams", [None, 4**3])
+def test_prefixes_of_different_lengths_are_kept(captioner, texts, beams):
+    """And what follows is what brute force says, given the prefix."""
+    model, params, images = captioner
+    prefix = np.array([[2, 3], [4, 0], [0, 0]], np.int32)
+    options = dict(length=LENGTH, special=SPECIAL)
+    if beams:
+        got = beam_search(model, params, images, prefix, beams=beams, length_penalty=0.0, **options)
+        ids = np.asarray(got.token_ids[:, 0])
+        every, scores = texts
+        for b, start in enumerate(prefix):
+            start = start[start > 0]
+            fits = (every[:, : len(start)] == start).all(1)
+            np.testing.assert_array_equal(ids[b], every[fits][np.argmax(scores[b][fits])])
+    else:
+        ids = np.asarray(sample(model, params, images, None, prefix, greedy=True, **options).token_ids)
+        np.testing.assert_array_equal(ids[0, :2], [2, 3])
+        np.testing.assert_array_equal(ids[1, :1], [4])
+        free = sample(model, params, images, greedy=True, **options)
+        np.testing.assert_array_equal(ids[2], free.token_ids[2])
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_no_ngram_repeats(captioner, n):
+    model, params, images = captioner
+    special = Special(end=-1)  # never ends
+    got = sample(
+        model, params, jnp.repeat(images, 20, axis=0), jax.random.key(0), length=5, special=special,
+        rules=Rules(no_repeat_ngram=n),
+    )  # fmt: skip
+    for ids in np.asarray(got.token_ids):
+        grams = list(zip(*(ids[i:] for i in range(n)), strict=False))
+        assert len(set(grams)) == len(grams)
+
+
+def test_repetition_penalty(captioner):
+    """With a huge one greedy never takes a token twice while another is left."""
+    model, params, images = captioner
+    rules = Rules(repetition_penalty=1e6)
+    got = sample(model, params, images, length=5, greedy=True, special=Special(end=-1), rules=rules)
+    shifted = np.asarray(model.apply({"params": params}, images, got.token_ids))
+    for b, ids in enumerate(np.asarray(got.token_ids)):
+        for t, token in enumerate(ids):
+            fresh = [v for v in range(VOCAB) if v not in ids[:t]]
+            best = max(fresh, key=lambda v: shifted[b, t, v])
+            assert token == best or shifted[b, t, best] < 0
+
+
+def test_the_loop_ends_when_all_texts_have(captioner):
+    """A head that always ends: one step, whatever the length."""
+    model, params, images = captioner
+    params = params | {"head": dict(kernel=jnp.zeros((32, VOCAB)), bias=jnp.array([0.0, 50, 0, 0, 0]))}
+    got = sample(model, params, images, length=8, greedy=True, special=SPECIAL)
+    np.testing.assert_array_equal(got.token_ids, [[1, 0, 0, 0, 0, 0, 0, 0]] * BATCH)

@@ -1,0 +1,91 @@
+"""A captioner describes, scores and names pictures."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import cappa
+from vlm_jax import config, models
+from vlm_jax.data import tokenizers
+from vlm_jax.errors import UserError
+from vlm_jax.pretrained import Pretrained
+
+NAMES = ["cat", "bird", "grinning face with smiling eyes", "umbrella"]
+
+
+@pytest.fixture(scope="module")
+def pretrained():
+    """The config's model, with a head that prefers some tokens, so that texts end."""
+    settings = config.plain(cappa.get_config("smoke"))
+    model = models.build(settings["model"])
+    example = jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, model.decoder.length), jnp.int32)
+    params = jax.jit(model.init)(jax.random.key(0), *example)["params"]
+    params["head"]["kernel"] = 0.5 * jax.random.normal(jax.random.key(1), params["head"]["kernel"].shape)
+    tokenizer = tokenizers.build(settings["tokenizer"])
+    return Pretrained(model, params, tokenizer, settings["preprocess"], settings["tokenize"], settings)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return list(np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8))
+
+
+def log_p(pretrained, pictures, captions):
+    """By the model's own logits, all tokens at once."""
+    ids = pretrained.tokenizer(captions, 10, bos=False)
+    images = jnp.asarray(np.stack(pictures), jnp.float32) / 127.5 - 1
+    logits = pretrained.model.apply({"params": pretrained.params}, images, ids)
+    own = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), ids[..., None], axis=2)[..., 0]
+    return np.where(ids == 0, 0, own).sum(1)
+
+
+def test_score_is_the_log_likelihood(pretrained, pictures):
+    got = pretrained.score(pictures, NAMES[:3])
+    np.testing.assert_allclose(got, log_p(pretrained, pictures, NAMES[:3]), rtol=1e-5)
+
+
+def test_every_picture_with_every_text(pretrained, pictures):
+    """Texts of different lengths are scored in groups; the order is that of the texts."""
+    got = pretrained.logits(pictures, NAMES)
+    assert got.shape == (3, 4)
+    for j, name in enumerate(NAMES):
+        np.testing.assert_allclose(got[:, j], log_p(pretrained, pictures, [name] * 3), rtol=1e-5)
+
+
+def test_classify_is_the_softmax_of_likelihoods(pretrained, pictures):
+    got = pretrained.classify(pictures, NAMES, templates=["{}", "a {}"])
+    logits = pretrained.logits(pictures, NAMES) + pretrained.logits(pictures, [f"a {name}" for name in NAMES])
+    np.testing.assert_allclose(got, jax.nn.softmax(logits / 2), rtol=1e-4)
+
+
+def test_captions(pretrained, pictures):
+    greedy = pretrained.caption(pictures)
+    assert len(greedy) == 3 and all(isinstance(text, str) for text in greedy)
+    assert pretrained.caption(pictures, "beam", beams=1) == greedy
+    assert pretrained.caption(pictures, "sample", seed=3) == pretrained.caption(pictures, "sample", seed=3)
+    assert pretrained.caption(pictures, "sample", top_k=1) == greedy
+    assert all(text.startswith("black cat") for text in pretrained.caption(pictures, prefix="black cat"))
+    short = pretrained.caption(pictures, length=2)
+    assert all(len(text) < len(whole) for text, whole in zip(short, greedy, strict=True))
+
+
+def test_features(pretrained, pictures):
+    images = jnp.asarray(np.stack(pictures), jnp.float32) / 127.5 - 1
+    tokens, _ = pretrained.model.apply({"params": pretrained.params}, images, method="encode")
+    np.testing.assert_allclose(pretrained.image_features(pictures), tokens.mean(1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda p, x: p.caption(x, "magic"), "method of `caption` is `magic`; expected one of: greedy, sample, beam"),
+        (lambda p, x: p.caption(x, temprature=2.0), "has no key `temprature`; did you mean `temperature`"),
+        (lambda p, x: p.score(x, ["cat"]), "got 3 pictures, 1 captions"),
+        (lambda p, x: p.embed_texts(["cat"]), "this model has no text tower"),
+        (lambda p, x: p.embed_images(x), "a captioner embeds no pictures"),
+    ],
+)
+def test_mistakes_are_named(pretrained, pictures, use, message):
+    with pytest.raises(UserError, match=message):
+        use(pretrained, pictures)

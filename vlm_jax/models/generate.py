@@ -1,0 +1,301 @@
+"""Decoding with caches, in one jitted loop: greedy, sampling, beam search, and the likelihood of given texts.
+
+A model has `encode(inputs) -> (context, mask)`, `decode(token_ids, context, ...) -> Decoded` and `logits(hidden)`, as
+`Captioner` has. The context's keys and values are computed once, each step computes one token's.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.models.decoder import shift_right
+from vlm_jax.models.token_loss import token_loss
+
+HIDDEN = -1e30
+"""Logit of a token that may not come; finite, so that sums of several stay finite."""
+
+
+class Special(NamedTuple):
+    """Ids with a meaning.
+
+    Attributes:
+      start: what the decoder sees before the first token.
+      end: what ends a text.
+      pad: what follows the end; in a prefix: no token is forced here.
+    """
+
+    start: int = 0
+    end: int = 1
+    pad: int = 0
+
+
+class Rules(NamedTuple):
+    """What changes the logits before a token is chosen.
+
+    Attributes:
+      repetition_penalty: positive logits of tokens that came before are divided by it, negative ones multiplied
+        (Keskar et al. 2019, arXiv:1909.05858, section 4.1).
+      no_repeat_ngram: n: no n tokens come twice in this order; 0: they may.
+      temperature, top_k, top_p: of sampling. top_p: the fewest tokens whose probabilities sum to at least this
+        (Holtzman et al. 2019, arXiv:1904.09751, section 3.1), after temperature and top_k.
+    """
+
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+SPECIAL, RULES = Special(), Rules()
+
+
+class Generated(NamedTuple):
+    """Texts.
+
+    Attributes:
+      token_ids: int32 [B, L], padding after the end; [B, beams, L] of a beam search, the best first.
+      log_likelihood: fp32 [B] or [B, beams], the sum of log p of a text's tokens, end included; p is the model's, after
+        repetition control.
+    """
+
+    token_ids: jax.Array
+    log_likelihood: jax.Array
+
+
+@partial(jax.jit, static_argnames=("model", "length", "greedy", "special", "rules"))
+def sample(
+    model: nn.Module,
+    params: Any,
+    inputs: Any,
+    rng: Any = None,
+    prefix: jax.Array | None = None,
+    *,
+    length: int,
+    greedy: bool = False,
+    special: Special = SPECIAL,
+    rules: Rules = RULES,
+) -> Generated:
+    """Draws a text for each input, or with `greedy` takes the likeliest token each time.
+
+    Args:
+      model: see the module's docstring.
+      params: its parameters.
+      inputs: what `model.encode` takes, B of them.
+      rng: a `jax.random.key`; None for greedy.
+      prefix: integers [B, P], tokens that texts begin with, or None; texts may have prefixes of different lengths,
+        padded with `special.pad`.
+      length: L, of the longest text, end included.
+      special: `Special`.
+      rules: `Rules`.
+
+    Returns:
+      `Generated`; the loop ends when all texts have.
+    """
+    decoding = _Decoding(model, params, inputs, length, special)
+    batch = decoding.size
+    forced = _forced(prefix, batch, length, special)
+
+    def step(state):
+        t, logits, caches, token_ids, done, total = state
+        log_p = jax.nn.log_softmax(_repetition(logits, token_ids, t, rules))
+        if greedy:
+            chosen = jnp.argmax(log_p, axis=-1)
+        else:
+            chosen = jax.random.categorical(jax.random.fold_in(rng, t), _truncated(log_p, rules))
+        chosen = jnp.where(forced[:, t] == special.pad, chosen, forced[:, t])
+        total += jnp.where(done, 0.0, jnp.take_along_axis(log_p, chosen[:, None], axis=1)[:, 0])
+        chosen = jnp.where(done, special.pad, chosen).astype(jnp.int32)
+        done = done | (chosen == special.end)
+        logits, caches = decoding.step(chosen, t + 1, caches)
+        return t + 1, logits, caches, token_ids.at[:, t].set(chosen), done, total
+
+    token_ids = jnp.full((batch, length), special.pad, jnp.int32)
+    state = (0, *decoding.first(), token_ids, jnp.zeros(batch, bool), jnp.zeros(batch))
+    _, _, _, token_ids, _, total = jax.lax.while_loop(lambda s: (s[0] < length) & ~jnp.all(s[4]), step, state)
+    return Generated(token_ids, total)
+
+
+@partial(jax.jit, static_argnames=("model", "length", "beams", "length_penalty", "special", "rules"))
+def beam_search(
+    model: nn.Module,
+    params: Any,
+    inputs: Any,
+    prefix: jax.Array | None = None,
+    *,
+    length: int,
+    beams: int = 4,
+    length_penalty: float = 0.6,
+    special: Special = SPECIAL,
+    rules: Rules = RULES,
+) -> Generated:
+    """The texts with the largest log p / ((5 + tokens) / 6)^a that a beam search finds (arXiv:1609.08144, section 7).
+
+    A beam keeps as many unfinished texts as finished ones; what is unfinished at L tokens counts as finished. The loop
+    ends when no unfinished text can overtake the finished ones.
+
+    Args:
+      beams: how many texts are kept.
+      length_penalty: a, at least 0: larger ones favour longer texts; 0 compares log-likelihoods.
+      others: as for `sample`; temperature, top_k and top_p play no part.
+    """
+    decoding = _Decoding(model, params, inputs, length, special, beams)
+    batch = decoding.size
+    forced = _forced(prefix, batch, length, special)
+    norm = lambda tokens: ((5.0 + tokens) / 6.0) ** length_penalty
+    fold = lambda x: x.reshape(batch * beams, *x.shape[2:])
+    unfold = lambda x: x.reshape(batch, beams, *x.shape[1:])
+    pick = lambda x, index: jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
+    rows = jnp.arange(batch)[:, None] * beams
+
+    def best(count, scores, *others):
+        scores, index = jax.lax.top_k(scores, count)
+        return scores, *(pick(x, index) for x in others)
+
+    def step(state):
+        t, logits, caches, live, live_ids, ended, ended_ids, ended_total = state
+        vocab = logits.shape[-1]
+        log_p = jax.nn.log_softmax(_repetition(logits, fold(live_ids), t, rules))
+        wanted = forced[:, t][:, None, None]
+        allowed = (wanted == special.pad) | (wanted == jnp.arange(vocab))
+        totals = jnp.where(allowed, live[..., None] + unfold(log_p), HIDDEN)
+        totals, index = jax.lax.top_k(totals.reshape(batch, -1), min(2 * beams, beams * vocab))
+        beam, token = index // vocab, index % vocab
+        ids = pick(live_ids, beam).at[:, :, t].set(token)
+        ends = (token == special.end) | (t + 1 == length)
+        scores = jnp.where(ends & (totals > HIDDEN / 2), totals / norm(t + 1), HIDDEN)
+        ended, ended_ids, ended_total = best(
+            beams,
+            jnp.concatenate([ended, scores], axis=1),
+            jnp.concatenate([ended_ids, ids], axis=1),
+            jnp.concatenate([ended_total, totals], axis=1),
+        )
+        live, live_ids, token, beam = best(beams, jnp.where(ends, HIDDEN, totals), ids, token, beam)
+        caches = decoding.reorder(caches, (rows + beam).reshape(-1))
+        logits, caches = decoding.step(fold(token), t + 1, caches)
+        return t + 1, logits, caches, live, live_ids, ended, ended_ids, ended_total
+
+    def goes_on(state):
+        t, _, _, live, _, ended, *_ = state
+        alive = (live[:, 0] > HIDDEN / 2) & (live[:, 0] / norm(length) > ended[:, -1])
+        return (t < length) & jnp.any(alive)
+
+    nothing = jnp.full((batch, beams), HIDDEN)
+    ids = jnp.full((batch, beams, length), special.pad, jnp.int32)
+    state = (0, *decoding.first(), nothing.at[:, 0].set(0.0), ids, nothing, ids, nothing)
+    *_, ended_ids, ended_total = jax.lax.while_loop(goes_on, step, state)
+    return Generated(ended_ids, ended_total)
+
+
+@partial(jax.jit, static_argnames=("model", "pad_id"))
+def log_likelihood(model: nn.Module, params: Any, inputs: Any, target_ids: jax.Array, *, pad_id: int = 0) -> jax.Array:
+    """log p(text i | input i), fp32 [B], of target_ids [B, L]; padding does not count."""
+    hidden = model.apply({"params": params}, inputs, shift_right(target_ids, model.decoder.start_id), method="hidden")
+    return _total(model, params, hidden, target_ids, pad_id)
+
+
+@partial(jax.jit, static_argnames=("model", "pad_id", "at_a_time"))
+def log_likelihoods(
+    model: nn.Module, params: Any, inputs: Any, target_ids: jax.Array, *, pad_id: int = 0, at_a_time: int = 4
+) -> jax.Array:
+    """log p(text j | input i), fp32 [B, M], of target_ids [M, L]; the inputs are encoded once.
+
+    `at_a_time` texts are scored together.
+    """
+    decoding = _Decoding(model, params, inputs, target_ids.shape[1], Special(start=model.decoder.start_id))
+    _, caches = decoding.first()
+
+    def of_text(ids):
+        targets = jnp.broadcast_to(ids, (decoding.size, len(ids)))
+        hidden, _ = decoding.decode(shift_right(targets, model.decoder.start_id), 0, caches)
+        return _total(model, params, hidden, targets, pad_id)
+
+    return jax.lax.map(of_text, target_ids, batch_size=at_a_time).T
+
+
+def _total(model, params, hidden, targets, pad_id):
+    logits = lambda hidden: model.apply({"params": params}, hidden, method="logits")
+    log_p = token_loss(logits, hidden, targets).log_likelihood
+    return jnp.sum(jnp.where(targets == pad_id, 0.0, log_p), axis=1)
+
+
+class _Decoding:
+    """A model at work on some inputs, `beams` texts for each."""
+
+    def __init__(self, model, params, inputs, length, special, beams=1):
+        self.decoder, self.length, self.special, self.beams = model.decoder, length, special, beams
+        self.apply = partial(model.apply, {"params": params})
+        self.context, self.context_mask = self.apply(inputs, method="encode")
+        self.size = len(self.context)
+
+    def first(self):
+        """Logits [B * beams, V] of the first token, and the caches."""
+        start = jnp.full((self.size,), self.special.start, jnp.int32)
+        caches = self.decoder.new_caches(self.size, self.length)
+        hidden, caches = self.decode(start[:, None], 0, caches, self.context)
+        logits = self.apply(hidden, method="logits")[:, 0]
+        again = lambda axis: lambda x: jnp.repeat(x, self.beams, axis=axis)
+        if self.context_mask is not None:
+            self.context_mask = again(0)(self.context_mask)
+        return again(0)(logits), jax.tree.map(again(1 if self.decoder.scan else 0), caches)
+
+    def step(self, token_ids, position, caches):
+        """Logits [B * beams, V] of what follows token_ids [B * beams], and the caches."""
+        hidden, caches = self.decode(token_ids[:, None], position, caches)
+        return self.apply(hidden, method="logits")[:, 0], caches
+
+    def decode(self, token_ids, position, caches, context=None):
+        """`Decoded` of token_ids [B * beams, l]."""
+        return self.apply(
+            token_ids, context, context_mask=self.context_mask, caches=caches, position=position, method="decode"
+        )
+
+    def reorder(self, caches, rows):
+        """The caches of other texts of the same inputs: their contexts stay."""
+        take = partial(jnp.take, indices=rows, axis=1 if self.decoder.scan else 0)
+        of_block = lambda cache: cache._replace(attn=jax.tree.map(take, cache.attn))
+        return of_block(caches) if self.decoder.scan else [of_block(cache) for cache in caches]
+
+
+def _forced(prefix, batch, length, special):
+    """[B, L], `special.pad` where the model chooses."""
+    forced = jnp.full((batch, length), special.pad, jnp.int32)
+    return forced if prefix is None else forced.at[:, : prefix.shape[1]].set(prefix[:, :length])
+
+
+def _repetition(logits, token_ids, t, rules):
+    """Logits [N, V] of token t after repetition control; token_ids [N, L] hold the tokens before."""
+    length, rows = token_ids.shape[1], jnp.arange(len(token_ids))[:, None]
+    at = jnp.arange(length)
+    absent = logits.shape[-1]  # an index that is dropped
+    if rules.repetition_penalty != 1.0:
+        seen = jnp.zeros(logits.shape, bool).at[rows, jnp.where(at < t, token_ids, absent)].set(True, mode="drop")
+        factor = jnp.where(logits > 0, 1.0 / rules.repetition_penalty, rules.repetition_penalty)
+        logits = jnp.where(seen, logits * factor, logits)
+    n = rules.no_repeat_ngram
+    if 0 < n <= length:
+        last = jax.lax.dynamic_slice_in_dim(token_ids, jnp.maximum(t - n + 1, 0), n - 1, axis=1)
+        count = length - n + 1
+        before = jnp.stack([token_ids[:, i : i + count] for i in range(n - 1)], -1) if n > 1 else last[:, None]
+        same = jnp.all(before == last[:, None], axis=-1) & (at[:count] + n <= t)
+        banned = jnp.where(same, token_ids[:, n - 1 :], absent)
+        logits = logits.at[rows, banned].set(HIDDEN, mode="drop")
+    return logits
+
+
+def _truncated(logits, rules):
+    """Logits [N, V] to draw from."""
+    logits = logits / rules.temperature
+    if rules.top_k is not None:
+        floor = jax.lax.top_k(logits, min(rules.top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits >= floor, logits, HIDDEN)
+    if rules.top_p is not None:
+        ranked = -jnp.sort(-logits, axis=-1)
+        p = jax.nn.softmax(ranked)
+        needed = jnp.cumsum(p, axis=-1) - p < rules.top_p  # what comes before does not reach it
+        floor = jnp.min(jnp.where(needed, ranked, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits >= floor, logits, HIDDEN)
+    return logits
