@@ -11,7 +11,7 @@ from vlm_jax.errors import UserError
 
 SIZE = 32  # pixels
 LENGTH = 8  # tokens
-CAPTION_LENGTH = 10  # tokens, the end included
+CAPTION_LENGTH = 8  # tokens, the end included: 1,497 of the 1,515 names
 CONTENT = f"decode | crop_to_content | resize({SIZE})"
 TRAIN_STYLES = ("twemoji", "fluent-emoji", "fluent-emoji-flat", "emojione", "fxemoji")
 
@@ -30,6 +30,8 @@ def captioner(variant: str, corruption: str | dict) -> ConfigDict:
         del image[key]
     config.model = dict(name="captioner", image=image, decoder=decoder)
     config.objective = dict(name="captioning", corruption=corruption)
+    if variant != "smoke":
+        config.duration = "208k examples"  # which cost as much as CLIP's 295k: 18.9 against 13.3 GFLOP a step
     return config
 
 

@@ -33,7 +33,7 @@ def pictures():
 
 def log_p(pretrained, pictures, captions):
     """By the model's own logits, all tokens at once."""
-    ids = pretrained.tokenizer(captions, 10, bos=False)
+    ids = pretrained.tokenizer(captions, 8, bos=False)
     images = jnp.asarray(np.stack(pictures), jnp.float32) / 127.5 - 1
     logits = pretrained.model.apply({"params": pretrained.params}, images, ids)
     own = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), ids[..., None], axis=2)[..., 0]

@@ -40,10 +40,9 @@ def random_batches(count, size):
         yield {"image": image, "token_ids": rng.integers(1, 64, (size, 8)).astype(np.int32)}
 
 
-def loss_curve(mesh, penalty, accumulate=1, steps=20, size=16):
-    batches = list(random_batches(steps, size))
-    program = build_program(
-        batches[0],
+def build(mesh, penalty, batch, steps=20, accumulate=1):
+    return build_program(
+        batch,
         mesh,
         lambda length: steps if length == "100%" else int(length),
         model=towers(bias_init=-10.0 if penalty == "sigmoid" else None),
@@ -54,6 +53,11 @@ def loss_curve(mesh, penalty, accumulate=1, steps=20, size=16):
         ema=0.99,
         seed=0,
     )
+
+
+def loss_curve(mesh, penalty, accumulate=1, steps=20, size=16):
+    batches = list(random_batches(steps, size))
+    program = build(mesh, penalty, batches[0], steps, accumulate)
     state = program.init(jax.random.key(0))
     losses = []
     for batch in batches:
@@ -74,6 +78,14 @@ def test_same_curve_on_every_mesh(penalty):
     assert kernel.addressable_shards[0].data.shape == (16, 64)  # (32, 128) over fsdp=2 x tensor=2
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == (32, 128)]
     assert moments and all(leaf.sharding == kernel.sharding for leaf in moments)
+
+
+def test_a_sharded_batch_goes_around_the_ring():
+    (batch,) = random_batches(1, 16)
+    for mesh, ring in ((sharding.make_mesh(2, 2, 2), True), (sharding.make_mesh(devices=jax.devices()[:1]), False)):
+        program = build(mesh, "softmax", batch)
+        lowered = program.step.lower(program.abstract_state, sharding.abstract_batch(batch, 16, mesh))
+        assert ("collective_permute" in lowered.as_text()) == ring
 
 
 def test_accumulation_on_a_mesh_keeps_the_curve():

@@ -1,5 +1,6 @@
 """A model with everything it needs to be used: parameters, tokenizer, preprocessing."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -170,6 +171,22 @@ class Pretrained:
           seed: of "sample".
           **rules: fields of `generate.Rules`: temperature, top_k, top_p, repetition_penalty, no_repeat_ngram.
         """
+        options = dict(prefix=prefix, length=length, beams=beams, length_penalty=length_penalty, seed=seed)
+        return self.caption_batch(self._pictures(images), method, **options, **rules)
+
+    def caption_batch(
+        self,
+        images: Any,
+        method: str = "greedy",
+        *,
+        prefix: str = "",
+        length: int | None = None,
+        beams: int = 4,
+        length_penalty: float = 0.6,
+        seed: int = 0,
+        **rules,
+    ) -> list[str]:
+        """The same of preprocessed images [B, H, W, 3]."""
         if not self.is_captioner:
             raise UserError("this model has no decoder: it compares pictures with captions (`logits`), and writes none")
         choose({"greedy": 0, "sample": 0, "beam": 0}, method, "method of `caption`")
@@ -194,19 +211,22 @@ class Pretrained:
             rng, common = jax.random.key(seed), dict(length=length, special=special, rules=rules)
             return generate.sample(model, params, images, rng, given, greedy=method == "greedy", **common).token_ids
 
-        return [ids.decode(row) for row in self._run(write, self._pictures(images))]
+        return [ids.decode(row) for row in self._run(write, images)]
 
     def score(self, images: Sequence, captions: Sequence[str]) -> np.ndarray:
         """log p(caption i | picture i), the sum over its tokens, float32 [n]."""
+        return self.score_batch(self._pictures(images), captions)[0]
+
+    def score_batch(self, images: Any, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The same of preprocessed images [B, H, W, 3], and how many tokens were scored, the end included, int [B]."""
         if not self.is_captioner:
             raise UserError("this model has no likelihoods: it compares pictures with captions (`logits`)")
-        pictures, token_ids = self._pictures(images), self._token_ids(captions)
-        count = len(jax.tree.leaves(pictures)[0])
+        token_ids, count = self._token_ids(captions), len(jax.tree.leaves(images)[0])
         if count != len(token_ids):
             raise UserError(f"score takes a caption for each picture; got {count} pictures, {len(token_ids)} captions")
         pad = self.tokenizer.pad_id
         run = lambda model, params, pairs: log_likelihood(model, params, *pairs, pad_id=pad)
-        return self._run(run, (pictures, token_ids))
+        return self._run(run, (images, token_ids)), np.sum(token_ids != pad, axis=1)
 
     def _pictures(self, images: Sequence) -> Any:
         """Preprocessed, a tree of arrays [n, ...]."""
@@ -245,7 +265,9 @@ class Pretrained:
         for start in range(0, count, size):
             padded = jax.tree.map(lambda array, start=start: pad(array[start : start + size]), rows)
             batch = jax.tree.map(jnp.asarray if self.mesh is None else self._spread, padded)
-            results.append(np.asarray(self._gather(fn(self.model, self.params, batch))))
+            with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):  # for the kernels
+                result = fn(self.model, self.params, batch)
+            results.append(np.asarray(self._gather(result)))
         return np.concatenate(results)[:count]
 
     def _spread(self, batch: np.ndarray) -> jax.Array:

@@ -68,7 +68,7 @@ def build_program(
 ) -> Program:
     """Builds the jitted init and train step from config sections; `example` is a batch (only its shapes count)."""
     model = models.build(model)
-    objective = objectives.build(objective, model)
+    objective = objectives.build(objective, model, mesh)
     one = {name: jnp.zeros((1, *np.shape(array)[1:]), array.dtype) for name, array in example.items()}
     init_params = lambda rng: model.init(rng, one["image"], one["token_ids"])["params"]
     shapes = jax.eval_shape(init_params, jax.random.key(seed))
@@ -176,7 +176,9 @@ def _train(
     saver = config.call(Checkpointer, checkpoint, "config.checkpoint", workdir=workdir)
     check_same_config(workdir / "config.json", settings)
     if saver.latest_step() is None:
-        state, progress = program.init(jax.random.key(seed)), {"seconds": 0.0, "data_wait": 0.0, "data": None}
+        with jax.set_mesh(mesh):  # kernels ask it where they run
+            state = program.init(jax.random.key(seed))
+        progress = {"seconds": 0.0, "data_wait": 0.0, "data": None}
         print(program.table)
     else:
         state, progress = saver.restore(program.abstract_state)
@@ -184,8 +186,9 @@ def _train(
     if progress["data"]:
         batches.set_state(progress["data"])
     batches.start()  # reading goes on while the step compiles
-    train_step = program.step.lower(program.abstract_state, sharding.abstract_batch(batches.example, batch_size, mesh))
-    train_step = train_step.compile()
+    abstract_batch = sharding.abstract_batch(batches.example, batch_size, mesh)
+    with jax.set_mesh(mesh):
+        train_step = program.step.lower(program.abstract_state, abstract_batch).compile()
 
     first = int(state.step)
     writer = config.call(MetricWriter, log, "config.log", workdir=workdir, start_step=first)

@@ -81,9 +81,23 @@ def test_a_sum_of_micro_batch_losses_would_not_do():
     assert full - averaged > 0.3
 
 
-def test_both_passes_draw_the_same_masks():
+def two_tower(dtype, **image_tower):
+    sizes = {"width": 16, "depth": 1, "heads": 2, "mlp_dim": 32, "out_dim": 8}
+    image, text = {"patch": 2, "pool": "gap"}, {"vocab_size": 11, "length": 3}
+    towers = {"image": image | sizes | image_tower, "text": text | sizes}
+    return models.build({"name": "two_tower", "bias_init": -3.0, "dtype": dtype} | towers)
+
+
+MASKS = {
+    "dropout": Towers(dropout=0.5),
+    "drop path, scan, remat": two_tower("float32", depth=2, drop_path=0.5, scan=True, remat="dots"),
+}
+
+
+@pytest.mark.parametrize("model", MASKS.values(), ids=MASKS)
+def test_both_passes_draw_the_same_masks(model):
     """With dropout, accumulation is the gradient of the loss that the same masks give in one piece."""
-    data, model = batch(), Towers(dropout=0.5)
+    data = batch()
     params, rng = init(model, data), jax.random.key(3)
     objective = objectives.build({"name": "contrastive", "penalty": "sigmoid"}, model)
     run = jax.jit(lambda rng: objectives.value_and_grad(objective, params, data, rng, accumulate=2))
@@ -183,10 +197,7 @@ def test_two_tower():
     """The real model in fp64; its embeddings are normalised in fp32."""
     with jax.enable_x64(True):
         data = batch(np.float64)
-        sizes = {"width": 16, "depth": 1, "heads": 2, "mlp_dim": 32, "out_dim": 8}
-        image, text = {"patch": 2, "pool": "gap"}, {"vocab_size": 11, "length": 3}
-        towers = {"image": image | sizes, "text": text | sizes, "bias_init": -3.0, "dtype": "float64"}
-        model = models.build({"name": "two_tower", **towers})
+        model = two_tower("float64")
         params = init(model, data, np.float64)
         run = jitted(objectives.build({"name": "contrastive", "penalty": "sigmoid", "max_scale": 100.0}, model), data)
         assert_close(run(params, 4), run(params, 1), rtol=1e-6, atol=1e-8)

@@ -2,6 +2,7 @@
 
 from vlm_jax.models.build import build, count
 from vlm_jax.models.captioner import Captioner
+from vlm_jax.models.coca import CoCa
 from vlm_jax.models.decoder import Decoder
 from vlm_jax.models.pooling import Encoded
 from vlm_jax.models.positions import resample_posemb
@@ -12,6 +13,7 @@ from vlm_jax.models.vit import ViT
 
 __all__ = [
     "Captioner",
+    "CoCa",
     "Decoder",
     "Embeddings",
     "Encoded",

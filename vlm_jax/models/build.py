@@ -7,6 +7,7 @@ from vlm_jax import config
 from vlm_jax.errors import UserError
 from vlm_jax.models import efficientnet, variants
 from vlm_jax.models.captioner import Captioner
+from vlm_jax.models.coca import CoCa, MultimodalDecoder, QueryPool, UnimodalDecoder
 from vlm_jax.models.decoder import Decoder
 from vlm_jax.models.text import TextTransformer
 from vlm_jax.models.two_tower import TwoTower
@@ -47,6 +48,18 @@ def captioner(image, decoder, dtype="float32"):
     )
 
 
+def coca(image, pool, text, decoder, out_dim, scale_init=1 / 0.07, dtype="float32"):
+    """A `CoCa`; `image`, `text` and `decoder` are sections for `tower`, `pool` fields of `QueryPool`."""
+    return CoCa(
+        image=tower("vit", {"pool": "none", **image}, "config.model.image", dtype),
+        pool=config.call(QueryPool, pool, "config.model.pool", dtype=dtype),
+        text=tower("unimodal", text, "config.model.text", dtype),
+        decoder=tower("multimodal", decoder, "config.model.decoder", dtype),
+        out_dim=out_dim,
+        scale_init=scale_init,
+    )
+
+
 def tower(kind, section, where, dtype):
     """A tower from its fields and, for those not given, the sizes of `variant` (see `variants.lookup`).
 
@@ -57,7 +70,7 @@ def tower(kind, section, where, dtype):
     section = {key: tuple(value) if isinstance(value, list) else value for key, value in dict(section).items()}
     cls, lookup = config.choose(TOWERS, section.pop("type", kind), f"{where}.type")
     sizes = lookup(section.pop("variant")) if "variant" in section else {}
-    if "patch" in sizes and cls in (TextTransformer, Decoder):
+    if "patch" in sizes and cls is not ViT:
         raise UserError(f"{where}.variant has a patch size, which texts have not; leave out `/{sizes['patch']}`")
     return config.call(cls, {**sizes, **section}, where, dtype=dtype)
 
@@ -67,10 +80,12 @@ def count(params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-MODELS = {"two_tower": two_tower, "captioner": captioner}
+MODELS = {"two_tower": two_tower, "captioner": captioner, "coca": coca}
 TOWERS = {  # the module, and what its variants' names mean
     "vit": (ViT, variants.lookup),
     "text": (TextTransformer, variants.lookup),
     "decoder": (Decoder, variants.lookup),
+    "unimodal": (UnimodalDecoder, variants.lookup),
+    "multimodal": (MultimodalDecoder, variants.lookup),
     "efficientnet": (efficientnet.EfficientNetLite, efficientnet.lookup),
 }

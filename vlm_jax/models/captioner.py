@@ -42,6 +42,11 @@ class Captioner(nn.Module):
         """`Decoded` of token ids [B, L]: one or more steps; see `Decoder`."""
         return self.decoder(token_ids, context, **options)
 
+    @nn.nowrap
+    def new_caches(self, batch, length):
+        """Empty caches for `decode`."""
+        return self.decoder.new_caches(batch, length)
+
     def logits(self, hidden):
         """fp32 [..., V]."""
         return self.head(hidden)

@@ -31,7 +31,7 @@ class Decoder(Encoder, kw_only=True):
       length: of the position table: the longest text.
       start_id: what stands before the first token in the input.
       mask_token: whether the input has one more id than the output, V, which stands for "not shown" (CapPa).
-      cross: whether blocks have cross-attention.
+      cross: where blocks have cross-attention: "inside", "after" (see `transformer.Block`) or None.
       posemb: "learned" or "none".
       embed_std: standard deviation of the token embeddings at init.
       logits_bias: whether the logits have a bias.
@@ -42,7 +42,7 @@ class Decoder(Encoder, kw_only=True):
     length: int
     start_id: int = 0
     mask_token: bool = False
-    cross: bool = True
+    cross: str | None = "inside"
     posemb: str = "learned"
     embed_std: float = 1.0
     logits_bias: bool = True
@@ -67,7 +67,7 @@ class Decoder(Encoder, kw_only=True):
         position=None,
         train=False,
     ):
-        """Runs the decoder.
+        """Runs the decoder on token ids.
 
         Args:
           token_ids: inputs, integers [B, L]: the targets shifted right, or whatever stands in for them.
@@ -88,7 +88,6 @@ class Decoder(Encoder, kw_only=True):
                 f"token_ids should be integers [B, L] with L <= {self.length}, the decoder's `length`; got "
                 f"{token_ids.dtype} {list(token_ids.shape)}: tokenize({self.length}) in the data ops, or change length"
             )
-        first = 0 if position is None else position
         embed = nn.Embed(
             self.vocab_size + self.mask_token,
             self.width,
@@ -99,9 +98,16 @@ class Decoder(Encoder, kw_only=True):
         x = embed(token_ids)
         if self.posemb == "learned":
             table = positions.learned(self, self.length, self.width)
-            x = x + jax.lax.dynamic_slice_in_dim(table, first, x.shape[1], axis=1).astype(self.dtype)
+            x = x + jax.lax.dynamic_slice_in_dim(table, 0 if position is None else position, x.shape[1], axis=1).astype(
+                self.dtype
+            )
         elif self.posemb != "none":
             raise UserError(f"posemb of a decoder is `{self.posemb}`; expected one of: learned, none")
+        return self.run(x, context, context_mask, bidirectional, caches, position, train)
+
+    def run(self, x, context, context_mask, bidirectional, caches, position, train, norm=True):
+        """The blocks on tokens [B, L, D]; called from a compact method. Others as in `__call__` and `stack`."""
+        first = 0 if position is None else position
         mask = None
         if caches is not None or bidirectional is not None:
             room = x.shape[1] if caches is None else jax.tree.leaves(caches)[0].shape[-3]
@@ -110,7 +116,8 @@ class Decoder(Encoder, kw_only=True):
                 mask = mask | bidirectional[:, None, None, :]
         context_mask = None if context_mask is None else context_mask[:, None, None, :]
         around = Around(mask, context, context_mask, None if caches is None else first)
-        return Decoded(*self.stack(x, around, caches=caches, causal=mask is None, cross=self.cross, train=train))
+        options = dict(caches=caches, causal=mask is None, cross=self.cross, train=train, norm=norm)
+        return Decoded(*self.stack(x, around, **options))
 
 
 class Logits(nn.Module):

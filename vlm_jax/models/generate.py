@@ -1,7 +1,7 @@
 """Decoding with caches, in one jitted loop: greedy, sampling, beam search, and the likelihood of given texts.
 
-A model has `encode(inputs) -> (context, mask)`, `decode(token_ids, context, ...) -> Decoded` and `logits(hidden)`, as
-`Captioner` has. The context's keys and values are computed once, each step computes one token's.
+A model has `encode(inputs) -> (context, mask)`, `new_caches`, `decode(token_ids, context, ...) -> Decoded` and
+`logits(hidden)`, as `Captioner` has. The context's keys and values are computed once, each step computes one token's.
 """
 
 from functools import partial
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from vlm_jax.models.decoder import shift_right
 from vlm_jax.models.token_loss import token_loss
+from vlm_jax.models.transformer import Cache
 
 HIDDEN = -1e30
 """Logit of a token that may not come; finite, so that sums of several stay finite."""
@@ -226,7 +227,8 @@ class _Decoding:
     """A model at work on some inputs, `beams` texts for each."""
 
     def __init__(self, model, params, inputs, length, special, beams=1):
-        self.decoder, self.length, self.special, self.beams = model.decoder, length, special, beams
+        self.model, self.length, self.special, self.beams = model, length, special, beams
+        self.batch_axis = 1 if model.decoder.scan else 0
         self.apply = partial(model.apply, {"params": params})
         self.context, self.context_mask = self.apply(inputs, method="encode")
         self.size = len(self.context)
@@ -234,13 +236,13 @@ class _Decoding:
     def first(self):
         """Logits [B * beams, V] of the first token, and the caches."""
         start = jnp.full((self.size,), self.special.start, jnp.int32)
-        caches = self.decoder.new_caches(self.size, self.length)
+        caches = self.model.new_caches(self.size, self.length)
         hidden, caches = self.decode(start[:, None], 0, caches, self.context)
         logits = self.apply(hidden, method="logits")[:, 0]
         again = lambda axis: lambda x: jnp.repeat(x, self.beams, axis=axis)
         if self.context_mask is not None:
             self.context_mask = again(0)(self.context_mask)
-        return again(0)(logits), jax.tree.map(again(1 if self.decoder.scan else 0), caches)
+        return again(0)(logits), jax.tree.map(again(self.batch_axis), caches)
 
     def step(self, token_ids, position, caches):
         """Logits [B * beams, V] of what follows token_ids [B * beams], and the caches."""
@@ -255,9 +257,9 @@ class _Decoding:
 
     def reorder(self, caches, rows):
         """The caches of other texts of the same inputs: their contexts stay."""
-        take = partial(jnp.take, indices=rows, axis=1 if self.decoder.scan else 0)
+        take = partial(jnp.take, indices=rows, axis=self.batch_axis)
         of_block = lambda cache: cache._replace(attn=jax.tree.map(take, cache.attn))
-        return of_block(caches) if self.decoder.scan else [of_block(cache) for cache in caches]
+        return jax.tree.map(of_block, caches, is_leaf=lambda x: isinstance(x, Cache))
 
 
 def _forced(prefix, batch, length, special):

@@ -33,7 +33,7 @@ def token_loss(
     """-(1 - e) log p(target) - e mean_v log p(v) + z (log sum_v exp logit_v)^2.
 
     Label smoothing: Szegedy et al. 2015 (arXiv:1512.00567, section 7); z-loss: Chowdhery et al. 2022 (arXiv:2204.02311,
-    section 5). Logits are computed `chunk` positions at a time, and again for the gradient: never [B, L, V].
+    section 5). Logits of long texts are made `chunk` positions at a time, and again for the gradient: never [B, L, V].
 
     Args:
       logits: hidden [B, l, D] -> logits fp32 [B, l, V].
@@ -41,10 +41,9 @@ def token_loss(
       targets: integers [B, L].
       label_smoothing: e.
       z_loss: z.
-      chunk: positions at a time.
+      chunk: positions at a time, at most.
     """
 
-    @jax.checkpoint
     def some(hidden, targets):
         scores = logits(hidden)
         lse = jax.nn.logsumexp(scores, axis=-1)
@@ -58,10 +57,11 @@ def token_loss(
         return TokenLoss(loss, own - lse, correct.astype(jnp.float32))
 
     length = targets.shape[1]
-    if length <= chunk:
-        return some(hidden, targets)
     count = -(-length // chunk)
+    if count == 1:
+        return some(hidden, targets)
+    chunk = -(-length // count)
     pad = lambda x: jnp.pad(x, ((0, 0), (0, count * chunk - length), *((0, 0),) * (x.ndim - 2)))
     cut = lambda x: jnp.moveaxis(pad(x).reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
     join = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :length]
-    return jax.tree.map(join, jax.lax.map(lambda piece: some(*piece), (cut(hidden), cut(targets))))
+    return jax.tree.map(join, jax.lax.map(jax.checkpoint(lambda piece: some(*piece)), (cut(hidden), cut(targets))))

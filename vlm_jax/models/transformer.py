@@ -55,7 +55,8 @@ class Around(NamedTuple):
 class Block(nn.Module):
     """x + attn(norm1(x)), then x + mlp(norm2(x)); each branch scaled, dropped out and dropped whole if asked for.
 
-    With cross, x + cross_attn(cross_norm(x), context) comes between. With post_norm: norm1(x + attn(x)), then
+    With cross "inside", x + cross_attn(cross_norm(x), context) comes between (Vaswani et al. 2017); with "after", it
+    follows, reads context_norm(context) and has an MLP of its own (CoCa). With post_norm: norm1(x + attn(x)), then
     norm2(x + mlp(x)).
 
     Attributes: those of `Encoder`, and train: whether dropout and drop path are active.
@@ -73,7 +74,7 @@ class Block(nn.Module):
     attn_bias: bool
     mlp_bias: bool
     causal: bool
-    cross: bool
+    cross: str | None
     layer_scale: float | None
     dropout: float
     implementation: str | None
@@ -86,8 +87,8 @@ class Block(nn.Module):
         norm = functools.partial(Norm, self.norm, self.norm_eps, self.norm_bias, self.dtype)
         attention = functools.partial(Attention, self.heads, self.head_dim, self.attn_bias)
         attn = attention(self.causal, self.implementation, self.dtype, name="attn")
-        mlp = Mlp(
-            self.mlp_dim, self.activation, self.gated, self.mlp_bias, self.dropout, self.train, self.dtype, name="mlp"
+        mlp = functools.partial(
+            Mlp, self.mlp_dim, self.activation, self.gated, self.mlp_bias, self.dropout, self.train, self.dtype
         )
         own, read = (None, None) if cache is None else cache
 
@@ -98,12 +99,21 @@ class Block(nn.Module):
             return norm(x) if self.post_norm else x, other
 
         self_attn = lambda x: attn(x, mask=around.mask, cache=own, position=around.position)
-        x, own = residual(x, "1", norm(name="norm1"), self_attn)
-        if self.cross:
+
+        def cross_attn(x):
+            context = around.context
+            if self.cross == "after" and context is not None:
+                context = norm(name="context_norm")(context)
             cross = attention(False, self.implementation, self.dtype, name="cross_attn")
-            cross_attn = lambda x: cross(x, around.context, around.context_mask, cache=read)
+            return cross(x, context, around.context_mask, cache=read)
+
+        x, own = residual(x, "1", norm(name="norm1"), self_attn)
+        if self.cross == "inside":
             x, read = residual(x, "_cross", norm(name="cross_norm"), cross_attn)
-        x, _ = residual(x, "2", norm(name="norm2"), lambda x: (mlp(x), None))
+        x, _ = residual(x, "2", norm(name="norm2"), lambda x: (mlp(name="mlp")(x), None))
+        if self.cross == "after":
+            x, read = residual(x, "_cross", norm(name="cross_norm"), cross_attn)
+            x, _ = residual(x, "_cross_mlp", norm(name="cross_mlp_norm"), lambda x: (mlp(name="cross_mlp")(x), None))
         return x, None if cache is None else Cache(own, read)
 
     def _branch(self, name, y, drop_path):
@@ -192,14 +202,15 @@ class Encoder(nn.Module, kw_only=True):
         around = Around(None if mask is None else mask[:, None, None, :])
         return self.stack(x, around, causal=causal, train=train)[0]
 
-    def stack(self, x, around, *, caches=None, causal=False, cross=False, train=False):
+    def stack(self, x, around, *, caches=None, causal=False, cross=None, train=False, norm=True):
         """As `encode`, with all that a decoder needs.
 
         Args:
           x, causal, train: as for `encode`.
           around: `Around`.
           caches: what `new_caches` or the last call returned, or None.
-          cross: whether blocks have cross-attention.
+          cross: where blocks have cross-attention, see `Block`; None for none.
+          norm: whether the final norm follows.
 
         Returns:
           [B, L, D], and the caches, one `Cache` a block, or None.
@@ -248,7 +259,7 @@ class Encoder(nn.Module, kw_only=True):
                 x, cache = new_block(name=f"blocks_{i}")(x, around, *of_block)
                 kept.append(cache)
             caches = None if caches is None else kept
-        return x if self.post_norm else self.new_norm("norm")(x), caches
+        return self.new_norm("norm")(x) if norm and not self.post_norm else x, caches
 
     def new_caches(self, batch, length):
         """Empty caches for `stack`: a list of `Cache`, or, with scan, one with a leading layer axis."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from vlm_jax import config
 from vlm_jax.errors import UserError
 from vlm_jax.models.decoder import shift_right
-from vlm_jax.models.token_loss import token_loss
+from vlm_jax.models.token_loss import TokenLoss, token_loss
 from vlm_jax.objectives.objective import Objective
 
 WHERE = "config.objective"
@@ -142,37 +142,41 @@ def captioning(
     corrupt(jnp.zeros((1, 2), int), jnp.ones(1, int), model.decoder, jax.random.key(0))  # it may need a mask token
 
     def encode(params, batch, rng):
-        for key in ("image", "token_ids"):
-            if key not in batch:
-                raise UserError(f"{WHERE}: the batch lacks `{key}`, it has: {', '.join(batch)}; see config.data.ops")
+        check_batch(batch)
         targets = batch["token_ids"]
         real = targets != pad_id
         rngs = None if rng is None else {"dropout": jax.random.fold_in(rng, 1)}
-        lengths = jnp.sum(real, axis=1)
-        inputs, bidirectional, counts = corrupt(targets, lengths, model.decoder, rng)
+        inputs, bidirectional, counts = corrupt(targets, jnp.sum(real, axis=1), model.decoder, rng)
         hidden = model.apply(
             {"params": params}, batch["image"], inputs, bidirectional=bidirectional, train=rng is not None,
             rngs=rngs, method="hidden",
         )  # fmt: skip
         logits = lambda hidden: model.apply({"params": params}, hidden, method="logits")
         losses = token_loss(logits, hidden, targets, label_smoothing=label_smoothing, z_loss=z_loss, chunk=chunk)
-        counts = real if counts is None else real & counts
-        total = lambda values: jnp.sum(jnp.where(counts, values, 0), axis=1)
-        return {
-            "loss": total(losses.loss),
-            "log_likelihood": total(losses.log_likelihood),
-            "correct": total(losses.correct),
-            "tokens": jnp.sum(counts, axis=1).astype(jnp.float32),
-        }
+        return of_captions(losses, real if counts is None else real & counts)
 
-    def loss(params, features, batch):
-        tokens = jnp.maximum(jnp.sum(features["tokens"]), 1)
-        if mean == "caption":
-            value = jnp.mean(features["loss"] / jnp.maximum(features["tokens"], 1))
-        else:
-            value = jnp.sum(features["loss"]) / tokens
-        perplexity = jnp.exp(-jnp.sum(features["log_likelihood"]) / tokens)
-        metrics = {"token_accuracy": jnp.sum(features["correct"]) / tokens, "perplexity": perplexity}
-        return value, metrics | {"loss": value}
+    return Objective(encode, lambda params, features, batch: caption_loss(features, mean))
 
-    return Objective(encode, loss)
+
+def of_captions(losses: TokenLoss, counts: jax.Array) -> dict[str, jax.Array]:
+    """Sums over the tokens that count, bool [B, L], of each caption: fp32 [B] each, and their number `tokens`."""
+    sums = {name: jnp.sum(jnp.where(counts, values, 0), axis=1) for name, values in losses._asdict().items()}
+    return sums | {"tokens": jnp.sum(counts, axis=1).astype(jnp.float32)}
+
+
+def caption_loss(features: Mapping[str, jax.Array], mean: str) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(loss, metrics) of what `of_captions` returned; see `captioning`."""
+    tokens = jnp.maximum(jnp.sum(features["tokens"]), 1)
+    if mean == "caption":
+        value = jnp.mean(features["loss"] / jnp.maximum(features["tokens"], 1))
+    else:
+        value = jnp.sum(features["loss"]) / tokens
+    perplexity = jnp.exp(-jnp.sum(features["log_likelihood"]) / tokens)
+    return value, {"token_accuracy": jnp.sum(features["correct"]) / tokens, "perplexity": perplexity, "loss": value}
+
+
+def check_batch(batch: Mapping[str, Any]) -> None:
+    """Raises a UserError where there are no pictures or no texts."""
+    for key in ("image", "token_ids"):
+        if key not in batch:
+            raise UserError(f"{WHERE}: the batch lacks `{key}`, it has: {', '.join(batch)}; see config.data.ops")

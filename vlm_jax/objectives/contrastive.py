@@ -1,7 +1,8 @@
 """Contrastive objectives: similarity x targets x penalty, over all pairs of the global batch.
 
 Written over global arrays: under `jit` with the batch sharded over devices, every device's examples are negatives of
-every other's. These are the plain forms, which hold the logits [B, B] in fp32.
+every other's. Each penalty has two forms, which agree: of the logits [B, B], for small batches, and of
+`kernels.contrastive.statistics`, which holds no more than a block of them.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 
 from vlm_jax import config
 from vlm_jax.errors import UserError
+from vlm_jax.kernels import contrastive as kernel
 from vlm_jax.objectives.objective import Objective
 
 WHERE = "config.objective"
@@ -23,10 +25,13 @@ class Similarity(NamedTuple):
     Attributes:
       features: what is kept of the model's `Embeddings`: pytree, leading axis B.
       scores: features -> [B, B], images in rows, texts in columns.
+      embeddings: features -> (images [B, D], texts [B, D]) whose inner products the scores are; None where they are not
+        inner products.
     """
 
     features: Callable
     scores: Callable
+    embeddings: Callable | None = None
 
 
 def cosine() -> Similarity:
@@ -37,7 +42,8 @@ def cosine() -> Similarity:
         dtype = jnp.promote_types(image.dtype, jnp.float32)
         return jnp.matmul(image.astype(dtype), text.astype(dtype).T, precision=jax.lax.Precision.HIGHEST)
 
-    return Similarity(lambda embeddings: {"image": embeddings.image, "text": embeddings.text}, scores)
+    features = lambda embeddings: {"image": embeddings.image, "text": embeddings.text}
+    return Similarity(features, scores, lambda features: (features["image"], features["text"]))
 
 
 SIMILARITIES = {"cosine": cosine}
@@ -54,6 +60,14 @@ def positives(targets: str, batch: Mapping[str, Any], size: int) -> jax.Array:
     """
     if targets == "identity":
         return jnp.eye(size, dtype=bool)
+    labels = labels_of(targets, batch, size)
+    return labels[:, None] == labels[None, :]
+
+
+def labels_of(targets: str, batch: Mapping[str, Any], size: int) -> jax.Array:
+    """Returns [B]: an image and a text describe each other where theirs are equal; arguments as in `positives`."""
+    if targets == "identity":
+        return jnp.arange(size)
     if targets not in batch:
         raise UserError(
             f"{WHERE}.targets is `{targets}`, which the batch lacks; expected `identity` or one of: {', '.join(batch)}"
@@ -61,7 +75,61 @@ def positives(targets: str, batch: Mapping[str, Any], size: int) -> jax.Array:
     labels = batch[targets]
     if labels.shape != (size,):
         raise UserError(f"{WHERE}.targets `{targets}` has shape {labels.shape} in the batch; expected ({size},)")
-    return labels[:, None] == labels[None, :]
+    return labels
+
+
+class Penalty(NamedTuple):
+    """How logits and positives become a loss.
+
+    Attributes:
+      plain: (logits [B, B], positives bool [B, B]) -> scalar.
+      of_pairs: (`Pairs`) -> (scalar, results of images, results of texts with `best_positive` and `best_negative`).
+    """
+
+    plain: Callable
+    of_pairs: Callable
+
+
+class Pairs(NamedTuple):
+    """What the logits of a batch are made of.
+
+    Attributes:
+      image, text: [B, D].
+      scale, bias: scalars; the bias may be None.
+      labels: int [B].
+      identity: whether the labels are all different: image i and text i describe each other alone.
+      mask: bool [B], which examples count; None for all.
+      implementation, mesh: of `kernels.contrastive`.
+    """
+
+    image: jax.Array
+    text: jax.Array
+    scale: jax.Array
+    bias: jax.Array | None
+    labels: jax.Array
+    identity: bool
+    mask: jax.Array | None
+    implementation: str | None
+    mesh: Any
+
+    def statistics(self, **options):
+        """`kernels.contrastive.statistics` of images in rows, texts in columns."""
+        return kernel.statistics(
+            self.image, self.text, self.scale, self.bias, x_labels=self.labels, y_labels=self.labels,
+            x_mask=self.mask, y_mask=self.mask, implementation=self.implementation, mesh=self.mesh, best=True,
+            **options,
+        )  # fmt: skip
+
+    def mean(self, values):
+        """The mean over the examples that count."""
+        if self.mask is None:
+            return jnp.mean(values)
+        return jnp.sum(jnp.where(self.mask, values, 0)) / jnp.maximum(jnp.sum(self.mask), 1)
+
+    def logits_of(self, x, y):
+        """[B], the logits of x_i and y_i [B, D], or of each x_i and one y [D]."""
+        values = self.scale * jnp.sum(x.astype(self.scale.dtype) * y.astype(self.scale.dtype), axis=1)
+        return values if self.bias is None else values + self.bias
 
 
 def softmax(*, label_smoothing: float = 0.0) -> Callable:
@@ -70,8 +138,8 @@ def softmax(*, label_smoothing: float = 0.0) -> Callable:
     A row's target is uniform over its positives (Khosla et al. 2020, arXiv:2004.11362, eq. 2, L_out), a column's over
     its own; `label_smoothing` moves that share of it to the uniform distribution over all.
 
-    Returns:
-      `penalty(logits [B, B], positives [B, B]) -> scalar`.
+    Over pairs: lse_i - (1 - e) (sum of positives' logits)_i / (their number)_i - e (mean of all logits)_i, where the
+    last is the logit of x_i and the mean of y.
     """
 
     def cross_entropy(logits, positives, axis):
@@ -79,18 +147,35 @@ def softmax(*, label_smoothing: float = 0.0) -> Callable:
         target = (1 - label_smoothing) * target + label_smoothing / logits.shape[axis]
         return jnp.mean(jax.nn.logsumexp(logits, axis) - jnp.sum(target * logits, axis))
 
-    return lambda logits, positives: 0.5 * sum(cross_entropy(logits, positives, axis) for axis in (1, 0))
+    def of_pairs(pairs):
+        results = pairs.statistics(positives=not pairs.identity)
+        own = pairs.logits_of(pairs.image, pairs.text) if pairs.identity else None
+        count = jnp.asarray(len(pairs.image)) if pairs.mask is None else jnp.maximum(jnp.sum(pairs.mask), 1)
+        counts = lambda z: z if pairs.mask is None else jnp.where(pairs.mask[:, None], z, 0)
+        total = 0
+        for result, (x, y) in zip(results, ((pairs.image, pairs.text), (pairs.text, pairs.image)), strict=True):
+            positive = own if pairs.identity else result.positive_sum / jnp.maximum(result.positive_count, 1)
+            value = result.lse - (1 - label_smoothing) * positive
+            if label_smoothing:
+                value -= label_smoothing * pairs.logits_of(counts(x), jnp.sum(counts(y), 0, pairs.scale.dtype) / count)
+            total += pairs.mean(value)
+        return 0.5 * total, *results
+
+    plain = lambda logits, positives: 0.5 * sum(cross_entropy(logits, positives, axis) for axis in (1, 0))
+    return Penalty(plain, of_pairs)
 
 
 def sigmoid() -> Callable:
-    """-1/B sum_ij log sigmoid(s_ij x_ij), s = +1 for positives, else -1 (SigLIP, arXiv:2303.15343, Section 3.2).
+    """-1/B sum_ij log sigmoid(s_ij x_ij), s = +1 for positives, else -1 (SigLIP, arXiv:2303.15343, Section 3.2)."""
 
-    Returns:
-      `penalty(logits x [B, B], positives [B, B]) -> scalar`.
-    """
-    return lambda logits, positives: (
-        -jnp.mean(jnp.sum(jax.nn.log_sigmoid(jnp.where(positives, logits, -logits)), axis=1))
-    )
+    def plain(logits, positives):
+        return -jnp.mean(jnp.sum(jax.nn.log_sigmoid(jnp.where(positives, logits, -logits)), axis=1))
+
+    def of_pairs(pairs):
+        images, texts = pairs.statistics(penalty="sigmoid")
+        return pairs.mean(images.loss), images, texts
+
+    return Penalty(plain, of_pairs)
 
 
 PENALTIES = {"softmax": softmax, "sigmoid": sigmoid}
@@ -103,6 +188,9 @@ def contrastive(
     similarity: str | Mapping[str, Any] = "cosine",
     targets: str = "identity",
     max_scale: float | None = None,
+    mask: str | None = None,
+    implementation: str | None = None,
+    mesh: Any = None,
 ) -> Objective:
     """An objective on a model that returns `Embeddings`; logits are scale x similarity + bias.
 
@@ -112,6 +200,11 @@ def contrastive(
       similarity: "cosine".
       targets: "identity", or a batch key such as "concept": pictures and texts of equal value are positives.
       max_scale: the scale is at most this (100 in CLIP, Section 2.5); gradients that lower it still pass.
+      mask: a batch key, bool [B]: the other examples are nobody's negatives, and neither loss nor metrics see them.
+      implementation: of `kernels.contrastive`; None holds all logits of a small batch on one device, and blocks of
+        them otherwise.
+      mesh: whose devices share the batch, for the kernel; None is that of `jax.set_mesh`. With neither, several devices
+        hold all logits between them.
 
     Metrics: `accuracy_image_to_text` (the share of images for which a positive beats every negative),
     `accuracy_text_to_image`, `scale`, and `bias` where the model has one.
@@ -134,16 +227,39 @@ def contrastive(
         scale, bias = embeddings.scale, embeddings.bias
         if max_scale is not None:
             scale = at_most(scale, max_scale)
-        logits = scale * similarity.scores(features)
-        metrics = {"scale": scale}
-        if bias is not None:
-            logits += bias
-            metrics["bias"] = bias
-        matches = positives(targets, batch, logits.shape[0])
-        metrics["accuracy_image_to_text"] = accuracy(logits, matches, axis=1)
-        metrics["accuracy_text_to_image"] = accuracy(logits, matches, axis=0)
-        value = penalty(logits, matches)
-        return value, metrics | {"loss": value}
+        metrics = {"scale": scale} | ({} if bias is None else {"bias": bias})
+        if by_pairs(features):
+            pairs = pairs_of(features, batch, scale, bias)
+            value, *results = penalty.of_pairs(pairs)
+            accuracies = [pairs.mean(result.best_positive > result.best_negative) for result in results]
+        else:
+            logits = scale * similarity.scores(features)
+            if bias is not None:
+                logits += bias
+            matches = positives(targets, batch, logits.shape[0])
+            value = penalty.plain(logits, matches)
+            accuracies = [accuracy(logits, matches, axis) for axis in (1, 0)]
+        names = "accuracy_image_to_text", "accuracy_text_to_image"
+        return value, metrics | dict(zip(names, accuracies, strict=True)) | {"loss": value}
+
+    def by_pairs(features):
+        if similarity.embeddings is None:
+            return False
+        if mask is not None or implementation is not None:
+            return True
+        if mesh is None and kernel.ambient_mesh() is None and jax.device_count() > 1:
+            return False
+        return kernel.explain(*similarity.embeddings(features), mesh=mesh).implementation != "reference"
+
+    def pairs_of(features, batch, scale, bias):
+        image, text = similarity.embeddings(features)
+        if mask is not None and mask not in batch:
+            raise UserError(f"{WHERE}.mask is `{mask}`, which the batch lacks; it has: {', '.join(batch)}")
+        dtype = jnp.promote_types(image.dtype, jnp.float32)
+        scale, bias = scale.astype(dtype), None if bias is None else bias.astype(dtype)
+        labels = labels_of(targets, batch, len(image))
+        valid = None if mask is None else batch[mask]
+        return Pairs(image, text, scale, bias, labels, targets == "identity", valid, implementation, mesh)
 
     return Objective(encode, loss)
 

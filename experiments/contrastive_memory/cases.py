@@ -1,0 +1,51 @@
+"""The TPU kernel at 4,096 x 4,096 x 1,152 in bf16, for `kernel_schedules/tpu_cycles.py`.
+
+    PYTHONPATH=. python experiments/kernel_schedules/tpu_cycles.py experiments.contrastive_memory.cases:softmax
+
+Four matrix units of 128 x 128 need 294,912 cycles for the forward pass and 1,179,648 with the backward pass, which
+computes the logits anew.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.kernels.contrastive import tpu
+from vlm_jax.kernels.contrastive.block import Side, Spec
+
+SIZE, WIDTH = 4096, 1152
+
+
+def _cases(spec, sides):
+    """`sides(scale, x, y, stats or None)` are the kernels' arguments."""
+
+    def forward(*arrays):
+        return tpu.forward(spec, *sides(*arrays, None))
+
+    def both(*arrays):
+        stats = forward(*arrays)
+        return stats, tpu.backward(spec, *sides(*arrays, stats))
+
+    z = jax.ShapeDtypeStruct((SIZE, WIDTH), jnp.bfloat16)
+    arrays = jax.ShapeDtypeStruct((), jnp.float32), z, z
+    return {"forward": (forward, arrays), "forward + backward": (both, arrays)}
+
+
+def softmax():
+    """The gradient of the log-sum-exps' sum."""
+
+    def sides(scale, x, y, stats):
+        if stats is None:
+            return scale, Side(x), Side(y)
+        return scale, *(Side(z, max=s.max, weight=1 / s.sum) for z, s in zip((x, y), stats, strict=True))
+
+    return _cases(Spec(), sides)
+
+
+def sigmoid():
+    """The gradient of the loss."""
+
+    def sides(scale, x, y, stats):
+        labels, ones = jnp.arange(SIZE), jnp.ones(SIZE)
+        return scale, Side(x, -10 * ones, labels, weight=None if stats is None else ones), Side(y, labels=labels)
+
+    return _cases(Spec("sigmoid"), sides)

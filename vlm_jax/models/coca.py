@@ -1,0 +1,158 @@
+"""CoCa: contrastive and captioning on one image tower (Yu et al. 2022, arXiv:2205.01917), as open_clip releases it."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.models import positions
+from vlm_jax.models.decoder import Decoded, Decoder, Logits
+from vlm_jax.models.layers import Attention, Norm
+from vlm_jax.models.transformer import Around
+from vlm_jax.models.two_tower import Embeddings, unit
+
+
+class QueryPool(nn.Module):
+    """Attention of learned queries to tokens, whose first output is the picture and whose others are its tokens.
+
+    Section 3.2, "attentional pooler"; in open_clip one pooler serves both.
+
+    Attributes:
+      width: D, of the queries.
+      queries: how many.
+      heads: attention heads.
+      norm_eps: epsilon of the norms.
+      dtype: of the matmuls.
+    """
+
+    width: int
+    queries: int = 256
+    heads: int = 8
+    norm_eps: float = 1e-5
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, tokens):
+        """[B, N, Dt] -> [B, queries, D]."""
+        norm = lambda name: Norm("layernorm", self.norm_eps, dtype=self.dtype, name=name)
+        queries = self.param("queries", nn.initializers.normal(1.0), (1, self.queries, self.width))
+        queries = jnp.broadcast_to(norm("query_norm")(queries), (len(tokens), self.queries, self.width))
+        pooled, _ = Attention(self.heads, dtype=self.dtype, name="attn")(queries, tokens)
+        return norm("norm")(pooled)
+
+
+class UnimodalDecoder(Decoder, kw_only=True):
+    """The text tower: causal, without the picture, with a cls token at the end that sees the whole text.
+
+    Attributes:
+      pad_id: what the cls token does not look at.
+      Others: see `Decoder`. There is room for the cls token beyond `length`.
+    """
+
+    pad_id: int = 0
+    cross: str | None = None
+
+    @nn.compact
+    def __call__(self, token_ids, *, caches=None, position=None, train=False):
+        """Token ids [B, L] -> (`Decoded` before the final norm, the cls token's [B, D] after it; None with caches)."""
+        embed = nn.Embed(
+            self.vocab_size, self.width, embedding_init=nn.initializers.normal(self.embed_std), dtype=self.dtype,
+            name="token_embed",
+        )  # fmt: skip
+        x, table = embed(token_ids), positions.learned(self, self.length + 1, self.width).astype(self.dtype)
+        cls = self.param("cls", nn.initializers.normal(0.01), (1, 1, self.width)).astype(self.dtype)
+        norm = self.new_norm("norm")
+        if caches is not None:
+            x = x + jax.lax.dynamic_slice_in_dim(table, position, x.shape[1], axis=1)
+            return self.run(x, None, None, None, caches, position, train, norm=False), None
+        x = jnp.concatenate([x, jnp.broadcast_to(cls, (len(x), 1, self.width))], axis=1)
+        x = x + table[:, : x.shape[1]]
+        # The mask of the released models lies one token to the right of the text: position j + 1 is seen if text j is
+        # no padding.
+        last = jnp.pad(token_ids != self.pad_id, ((0, 0), (1, 0)), constant_values=True)
+        causal = jnp.tril(jnp.ones((x.shape[1],) * 2, bool))
+        seen = causal & jnp.where(jnp.arange(x.shape[1])[:, None] == x.shape[1] - 1, last[:, None], True)
+        hidden, _ = self.stack(x, Around(seen[:, None]), train=train, norm=False)
+        return Decoded(hidden[:, :-1], None), norm(hidden[:, -1])
+
+
+class MultimodalDecoder(Decoder, kw_only=True):
+    """The decoder: hidden states of the text tower -> hidden states that have seen the picture."""
+
+    cross: str | None = "after"
+
+    @nn.compact
+    def __call__(self, x, context=None, *, caches=None, position=None, train=False):
+        """[B, L, D], context [B, Lc, D] -> `Decoded`; see `Decoder`."""
+        return self.run(x, context, None, None, caches, position, train)
+
+
+class CoCa(nn.Module):
+    """Attributes:
+    image: the image tower, without pool and head; its final norm is that of the pooler's keys.
+    pool: `QueryPool`.
+    text: `UnimodalDecoder`; texts begin with its `start_id`.
+    decoder: `MultimodalDecoder`.
+    out_dim: width of the embeddings.
+    scale_init: initial factor on cosines (stored as its log, `logit_scale`).
+    """
+
+    image: nn.Module
+    pool: nn.Module
+    text: nn.Module
+    decoder: nn.Module
+    out_dim: int
+    scale_init: float = 1 / 0.07
+
+    def setup(self):
+        head = lambda name: nn.Dense(self.out_dim, use_bias=False, dtype=self.decoder.dtype, name=name)
+        self.image_head, self.text_head = head("image_head"), head("text_head")
+        self.head = Logits(self.decoder.vocab_size, self.decoder.logits_bias)
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(math.log(self.scale_init)), ())
+
+    def __call__(self, images, token_ids, *, train=False):
+        """`Embeddings` of images [B, H, W, 3] and texts [B, L] that begin with the start token; either may be None."""
+        image = text = image_tokens = text_tokens = None
+        if images is not None:
+            pooled, image_tokens = self._pooled(images, train)
+            image = unit(self.image_head(pooled))
+        if token_ids is not None:
+            decoded, cls = self.text(token_ids, train=train)
+            text, text_tokens = unit(self.text_head(cls)), decoded.hidden
+        if self.is_initializing():
+            self.logits(self.describe(image_tokens, text_tokens))
+        return Embeddings(image, text, image_tokens, text_tokens, jnp.exp(self.logit_scale), None)
+
+    def describe(self, image_tokens, text_tokens, *, train=False):
+        """What the logits of the next tokens are made of [B, L, D], of the tokens of `Embeddings`."""
+        return self.decoder(text_tokens, image_tokens, train=train).hidden
+
+    def hidden(self, images, input_ids, *, train=False):
+        """As in `Captioner`."""
+        return self.describe(self._pooled(images, train)[1], self.text(input_ids, train=train)[0].hidden, train=train)
+
+    def encode(self, images, *, train=False):
+        """Images -> (context [B, N, D], None)."""
+        return self._pooled(images, train)[1], None
+
+    def decode(self, token_ids, context=None, *, context_mask=None, caches=None, position=None):
+        """`Decoded` of token ids [B, L]: one or more steps."""
+        del context_mask
+        of_text, of_decoder = (None, None) if caches is None else caches
+        decoded, _ = self.text(token_ids, caches=of_text, position=position)
+        hidden, of_decoder = self.decoder(decoded.hidden, context, caches=of_decoder, position=position)
+        return Decoded(hidden, (decoded.caches, of_decoder))
+
+    @nn.nowrap
+    def new_caches(self, batch, length):
+        """Empty caches for `decode`."""
+        return self.text.new_caches(batch, length), self.decoder.new_caches(batch, length)
+
+    def logits(self, hidden):
+        """fp32 [..., V]."""
+        return self.head(hidden)
+
+    def _pooled(self, images, train):
+        pooled = self.pool(self.image(images, train=train).tokens)
+        return pooled[:, 0], pooled[:, 1:]

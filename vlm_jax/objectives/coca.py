@@ -1,0 +1,53 @@
+"""CoCa: a contrastive and a captioning loss of one forward pass (Yu et al. 2022, arXiv:2205.01917, section 3.2)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_jax.models.token_loss import token_loss
+from vlm_jax.objectives.captioning import caption_loss, check_batch, of_captions
+from vlm_jax.objectives.contrastive import contrastive
+from vlm_jax.objectives.objective import Objective
+
+
+def coca(
+    *,
+    model: Any,
+    mesh: Any = None,
+    contrastive_loss: Mapping[str, Any] | None = None,
+    contrastive_weight: float = 1.0,
+    caption_weight: float = 2.0,
+    mean: str = "token",
+    pad_id: int = 0,
+    chunk: int = 8,
+) -> Objective:
+    """An objective on a `CoCa`; the texts of a batch begin with the start token.
+
+    Args:
+      model: linen module, `models.CoCa`.
+      mesh: as for `contrastive`.
+      contrastive_loss: arguments of `contrastive`, such as dict(targets="concept"); None for its defaults.
+      contrastive_weight, caption_weight: of the two losses in the sum.
+      mean, pad_id, chunk: as for `captioning`.
+
+    Metrics: those of `contrastive` and `captioning`, `contrastive_loss` and `caption_loss`.
+    """
+    pairs = contrastive(model=model, mesh=mesh, **(contrastive_loss or {}))
+
+    def encode(params, batch, rng):
+        check_batch(batch)
+        apply = lambda *args, **options: model.apply({"params": params}, *args, **options)
+        train = dict(train=rng is not None, rngs=None if rng is None else {"dropout": rng})
+        embeddings = apply(batch["image"], batch["token_ids"], **train)
+        hidden = apply(embeddings.image_tokens, embeddings.text_tokens[:, :-1], **train, method="describe")
+        targets = batch["token_ids"][:, 1:]
+        losses = token_loss(lambda hidden: apply(hidden, method="logits"), hidden, targets, chunk=chunk)
+        pair = {"image": embeddings.image, "text": embeddings.text}
+        return {"pair": pair, "caption": of_captions(losses, targets != pad_id)}
+
+    def loss(params, features, batch):
+        of_pairs, metrics = pairs.loss(params, features["pair"], batch)
+        of_texts, more = caption_loss(features["caption"], mean)
+        value = contrastive_weight * of_pairs + caption_weight * of_texts
+        return value, metrics | more | {"contrastive_loss": of_pairs, "caption_loss": of_texts, "loss": value}
+
+    return Objective(encode, loss)
