@@ -35,6 +35,22 @@ def captioner(variant: str, corruption: str | dict) -> ConfigDict:
     return config
 
 
+def coca(variant: str) -> ConfigDict:
+    """Both at once: texts begin with <bos>, and the image tower's tokens go through a pooler."""
+    config = captioner(variant, corruption="causal")
+    length = CAPTION_LENGTH + 1
+    config.tokenize = f"lower | tokenize({length})"
+    ops = config.data.ops.split(" | caption")[0]
+    config.data.ops = f"{ops} | caption('name/en') | {config.tokenize} | keep('image', 'token_ids', 'concept')"
+    decoder = {key: value for key, value in config.model.decoder.to_dict().items() if key != "mask_token"}
+    text = decoder | dict(length=length, start_id=1)
+    pool = dict(width=decoder["width"], queries=17, heads=decoder["heads"])
+    image = config.model.image.to_dict()
+    config.model = dict(name="coca", image=image, pool=pool, text=text, decoder=text, out_dim=decoder["width"])
+    config.objective = dict(name="coca", contrastive_loss=dict(penalty="softmax", targets="concept"))
+    return config
+
+
 def embedded(variant: str, penalty: str) -> ConfigDict:
     if variant not in ("tiny", "select", "smoke"):
         raise UserError(f"there is no variant `{variant}` of this config; on the embedded data: tiny, select, smoke")

@@ -35,7 +35,7 @@ def embed(model: nn.Module, params: Any, images: jax.Array | None, token_ids: ja
 @partial(jax.jit, static_argnames="model")
 def features(model: nn.Module, params: Any, images: jax.Array) -> jax.Array:
     """The mean of the image tower's tokens, fp32 [B, D]: what is there before any head."""
-    if hasattr(model, "decoder"):
+    if hasattr(model, "decoder") and not hasattr(model, "text"):
         tokens, mask = model.apply({"params": params}, images, method="encode")
     else:
         tokens, mask = model.apply({"params": params}, images, None).image_tokens, None
@@ -44,10 +44,10 @@ def features(model: nn.Module, params: Any, images: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A two-tower model, one tower, or a captioner, ready for use.
+    """A two-tower model, one tower, a captioner, or a CoCa, which is both, ready for use.
 
     Attributes:
-      model: a `vlm_jax.models.TwoTower` or `Captioner`.
+      model: a `vlm_jax.models.TwoTower`, `Captioner` or `CoCa`.
       params: its parameters.
       tokenizer: text <-> ids, see `vlm_jax.data.tokenizers`; None without texts.
       preprocess: op string from a record with "image" to the model's input, e.g. "decode | resize(32) | normalize";
@@ -69,8 +69,8 @@ class Pretrained:
 
     @property
     def is_captioner(self) -> bool:
-        """Whether texts are scored by their likelihood, and not by an embedding."""
-        return hasattr(self.model, "decoder")
+        """Whether texts are scored by their likelihood, for want of embeddings."""
+        return hasattr(self.model, "decoder") and not hasattr(self.model, "text")
 
     def embed_images(self, images: Sequence) -> np.ndarray:
         """Pictures (PIL images, paths, encoded bytes, uint8 arrays [H, W, 3]) -> unit-norm float32 [n, D]."""
@@ -108,7 +108,8 @@ class Pretrained:
 
     def caption_logits(self, images: Any, texts: Sequence[str]) -> np.ndarray:
         """log p(text | picture) of every preprocessed image [B, H, W, 3] with every text, float32 [B, m]."""
-        token_ids, pad = self._token_ids(texts), self.tokenizer.pad_id
+        self._need("decoder")
+        token_ids, pad = self._target_ids(texts), self.tokenizer.pad_id
         lengths = token_ids.shape[1] - np.argmax((token_ids != pad)[:, ::-1], axis=1)
         room = np.minimum(2 ** np.ceil(np.log2(np.maximum(lengths, 2))).astype(int), token_ids.shape[1])
         few = dataclasses.replace(self, batch_size=min(self.batch_size, 64))  # the logits of several texts are there
@@ -187,8 +188,7 @@ class Pretrained:
         **rules,
     ) -> list[str]:
         """The same of preprocessed images [B, H, W, 3]."""
-        if not self.is_captioner:
-            raise UserError("this model has no decoder: it compares pictures with captions (`logits`), and writes none")
+        self._need("decoder")
         choose({"greedy": 0, "sample": 0, "beam": 0}, method, "method of `caption`")
         rules = call(generate.Rules, rules, "`caption`")
         length = min(length or self.model.decoder.length, self.model.decoder.length)
@@ -197,7 +197,7 @@ class Pretrained:
         special = generate.Special(self.model.decoder.start_id, end, ids.pad_id)
         forced = None
         if prefix:
-            forced = self._token_ids([prefix])[0]
+            forced = self._target_ids([prefix])[0]
             forced = jnp.asarray(np.where(forced == end, ids.pad_id, forced))
 
         def write(model, params, images):
@@ -219,9 +219,8 @@ class Pretrained:
 
     def score_batch(self, images: Any, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The same of preprocessed images [B, H, W, 3], and how many tokens were scored, the end included, int [B]."""
-        if not self.is_captioner:
-            raise UserError("this model has no likelihoods: it compares pictures with captions (`logits`)")
-        token_ids, count = self._token_ids(captions), len(jax.tree.leaves(images)[0])
+        self._need("decoder")
+        token_ids, count = self._target_ids(captions), len(jax.tree.leaves(images)[0])
         if count != len(token_ids):
             raise UserError(f"score takes a caption for each picture; got {count} pictures, {len(token_ids)} captions")
         pad = self.tokenizer.pad_id
@@ -238,6 +237,11 @@ class Pretrained:
         """int32 [n, L]."""
         return self._prepare("text", self.tokenize, [{"text": text} for text in _as_list(texts)], "token_ids")
 
+    def _target_ids(self, texts: Sequence[str]) -> np.ndarray:
+        """int32 [n, L], what a decoder is to predict: without the start token."""
+        token_ids = self._token_ids(texts)
+        return token_ids[:, 1:] if (token_ids[:, 0] == self.model.decoder.start_id).all() else token_ids
+
     def _prepare(self, modality: str, string: str, records: list[dict], field: str) -> Any:
         if not records:
             raise UserError(f"no {modality} is given: the list is empty")
@@ -252,7 +256,7 @@ class Pretrained:
 
     def _need(self, modality: str) -> None:
         if getattr(self.model, modality, None) is None:
-            raise UserError(f"this model has no {modality} tower")
+            raise UserError(f"this model has no {modality}{'' if modality == 'decoder' else ' tower'}")
 
     def _run(self, fn: Callable, rows: Any) -> np.ndarray:
         """fn(model, params, batch) -> [b, ...] over a tree of arrays [n, ...], some rows at a time -> [n, ...]."""

@@ -15,6 +15,7 @@ import open_clip
 import timm
 import torch
 import transformers as T
+from open_clip.coca_model import CoCa
 from safetensors.torch import load_file, save
 
 from tests.parity.test_transformers import gradients_like
@@ -92,6 +93,12 @@ def open_clip_model(config):
 
 
 OPEN_CLIP = {"open_clip": CLIP, "open_clip_siglip": SIGLIP, "openai": BARE}
+
+POOLER = dict(attentional_pool=True, attn_pooler_heads=2, attn_pooler_queries=5, output_tokens=True)
+COCA_WORDS = WORDS | dict(width=12)
+COCA = dict(embed_dim=12, vision_cfg=VISION | POOLER)
+COCA |= dict(text_cfg=COCA_WORDS | dict(embed_cls=True, output_tokens=True))
+COCA |= dict(multimodal_cfg={key: value for key, value in COCA_WORDS.items() if key != "mlp_ratio"})
 
 # --- what they compute ----------------------------------------------------------------------------------------------
 
@@ -211,11 +218,30 @@ def of_open_clip(name, config):
     return stored | {f"output/{key}": value.detach().numpy() for key, value in found.items()}
 
 
+def of_coca():
+    """The npz of a CoCa, with the logits of the tokens after the first."""
+    model = randomised(CoCa(**COCA))
+    with torch.no_grad():  # open_clip leaves it as the memory was
+        projection = model.text_decoder.text_projection
+        projection.copy_((0.3 * torch.randn_like(projection)).half().float())
+    arrays = inputs()
+    arrays["token_ids"][:, 0] = 29
+    images = torch.tensor(arrays["image"]).permute(0, 3, 1, 2)
+    out = model(images, torch.tensor(arrays["token_ids"], dtype=torch.long))
+    found = dict(image=out["image_features"], text=out["text_features"], logits=out["logits"])
+    stored = {f"input/{key}": value for key, value in arrays.items()}
+    stored["open_clip_config.json"] = text_of(dict(model_cfg=COCA))
+    stored["open_clip_model.safetensors"] = file_of(model.state_dict(), torch.half)
+    return stored | {f"output/{key}": value.detach().numpy() for key, value in found.items()}
+
+
 def make(name):
     torch.manual_seed(0)
+    if name == "coca":
+        return of_coca()
     return of_open_clip(name, OPEN_CLIP[name]) if name in OPEN_CLIP else of_transformers(name, TRANSFORMERS[name])
 
 
 if __name__ == "__main__":
-    for name in (*TRANSFORMERS, *OPEN_CLIP):
+    for name in (*TRANSFORMERS, *OPEN_CLIP, "coca"):
         np.savez_compressed(GOLDEN / f"released_{name}.npz", **make(name))

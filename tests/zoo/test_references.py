@@ -133,3 +133,21 @@ def test_openai_names_in_a_bare_file(tmp_path):
     close(out.image, outputs["image"])
     close(out.text, outputs["text"])
     close(logits, outputs["logits"])
+
+
+def test_coca(tmp_path):
+    """Embeddings, and the logits of the tokens after the first; the pooler's and the cls token's quirks included."""
+    inputs, outputs = unpack("coca", tmp_path)
+    _, model, params = read(tmp_path)
+    images, token_ids = given(inputs)
+
+    @jax.jit
+    def forward(params):
+        out = model.apply({"params": params}, images, token_ids)
+        hidden = model.apply({"params": params}, out.image_tokens, out.text_tokens[:, :-1], method="describe")
+        return out, model.apply({"params": params}, hidden, method="logits")
+
+    out, logits = forward(params)
+    close(out.image, outputs["image"])
+    close(out.text, outputs["text"])
+    close(logits, outputs["logits"])

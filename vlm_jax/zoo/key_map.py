@@ -168,6 +168,7 @@ def kinds(heads: int, patch: int, grid: int) -> dict[str, tuple[tuple[str, str, 
         "embedding": (("/embedding", ".weight", same),),
         "conv": pair(conv),
         "conv2d": pair(Layout(order=(3, 2, 0, 1))),  # OIHW and HWIO
+        "matrix": (("", "", linear),),
         "in_proj": (("/kernel", "_weight", linear), ("/bias", "_bias", same)),  # nn.MultiheadAttention
         # flax
         "flax": (*flax(same, same), ("/scale", "/scale", same), ("/embedding", "/embedding", same)),

@@ -109,9 +109,11 @@ def describe(
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if "visual.layer1.0.conv1.weight" in shapes:
         raise UserError("the image tower is a ResNet; only Vision Transformers can be loaded")
-    if any(name.startswith("text_decoder.") for name in shapes):
-        raise UserError("this is a CoCa (it has a text_decoder); only image and text towers can be loaded yet")
     cfg = dict(model_cfg or {})
+    if any(name.startswith("text_decoder.") for name in shapes):
+        from vlm_jax.zoo import coca  # which reads with the rows of this module
+
+        return coca.describe(shapes, cfg, "quick_gelu" if cfg.get("quick_gelu") else "gelu")
     vision, text = dict(cfg.get("vision_cfg") or {}), dict(cfg.get("text_cfg") or {})
     for where, part in (("vision_cfg", vision), ("text_cfg", text)):
         for key, value in PLAIN[where].items():
@@ -125,7 +127,10 @@ def describe(
             "tuned from them) or activation='gelu' (most of open_clip's)"
         )
     plain = "quick_gelu" if cfg.get("quick_gelu") else activation or "gelu"
-    section = {"name": "two_tower", "image": _timm_image(shapes, vision) if timm else _image(shapes, vision, plain)}
+    section = {
+        "name": "two_tower",
+        "image": _timm_image(shapes, vision) if timm else image_fields(shapes, vision, plain),
+    }
     section |= {"text": _text(shapes, prefix, text, plain), "bias_init": -10.0 if "logit_bias" in shapes else None}
     return section, _entries(section, timm, prefix), IGNORED
 
@@ -138,7 +143,8 @@ def _entries(section, timm, prefix):
     return entries + expand(SCALES)
 
 
-def _blocks(shapes, prefix):
+def blocks(shapes, prefix):
+    """How many blocks there are under a prefix."""
     return len({name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)})
 
 
@@ -155,14 +161,15 @@ def _layer_scale(shapes, name):
     return {"layer_scale": 1.0} if name in shapes else {}
 
 
-def _image(shapes, cfg, plain):
+def image_fields(shapes, cfg, plain):
+    """Fields of an image tower of open_clip's own."""
     width, _, patch, _ = shapes["visual.conv1.weight"]
     rows = shapes["visual.positional_embedding"][0] - 1
     side = math.isqrt(rows)
     size = cfg.get("image_size") or (side * patch if side * side == rows else None)
     return dict(
         width=width,
-        depth=_blocks(shapes, "visual.transformer.resblocks."),
+        depth=blocks(shapes, "visual.transformer.resblocks."),
         heads=width // cfg.get("head_width", 64),
         mlp_dim=shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"][0],
         patch=patch,
@@ -182,7 +189,7 @@ def _image(shapes, cfg, plain):
 def _timm_image(shapes, cfg):
     trunk = "visual.trunk."
     width, _, patch, _ = shapes[f"{trunk}patch_embed.proj.weight"]
-    depth, mlp_dim = _blocks(shapes, f"{trunk}blocks."), shapes[f"{trunk}blocks.0.mlp.fc1.weight"][0]
+    depth, mlp_dim = blocks(shapes, f"{trunk}blocks."), shapes[f"{trunk}blocks.0.mlp.fc1.weight"][0]
     sizes = {(w, d, m): heads for w, d, m, heads in VARIANTS.values()}
     pool = cfg.get("timm_pool", "map" if f"{trunk}attn_pool.latent" in shapes else "avg")
     pools = {"map": "map", "token": "tok", "tok": "tok", "avg": "gap"}
@@ -221,7 +228,7 @@ def _text(shapes, prefix, cfg, plain):
     head = linear or (plain_head and plain_head[::-1])
     return dict(
         width=width,
-        depth=_blocks(shapes, f"{prefix}transformer.resblocks."),
+        depth=blocks(shapes, f"{prefix}transformer.resblocks."),
         heads=cfg.get("heads", width // 64),
         mlp_dim=shapes[f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"][0],
         vocab_size=vocab_size,

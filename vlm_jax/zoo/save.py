@@ -155,7 +155,8 @@ def _transformers(content: Content, folder: Path) -> None:
 def _of_towers(content: Content, format: str) -> dict[str, Any]:
     section = full_section(content)
     if section["decoder"]:
-        raise UserError(f"{format} has no such captioner: write it as native or big_vision")
+        others = "native" if section["text"] else "native or big_vision"
+        raise UserError(f"{format} has no such captioner: write it as {others}")
     return section
 
 
