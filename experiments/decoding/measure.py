@@ -1,6 +1,6 @@
 """What caches save: 64 tokens for 32 pictures by a CapPa B/16, with caches and without, taking turns in one process.
 
-    PYTHONPATH=. python experiments/decoding/measure.py [--turns=2]
+PYTHONPATH=. python experiments/decoding/measure.py [--turns=2]
 """
 
 import argparse
