@@ -5,6 +5,9 @@ A third argument, a `progress.Progress`, keeps what is done so far, so that a ki
     zeroshot          classification by class names, with prompt ensembles
     retrieval         pictures by their captions and captions by their pictures
     pixel_neighbour   classification by the nearest training picture in pixels: the baseline a model must beat
+    probe             classification by a linear classifier on the image tower's features, of all or a few pictures
+    captions          captions that a model writes, against people's
+    foils             pictures with their captions against captions with a wrong object, attribute or order
 
 The same during training and alone; padding is masked, so numbers are the same for every batch size and host count.
 """
@@ -13,6 +16,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vlm_jax import config
+from vlm_jax.evaluators.captions import captions
+from vlm_jax.evaluators.foils import foils
 from vlm_jax.evaluators.metrics import (
     mean_per_class_accuracy,
     retrieval_ranks,
@@ -21,6 +26,7 @@ from vlm_jax.evaluators.metrics import (
     truth_ranks,
 )
 from vlm_jax.evaluators.pixel_neighbour import pixel_neighbour
+from vlm_jax.evaluators.probe import probe
 from vlm_jax.evaluators.result import Result
 from vlm_jax.evaluators.retrieval import retrieval
 from vlm_jax.evaluators.zeroshot import zeroshot
@@ -29,8 +35,11 @@ __all__ = [
     "EVALUATORS",
     "Result",
     "build",
+    "captions",
+    "foils",
     "mean_per_class_accuracy",
     "pixel_neighbour",
+    "probe",
     "retrieval",
     "retrieval_ranks",
     "retrieval_recall",
@@ -43,6 +52,9 @@ EVALUATORS: dict[str, Callable[..., Callable]] = {
     "zeroshot": zeroshot,
     "retrieval": retrieval,
     "pixel_neighbour": pixel_neighbour,
+    "probe": probe,
+    "captions": captions,
+    "foils": foils,
 }
 
 
