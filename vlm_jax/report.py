@@ -80,7 +80,7 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
         if "gallery/images" in artifacts:
             figures.gallery(artifacts, folder / f"{slug}_gallery.png")
             about = (
-                "Pictures at even distances through the split, each with its best names (or what was written) and their "
+                "Pictures at even distances through the split, each with its best names or what was written, and their "
                 "scores. A tick marks the right name; where it is missing, it stands below after a cross."
             )
             sections.append(_figure(f"{name}: best names", f"{slug}_gallery.png", f"{name} gallery", about))
