@@ -23,6 +23,7 @@ SHAPES = {  # of our array, by (kind, our suffix); others are vectors of 12
     ("flax_out", "/kernel"): (12, 10),
     ("flax_grid", ""): (1, 6, 8),
     ("same", ""): (3, 5),
+    ("matrix", ""): (6, 12),
     ("vector", ""): (1, 1, 12),
     ("table", ""): (1, 9, 12),
     ("one", ""): (),
