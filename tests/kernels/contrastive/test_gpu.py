@@ -15,6 +15,7 @@ class TestGpuInterpreted(KernelSuite):
     implementation = "gpu_interpret"
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # from jax 0.12 on
 @pytest.mark.parametrize(
     "run",
     [

@@ -7,7 +7,7 @@ nothing of size [B, H, Lq, Lk] is written and no atomics are needed. Triton want
 lengths are padded to them in registers, by masked loads, never in memory.
 
 The kernels are tested by interpretation and lowered for CUDA; no GPU has timed them, so `attention` does not choose
-them by itself.
+them by itself. JAX deprecates Pallas's Triton backend from 0.12 on, in favour of Mosaic GPU.
 """
 
 import functools
