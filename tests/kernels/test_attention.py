@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.kernels.abstract_devices import cuda_module, on_tpu
 from tests.kernels.attention_suite import AttentionSuite, case, outputs
 from vlm_jax import kernels
 from vlm_jax.errors import UserError
@@ -70,13 +71,6 @@ def test_mistakes_are_named(change, message):
         kernels.attention(**(dict(q=q, k=k, v=k) | change))
 
 
-def on_tpu():
-    """A context in which the ambient mesh is of TPUs, as for a program compiled ahead of time."""
-    device = jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu")
-    mesh = jax.sharding.AbstractMesh((1,), ("x",), (jax.sharding.AxisType.Auto,), abstract_device=device)
-    return jax.sharding.use_abstract_mesh(mesh)
-
-
 def test_the_mesh_s_platform_decides():
     """Traced on a CPU under a mesh of TPUs and lowered for them, the default is the Pallas kernels."""
     x = struct((2, 5, 2, 64), jnp.bfloat16)
@@ -96,8 +90,5 @@ def test_the_mesh_s_platform_decides():
 def test_the_gpu_kernels_lower_for_cuda(name):
     arrays, options, _ = case(name, "bfloat16")
     attend = lambda q, k, v, bias: kernels.attention(q, k, v, bias=bias, **options, implementation="gpu")
-    triton = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
-    exported = jax.export.export(
-        jax.jit(partial(outputs, attend)), platforms=["cuda"], disabled_checks=[triton]
-    )(arrays)  # fmt: skip
-    assert exported.mlir_module().count("triton") == (4 if arrays[3] is not None else 3)
+    module = cuda_module(partial(outputs, attend), arrays)
+    assert module.count("__gpu$xla.gpu.triton") == (4 if arrays[3] is not None else 3)

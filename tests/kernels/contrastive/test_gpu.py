@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.kernels.abstract_devices import cuda_module
 from tests.kernels.contrastive.kernel_suite import KernelSuite
 from vlm_jax.errors import UserError
 from vlm_jax.kernels import contrastive
@@ -27,9 +28,7 @@ class TestGpuInterpreted(KernelSuite):
 @pytest.mark.parametrize("n, m, width, dtype", [(100, 200, 1152, "bfloat16"), (64, 30, 100, "float32")])
 def test_lowers_for_cuda(run, n, m, width, dtype):
     arrays = [jax.ShapeDtypeStruct((size, width), dtype) for size in (n, m)]
-    grad = jax.jit(jax.value_and_grad(functools.partial(run, implementation="gpu"), (0, 1)))
-    triton = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
-    module = jax.export.export(grad, platforms=["cuda"], disabled_checks=[triton])(*arrays).mlir_module()
+    module = cuda_module(jax.value_and_grad(functools.partial(run, implementation="gpu"), (0, 1)), *arrays)
     assert module.count("__gpu$xla.gpu.triton") in (3, 4)  # the sigmoid has nothing of columns in the forward pass
 
 
