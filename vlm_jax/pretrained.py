@@ -149,31 +149,9 @@ class Pretrained:
         logits = np.exp(logits - logits.max(-1, keepdims=True))
         return logits / logits.sum(-1, keepdims=True)
 
-    def caption(
-        self,
-        images: Sequence,
-        method: str = "greedy",
-        *,
-        prefix: str = "",
-        length: int | None = None,
-        beams: int = 4,
-        length_penalty: float = 0.6,
-        seed: int = 0,
-        **rules,
-    ) -> list[str]:
-        """Describes pictures.
-
-        Args:
-          images: as for `embed_images`.
-          method: "greedy", "sample" or "beam".
-          prefix: what every caption begins with.
-          length: tokens at most; None is what the model was made for.
-          beams, length_penalty: of "beam", see `generate.beam_search`.
-          seed: of "sample".
-          **rules: fields of `generate.Rules`: temperature, top_k, top_p, repetition_penalty, no_repeat_ngram.
-        """
-        options = dict(prefix=prefix, length=length, beams=beams, length_penalty=length_penalty, seed=seed)
-        return self.caption_batch(self._pictures(images), method, **options, **rules)
+    def caption(self, images: Sequence, method: str = "greedy", **options) -> list[str]:
+        """Describes pictures (as for `embed_images`); `method` and the options are those of `caption_batch`."""
+        return self.caption_batch(self._pictures(images), method, **options)
 
     def caption_batch(
         self,
@@ -187,7 +165,17 @@ class Pretrained:
         seed: int = 0,
         **rules,
     ) -> list[str]:
-        """The same of preprocessed images [B, H, W, 3]."""
+        """Describes preprocessed images.
+
+        Args:
+          images: [B, H, W, 3].
+          method: "greedy", "sample" or "beam".
+          prefix: what every caption begins with.
+          length: tokens at most; None is what the model was made for.
+          beams, length_penalty: of "beam", see `generate.beam_search`.
+          seed: of "sample".
+          **rules: fields of `generate.Rules`: temperature, top_k, top_p, repetition_penalty, no_repeat_ngram.
+        """
         self._need("decoder")
         choose({"greedy": 0, "sample": 0, "beam": 0}, method, "method of `caption`")
         rules = call(generate.Rules, rules, "`caption`")

@@ -1,6 +1,14 @@
-"""Programs for devices that are not there: traced and lowered on a CPU."""
+"""Programs for devices that are not there: traced, lowered and compiled on a CPU."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
 
 import jax
+import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 
@@ -23,3 +31,28 @@ def cuda_module(fn, *args):
     triton = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
     with on_gpu():
         return jax.export.export(jax.jit(fn), platforms=["cuda"], disabled_checks=[triton])(*args).mlir_module()
+
+
+CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+ENV = dict(
+    JAX_PLATFORMS="cpu",
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_ACCELERATOR_TYPE="v5litepod-4",
+    TPU_WORKER_HOSTNAMES="localhost",
+    PYTHONPATH=str(pathlib.Path(__file__).parents[2]),
+)
+WAIT = 600  # seconds for other processes to leave libtpu
+
+
+def compiled_for(chip, script):
+    """What `script CHIP` prints after FOUND, a JSON object, in a process of its own: libtpu lets one in at a time."""
+    pytest.importorskip("libtpu", reason="libtpu is not installed: pip install -e '.[tpu]' to compile for TPUs")
+    deadline = time.time() + WAIT
+    while True:
+        run = subprocess.run([sys.executable, script, chip], env=os.environ | ENV, capture_output=True, text=True)
+        if "lockfile" not in run.stderr or time.time() > deadline:
+            break
+        time.sleep(5)
+    lines = [line for line in run.stdout.splitlines() if line.startswith("FOUND ")]
+    assert lines, run.stderr[-2000:]
+    return json.loads(lines[-1][6:])

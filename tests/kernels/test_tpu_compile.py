@@ -6,21 +6,11 @@ libtpu lets one process in at a time, so each chip is a process of its own that 
 """
 
 import json
-import os
-import subprocess
 import sys
-import time
 
 import pytest
 
-CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-ENV = dict(
-    JAX_PLATFORMS="cpu",
-    TPU_SKIP_MDS_QUERY="1",
-    TPU_ACCELERATOR_TYPE="v5litepod-4",
-    TPU_WORKER_HOSTNAMES="localhost",
-)
-WAIT = 600  # seconds for other processes to leave libtpu
+from tests.kernels.abstract_devices import CHIPS, compiled_for
 
 SHAPES = {
     # queries, keys, heads, head_dim, and what else; all with gradients
@@ -90,16 +80,7 @@ def compile_all(chip):
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_every_shape_compiles(chip):
-    pytest.importorskip("libtpu", reason="libtpu is not installed: pip install -e '.[tpu]' to compile for TPUs")
-    deadline = time.time() + WAIT
-    while True:
-        run = subprocess.run([sys.executable, __file__, chip], env=os.environ | ENV, capture_output=True, text=True)
-        if "lockfile" not in run.stderr or time.time() > deadline:
-            break
-        time.sleep(5)
-    lines = [line for line in run.stdout.splitlines() if line.startswith("FOUND ")]
-    assert lines, run.stderr[-2000:]
-    found = json.loads(lines[-1][6:])
+    found = compiled_for(chip, __file__)
     assert {name: error for name, error in found.items() if isinstance(error, str)} == {}
 
 

@@ -51,8 +51,6 @@ def test_the_text_tower_is_causal_and_its_cls_token_sees_the_text(coca):
     before, after = run(token_ids), run(token_ids.at[:, 2].set(1))
     np.testing.assert_allclose(before.text_tokens[:, :2], after.text_tokens[:, :2], atol=1e-6)
     assert np.abs(before.text - after.text).max() > 1e-4
-    padded = run(token_ids.at[0, 5].set(2))  # beyond the padding that the cls token does not look at
-    np.testing.assert_allclose(padded.text[1:], before.text[1:], atol=1e-6)
 
 
 def test_cached_decoding_is_the_loop(coca):

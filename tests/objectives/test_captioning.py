@@ -60,7 +60,7 @@ def test_token_loss_is_the_plain_one(chunk):
 
 
 def test_token_loss_holds_a_chunk_of_logits():
-    """Of 64 positions, 8 at a time: temporaries of forward and backward stay below a quarter of all logits."""
+    """Of 64 positions, 8 at a time: temporaries of forward and backward stay below half of all logits."""
     batch, length, width, vocab = 8, 64, 32, 4096
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
     loss = lambda h, k, ids: token_loss(lambda h: h @ k, h, ids).loss.sum()

@@ -14,9 +14,7 @@ from vlm_jax import config
 from vlm_jax.errors import UserError
 from vlm_jax.models.decoder import shift_right
 from vlm_jax.models.token_loss import TokenLoss, token_loss
-from vlm_jax.objectives.objective import Objective
-
-WHERE = "config.objective"
+from vlm_jax.objectives.objective import WHERE, Objective, check_batch
 
 
 class Corrupted(NamedTuple):
@@ -173,10 +171,3 @@ def caption_loss(features: Mapping[str, jax.Array], mean: str) -> tuple[jax.Arra
         value = jnp.sum(features["loss"]) / tokens
     perplexity = jnp.exp(-jnp.sum(features["log_likelihood"]) / tokens)
     return value, {"token_accuracy": jnp.sum(features["correct"]) / tokens, "perplexity": perplexity, "loss": value}
-
-
-def check_batch(batch: Mapping[str, Any]) -> None:
-    """Raises a UserError where there are no pictures or no texts."""
-    for key in ("image", "token_ids"):
-        if key not in batch:
-            raise UserError(f"{WHERE}: the batch lacks `{key}`, it has: {', '.join(batch)}; see config.data.ops")

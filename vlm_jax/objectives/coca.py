@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.models.token_loss import token_loss
-from vlm_jax.objectives.captioning import caption_loss, check_batch, of_captions
+from vlm_jax.objectives.captioning import caption_loss, of_captions
 from vlm_jax.objectives.contrastive import contrastive
-from vlm_jax.objectives.objective import Objective
+from vlm_jax.objectives.objective import Objective, check_batch
 
 
 def coca(

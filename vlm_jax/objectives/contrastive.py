@@ -14,9 +14,7 @@ import jax.numpy as jnp
 from vlm_jax import config
 from vlm_jax.errors import UserError
 from vlm_jax.kernels import contrastive as kernel
-from vlm_jax.objectives.objective import Objective
-
-WHERE = "config.objective"
+from vlm_jax.objectives.objective import WHERE, Objective, check_batch
 
 
 class Similarity(NamedTuple):
@@ -209,13 +207,11 @@ def contrastive(
     Metrics: `accuracy_image_to_text` (the share of images for which a positive beats every negative),
     `accuracy_text_to_image`, `scale`, and `bias` where the model has one.
     """
-    similarity = _part(SIMILARITIES, similarity, f"{WHERE}.similarity")
-    penalty = _part(PENALTIES, penalty, f"{WHERE}.penalty")
+    similarity = config.part(SIMILARITIES, similarity, f"{WHERE}.similarity")
+    penalty = config.part(PENALTIES, penalty, f"{WHERE}.penalty")
 
     def encode(params, batch, rng):
-        for key in ("image", "token_ids"):
-            if key not in batch:
-                raise UserError(f"{WHERE}: the batch lacks `{key}`, it has: {', '.join(batch)}; see config.data.ops")
+        check_batch(batch)
         rngs = None if rng is None else {"dropout": rng}
         embeddings = model.apply(
             {"params": params}, batch["image"], batch["token_ids"], train=rng is not None, rngs=rngs
@@ -280,10 +276,3 @@ at_most.defvjp(
     lambda x, ceiling: (jnp.minimum(x, ceiling), x < ceiling),
     lambda below, g: (jnp.where(below | (g > 0), g, 0), None),
 )
-
-
-def _part(options: Mapping[str, Callable], spec: str | Mapping[str, Any], where: str) -> Any:
-    """Builds one part of the composition from its name, or from a dict with its name and arguments."""
-    arguments = {"name": spec} if isinstance(spec, str) else dict(spec)
-    name = arguments.pop("name", None)
-    return config.call(config.choose(options, name, where), arguments, where)

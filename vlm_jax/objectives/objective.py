@@ -1,7 +1,12 @@
 """What a batch is scored by: two pure functions, so that any objective can be accumulated over micro-batches."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vlm_jax.errors import UserError
+
+WHERE = "config.objective"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,3 +26,10 @@ class Objective:
     encode: Callable
     loss: Callable
     init: Callable | None = None
+
+
+def check_batch(batch: Mapping[str, Any]) -> None:
+    """Raises a UserError where there are no pictures or no texts."""
+    for key in ("image", "token_ids"):
+        if key not in batch:
+            raise UserError(f"{WHERE}: the batch lacks `{key}`, it has: {', '.join(batch)}; see config.data.ops")
