@@ -46,7 +46,7 @@ class Spec(NamedTuple):
     positives: bool = False
     best: bool = False
     rows: int = 1024
-    columns: int = 4096
+    columns: int = 1024
     by: str = "blockwise"
 
 
@@ -136,10 +136,19 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
 
 
 def _logits(scale, x: Side, y: Side):
-    logits = scale * dot(x.z, y.z, (1, 1))
+    logits = scale * _similarity(x.z, y.z)
     if x.add is not None:
         logits += x.add[:, None]
     return logits if y.add is None else logits + y.add
+
+
+def _similarity(x, y, halvings=3):
+    """x y^T; in fp32 by pairwise summation over D, since a logit's rounding is `scale` times the product's."""
+    half = x.shape[1] // 2
+    if x.dtype != jnp.float32 or half < 32 or not halvings:
+        return dot(x, y, (1, 1))
+    left, right = (_similarity(x[:, part], y[:, part], halvings - 1) for part in (slice(half), slice(half, None)))
+    return left + right
 
 
 def forward(spec: Spec, scale: jax.Array, x: Side, y: Side) -> tuple[Stats, Stats]:
