@@ -4,6 +4,8 @@
         --classes=emoji:seen --out=runs/eval
     python -m vlm_jax.evaluate --model=MODEL --task=retrieval --data=jsonl:/data/flickr/test.jsonl \\
         --captions=captions --out=runs/flickr
+    python -m vlm_jax.evaluate --model=MODEL --task=probe --data=tfds:emoji --split=unseen_style --label=concept \\
+        --option=shots=1 --out=runs/probe
 
 prints a table and leaves results.json, artifacts/ and report/index.html in --out. The same command after any
 interruption continues after the last complete chunk and gives the same results, bit for bit. On several hosts the same
@@ -31,7 +33,7 @@ from vlm_jax.evaluators.hosts import Hosts
 from vlm_jax.evaluators.progress import Progress
 from vlm_jax.pretrained import Pretrained
 
-TASKS = ("zeroshot", "retrieval")
+TASKS = ("zeroshot", "retrieval", "probe", "captions", "foils")
 
 
 def evaluate(
@@ -47,11 +49,11 @@ def evaluate(
 
     Args:
       pretrained: the model; its `mesh` says where it runs.
-      task: "zeroshot" or "retrieval".
+      task: one of `TASKS`, see `vlm_jax.evaluators`.
       out: the folder for results, artifacts, report and progress; None writes nothing.
       model: what the model is called in the results.
       show: shows a progress bar.
-      **section: the evaluator's arguments, see `evaluators.zeroshot` and `evaluators.retrieval`; `uri` is needed.
+      **section: the arguments of the evaluator of that name; `uri` is needed.
 
     Raises:
       UserError: an unknown task or argument, a data set or classes that cannot be read, a folder with other results.
@@ -178,6 +180,17 @@ def _where(conditions: Sequence[str]) -> dict[str, list]:
     return where
 
 
+def _options(conditions: Sequence[str]) -> dict[str, Any]:
+    """["shots=4", "kinds=['order']", "solver=lbfgs"] -> {"shots": 4, "kinds": ["order"], "solver": "lbfgs"}."""
+    options = {}
+    for name, value in (condition.split("=", 1) for condition in conditions):
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[name] = value
+    return options
+
+
 # Flags that become arguments of `vlm_jax.load` and of the evaluator, and how those are read that are no plain values.
 MODEL = ("preprocess", "tokenizer", "tokenize", "activation", "image_size", "resample", "dtype")
 DATA = (
@@ -186,6 +199,7 @@ DATA = (
 )  # fmt: skip
 READ = {
     "where": (_where, "field=value,value such as style=noto"),
+    "option": (_options, "name=value such as shots=4"),
     "classes": (
         lambda text: ast.literal_eval(text) if text.startswith(("[", "{")) else text,
         "a name, a file, a list ['cat', 'dog'] or labels and names {7: 'cat', 3: 'dog'}",
@@ -200,7 +214,7 @@ def main(_: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     if values.distributed:
         start_processes(values.distributed)
     section = _given(values, DATA)
-    section["uri"] = section.pop("data")
+    section |= {"uri": section.pop("data")} | _given(values, ["option"]).get("option", {})
     evaluator = _evaluator(values.task, section)  # what is wrong with the data is said before the model is loaded
     mesh = config.call(sharding.make_mesh, _given(values, ("mesh",)).get("mesh", {}), "--mesh", devices=None)
     pretrained = vlm_jax.load(values.model, mesh=mesh, **_given(values, MODEL))
@@ -225,7 +239,7 @@ def define_flags(values: flags.FlagValues) -> None:
         for define in (flags.DEFINE_string, flags.DEFINE_multi_string, flags.DEFINE_list)
     )
     text("model", help="What vlm_jax.load reads: a workdir, a folder, a file, hf:org/name")
-    text("task", help="zeroshot or retrieval")
+    text("task", help=", ".join(TASKS))
     text("data", help="Data set: tfds:, wds:, jsonl:, csv:, folder:")
     text("out", help="Folder for results.json, artifacts and report")
     flags.mark_flags_as_required(["model", "task", "data", "out"], values)
@@ -236,9 +250,10 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("gallery", None, "Pictures in the report (24)", flag_values=values)
     text("classes", help="zeroshot: imagenet, emoji:seen, a file, a list; by default the data set's own")
     several("templates", help="zeroshot: imagenet80, a file, a prompt with {}; repeatable")
-    text("label", help="zeroshot: the field with the label")
-    listed("captions", help="retrieval: the fields with captions")
+    text("label", help="zeroshot, probe: the field with the label")
+    listed("captions", help="retrieval, captions: the fields with captions")
     text("template", help="retrieval: a prompt, {} for the caption")
+    several("option", help="Any other argument of the task's evaluator: name=value; repeatable")
     listed("ks", help="retrieval: how many candidates may be named, e.g. 1,5,10")
     text("preprocess", help="Where the model's files do not tell: op string, or openai, siglip, ...")
     text("tokenizer", help="Where the model's files do not tell: clip, json:/path, ...")

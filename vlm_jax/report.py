@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
-COUNTS = ("step", "examples", "left_out", "images", "texts")  # numbers of things, not shares
-SHARES = re.compile(r"top\d+|recall@\d+|mean_per_class|accuracy|fraction")
+COUNTS = re.compile(r"step|(train_|pixel_)?examples|left_out|images|texts|\w+_pairs")  # numbers of things, not shares
+SHARES = re.compile(
+    r"top\d+|recall@\d+|mean_per_class|accuracy|fraction|exact_match|(^|/)(object|attribute|order|chance)$"
+)
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1100px; margin: 2.5em auto; padding: 0 1.5em; }
@@ -192,7 +194,7 @@ def _series(path: pathlib.Path) -> dict[str, tuple[Sequence[float], Sequence[flo
 
 
 def _is_count(name: str) -> bool:
-    return name.rsplit("/", 1)[-1].removeprefix("pixel_") in COUNTS
+    return COUNTS.fullmatch(name.rsplit("/", 1)[-1]) is not None
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
