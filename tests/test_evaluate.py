@@ -303,7 +303,7 @@ def test_embeddings_beyond_the_memory_share_change_nothing(pretrained, pictures,
         ("--task=zeroshot --classes=cifar10 --model=/nowhere", "/nowhere"),
         ("--task=probe --label=label --option=shots=0", "shots is 0; expected a number of training pictures"),
         ("--task=probe --label=label --option=shots", "--option=shots cannot be read; expected name=value"),
-        ("--task=foils --option=kinds=['orders']", "the kind of foils is `orders`; expected one of: object, attribute, order"),
+        ("--task=foils --option=kinds=['orders']", "the kind of foils is `orders`; expected one of: object, attribute"),
         ("--task=zeroshot --distributed=localhost", "is not `auto` or `address:port,processes,index`"),
     ],
 )

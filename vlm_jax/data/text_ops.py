@@ -1,10 +1,11 @@
 """Text ops (choose a caption, fill a template, make tokens) and field ops (keep, rename)."""
 
 import string
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from vlm_jax.data import spans
 from vlm_jax.data.registry import BadExample, field, op
 from vlm_jax.errors import UserError
 
@@ -124,6 +125,57 @@ def tokenize(
         )
     _text(text, key)  # not empty; white space at its ends is the tokenizer's business
     example[to] = tokenizer([text], length, bos=bos, eos=eos)[0]
+    return example
+
+
+@op
+def denoise(
+    example: dict,
+    rng: np.random.Generator,
+    tokenizer: Any,
+    inputs: int,
+    targets: int,
+    vocab_size: int,
+    denoisers: str | tuple[tuple, ...] = "ul2",
+    modes: Literal["ids", "text"] | None = "ids",
+    sentinels: int = spans.SENTINELS,
+    key: str = "text",
+) -> dict:
+    """Hides parts of the text: sets `input_ids` int32 [inputs], `token_ids` int32 [targets] and `denoiser`, an int.
+
+    A text that is too long for the denoiser drawn is cut before, to its first `spans.longest` tokens; nothing else is.
+
+    Args:
+      example: holds the text.
+      rng: draws the denoiser, then what it hides.
+      tokenizer: with `encode`, `eos_id` and `vocab_size`.
+      inputs, targets: lengths; both end with EOS and are padded with 0.
+      vocab_size: of the model. Its top ids are the sentinels and, below them, the three mode tokens (`spans.mode_ids`).
+      denoisers: a mixture: "ul2", "t5", "prefix", "causal", or literals as `spans.mixture` reads them. `denoiser` is
+        the number in it.
+      modes: what stands before the inputs: "ids" one token; "text" the name as the tokenizer has it, which is how the
+        released UL2 checkpoints know it (theirs is vocab_size=32100); None nothing.
+      sentinels: how many.
+      key: the text's field.
+    """
+    plan = spans.plan(tokenizer, denoisers, inputs, targets, vocab_size, modes, sentinels)
+    text = field(example, key)
+    if not isinstance(text, str):
+        raise UserError(
+            f"op `denoise` was given `{key}` of type {type(text).__name__}; expected a text: use `caption` first"
+        )
+    token_ids = tokenizer.encode(_text(text, key))
+    if not token_ids:
+        raise BadExample(f"text `{key}` has no tokens")
+    if tokenizer.eos_id in token_ids:
+        raise BadExample(f"text `{key}` holds the end token")
+    last = len(plan.denoisers) - 1
+    i = min(int(np.searchsorted(plan.weights, rng.random() * plan.weights[-1], side="right")), last)
+    example["input_ids"], example["token_ids"] = spans.corrupt(
+        token_ids[: plan.longest[i]], plan.denoisers[i], rng, mode=plan.modes[i], vocab_size=vocab_size,
+        eos_id=tokenizer.eos_id, inputs_length=inputs, targets_length=targets, sentinels=sentinels,
+    )  # fmt: skip
+    example["denoiser"] = i
     return example
 
 
