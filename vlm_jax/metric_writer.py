@@ -69,6 +69,7 @@ class MetricWriter:
             step, values = item
             try:
                 numbers = {name: float(np.asarray(value)) for name, value in values.items()}
+                numbers = {name: value for name, value in numbers.items() if value == value}  # NaN: a mean of nothing
                 for sink in self._sinks:
                     sink(step, numbers)
             except Exception as error:  # handed to the training thread at its next write

@@ -70,7 +70,7 @@ def build_program(
     model = models.build(model)
     objective = objectives.build(objective, model, mesh)
     one = {name: jnp.zeros((1, *np.shape(array)[1:]), array.dtype) for name, array in example.items()}
-    init_params = lambda rng: model.init(rng, one["image"], one["token_ids"])["params"]
+    init_params = lambda rng: model.init(rng, *objectives.model_inputs(one))["params"]
     shapes = jax.eval_shape(init_params, jax.random.key(seed))
     tx, groups, schedule = optim.build(optimizer, shapes, total_steps=steps("100%"), steps=steps)
     trainable = map_with_name(lambda name, _: groups[name] != "frozen", shapes)

@@ -71,7 +71,7 @@ def test_token_loss_holds_a_chunk_of_logits():
 
 def test_causal():
     ids, lengths = targets()
-    inputs, bidirectional, counts = captioning.causal()(ids, lengths, DECODER, None)
+    inputs, bidirectional, counts, _ = captioning.causal()(ids, lengths, DECODER, None)
     np.testing.assert_array_equal(inputs, np.concatenate([np.zeros((3, 1)), ids[:, :-1]], axis=1))
     assert bidirectional is None and counts is None
 
@@ -79,7 +79,7 @@ def test_causal():
 def test_parallel():
     """A share `rate` of captions is all mask tokens that see each other; the others are causal."""
     ids, lengths = targets(2000)
-    inputs, bidirectional, counts = captioning.parallel(rate=0.75)(ids, lengths, DECODER, jax.random.key(0))
+    inputs, bidirectional, counts, _ = captioning.parallel(rate=0.75)(ids, lengths, DECODER, jax.random.key(0))
     at_once = np.asarray((inputs == MASK).all(1))
     assert abs(at_once.mean() - 0.75) < 5 * np.sqrt(0.75 * 0.25 / 2000)
     np.testing.assert_array_equal(bidirectional, np.broadcast_to(at_once[:, None], ids.shape))
@@ -93,7 +93,7 @@ def test_parallel():
 def test_prefix():
     """Input j holds token j - 1: of a prefix of n tokens, inputs 0..n are seen by all and tokens n.. count."""
     ids, lengths = targets(5)
-    inputs, bidirectional, counts = captioning.prefix(rate=0.5)(ids, lengths, DECODER, None)
+    inputs, bidirectional, counts, _ = captioning.prefix(rate=0.5)(ids, lengths, DECODER, None)
     cut = np.minimum(np.asarray(lengths) // 2, np.asarray(lengths) - 1)
     np.testing.assert_array_equal(inputs[:, 1:], ids[:, :-1])
     np.testing.assert_array_equal(np.asarray(bidirectional).sum(1), cut + 1)
@@ -107,7 +107,7 @@ def test_masked_spans():
     ids = jnp.ones((4000, 40), jnp.int32)
     lengths = jnp.full(4000, 40)
     corrupt = captioning.masked_spans(rate=0.3, mean_span=3.0)
-    inputs, bidirectional, counts = corrupt(ids, lengths, DECODER, jax.random.key(0))
+    inputs, bidirectional, counts, _ = corrupt(ids, lengths, DECODER, jax.random.key(0))
     masked = np.asarray(counts)
     np.testing.assert_array_equal(inputs, np.where(masked, MASK, ids))
     assert bidirectional.all()
@@ -117,6 +117,44 @@ def test_masked_spans():
     short = captioning.masked_spans(rate=0.05)(*targets(500), DECODER, jax.random.key(1)).counts
     assert np.asarray(short).any(1).all()
     assert not (np.asarray(short) & ~(np.arange(LENGTH) < np.asarray(targets(500)[1])[:, None])).any()
+
+
+MIXTURE = dict(
+    name="mixture",
+    of=dict(S=("causal", 2), X=(dict(name="parallel", rate=1.0), 1), R=(dict(name="masked_spans", rate=0.3), 1)),
+)
+
+
+def test_mixture():
+    """Every caption is as its part makes it, and parts come as often as their weights say."""
+    ids, lengths = targets(4000)
+    corrupt = captioning.mixture(of=MIXTURE["of"])
+    inputs, bidirectional, counts, kind = map(np.asarray, corrupt(ids, lengths, DECODER, jax.random.key(0)))
+    np.testing.assert_allclose(np.bincount(kind) / 4000, [0.5, 0.25, 0.25], atol=0.04)
+    causal, parallel, spans = (kind == k for k in range(3))
+    np.testing.assert_array_equal(inputs[causal], captioning.causal()(ids, lengths, DECODER, None).inputs[causal])
+    assert (
+        (inputs[parallel] == MASK).all() and bidirectional[parallel | spans].all() and not bidirectional[causal].any()
+    )
+    assert counts[causal | parallel].all()
+    np.testing.assert_array_equal(inputs[spans], np.where(counts[spans], MASK, ids[spans]))
+    assert (np.asarray(corrupt(ids, lengths, DECODER, None).kind) == -1).all()
+
+
+def test_metrics_of_the_parts_of_a_mixture(captioner):
+    """What the batch has none of is NaN; together they make the whole."""
+    model, params, batch = captioner
+    objective = objectives.build(dict(name="captioning", mean="token", denoisers=["a", "b", "c"]), model)
+    batch = batch | {"denoiser": jnp.array([2, 0, 2])}
+    features = objective.encode(params, batch, None)
+    _, metrics = objective.loss(params, features, batch)
+    assert np.isnan(metrics["b/perplexity"]) and np.isnan(metrics["b/token_accuracy"])
+    tokens = np.array([features["tokens"][1], features["tokens"][np.array([0, 2])].sum()])
+    parts = np.log([metrics["a/perplexity"], metrics["c/perplexity"]])
+    np.testing.assert_allclose(np.log(metrics["perplexity"]), (parts * tokens).sum() / tokens.sum(), rtol=1e-5)
+    drawn = objectives.build(dict(name="captioning", corruption=MIXTURE), model)
+    _, metrics = drawn.loss(params, drawn.encode(params, batch, jax.random.key(0)), batch)
+    assert {"S/perplexity", "X/perplexity", "R/token_accuracy"} < set(metrics)
 
 
 @pytest.mark.parametrize("mean", ["caption", "token"])
@@ -137,7 +175,7 @@ def test_means(captioner, mean):
     np.testing.assert_allclose(metrics["token_accuracy"], hits.sum() / real.sum(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("corruption", ["causal", "prefix", dict(name="parallel", rate=0.5), "masked_spans"])
+@pytest.mark.parametrize("corruption", ["causal", "prefix", dict(name="parallel", rate=0.5), "masked_spans", MIXTURE])
 def test_accumulated_as_whole(captioner, corruption):
     """With micro-batches the gradients are those of the same features, and all are finite."""
     model, params, batch = captioner
@@ -157,6 +195,11 @@ def test_accumulated_as_whole(captioner, corruption):
         (dict(corruption="parallel"), dict(mask_token=False), "set config.model.decoder.mask_token=True"),
         (dict(corruption="magic"), {}, "corruption is `magic`; expected one of: causal, parallel"),
         (dict(mean="batch"), {}, "mean is `batch`"),
+        (
+            dict(corruption=dict(name="mixture", of=dict(S=("causal", 0)))),
+            {},
+            "expected name=.corruption, weight above 0",
+        ),
         (dict(corruption=dict(name="masked_spans", rate=0.9, mean_span=1.0)), {}, "needs spans longer"),
     ],
 )

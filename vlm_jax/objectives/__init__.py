@@ -8,11 +8,16 @@ from jax.sharding import Mesh
 from vlm_jax import config
 from vlm_jax.objectives import captioning, coca, contrastive
 from vlm_jax.objectives.accumulation import value_and_grad
-from vlm_jax.objectives.objective import Objective
+from vlm_jax.objectives.objective import Objective, model_inputs
 
-__all__ = ["Objective", "build", "value_and_grad"]
+__all__ = ["Objective", "build", "model_inputs", "value_and_grad"]
 
-OBJECTIVES = {"contrastive": contrastive.contrastive, "captioning": captioning.captioning, "coca": coca.coca}
+OBJECTIVES = {
+    "contrastive": contrastive.contrastive,
+    "captioning": captioning.captioning,
+    "denoising": captioning.captioning,  # with a text for a picture
+    "coca": coca.coca,
+}
 
 
 def build(section: Mapping[str, Any], model: Any, mesh: Mesh | None = None) -> Objective:

@@ -6,7 +6,7 @@ from typing import Any
 from vlm_jax.models.token_loss import token_loss
 from vlm_jax.objectives.captioning import caption_loss, of_captions
 from vlm_jax.objectives.contrastive import contrastive
-from vlm_jax.objectives.objective import Objective, check_batch
+from vlm_jax.objectives.objective import Objective, model_inputs
 
 
 def coca(
@@ -34,12 +34,12 @@ def coca(
     pairs = contrastive(model=model, mesh=mesh, **(contrastive_loss or {}))
 
     def encode(params, batch, rng):
-        check_batch(batch)
+        images, token_ids = model_inputs(batch)
         apply = lambda *args, **options: model.apply({"params": params}, *args, **options)
         train = dict(train=rng is not None, rngs=None if rng is None else {"dropout": rng})
-        embeddings = apply(batch["image"], batch["token_ids"], **train)
+        embeddings = apply(images, token_ids, **train)
         hidden = apply(embeddings.image_tokens, embeddings.text_tokens[:, :-1], **train, method="describe")
-        targets = batch["token_ids"][:, 1:]
+        targets = token_ids[:, 1:]
         losses = token_loss(lambda hidden: apply(hidden, method="logits"), hidden, targets, chunk=chunk)
         pair = {"image": embeddings.image, "text": embeddings.text}
         return {"pair": pair, "caption": of_captions(losses, targets != pad_id)}

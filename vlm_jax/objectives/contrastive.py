@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from vlm_jax import config
 from vlm_jax.errors import UserError
 from vlm_jax.kernels import contrastive as kernel
-from vlm_jax.objectives.objective import WHERE, Objective, check_batch
+from vlm_jax.objectives.objective import WHERE, Objective, model_inputs
 
 
 class Similarity(NamedTuple):
@@ -211,11 +211,8 @@ def contrastive(
     penalty = config.part(PENALTIES, penalty, f"{WHERE}.penalty")
 
     def encode(params, batch, rng):
-        check_batch(batch)
         rngs = None if rng is None else {"dropout": rng}
-        embeddings = model.apply(
-            {"params": params}, batch["image"], batch["token_ids"], train=rng is not None, rngs=rngs
-        )
+        embeddings = model.apply({"params": params}, *model_inputs(batch), train=rng is not None, rngs=rngs)
         return similarity.features(embeddings)
 
     def loss(params, features, batch):

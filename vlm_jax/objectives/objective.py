@@ -28,8 +28,10 @@ class Objective:
     init: Callable | None = None
 
 
-def check_batch(batch: Mapping[str, Any]) -> None:
-    """Raises a UserError where there are no pictures or no texts."""
-    for key in ("image", "token_ids"):
+def model_inputs(batch: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(pictures, texts) of a batch, or (texts to be answered, answers): what a model is called with."""
+    given = "image" if "image" in batch or "input_ids" not in batch else "input_ids"
+    for key in (given, "token_ids"):
         if key not in batch:
             raise UserError(f"{WHERE}: the batch lacks `{key}`, it has: {', '.join(batch)}; see config.data.ops")
+    return batch[given], batch["token_ids"]
