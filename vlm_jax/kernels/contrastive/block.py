@@ -46,7 +46,7 @@ class Spec(NamedTuple):
     positives: bool = False
     best: bool = False
     rows: int = 1024
-    columns: int = 1024
+    columns: int = 2048
     by: str = "blockwise"
 
 
