@@ -1,6 +1,6 @@
 """Converts checkpoints between projects, and says what a file is.
 
-    python -m vlm_jax.convert SRC DST --format=hf|open_clip|big_vision|native
+    python -m vlm_jax.convert SRC DST --format=hf|open_clip|big_vision|t5x|native
     python -m vlm_jax.convert --inspect SRC
 
 SRC is whatever `vlm_jax.load` takes; DST a folder to make, or an .npz for big_vision. Nothing is executed, one tensor
@@ -71,13 +71,13 @@ def inspect(source: str | os.PathLike, activation: str | None = None) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     count = sum(math.prod(leaf.shape) for leaf in released.shapes.values())
     unknown = "unknown: pass {0}= to load"
-    parts = {"image": "image tower", "text": "text tower", "decoder": "decoder"}
+    parts = {"image": "image tower", "text": "text tower", "encoder": "encoder", "decoder": "decoder"}
     facts = {
         "file": released.path,
         "format": released.format,
         "parameters": f"{count:,}",
         **{part: _spell(released.model[side]) for side, part in parts.items() if side in released.model},
-        "preprocess": released.preprocess or (unknown.format("preprocess") if released.model["image"] else "none"),
+        "preprocess": released.preprocess or (unknown.format("preprocess") if released.model.get("image") else "none"),
         "tokenizer": released.tokenizer
         or (unknown.format("tokenizer") if formats.of_texts(released.model) else "none"),
         "tokenize": released.tokenize or (unknown.format("tokenize") if formats.of_texts(released.model) else "none"),
@@ -128,7 +128,9 @@ _FORMAT = flags.DEFINE_enum("format", "native", list(save.WRITERS), "Layout to w
 _PREPROCESS = flags.DEFINE_string("preprocess", None, "Op string for pictures, where the files do not tell")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer spec, where the files hold none")
 _TOKENIZE = flags.DEFINE_string("tokenize", None, "Op string for texts, where the files do not tell")
-_ACTIVATION = flags.DEFINE_string("activation", None, "Of bare CLIP weights: quick_gelu or gelu")
+_ACTIVATION = flags.DEFINE_string(
+    "activation", None, "Of bare CLIP weights (quick_gelu, gelu) and T5X (gelu_tanh, silu)"
+)
 _IMAGE_SIZE = flags.DEFINE_list("image_size", [], "Height,width in pixels, where the files do not tell")
 
 if __name__ == "__main__":

@@ -44,10 +44,10 @@ def features(model: nn.Module, params: Any, images: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A two-tower model, one tower, a captioner, or a CoCa, which is both, ready for use.
+    """A two-tower model, one tower, a captioner, a CoCa, which is both, or one from texts to texts, ready for use.
 
     Attributes:
-      model: a `vlm_jax.models.TwoTower`, `Captioner` or `CoCa`.
+      model: a `vlm_jax.models.TwoTower`, `Captioner`, `CoCa`, `EncoderDecoder` or `PrefixLM`.
       params: its parameters.
       tokenizer: text <-> ids, see `vlm_jax.data.tokenizers`; None without texts.
       preprocess: op string from a record with "image" to the model's input, e.g. "decode | resize(32) | normalize";
@@ -71,6 +71,11 @@ class Pretrained:
     def is_captioner(self) -> bool:
         """Whether texts are scored by their likelihood, for want of embeddings."""
         return hasattr(self.model, "decoder") and not hasattr(self.model, "text")
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether it writes texts given texts."""
+        return hasattr(self.model, "decoder") and not hasattr(self.model, "image")
 
     def embed_images(self, images: Sequence) -> np.ndarray:
         """Pictures (PIL images, paths, encoded bytes, uint8 arrays [H, W, 3]) -> unit-norm float32 [n, D]."""
@@ -153,6 +158,21 @@ class Pretrained:
         """Describes pictures (as for `embed_images`); `method` and the options are those of `caption_batch`."""
         return self.caption_batch(self._pictures(images), method, **options)
 
+    def generate(
+        self, texts: Sequence[str], method: str = "greedy", *, max_length: int | None = None, **options
+    ) -> list[str]:
+        """Answers texts, as T5 does: `method` and the options are those of `caption_batch`.
+
+        Args:
+          texts: what the model reads, n of them.
+          method: "greedy", "sample" or "beam".
+          max_length: tokens of an answer at most; None is what the model was made for.
+          **options: prefix, beams, length_penalty, seed, and fields of `generate.Rules`.
+        """
+        if not self.reads_texts:
+            raise UserError("this model writes no texts about texts; an EncoderDecoder or a PrefixLM does")
+        return self.caption_batch(self._inputs(texts), method, length=max_length, **options)
+
     def caption_batch(
         self,
         images: Any,
@@ -165,10 +185,10 @@ class Pretrained:
         seed: int = 0,
         **rules,
     ) -> list[str]:
-        """Describes preprocessed images.
+        """Describes preprocessed images, or answers texts.
 
         Args:
-          images: [B, H, W, 3].
+          images: [B, H, W, 3], or token ids [B, L] of what is to be answered.
           method: "greedy", "sample" or "beam".
           prefix: what every caption begins with.
           length: tokens at most; None is what the model was made for.
@@ -179,7 +199,8 @@ class Pretrained:
         self._need("decoder")
         choose({"greedy": 0, "sample": 0, "beam": 0}, method, "method of `caption`")
         rules = call(generate.Rules, rules, "`caption`")
-        length = min(length or self.model.decoder.length, self.model.decoder.length)
+        most = self.model.decoder.length
+        length = length or most if self.model.decoder.posemb == "none" else min(length or most, most)
         ids = self.tokenizer
         end = ids.pad_id if ids.eos_id is None else ids.eos_id
         special = generate.Special(self.model.decoder.start_id, end, ids.pad_id)
@@ -201,19 +222,33 @@ class Pretrained:
 
         return [ids.decode(row) for row in self._run(write, images)]
 
-    def score(self, images: Sequence, captions: Sequence[str]) -> np.ndarray:
-        """log p(caption i | picture i), the sum over its tokens, float32 [n]."""
-        return self.score_batch(self._pictures(images), captions)[0]
+    def score(self, inputs: Sequence, texts: Sequence[str]) -> np.ndarray:
+        """log p(text i | input i), the sum over its tokens, float32 [n]; inputs are pictures or texts."""
+        self._need("decoder")
+        return self.score_batch(self._inputs(inputs), texts)[0]
 
     def score_batch(self, images: Any, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The same of preprocessed images [B, H, W, 3], and how many tokens were scored, the end included, int [B]."""
+        """The same of preprocessed images [B, H, W, 3] (or token ids [B, L]), and how many tokens were scored, the end
+        included, int [B]."""
         self._need("decoder")
         token_ids, count = self._target_ids(captions), len(jax.tree.leaves(images)[0])
         if count != len(token_ids):
-            raise UserError(f"score takes a caption for each picture; got {count} pictures, {len(token_ids)} captions")
+            what = ("text", "target") if self.reads_texts else ("picture", "caption")
+            seen = f"{count} {what[0]}s, {len(token_ids)} {what[1]}s"
+            raise UserError(f"score takes a {what[1]} for each {what[0]}; got {seen}")
+        return self.target_log_likelihood(images, token_ids), np.sum(token_ids != self.tokenizer.pad_id, axis=1)
+
+    def target_log_likelihood(self, inputs: Any, target_ids: np.ndarray) -> np.ndarray:
+        """log p(targets i | input i) of token ids int [B, L] and what they are predicted from, float32 [B]."""
         pad = self.tokenizer.pad_id
         run = lambda model, params, pairs: log_likelihood(model, params, *pairs, pad_id=pad)
-        return self._run(run, (images, token_ids)), np.sum(token_ids != pad, axis=1)
+        return self._run(run, (inputs, target_ids))
+
+    def _inputs(self, values: Sequence) -> Any:
+        """What the decoder's context is made of: pictures, preprocessed, or texts, int32 [n, L]."""
+        if not self.reads_texts:
+            return self._pictures(values)
+        return _cut(self._token_ids(values), self.tokenizer.pad_id)
 
     def _pictures(self, images: Sequence) -> Any:
         """Preprocessed, a tree of arrays [n, ...]."""
@@ -228,6 +263,8 @@ class Pretrained:
     def _target_ids(self, texts: Sequence[str]) -> np.ndarray:
         """int32 [n, L], what a decoder is to predict: without the start token."""
         token_ids = self._token_ids(texts)
+        if self.reads_texts:
+            return _cut(token_ids, self.tokenizer.pad_id)
         return token_ids[:, 1:] if (token_ids[:, 0] == self.model.decoder.start_id).all() else token_ids
 
     def _prepare(self, modality: str, string: str, records: list[dict], field: str) -> Any:
@@ -276,6 +313,12 @@ def _as_list(values) -> list:
     return (
         [values] if isinstance(values, (str, bytes)) or not isinstance(values, (Sequence, np.ndarray)) else list(values)
     )
+
+
+def _cut(token_ids: np.ndarray, pad_id: int) -> np.ndarray:
+    """int [n, L] without most of the padding that all rows have, in few lengths: padding costs as much as tokens."""
+    longest = int(np.max(np.nonzero(token_ids != pad_id)[1], initial=0)) + 1
+    return token_ids[:, : max(1 << (longest - 1).bit_length(), 8)]
 
 
 def _round_up(number: int, multiple: int) -> int:

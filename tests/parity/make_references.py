@@ -100,6 +100,13 @@ COCA = dict(embed_dim=12, vision_cfg=VISION | POOLER)
 COCA |= dict(text_cfg=COCA_WORDS | dict(embed_cls=True, output_tokens=True))
 COCA |= dict(multimodal_cfg={key: value for key, value in COCA_WORDS.items() if key != "mlp_ratio"})
 
+T5_SIZES = dict(vocab_size=32, d_model=16, d_kv=6, d_ff=24, num_layers=2, num_decoder_layers=2, num_heads=2)
+T5_SIZES |= dict(relative_attention_num_buckets=8, relative_attention_max_distance=12, decoder_start_token_id=2)
+T5 = {
+    "t5": dict(feed_forward_proj="relu"),
+    "t5_gated": dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+}
+
 # --- what they compute ----------------------------------------------------------------------------------------------
 
 
@@ -235,13 +242,46 @@ def of_coca():
     return stored | {f"output/{key}": value.detach().numpy() for key, value in found.items()}
 
 
+def of_t5(config):
+    """The npz of a T5: states, logits, the loss of a token, and what greedy decoding and a beam search write."""
+    model = T.T5ForConditionalGeneration(T.T5Config(**T5_SIZES, **config, dropout_rate=0.0))
+    with torch.no_grad():
+        model.shared.weight.mul_(0.2)  # else a tied model repeats its last token
+    if not model.config.scale_decoder_outputs:  # T5 v1.1, which Transformers 5 ties at init
+        model.lm_head.weight = torch.nn.Parameter(0.3 * torch.randn(32, 16))
+    model = randomised(model)
+    rng = np.random.default_rng(0)
+    arrays = {key: rng.integers(3, 32, (3, size)).astype(np.int32) for key, size in (("input", 14), ("target", 9))}
+    for ids, length in ((arrays["input"], 8), (arrays["target"], 4)):
+        ids[0, length:], ids[0, length - 1], ids[1:, -1] = 0, 1, 1
+    tensors = {key: torch.tensor(ids).long() for key, ids in arrays.items()}
+    seen = (tensors["input"] != 0).long()
+    given = dict(input_ids=tensors["input"], attention_mask=seen)
+    labels = tensors["target"].masked_fill(tensors["target"] == 0, -100)
+    shown = torch.nn.functional.pad(tensors["target"][:, :-1], (1, 0), value=2)
+    out = model(**given, decoder_input_ids=shown, labels=labels)
+    out.loss.backward()
+    found = dict(encoder=out.encoder_last_hidden_state * seen[..., None], logits=out.logits, loss=out.loss)
+    options = dict(max_length=9, do_sample=False, use_cache=False, length_penalty=0.0)
+    found["greedy"] = model.generate(**given, **options, num_beams=1)[:, 1:]
+    model.generation_config.eos_token_id = None  # theirs takes an ended text among the first 3 candidates, ours of 6
+    found["beams"] = model.generate(**given, **options, num_beams=3, num_return_sequences=3)[:, 1:].reshape(3, 3, -1)
+    stored = {f"input/{key}": value for key, value in arrays.items()}
+    stored["config.json"] = text_of(model.config.to_dict())
+    stored["model.safetensors"] = file_of(saved_tensors(model), torch.half)
+    stored["gradients.safetensors"] = file_of(gradients_of(model), torch.float)
+    return stored | {f"output/{key}": value.detach().numpy() for key, value in found.items()}
+
+
 def make(name):
     torch.manual_seed(0)
+    if name in T5:
+        return of_t5(T5[name])
     if name == "coca":
         return of_coca()
     return of_open_clip(name, OPEN_CLIP[name]) if name in OPEN_CLIP else of_transformers(name, TRANSFORMERS[name])
 
 
 if __name__ == "__main__":
-    for name in (*TRANSFORMERS, *OPEN_CLIP, "coca"):
+    for name in (*TRANSFORMERS, *OPEN_CLIP, *T5, "coca"):
         np.savez_compressed(GOLDEN / f"released_{name}.npz", **make(name))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.errors import UserError
-from vlm_jax.zoo import big_vision, efficientnet, key_map, open_clip, transformers_tables
+from vlm_jax.zoo import big_vision, efficientnet, key_map, open_clip, t5, transformers_tables
 from vlm_jax.zoo.key_map import Entry
 from vlm_jax.zoo.stored import Tensor
 
@@ -121,6 +121,8 @@ TABLES = {
     "big_vision_text": big_vision.TEXT,
     "big_vision_bert": big_vision.BERT,
     "efficientnet": efficientnet.ROWS,
+    "t5_encoder": (*t5.ENCODER, *t5.MLP),
+    "t5_decoder": (*t5.DECODER, *t5.GATED_MLP),
 }
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from vlm_jax import models
+from vlm_jax.models.generate import Special, beam_search, sample
 from vlm_jax.zoo import formats, key_map
 from vlm_jax.zoo.load import read_params
 from vlm_jax.zoo.tensors import open_tensors
@@ -84,6 +85,37 @@ def test_two_towers(name, tmp_path):
     assert ours.keys() <= expected.keys()
     for tensor, want in expected.items():
         close(ours.get(tensor, 0), want.read())  # that of a tensor without a parameter of ours is 0
+
+
+@pytest.mark.parametrize("name", ["t5", "t5_gated"])
+def test_t5(name, tmp_path):
+    """Tied logits and an MLP that is not gated (T5), and the other way round (T5 v1.1)."""
+    inputs, outputs = unpack(name, tmp_path)
+    released, model, params = read(tmp_path)
+    input_ids, targets = inputs["input"], inputs["target"]
+
+    def loss_fn(params):
+        context, seen = model.apply({"params": params}, input_ids, method="encode")
+        logits = model.apply({"params": params}, input_ids, targets)
+        log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+        loss = -jnp.sum(jnp.where(targets != 0, log_p, 0)) / jnp.sum(targets != 0)
+        return loss, (jnp.where(seen[..., None], context, 0), logits)
+
+    (loss, (context, logits)), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params)
+    close(loss, outputs["loss"])
+    close(context, outputs["encoder"])
+    close(logits, outputs["logits"])
+    expected, ours = open_tensors(tmp_path / "gradients.safetensors").tensors, by_their_names(released, grads)
+    assert ours.keys() == expected.keys()
+    for tensor, want in expected.items():
+        close(ours[tensor], want.read())
+    if name == "t5":
+        got = sample(model, params, input_ids, length=8, greedy=True, special=Special(2, 1, 0)).token_ids
+        np.testing.assert_array_equal(got, outputs["greedy"])
+    else:
+        endless = Special(start=2, end=-1, pad=0)
+        got = beam_search(model, params, input_ids, length=8, beams=3, length_penalty=0.0, special=endless).token_ids
+        np.testing.assert_array_equal(got, outputs["beams"])
 
 
 def by_their_names(released, tree):

@@ -28,7 +28,7 @@ def same(got, want):
         np.testing.assert_array_equal(got[name], want[name], err_msg=name)
 
 
-@pytest.mark.parametrize("format", list(save.WRITERS))
+@pytest.mark.parametrize("format", sorted(save.WRITERS.keys() - {"t5x"}))
 @pytest.mark.parametrize("name", ["siglip_loop", "siglip_scan"])
 def test_two_towers_through_every_format(name, format, tmp_path):
     source, middle, back = GOLDEN / f"{name}.npz", tmp_path / "middle.npz", tmp_path / "back.npz"

@@ -110,7 +110,7 @@ def test_siglip_folder(siglip):
     write(siglip, tokenizer_config__json={"tokenizer_class": "T5Tokenizer"})
     (siglip / "tokenizer.json").unlink()
     found = tokenizer_files.from_transformers(siglip, 12, "t5")
-    assert found == (f"sentencepiece:{siglip}/spiece.model", "tokenize(12, bos=False)")
+    assert found == (f"sentencepiece:{siglip}/spiece.model?extra_ids=100", "tokenize(12, bos=False)")
 
 
 def test_siglip2_folder(tmp_path):

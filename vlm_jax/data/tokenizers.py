@@ -4,7 +4,7 @@ A tokenizer is named by a spec, a string that can stand in a config:
 
     clip                            49,408 ids, lower-cased, pad 0 (Radford et al. 2021, arXiv:2103.00020)
     emoji                           trained on the English names and keywords of the embedded training split
-    sentencepiece:/path/spm.model   T5, SigLIP, Gemma, Llama
+    sentencepiece:/path/spm.model   SigLIP, Gemma, Llama; T5 with `?extra_ids=100`
     wordpiece:/path/vocab.txt       BERT, lower-cased but with `?cased=true`
     bpe:/path/vocab.json            CLIP's byte pairs as Transformers reads them, with merges.txt beside
     json:/path/tokenizer.json       any file of the `tokenizers` library, `train_tokenizer`'s own among them
@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import gzip
 import html
+import itertools
 import pathlib
 import re
 import unicodedata
@@ -190,17 +191,37 @@ def _clip() -> dict:
 # --- files of the user ----------------------------------------------------------------------------------------------
 
 
-def _sentencepiece(path: str) -> dict:
-    """T5: pad 0, eos 1. A model without a padding id (Llama) gets 0, its unknown symbol, which never occurs there."""
+def _sentencepiece(path: str, extra_ids: str = "0") -> dict:
+    """T5: pad 0, eos 1. A model without a padding id (Llama) gets 0, its unknown symbol, which never occurs there.
+
+    extra_ids: how many sentinels follow the pieces (T5: 100); the last id is <extra_id_0>, the one before <extra_id_1>.
+    """
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=path)
     except (RuntimeError, OSError) as e:
         raise UserError(f"{path} is not a SentencePiece model") from e
     known = lambda i: i if i >= 0 else None
+    pieces, extra = model.get_piece_size(), _integer(extra_ids, "extra_ids", f"sentencepiece:{path}")
+    sentinel = re.compile(f"<extra_id_({'|'.join(map(str, range(extra)))})>")
+
+    def encode(text):
+        first, *rest = sentinel.split(text)  # text, then a number and text for each sentinel
+        ids = model.encode(first)
+        for number, text in zip(rest[::2], rest[1::2], strict=True):
+            ids += [pieces + extra - 1 - int(number), *model.encode(text)]
+        return ids
+
+    def decode(ids):
+        texts = []
+        for is_piece, some in itertools.groupby(ids, lambda i: i < pieces):
+            some = list(some)
+            texts += [model.decode(some)] if is_piece else [f"<extra_id_{pieces + extra - 1 - i}>" for i in some]
+        return " ".join(texts)
+
     return {
-        "encode": model.encode,
-        "decode": model.decode,
-        "vocab_size": model.get_piece_size(),
+        "encode": encode if extra else model.encode,
+        "decode": decode if extra else model.decode,
+        "vocab_size": pieces + extra,
         "pad_id": max(model.pad_id(), 0),
         "bos_id": known(model.bos_id()),
         "eos_id": known(model.eos_id()),

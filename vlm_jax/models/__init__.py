@@ -4,8 +4,10 @@ from vlm_jax.models.build import build, count
 from vlm_jax.models.captioner import Captioner
 from vlm_jax.models.coca import CoCa
 from vlm_jax.models.decoder import Decoder
+from vlm_jax.models.encoder_decoder import EncoderDecoder
 from vlm_jax.models.pooling import Encoded
 from vlm_jax.models.positions import resample_posemb
+from vlm_jax.models.prefix_lm import PrefixLM
 from vlm_jax.models.text import TextTransformer
 from vlm_jax.models.transformer import Encoder
 from vlm_jax.models.two_tower import Embeddings, TwoTower
@@ -18,6 +20,8 @@ __all__ = [
     "Embeddings",
     "Encoded",
     "Encoder",
+    "EncoderDecoder",
+    "PrefixLM",
     "TextTransformer",
     "TwoTower",
     "ViT",

@@ -9,6 +9,8 @@ from vlm_jax.models import efficientnet, variants
 from vlm_jax.models.captioner import Captioner
 from vlm_jax.models.coca import CoCa, MultimodalDecoder, QueryPool, UnimodalDecoder
 from vlm_jax.models.decoder import Decoder
+from vlm_jax.models.encoder_decoder import T5, T5_DECODER, EncoderDecoder, TokenEncoder
+from vlm_jax.models.prefix_lm import PrefixLM
 from vlm_jax.models.text import TextTransformer
 from vlm_jax.models.two_tower import TwoTower
 from vlm_jax.models.vit import ViT
@@ -48,6 +50,25 @@ def captioner(image, decoder, dtype="float32"):
     )
 
 
+def encoder_decoder(encoder, decoder, pad_id=0, dtype="float32"):
+    """An `EncoderDecoder`; `encoder` and `decoder` are sections for `tower`, which lack no more than a T5's sizes."""
+    model = EncoderDecoder(
+        encoder=tower("token_encoder", {**T5, **encoder}, "config.model.encoder", dtype),
+        decoder=tower("token_decoder", {**T5_DECODER, **decoder}, "config.model.decoder", dtype),
+        pad_id=pad_id,
+    )
+    if model.encoder.width != model.decoder.width:
+        widths = f"{model.encoder.width} and {model.decoder.width}"
+        raise UserError(f"config.model: encoder and decoder share the token table; their widths are {widths}")
+    return model
+
+
+def prefix_lm(decoder, pad_id=0, dtype="float32"):
+    """A `PrefixLM`; `decoder` is a section for `tower`, which lacks no more than a T5's sizes."""
+    section = {**T5_DECODER, "cross": None, "relative_two_way": True, **decoder}
+    return PrefixLM(decoder=tower("token_decoder", section, "config.model.decoder", dtype), pad_id=pad_id)
+
+
 def coca(image, pool, text, decoder, out_dim, scale_init=1 / 0.07, dtype="float32"):
     """A `CoCa`; `image`, `text` and `decoder` are sections for `tower`, `pool` fields of `QueryPool`."""
     return CoCa(
@@ -80,12 +101,20 @@ def count(params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-MODELS = {"two_tower": two_tower, "captioner": captioner, "coca": coca}
+MODELS = {
+    "two_tower": two_tower,
+    "captioner": captioner,
+    "coca": coca,
+    "encoder_decoder": encoder_decoder,
+    "prefix_lm": prefix_lm,
+}
 TOWERS = {  # the module, and what its variants' names mean
     "vit": (ViT, variants.lookup),
     "text": (TextTransformer, variants.lookup),
     "decoder": (Decoder, variants.lookup),
     "unimodal": (UnimodalDecoder, variants.lookup),
     "multimodal": (MultimodalDecoder, variants.lookup),
+    "token_encoder": (TokenEncoder, variants.t5),
+    "token_decoder": (Decoder, variants.t5),
     "efficientnet": (efficientnet.EfficientNetLite, efficientnet.lookup),
 }

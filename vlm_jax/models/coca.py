@@ -56,11 +56,7 @@ class UnimodalDecoder(Decoder, kw_only=True):
     @nn.compact
     def __call__(self, token_ids, *, caches=None, position=None, train=False):
         """Token ids [B, L] -> (`Decoded` before the final norm, the cls token's [B, D] after it; None with caches)."""
-        embed = nn.Embed(
-            self.vocab_size, self.width, embedding_init=nn.initializers.normal(self.embed_std), dtype=self.dtype,
-            name="token_embed",
-        )  # fmt: skip
-        x, table = embed(token_ids), positions.learned(self, self.length + 1, self.width).astype(self.dtype)
+        x, table = self.embed(token_ids), positions.learned(self, self.length + 1, self.width).astype(self.dtype)
         cls = self.param("cls", nn.initializers.normal(0.01), (1, 1, self.width)).astype(self.dtype)
         norm = self.new_norm("norm")
         if caches is not None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from vlm_jax.errors import UserError
 from vlm_jax.models import positions
-from vlm_jax.models.transformer import Around, Encoder
+from vlm_jax.models.transformer import Around, Encoder, over_heads, room
 
 
 class Decoded(NamedTuple):
@@ -28,13 +28,15 @@ class Decoder(Encoder, kw_only=True):
 
     Attributes:
       vocab_size: V, of what it predicts.
-      length: of the position table: the longest text.
+      length: of the position table: the longest text. Without a table it limits nothing.
       start_id: what stands before the first token in the input.
       mask_token: whether the input has one more id than the output, V, which stands for "not shown" (CapPa).
       cross: where blocks have cross-attention: "inside", "after" (see `transformer.Block`) or None.
       posemb: "learned" or "none".
       embed_std: standard deviation of the token embeddings at init.
       logits_bias: whether the logits have a bias.
+      tied_scale: where logits are made with the token table, the factor on hidden states (T5: width ** -0.5); None:
+        with a matrix of their own.
       Others: see `Encoder`; there is no pool.
     """
 
@@ -46,7 +48,17 @@ class Decoder(Encoder, kw_only=True):
     posemb: str = "learned"
     embed_std: float = 1.0
     logits_bias: bool = True
+    tied_scale: float | None = None
     pool: str = "none"
+    relative_two_way: bool = False
+
+    def setup(self):
+        self.token_embed = nn.Embed(
+            self.vocab_size + self.mask_token,
+            self.width,
+            embedding_init=nn.initializers.normal(self.embed_std),
+            dtype=self.dtype,
+        )
 
     @property
     def mask_id(self):
@@ -55,6 +67,21 @@ class Decoder(Encoder, kw_only=True):
             raise UserError("this decoder has no mask token; set config.model.decoder.mask_token=True")
         return self.vocab_size
 
+    def embed(self, token_ids):
+        """Integers [B, L] -> [B, L, D], without positions."""
+        limit = self.length if self.posemb == "learned" else token_ids.shape[-1]
+        if token_ids.ndim != 2 or token_ids.shape[1] > limit or not jnp.issubdtype(token_ids.dtype, jnp.integer):
+            raise UserError(
+                f"token_ids should be integers [B, L] with L <= {self.length}, the decoder's `length`; got "
+                f"{token_ids.dtype} {list(token_ids.shape)}: tokenize({self.length}) in the data ops, or change length"
+            )
+        return self.token_embed(token_ids)
+
+    def tied_logits(self, hidden):
+        """hidden [..., D] -> logits fp32 [..., V], made with the token table."""
+        table = self.token_embed.embedding[: self.vocab_size].astype(hidden.dtype)
+        return jnp.matmul(hidden * self.tied_scale, table.T, preferred_element_type=jnp.float32)
+
     @nn.compact
     def __call__(
         self,
@@ -62,6 +89,7 @@ class Decoder(Encoder, kw_only=True):
         context=None,
         *,
         context_mask=None,
+        mask=None,
         bidirectional=None,
         caches=None,
         position=None,
@@ -72,8 +100,10 @@ class Decoder(Encoder, kw_only=True):
         Args:
           token_ids: inputs, integers [B, L]: the targets shifted right, or whatever stands in for them.
           context: [B, Lc, Dc], or None without cross-attention, and after the first step with caches.
-          context_mask: bool [B, Lc], False where context is padding, or None.
-          bidirectional: bool [B, L], inputs that all positions see; others are seen from their own position on. None:
+          context_mask: bool [B, Lc], False where context is padding, or [B, L, Lc], which token sees which, or None.
+          mask: bool [B, Lk], False where an input is padding, or [B, L, Lk], which token may see which, or None. Lk is
+            L or, with caches, their room.
+          bidirectional: bool [B, Lk], inputs that all positions see; others are seen from their own position on. None:
             no such input.
           caches: what `new_caches` or the last step returned: the L tokens stand at `position` of a longer text, and
             attend to what came before.
@@ -83,19 +113,7 @@ class Decoder(Encoder, kw_only=True):
         Returns:
           `Decoded`.
         """
-        if token_ids.ndim != 2 or token_ids.shape[1] > self.length or not jnp.issubdtype(token_ids.dtype, jnp.integer):
-            raise UserError(
-                f"token_ids should be integers [B, L] with L <= {self.length}, the decoder's `length`; got "
-                f"{token_ids.dtype} {list(token_ids.shape)}: tokenize({self.length}) in the data ops, or change length"
-            )
-        embed = nn.Embed(
-            self.vocab_size + self.mask_token,
-            self.width,
-            embedding_init=nn.initializers.normal(self.embed_std),
-            dtype=self.dtype,
-            name="token_embed",
-        )
-        x = embed(token_ids)
+        x = self.embed(token_ids)
         if self.posemb == "learned":
             table = positions.learned(self, self.length, self.width)
             x = x + jax.lax.dynamic_slice_in_dim(table, 0 if position is None else position, x.shape[1], axis=1).astype(
@@ -103,20 +121,22 @@ class Decoder(Encoder, kw_only=True):
             )
         elif self.posemb != "none":
             raise UserError(f"posemb of a decoder is `{self.posemb}`; expected one of: learned, none")
-        return self.run(x, context, context_mask, bidirectional, caches, position, train)
+        return self.run(x, context, context_mask, bidirectional, caches, position, train, mask=mask)
 
-    def run(self, x, context, context_mask, bidirectional, caches, position, train, norm=True):
+    def run(self, x, context, context_mask, bidirectional, caches, position, train, norm=True, mask=None):
         """The blocks on tokens [B, L, D]; called from a compact method. Others as in `__call__` and `stack`."""
         first = 0 if position is None else position
-        mask = None
+        seen = None
         if caches is not None or bidirectional is not None:
-            room = x.shape[1] if caches is None else jax.tree.leaves(caches)[0].shape[-3]
-            mask = (jnp.arange(room) <= first + jnp.arange(x.shape[1])[:, None])[None, None]
+            keys = jnp.arange(x.shape[1] if caches is None else room(caches))
+            seen = (keys <= first + jnp.arange(x.shape[1])[:, None])[None, None]
             if bidirectional is not None:
-                mask = mask | bidirectional[:, None, None, :]
-        context_mask = None if context_mask is None else context_mask[:, None, None, :]
-        around = Around(mask, context, context_mask, None if caches is None else first)
-        options = dict(caches=caches, causal=mask is None, cross=self.cross, train=train, norm=norm)
+                seen = seen | over_heads(bidirectional)
+        causal, mask = seen is None, over_heads(mask)
+        if mask is not None:
+            seen = mask if causal else mask & seen
+        around = Around(seen, context, over_heads(context_mask), None if caches is None else first)
+        options = dict(caches=caches, causal=causal, cross=self.cross, train=train, norm=norm)
         return Decoded(*self.stack(x, around, **options))
 
 
@@ -133,6 +153,50 @@ class Logits(nn.Module):
         return logits + self.param("bias", nn.initializers.zeros, (self.vocab_size,)) if self.bias else logits
 
 
-def shift_right(token_ids, start_id=0):
-    """[B, L] -> [B, L]: what a decoder sees while it predicts these: the start token, and all but the last of them."""
-    return jnp.pad(token_ids[:, :-1], ((0, 0), (1, 0)), constant_values=start_id)
+class Conditional(nn.Module):
+    """p(text | input): a decoder, its logits, and what makes a context of inputs: `encode`, which a model of this kind
+    has. What generates and scores texts (`generate`, the captioning objective) needs no more than this.
+
+    Attributes:
+      decoder: `Decoder`.
+    """
+
+    decoder: nn.Module
+
+    def setup(self):
+        self.head = Logits(self.decoder.vocab_size, self.decoder.logits_bias)
+
+    def __call__(self, inputs, target_ids, *, train=False):
+        """Logits fp32 [B, L, V] of target_ids [B, L], each given the input and the targets before it."""
+        return self.logits(self.hidden(inputs, shift_right(target_ids, self.decoder.start_id), train=train))
+
+    def hidden(self, inputs, input_ids, *, bidirectional=None, train=False):
+        """What the logits are made of [B, L, D], for the decoder's inputs [B, L] as they are; see `Decoder`."""
+        context, context_mask = self.encode(inputs, train=train)
+        options = dict(context_mask=context_mask, bidirectional=bidirectional, train=train)
+        return self.decode(input_ids, context, **options).hidden
+
+    def decode(self, token_ids, context=None, **options):
+        """`Decoded` of token ids [B, L]: one or more steps; see `Decoder`."""
+        return self.decoder(token_ids, context, **options)
+
+    @nn.nowrap
+    def new_caches(self, batch, length):
+        """Empty caches for `decode`."""
+        return self.decoder.new_caches(batch, length)
+
+    def logits(self, hidden):
+        """fp32 [..., V]."""
+        return self.head(hidden) if self.decoder.tied_scale is None else self.decoder.tied_logits(hidden)
+
+
+def shift_right(token_ids, start_id=0, segment_ids=None):
+    """[B, L] -> [B, L]: what a decoder sees while it predicts these: the start token, and all but the last of them.
+
+    With segment_ids, integers [B, L], every segment of a row begins with the start token.
+    """
+    shifted = jnp.pad(token_ids[:, :-1], ((0, 0), (1, 0)), constant_values=start_id)
+    if segment_ids is None:
+        return shifted
+    begins = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.where(jnp.pad(begins, ((0, 0), (1, 0)), constant_values=True), start_id, shifted)

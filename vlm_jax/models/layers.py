@@ -89,6 +89,7 @@ class Attention(nn.Module):
       causal: whether position i sees positions 0..i only.
       implementation: see `kernels.attention`.
       dtype: of the matmuls.
+      scale: factor on q k^T; None is head_dim ** -0.5. Queries begin smaller by what it is larger (T5: 1.0).
     """
 
     heads: int
@@ -97,15 +98,17 @@ class Attention(nn.Module):
     causal: bool = False
     implementation: str | None = None
     dtype: str = "float32"
+    scale: float | None = None
 
     @nn.compact
-    def __call__(self, x, kv=None, mask=None, *, cache=None, position=None):
+    def __call__(self, x, kv=None, mask=None, *, logits_bias=None, cache=None, position=None):
         """Attends from x to kv (x itself when None).
 
         Args:
           x: [B, Lq, D].
           kv: [B, Lk, Dk] or None.
           mask: bool, True = visible, broadcasting to [B, heads, Lq, Lk], or None.
+          logits_bias: added to the scaled logits, broadcasting likewise, or None.
           cache: `KeyValues` or None: attends to these instead of kv; if there is a position, after writing those of x
             there.
           position: integer scalar, where in the cache x stands.
@@ -117,18 +120,23 @@ class Attention(nn.Module):
         if self.head_dim is None and width % self.heads:
             raise UserError(f"width {width} does not divide into {self.heads} heads; set head_dim or change heads")
         head_dim = self.head_dim or width // self.heads
-        dense = functools.partial(
-            Dense, use_bias=self.bias, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform()
-        )
+        init = nn.initializers.xavier_uniform()
+        dense = functools.partial(Dense, use_bias=self.bias, dtype=self.dtype)
         kv = x if kv is None else kv
-        project = lambda name, t: dense(self.heads * head_dim, name=name)(t).reshape(*t.shape[:2], self.heads, head_dim)
-        q = project("query", x)
+
+        def project(name, t, init=init):
+            heads = dense(self.heads * head_dim, kernel_init=init, name=name)(t)
+            return heads.reshape(*t.shape[:2], self.heads, head_dim)
+
+        smaller = 1.0 if self.scale is None else head_dim**-0.5 / self.scale
+        q = project("query", x, init if smaller == 1 else lambda *args: smaller * init(*args))
         if cache is None or position is not None:
             new = KeyValues(project("key", kv), project("value", kv))
             write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), position, axis=1)
             cache = new if cache is None else KeyValues(*map(write, cache, new))
-        out = attention(q, *cache, mask=mask, causal=self.causal, implementation=self.implementation)
-        return dense(width, name="out")(out.reshape(*x.shape[:2], -1)), cache
+        options = dict(mask=mask, bias=logits_bias, causal=self.causal, scale=self.scale)
+        out = attention(q, *cache, implementation=self.implementation, **options)
+        return dense(width, kernel_init=init, name="out")(out.reshape(*x.shape[:2], -1)), cache
 
 
 class Mlp(nn.Module):

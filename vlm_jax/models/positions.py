@@ -1,6 +1,7 @@
-"""Absolute positions: learned, 2-D sine-cosine, and the resampling of a learned table to another grid."""
+"""Positions: learned, 2-D sine-cosine, the resampling of a learned table to another grid, relative ones."""
 
 import functools
+import math
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -32,6 +33,53 @@ def sincos2d(height, width, dim, temperature=10_000.0):
 def learned(module, length, width):
     """The parameter `pos_embed` [1, length, width] of a linen module, N(0, 1 / width) at init."""
     return module.param("pos_embed", nn.initializers.normal(width**-0.5), (1, length, width))
+
+
+def relative_bucket(ahead, buckets, distance, two_way):
+    """The row of a table of relative positions (Raffel et al. 2020, arXiv:1910.10683, section 2.1; Mesh TensorFlow).
+
+    Half of the rows are for exact distances, the others for ranges that grow by a constant factor up to `distance`.
+
+    Args:
+      ahead: integers, the key's position minus the query's.
+      buckets: rows of the table.
+      distance: from which on all share the last row.
+      two_way: keys ahead have the upper half of the rows; without, they share the row of distance 0.
+
+    Returns:
+      integers of the same shape, 0 <= row < buckets.
+    """
+    first = 0
+    if two_way:
+        buckets //= 2
+        first = jnp.where(ahead > 0, buckets, 0)
+    away = jnp.abs(ahead) if two_way else jnp.maximum(-ahead, 0)
+    exact = buckets // 2
+    ranges = buckets - exact
+    ends = [exact * (distance / exact) ** (k / ranges) for k in range(1, ranges)]
+    ends = jnp.asarray([math.ceil(end - 1e-6) for end in ends], jnp.int32)  # whole numbers: no platform's logarithm
+    return first + jnp.where(away < exact, away, exact + jnp.searchsorted(ends, away, "right", method="compare_all"))
+
+
+class RelativeBias(nn.Module):
+    """What attention adds to its logits for the distance of a key from a query: a table [buckets, heads].
+
+    Attributes:
+      heads: attention heads.
+      buckets, distance, two_way: see `relative_bucket`.
+    """
+
+    heads: int
+    buckets: int = 32
+    distance: int = 128
+    two_way: bool = True
+
+    @nn.compact
+    def __call__(self, ahead):
+        """Positions of keys minus those of queries, integers [Lq, Lk] -> fp32 [heads, Lq, Lk]."""
+        init = nn.initializers.normal(0.1)
+        table = self.param("table", init, (self.buckets, self.heads))
+        return jnp.moveaxis(table[relative_bucket(ahead, self.buckets, self.distance, self.two_way)], -1, 0)
 
 
 def resample_posemb(table, old_grid, new_grid, method="linear"):

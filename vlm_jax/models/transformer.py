@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from vlm_jax.config import choose
 from vlm_jax.errors import UserError
+from vlm_jax.models import positions
 from vlm_jax.models.layers import Attention, KeyValues, Mlp, Norm
 from vlm_jax.models.pooling import Encoded, MapPool, pool
 
@@ -44,12 +45,26 @@ class Around(NamedTuple):
       context: [B, Lc, Dc], what cross-attention reads; None without, and once it is in the caches.
       context_mask: bool [B, 1, 1, Lc], False where context is padding, or None.
       position: integer scalar, where in the caches the tokens stand; None without caches.
+      bias: [1, heads, L, Lk], added to the logits of self-attention, or None; `Encoder.stack` makes it.
     """
 
     mask: Any = None
     context: Any = None
     context_mask: Any = None
     position: Any = None
+    bias: Any = None
+
+
+def over_heads(mask):
+    """bool [B, Lk] or [B, L, Lk] -> [B, 1, 1 | L, Lk], as attention takes it; None stays None."""
+    if mask is None:
+        return None
+    return mask[:, None, None] if mask.ndim == 2 else mask[:, None]
+
+
+def room(caches):
+    """For how many tokens caches, one or several, have room."""
+    return jax.tree.leaves(caches)[0].shape[-3]
 
 
 class Block(nn.Module):
@@ -72,6 +87,7 @@ class Block(nn.Module):
     norm_bias: bool
     post_norm: bool
     attn_bias: bool
+    attn_scale: float | None
     mlp_bias: bool
     causal: bool
     cross: str | None
@@ -85,7 +101,7 @@ class Block(nn.Module):
     def __call__(self, x, around, drop_path, cache):
         """[B, L, D], `Around`, this layer's rate of drop path, `Cache` or None -> [B, L, D], `Cache` or None."""
         norm = functools.partial(Norm, self.norm, self.norm_eps, self.norm_bias, self.dtype)
-        attention = functools.partial(Attention, self.heads, self.head_dim, self.attn_bias)
+        attention = functools.partial(Attention, self.heads, self.head_dim, self.attn_bias, scale=self.attn_scale)
         attn = attention(self.causal, self.implementation, self.dtype, name="attn")
         mlp = functools.partial(
             Mlp, self.mlp_dim, self.activation, self.gated, self.mlp_bias, self.dropout, self.train, self.dtype
@@ -98,7 +114,9 @@ class Block(nn.Module):
             x = x + self._branch(name, y, drop_path)
             return norm(x) if self.post_norm else x, other
 
-        self_attn = lambda x: attn(x, mask=around.mask, cache=own, position=around.position)
+        self_attn = lambda x: attn(
+            x, mask=around.mask, logits_bias=around.bias, cache=own, position=around.position
+        )  # fmt: skip
 
         def cross_attn(x):
             context = around.context
@@ -144,6 +162,7 @@ class Encoder(nn.Module, kw_only=True):
       norm_bias: whether the norms inside blocks have a bias (the final norm always has).
       post_norm: whether norms follow the branches (BERT); there is no final norm then.
       attn_bias: whether attention projections have biases.
+      attn_scale: factor on attention's q k^T; None is head_dim ** -0.5 (T5: 1.0).
       mlp_bias: whether MLP matrices have biases.
       layer_scale: initial value of a learned scale on each branch; None for none.
       dropout: rate after the positions, the MLP activation and each branch.
@@ -155,6 +174,9 @@ class Encoder(nn.Module, kw_only=True):
       rep_dim: width of tanh(dense(pooled)) before the head (ViTs pretrained on ImageNet-21k); None for none.
       out_dim: width of the projection head; None for none.
       head_bias: whether the head has a bias.
+      relative_buckets: rows of the table of relative positions that all blocks share (T5); 0 for none.
+      relative_distance: from which on all distances share a row of it.
+      relative_two_way: whether what is ahead has rows of its own.
       dtype: compute dtype.
     """
 
@@ -170,6 +192,7 @@ class Encoder(nn.Module, kw_only=True):
     norm_bias: bool = True
     post_norm: bool = False
     attn_bias: bool = True
+    attn_scale: float | None = None
     mlp_bias: bool = True
     layer_scale: float | None = None
     dropout: float = 0.0
@@ -181,6 +204,9 @@ class Encoder(nn.Module, kw_only=True):
     rep_dim: int | None = None
     out_dim: int | None = None
     head_bias: bool = True
+    relative_buckets: int = 0
+    relative_distance: int = 128
+    relative_two_way: bool = True
     dtype: str = "float32"
 
     def new_norm(self, name):
@@ -192,15 +218,14 @@ class Encoder(nn.Module, kw_only=True):
 
         Args:
           x: tokens with positions [B, L, D].
-          mask: bool [B, L], False where a token is padding, or None.
+          mask: bool [B, L], False where a token is padding, or [B, L, L], which token sees which, or None.
           causal: whether token i sees tokens 0..i only.
           train: whether dropout and drop path are active (they draw from the rng `dropout`).
 
         Returns:
           [B, L, D].
         """
-        around = Around(None if mask is None else mask[:, None, None, :])
-        return self.stack(x, around, causal=causal, train=train)[0]
+        return self.stack(x, Around(over_heads(mask)), causal=causal, train=train)[0]
 
     def stack(self, x, around, *, caches=None, causal=False, cross=None, train=False, norm=True):
         """As `encode`, with all that a decoder needs.
@@ -217,6 +242,12 @@ class Encoder(nn.Module, kw_only=True):
         """
         policy = choose(REMAT, self.remat, "remat")
         x = nn.Dropout(self.dropout)(x.astype(self.dtype), deterministic=not train)
+        if self.relative_buckets:
+            sizes = (self.relative_buckets, self.relative_distance, self.relative_two_way)
+            keys = jnp.arange(x.shape[1] if caches is None else room(caches))
+            queries = jnp.arange(x.shape[1]) + (0 if around.position is None else around.position)
+            bias = positions.RelativeBias(self.heads, *sizes, name="relative")(keys - queries[:, None])
+            around = around._replace(bias=bias[None])
         block = Block
         if self.remat != "none":
             block = nn.remat(block, prevent_cse=not self.scan, policy=policy)
@@ -232,6 +263,7 @@ class Encoder(nn.Module, kw_only=True):
             norm_bias=self.norm_bias,
             post_norm=self.post_norm,
             attn_bias=self.attn_bias,
+            attn_scale=self.attn_scale,
             mlp_bias=self.mlp_bias,
             causal=causal,
             cross=cross,

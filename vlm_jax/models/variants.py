@@ -1,4 +1,8 @@
-"""Sizes that have names (Dosovitskiy et al. 2020, table 1; Zhai et al. 2021, table 2; Alabdulmohsin et al. 2023)."""
+"""Sizes that have names.
+
+Dosovitskiy et al. 2020, table 1; Zhai et al. 2021, table 2; Alabdulmohsin et al. 2023; T5 v1.1 (Xue et al. 2021, mT5,
+section 3.2, has the same); UL2 (Tay et al. 2022, section 5.1).
+"""
 
 from vlm_jax.config import choose
 from vlm_jax.errors import UserError
@@ -18,6 +22,21 @@ VARIANTS = {  # width, depth, mlp_dim, heads
     "G-opt": (1536, 48, 8192, 16),
     "e": (1792, 56, 15360, 16),
 }
+
+T5 = {  # width, depth of the encoder and of the decoder, mlp_dim, heads, head_dim, activation
+    "small": (512, 8, 1024, 6, 64, "gelu_tanh"),
+    "base": (768, 12, 2048, 12, 64, "gelu_tanh"),
+    "large": (1024, 24, 2816, 16, 64, "gelu_tanh"),
+    "xl": (2048, 24, 5120, 32, 64, "gelu_tanh"),
+    "xxl": (4096, 24, 10240, 64, 64, "gelu_tanh"),
+    "20b": (4096, 32, 16384, 16, 256, "silu"),
+}
+
+
+def t5(variant):
+    """The sizes of T5 v1.1 "base" or UL2 "20b": dict(width, depth, mlp_dim, heads, head_dim, activation)."""
+    sizes = choose(T5, variant, "variant")
+    return dict(zip(("width", "depth", "mlp_dim", "heads", "head_dim", "activation"), sizes, strict=True))
 
 
 def lookup(variant):

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from vlm_jax import models
 from vlm_jax.errors import UserError
 from vlm_jax.parameter_table import named_leaves
-from vlm_jax.zoo import big_vision, efficientnet, key_map, open_clip, preprocessing, tokenizer_files, transformers
+from vlm_jax.zoo import big_vision, efficientnet, key_map, open_clip, preprocessing, t5x, tokenizer_files, transformers
 from vlm_jax.zoo.json_files import read_json
 from vlm_jax.zoo.tensors import Tensor, TensorFile, open_tensors
 
 PARAMS = "params.safetensors"
-SIDES = ("image", "text", "decoder")  # parts of a model section
+SIDES = ("image", "text", "encoder", "decoder")  # parts of a model section
 TRANSFORMERS = (
     "model.safetensors.index.json",
     "model.safetensors",
@@ -79,7 +79,7 @@ class Released:
         Raises:
           UserError: it does, or its position table is for another number of patches.
         """
-        image = self.model["image"]
+        image = self.model.get("image")
         own = image and image.get("image_size")
         if own or not image:
             raise UserError(f"{self.path} has {f'the image_size {own}' if image else 'no image tower'}")
@@ -107,7 +107,9 @@ def param_shapes(section: Mapping[str, Any], positions: int | None = None) -> di
     """
     model = models.build(section)
     image = text = None
-    if model.image is not None:
+    if not hasattr(model, "image"):  # it reads texts
+        image = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    elif model.image is not None:
         patch, size = getattr(model.image, "patch", 32), getattr(model.image, "image_size", None)
         if size is None:  # a strip of as many patches as there are positions
             covers_cls = getattr(model.image, "cls_position", False)
@@ -124,15 +126,15 @@ def understand(path: str | Path, activation: str | None = None) -> Released:
     """Recognises a folder or a file by its content; reads headers and no tensor.
 
     Args:
-      path: a folder of ours, of Transformers or of open_clip; a file of tensors.
-      activation: of bare CLIP weights, see `open_clip.describe`.
+      path: a folder of ours, of Transformers, of open_clip or of T5X; a file of tensors.
+      activation: of bare CLIP weights and T5X, see `open_clip.describe` and `t5x.describe`.
 
     Raises:
       UserError: it is none that is known, or its parts do not fit.
     """
     path = Path(path)
     try:
-        return _file(path, activation) if not path.is_dir() else _folder(path)
+        return (_folder if path.is_dir() else _file)(path, activation)
     except UserError:
         raise
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
@@ -140,7 +142,7 @@ def understand(path: str | Path, activation: str | None = None) -> Released:
         raise UserError(f"{path} {what}; it is incomplete or damaged: download it again") from error
 
 
-def _folder(path: Path) -> Released:
+def _folder(path: Path, activation: str | None) -> Released:
     if (path / "checkpoints").is_dir():
         return _workdir(path)
     settings = read_json(path / "config.json")
@@ -151,6 +153,8 @@ def _folder(path: Path) -> Released:
         return _open_clip(path, read_json(path / "open_clip_config.json"))
     if (path / PARAMS).exists():
         return _native(path, settings)
+    if t5x.recognise(path):
+        return _t5x(path, activation)
     if "model_type" in settings:
         raise UserError(f"{path} has a config.json but none of its weights: {', '.join(TRANSFORMERS)}")
     raise UserError(
@@ -198,11 +202,11 @@ def _transformers(folder: Path, settings: dict, file: TensorFile) -> Released:
     pooling = _sentence_pooling(folder)
     section, entries, ignored = transformers.describe(settings, shapes, pooling)
     fields, hints = {}, {}
-    if section["image"]:
+    if section.get("image"):
         fields["preprocess"], hints["preprocess"] = _or_none(preprocessing.from_transformers, folder)
-    if section["text"]:
-        longest = read_json(folder / "sentence_bert_config.json").get("max_seq_length") or section["text"]["length"]
-        length, kind = min(longest, section["text"]["length"]), settings["model_type"]
+    if text := of_texts(section):
+        longest = read_json(folder / "sentence_bert_config.json").get("max_seq_length") or text["length"]
+        length, kind = min(longest, text["length"]), settings["model_type"]
         found, hints["tokenizer"] = _or_none(tokenizer_files.from_transformers, folder, length, kind)
         fields["tokenizer"], fields["tokenize"] = found or (None, None)
     return Released(
@@ -254,6 +258,12 @@ def _open_clip(folder: Path, settings: dict) -> Released:
         "open_clip", file.path, file.tensors, _scanned(section), entries, ignored, **fields, hints=hints,
         licence=_licence(folder),
     )  # fmt: skip
+
+
+def _t5x(folder: Path, activation: str | None) -> Released:
+    tensors = t5x.open_arrays(folder)
+    section, entries = t5x.describe(tensors, activation)
+    return Released("T5X", folder, tensors, _scanned(section), entries, tokenize=t5x.TOKENIZE, hints=t5x.HINTS)
 
 
 def _native(folder: Path, settings: dict) -> Released:

@@ -40,13 +40,13 @@ def load(
     """Loads a model, without torch and without running anything that the file holds.
 
     Args:
-      spec: "hf:org/name" (or "hf:org/name@revision"), a folder of Transformers, open_clip or ours, a file (safetensors,
-        npz, .pt, .pth), or a workdir of `vlm_jax.train`.
+      spec: "hf:org/name" (or "hf:org/name@revision"), a folder of Transformers, open_clip, T5X or ours, a file
+        (safetensors, npz, .pt, .pth), or a workdir of `vlm_jax.train`.
       preprocess: how pictures are prepared, where the files do not tell: an op string, or a key of
         `zoo.preprocessing.FAMILIES` ("openai", "siglip", ...).
       tokenizer: a tokenizer spec (see `vlm_jax.data.tokenizers`), where the files do not hold one.
       tokenize: how texts are made tokens, an op string such as "lower | tokenize(64, bos=False)".
-      activation: of bare CLIP weights, "quick_gelu" or "gelu".
+      activation: of bare CLIP weights, "quick_gelu" or "gelu"; of T5X, "gelu_tanh" or "silu".
       image_size: (height, width) or one int in pixels: another size than the checkpoint's. Needs `resample`, and
         resizes in `preprocess` follow it where that is known by family only.
       resample: how learned positions get to another size: "linear" (big_vision), "bicubic" (open_clip) or
@@ -129,7 +129,7 @@ def _sharded(read: Callable, shape: Sequence[int], place: jax.sharding.Sharding)
 def _settings(released, section, preprocess, tokenizer, tokenize, size) -> dict[str, Any]:
     """preprocess, tokenizer and tokenize, from the arguments or else the files; names what neither tells."""
     missing = []
-    if section["image"]:
+    if section.get("image"):
         if preprocess in preprocessing.FAMILIES:
             known = size or section["image"].get("image_size")
             if known is None:
@@ -151,7 +151,7 @@ def _settings(released, section, preprocess, tokenizer, tokenize, size) -> dict[
     if missing:
         raise UserError(f"{released.path} ({released.format}): " + "; ".join(missing))
     return {
-        "preprocess": preprocess if section["image"] else None,
+        "preprocess": preprocess if section.get("image") else None,
         "tokenizer": tokenizer if texts else None,
         "tokenize": tokenize if texts else None,
     }

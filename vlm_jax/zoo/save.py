@@ -18,10 +18,11 @@ import numpy as np
 from vlm_jax import models
 from vlm_jax.checkpoint import write_json
 from vlm_jax.config import choose
+from vlm_jax.data import tokenizers
 from vlm_jax.errors import UserError
 from vlm_jax.parameter_table import named_leaves
 from vlm_jax.pretrained import Pretrained
-from vlm_jax.zoo import big_vision, formats, key_map, open_clip, preprocessing, tokenizer_files, transformers
+from vlm_jax.zoo import big_vision, formats, key_map, open_clip, preprocessing, t5, t5x, tokenizer_files, transformers
 from vlm_jax.zoo.tensors import Tensor, write_npz, write_safetensors
 
 # Fields that change how a model runs or begins, and not what it computes.
@@ -54,7 +55,7 @@ def save_pretrained(pretrained: Pretrained, path: str | os.PathLike, format: str
 
     Args:
       pretrained: the model.
-      path: a folder to make ("native", "hf", "open_clip"), or an .npz file ("big_vision").
+      path: a folder to make ("native", "hf", "open_clip", "t5x"), or an .npz file ("big_vision").
       format: a key of `WRITERS`.
 
     Raises:
@@ -123,9 +124,13 @@ def _native(content: Content, folder: Path) -> None:
 
 
 def _transformers(content: Content, folder: Path) -> None:
-    section = _of_towers(content, "Transformers")
-    tried = []
-    for config, entries in transformers.outlines(section["image"], section["text"]):
+    section, tried = full_section(content), []
+    if section["encoder"]:
+        outlines = [t5.outline(section)]
+    else:
+        section = _of_towers(content, "Transformers")
+        outlines = transformers.outlines(section["image"], section["text"])
+    for config, entries in outlines:
         pooling = (section["text"] or {}).get("pool") if _is_sentence_model(section) else None
         describe = lambda tensors, config=config, pooling=pooling: transformers.describe(
             config, {name: tensor.shape for name, tensor in tensors.items()}, pooling
@@ -146,6 +151,8 @@ def _transformers(content: Content, folder: Path) -> None:
         write_json(folder / "preprocessor_config.json", preprocessing.to_transformers(content.preprocess))
     if content.tokenizer:
         tokenizer_files.to_transformers(content.tokenizer, content.tokenize, folder)
+        if "eos_token_id" in config and section["encoder"]:
+            config["eos_token_id"] = tokenizers.build(content.tokenizer).eos_id
     write_json(folder / "config.json", config)
     if pooling:
         _write_sentence_modules(folder, pooling, section["text"]["width"])
@@ -155,7 +162,7 @@ def _transformers(content: Content, folder: Path) -> None:
 def _of_towers(content: Content, format: str) -> dict[str, Any]:
     section = full_section(content)
     if section["decoder"]:
-        others = "native" if section["text"] else "native or big_vision"
+        others = "native" if section["text"] or not section["image"] else "native or big_vision"
         raise UserError(f"{format} has no such captioner: write it as {others}")
     return section
 
@@ -194,21 +201,40 @@ def _open_clip(content: Content, folder: Path) -> None:
 
 
 def _big_vision(content: Content, path: Path) -> None:
-    entries = big_vision.outline(full_section(content))
+    section = full_section(content)
+    if section["decoder"] and not section["image"]:
+        raise UserError("big_vision's format is of models with images; this one has none: write it as native")
+    entries = big_vision.outline(section)
     if problems := _problems(content, entries, lambda tensors: big_vision.describe(tensors)[0]):
         raise UserError(f"big_vision has no such model: {', '.join(problems)}: write it as native")
     arrays = _their_arrays(content, entries)
     write_npz(path, {f"params/{name}": array for name, array in arrays.items()})
 
 
-WRITERS = {"native": _native, "hf": _transformers, "open_clip": _open_clip, "big_vision": _big_vision}
+def _t5x(content: Content, folder: Path) -> None:
+    section = full_section(content)
+    if not section["encoder"]:
+        raise UserError("T5X's format is of T5 and UL2, from texts to texts: write it as native")
+    entries, activation = t5x.table(section), section["encoder"]["activation"]
+    if problems := _problems(content, entries, lambda tensors: t5x.describe(tensors, activation)[0]):
+        raise UserError(f"T5X has no such model: {', '.join(problems)}: write it as native or hf")
+    t5x.write(folder, _their_arrays(content, entries))
+
+
+WRITERS = {
+    "native": _native,
+    "hf": _transformers,
+    "open_clip": _open_clip,
+    "big_vision": _big_vision,
+    "t5x": _t5x,
+}
 
 
 def full_section(content: Content) -> dict[str, Any]:
     """The section with all fields of its towers, an image size among them where the positions are a square."""
     model = models.build(content.section)
     section = {side: _fields(getattr(model, side, None)) for side in formats.SIDES}
-    section["bias_init"] = getattr(model, "bias_init", None)
+    section |= {key: getattr(model, key, None) for key in ("bias_init", "pad_id")}
     table = content.shapes.get("image/pos_embed")
     if section["image"] and table is not None and section["image"].get("image_size") is None:
         rows = table.shape[1] - section["image"]["cls_position"]

@@ -5,6 +5,7 @@ A spec is what `vlm_jax.data.tokenizers.build` takes; the ops string turns "text
 
 import json
 import shutil
+import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,14 @@ FIX = "pass tokenizer= (a spec such as `json:/path/tokenizer.json`)"
 SENTENCEPIECE = ("SiglipTokenizer", "T5Tokenizer")  # whose ids are the SentencePiece model's own, EOS added
 SIGLIP2 = ("GemmaTokenizer", "Siglip2Tokenizer")  # under a SigLIP model: lower-cased, EOS only, padded on the right
 WRAPPING = {"CLIPTokenizer": ("bos_token", "eos_token"), "BertTokenizer": ("cls_token", "sep_token")}
-CLASSES = {"clip": "CLIPTokenizer", "siglip": "SiglipTokenizer", "siglip2": "Siglip2Tokenizer", "bert": "BertTokenizer"}
+T5 = ("t5", "mt5")  # model types
+CLASSES = dict.fromkeys(T5, "T5Tokenizer")
+CLASSES |= {
+    "clip": "CLIPTokenizer",
+    "siglip": "SiglipTokenizer",
+    "siglip2": "Siglip2Tokenizer",
+    "bert": "BertTokenizer",
+}
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -55,6 +63,8 @@ def from_transformers(folder: str | Path, length: int, model_type: str) -> tuple
     kind, path = _file(folder, name, siglip2)
     spec = f"{kind}:{path}"
     if kind == "sentencepiece":
+        extra = settings.get("extra_ids", 100) if model_type in T5 else 0
+        spec += f"?extra_ids={extra}" if extra else ""
         ids, find, added = _sentencepiece(path, settings)
     else:
         spec += "?cased=true" if kind == "wordpiece" and settings.get("do_lower_case") is False else ""
@@ -86,7 +96,7 @@ def _content(token: Any) -> str | None:
 
 def _file(folder: Path, name: str, siglip2: bool) -> tuple[str, Path]:
     there = [(kind, folder / file) for kind, file in FILES if (folder / file).is_file()]
-    if name == "SiglipTokenizer":  # Transformers too reads spiece.model, where a folder has both
+    if name in SENTENCEPIECE:  # Transformers too reads spiece.model, where a folder has both
         there.sort(key=lambda item: item[0] != "sentencepiece")
     if not there:
         looked_for = ", ".join(file for _, file in FILES)
@@ -173,7 +183,7 @@ def _parts(spec: str) -> tuple[str, Path | None, str]:
 
 
 def to_transformers(spec: str, tokenize_ops: str, folder: str | Path) -> None:
-    """Writes into `folder` what AutoTokenizer reads: tokenizer.json (for SigLIP spiece.model) and its settings.
+    """Writes into `folder` what AutoTokenizer reads: tokenizer.json (for SigLIP and T5 spiece.model) and its settings.
 
     The ids are the same, with two exceptions for the packaged `clip`: Transformers pads with <|endoftext|> where OpenAI
     has 0 (no embedding depends on it), and neither unescapes HTML nor mends encodings.
@@ -198,9 +208,13 @@ def to_transformers(spec: str, tokenize_ops: str, folder: str | Path) -> None:
         tokenizer.bos_id if options.get("bos", True) else None,
         tokenizer.eos_id if options.get("eos", True) else None,
     ]
-    if kind == "sentencepiece" and canonical is not None and around[0] is None and around[1] is not None:
-        _write_siglip(path, Path(folder), tokenizer, options["length"], canonical.get("lower", True))
-        return
+    if kind == "sentencepiece" and around[0] is None and around[1] is not None:
+        to = (path, Path(folder), tokenizer, options["length"])
+        extra = dict(urllib.parse.parse_qsl(query[1:])).get("extra_ids")
+        if canonical is not None:
+            return _write_sentencepiece(*to, "SiglipTokenizer", {"do_lower_case": canonical.get("lower", True)})
+        if extra and set(steps) == {"tokenize"}:
+            return _write_sentencepiece(*to, "T5Tokenizer", {"extra_ids": int(extra)})
     model = _model(kind, path, query)
     lower = (
         "lower" in steps or "lower=true" in query.lower() or (canonical is not None and canonical.get("lower", True))
@@ -280,12 +294,14 @@ def _unigram(path: Path) -> hf.Tokenizer:
     return model
 
 
-def _write_siglip(path: Path, folder: Path, tokenizer: tokenizers.Tokenizer, length: int, lower: bool) -> None:
+def _write_sentencepiece(
+    path: Path, folder: Path, tokenizer: tokenizers.Tokenizer, length: int, name: str, settings: dict
+) -> None:
     shutil.copyfile(path, folder / "spiece.model")
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     ids = {"eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id, "unk_token": model.unk_id()}
     tokens = {key: model.id_to_piece(i) for key, i in ids.items()}
-    _write_settings(folder, "SiglipTokenizer", length, tokens, {"do_lower_case": lower})
+    _write_settings(folder, name, length, tokens, settings)
 
 
 def _write_settings(folder: Path, name: str, length: int, tokens: dict[str, str | None], settings: dict) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints in the layout of Hugging Face Transformers: config.json and safetensors (or a .bin) in a folder.
 
-Two towers (CLIP, SigLIP, SigLIP 2, VisionTextDualEncoder) and lone towers (CLIP's and SigLIP's own, ViT, DINOv2, BERT).
+Two towers (CLIP, SigLIP, SigLIP 2, VisionTextDualEncoder), lone towers (CLIP's and SigLIP's own, ViT, DINOv2, BERT),
+and T5 (see `t5`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -8,6 +9,7 @@ from typing import Any
 
 from vlm_jax.config import choose
 from vlm_jax.errors import UserError
+from vlm_jax.zoo import t5
 from vlm_jax.zoo.key_map import expand
 from vlm_jax.zoo.transformers_towers import TEXTS, VISION, read_config, rows_of, write_config
 
@@ -46,9 +48,11 @@ def describe(config: Mapping[str, Any], shapes: Mapping[str, tuple], pooling: st
       UserError: a type of model or a setting of it that is not known here.
     """
     kind = config.get("model_type")
+    if kind in t5.MODEL_TYPES:
+        return t5.describe(config, shapes)
     pair = kind in PAIRS
     if not pair and kind not in VISION and kind not in TEXTS:
-        known = ", ".join([*PAIRS, *VISION, *TEXTS])
+        known = ", ".join([*PAIRS, *VISION, *TEXTS, *t5.MODEL_TYPES])
         raise UserError(f"config.json has the model_type `{kind}`; known are: {known}")
     section, entries, ignored = {"name": "two_tower", "image": None, "text": None}, [], list(IGNORED)
     for side, types, own in (("image", VISION, "vision_config"), ("text", TEXTS, "text_config")):
