@@ -140,7 +140,7 @@ def _train(
     objective: Mapping[str, Any],
     data: Mapping[str, Any],
     tokenizer: str,
-    preprocess: str,
+    preprocess: str | None,
     tokenize: str,
     optimizer: Mapping[str, Any],
     batch_size: int,

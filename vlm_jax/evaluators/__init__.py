@@ -7,6 +7,7 @@ A third argument, a `progress.Progress`, keeps what is done so far, so that a ki
     pixel_neighbour   classification by the nearest training picture in pixels: the baseline a model must beat
     probe             classification by a linear classifier on the image tower's features, of all or a few pictures
     captions          captions that a model writes, against people's
+    denoising         how surprised a model from texts to texts is by what was hidden of a text
     foils             pictures with their captions against captions with a wrong object, attribute or order
 
 The same during training and alone; padding is masked, so numbers are the same for every batch size and host count.
@@ -17,6 +18,7 @@ from typing import Any
 
 from vlm_jax import config
 from vlm_jax.evaluators.captions import captions
+from vlm_jax.evaluators.denoising import denoising
 from vlm_jax.evaluators.foils import foils
 from vlm_jax.evaluators.metrics import (
     mean_per_class_accuracy,
@@ -36,6 +38,7 @@ __all__ = [
     "Result",
     "build",
     "captions",
+    "denoising",
     "foils",
     "mean_per_class_accuracy",
     "pixel_neighbour",
@@ -54,6 +57,7 @@ EVALUATORS: dict[str, Callable[..., Callable]] = {
     "pixel_neighbour": pixel_neighbour,
     "probe": probe,
     "captions": captions,
+    "denoising": denoising,
     "foils": foils,
 }
 

@@ -1,0 +1,21 @@
+"""UL2's denoisers with a picture for a prefix: one captioner that continues, fills in and predicts all at once.
+
+    python -m vlm_jax.train --config=configs/ul2_cap.py:tiny --workdir=runs/ul2_cap_tiny   # embedded data, 2 CPU cores
+
+S-denoising (arXiv:2205.05131, section 3.1) of a caption is Cap, extreme denoising is CapPa's parallel prediction
+(arXiv:2306.07915, section 3.2), R-denoising is masked captioning. The mixture of the three is this project's.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import cap
+
+DENOISERS = dict(
+    S=("causal", 1),
+    X=(dict(name="parallel", rate=1.0), 2),
+    R=(dict(name="masked_spans", rate=0.5, mean_span=3.0), 1),
+)
+
+
+def get_config(variant: str = "B/16") -> ConfigDict:
+    return cap.get_config(variant, corruption=dict(name="mixture", of=DENOISERS))
