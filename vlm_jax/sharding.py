@@ -24,7 +24,8 @@ RULES = (
     (r".*(query|key|value|fc1|gate)/kernel", ("fsdp", "tensor")),
     (r".*(attn/out|fc2)/kernel", ("tensor", "fsdp")),
     (r".*(query|key|value|fc1|gate)/bias", ("tensor",)),
-    (r".*(patch_embed|head)/kernel", ("fsdp", None)),
+    (r".*patch_embed/kernel", (None, "fsdp")),  # its inputs are pixels, 588 of a patch of 14
+    (r".*head/kernel", ("fsdp", None)),
     (r".*embedding", ("fsdp",)),
     (r".*", ()),
 )

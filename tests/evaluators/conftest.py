@@ -14,7 +14,9 @@ def untrained(settings):
     settings = config.plain(settings)
     model = models.build(settings["model"])
     length = (model.decoder if hasattr(model, "decoder") else model.text).length
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, length), jnp.int32))
+    texts = jnp.zeros((1, length), jnp.int32)
+    given = texts if settings["preprocess"] is None else jnp.zeros((1, 32, 32, 3))
+    params = jax.jit(model.init)(jax.random.key(0), given, texts)
     tokenizer = tokenizers.build(settings["tokenizer"])
     return Pretrained(model, params["params"], tokenizer, settings["preprocess"], settings["tokenize"], settings)
 
