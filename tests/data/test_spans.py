@@ -176,21 +176,6 @@ def test_longest_is_t5s():
     assert inputs[0, -1] == targets[0, -1] == EOS
 
 
-def test_one_sequence_for_a_decoder():
-    inputs, targets = np.array([[7, 0, 9, EOS, 0, 0], [8, EOS, 0, 0, 0, 0]]), np.array([[5, EOS, 0], [0, 6, EOS]])
-    both = packing.as_prefix(inputs, targets, 8, eos_id=EOS)
-    np.testing.assert_array_equal(both.token_ids, [[7, 0, 9, 1, 5, 1, 0, 0], [8, 1, 0, 6, 1, 0, 0, 0]])
-    np.testing.assert_array_equal(both.counts, [[0, 0, 0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0, 0, 0]])
-    # Of the tokens shifted right: the start token and the inputs.
-    np.testing.assert_array_equal(both.bidirectional, [[1, 1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0, 0]])
-    for one, many in zip(packing.as_prefix(inputs[0], targets[0], 8, eos_id=EOS), both, strict=True):
-        np.testing.assert_array_equal(one, many[0])
-    with pytest.raises(UserError, match="have 6 tokens together, length is 5"):
-        packing.as_prefix(inputs, targets, 5, eos_id=EOS)
-    with pytest.raises(UserError, match="a sequence has no EOS, id 4"):
-        packing.as_prefix(inputs, targets, 8, eos_id=4)
-
-
 def test_pack_and_unpack():
     lengths, which = np.random.default_rng(0).integers(1, 30, 200), np.random.default_rng(1).integers(0, 9, 200)
     rng, ids = np.random.default_rng(2), texts(200, 30)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from vlm_jax import models, objectives
+from vlm_jax.data import packing
 from vlm_jax.errors import UserError
 from vlm_jax.models.decoder import shift_right
 from vlm_jax.models.generate import log_likelihood
@@ -135,14 +136,14 @@ def test_padding_of_inputs_changes_nothing(t5, logits):
 
 
 def test_packed_texts_do_not_see_each_other(t5, logits):
-    """Both examples in one row, a third in between."""
+    """Both examples in one row."""
     model, params = t5
-    inputs = jnp.concatenate([INPUTS[0], jnp.array([13, 14, 1]), INPUTS[1, :3]])[None]
-    targets = jnp.concatenate([TARGETS[0], jnp.array([15, 1]), TARGETS[1, :3]])[None]
-    segments = tuple(jnp.repeat(jnp.arange(3), jnp.array(lengths))[None] for lengths in ((8, 3, 3), (6, 2, 3)))
-    got = jax.jit(model.apply)({"params": params}, inputs, targets, segments=segments)[0]
-    close(got[:6], logits[0])
-    close(got[8:], logits[1, :3])
+    packed = packing.pack(np.asarray(INPUTS), np.asarray(TARGETS), eos_id=1, inputs_length=14, targets_length=12)
+    segments = packed.input_segments, packed.target_segments
+    got = jax.jit(model.apply)({"params": params}, packed.inputs, packed.targets, segments=segments)
+    assert len(got) == 1
+    close(got[0, :6], logits[0])
+    close(got[0, 6:9], logits[1, :3])
 
 
 def test_tied_logits():
@@ -154,14 +155,14 @@ def test_tied_logits():
     close(tied.apply({"params": params}, hidden, method="logits"), 0.25 * hidden @ table[:24].T)
 
 
-def test_likelihoods_and_the_captioning_objective(t5, logits):
+def test_likelihoods_and_the_denoising_objective(t5, logits):
     """The same functions as for pictures; the input text stands for the picture."""
     model, params = t5
     own = jnp.take_along_axis(jax.nn.log_softmax(logits), TARGETS[..., None], axis=2)[..., 0]
     want = jnp.sum(jnp.where(TARGETS != 0, own, 0), axis=1)
     close(log_likelihood(model, params, INPUTS, TARGETS), want)
-    objective = objectives.build(dict(name="captioning", mean="token"), model)
-    features = jax.jit(objective.encode)(params, {"image": INPUTS, "token_ids": TARGETS}, None)
+    objective = objectives.build(dict(name="denoising", mean="token"), model)
+    features = jax.jit(objective.encode)(params, {"input_ids": INPUTS, "token_ids": TARGETS}, None)
     close(objective.loss(params, features, {})[0], -jnp.sum(want) / jnp.sum(TARGETS != 0))
 
 

@@ -1,4 +1,4 @@
-"""Inputs and targets of `spans` as one sequence, for a decoder without an encoder; and several pairs in one row."""
+"""Several pairs of inputs and targets in a row, for `EncoderDecoder(..., segments=...)`: short texts, no padding."""
 
 from typing import NamedTuple
 
@@ -6,36 +6,6 @@ import numpy as np
 
 from vlm_jax.data.spans import before, ends
 from vlm_jax.errors import UserError
-
-
-class Prefixed(NamedTuple):
-    """Inputs and targets as one sequence for a decoder without an encoder (UL2, section 3.3; T5's prefix LM).
-
-    Attributes:
-      token_ids: int32 [..., length]: inputs, targets, padding 0. The decoder reads them shifted right by one.
-      bidirectional: bool [..., length], of the shifted ones: those that all positions see, the start token and inputs.
-      counts: bool [..., length]: tokens whose prediction counts, the targets with their EOS.
-    """
-
-    token_ids: np.ndarray
-    bidirectional: np.ndarray
-    counts: np.ndarray
-
-
-def as_prefix(inputs: np.ndarray, targets: np.ndarray, length: int, *, eos_id: int) -> Prefixed:
-    """Puts targets [..., targets_length] behind inputs [..., inputs_length], both with their EOS, without the padding.
-
-    Raises:
-      UserError: they are longer than `length` together.
-    """
-    a, b = ends(inputs, eos_id)[..., None], ends(targets, eos_id)[..., None]
-    if (a + b).max() > length:
-        raise UserError(f"inputs and targets have {(a + b).max()} tokens together, length is {length}; raise it")
-    at = np.arange(length)
-    first = np.take_along_axis(inputs, np.minimum(at, a - 1), -1)
-    then = np.take_along_axis(targets, np.clip(at - a, 0, b - 1), -1)
-    token_ids = np.where(at < a, first, np.where(at < a + b, then, 0)).astype(np.int32)
-    return Prefixed(token_ids, at <= a, (at >= a) & (at < a + b))
 
 
 class Packed(NamedTuple):
