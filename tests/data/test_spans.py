@@ -205,6 +205,8 @@ def test_pack_and_unpack():
         packing.pack(inputs, targets, **room, rows=9)
     with pytest.raises(UserError, match="tokens is to be packed into rows of 12 and 12; make the rows longer"):
         packing.pack(inputs, targets, eos_id=EOS, inputs_length=12, targets_length=12)
+    with pytest.raises(UserError, match="a sequence has no EOS, id 1500"):
+        packing.pack(inputs, targets, **room | dict(eos_id=1500))
 
 
 TOKENIZER = tokenizers.build("emoji")
