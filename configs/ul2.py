@@ -60,7 +60,7 @@ def _embedded(variant: str, alone: bool, denoisers: str) -> ConfigDict:
         dict(
             seed=0,
             batch_size=64,
-            duration="40 steps" if smoke else "200k examples",
+            duration="40 steps" if smoke else "50k examples",
             tokenizer="emoji",
             preprocess=None,
             tokenize=f"lower | tokenize({length}, bos=False)",
