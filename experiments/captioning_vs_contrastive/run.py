@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python experiments/captioning_vs_contrastive/run.py [--seeds=0,1,2] [--runs=runs/captioning]
 
-Trains what is not trained yet (a run that is there is taken as it is), evaluates all, writes results.json, table.md and
-comparison.png beside this file.
+Trains what is not trained yet (a run that is there is taken as it is), evaluates all, writes results.json and
+comparison.png beside this file, prints the README's table.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def main():
 
 
 def write(results, seeds):
-    """table.md and comparison.png: means over seeds, and their range."""
+    """The table and comparison.png: means over seeds, and their range."""
     numbers = {
         row: {
             name: [of[evaluation][metric] for seed in seeds if evaluation in (of := results[f"{name} {seed}"])]
@@ -94,7 +94,6 @@ def write(results, seeds):
     show = lambda values: f"{np.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})" if values else ""
     lines = [f"| | {' | '.join(MODELS)} |", "|---" * (len(MODELS) + 1) + "|"]
     lines += [f"| {row} | {' | '.join(show(values) for values in of.values())} |" for row, of in numbers.items()]
-    (HERE / "table.md").write_text("\n".join(lines) + "\n")
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     places = np.arange(len(ROWS))[::-1]
     for i, name in enumerate(MODELS):

@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python experiments/mixture_of_denoisers/run.py [--seeds=0,1,2] [--runs=runs/denoisers]
 
-Trains what is not trained yet (a run that is there is taken as it is), evaluates all, writes results.json, table.md and
-comparison.png beside this file.
+Trains what is not trained yet (a run that is there is taken as it is), evaluates all, writes results.json and
+comparison.png beside this file, prints the README's table.
 """
 
 import argparse
@@ -75,12 +75,11 @@ def main():
 
 
 def write(results, seeds):
-    """table.md and comparison.png: means over seeds, and their range."""
+    """The table and comparison.png: means over seeds, and their range."""
     numbers = {name: {task: [results[f"{name} {seed}"][task] for seed in seeds] for task in TASKS} for name in MODELS}
     show = lambda values: f"{np.mean(values):.2f} ({min(values):.2f}-{max(values):.2f})"
     lines = [f"| perplexity | {' | '.join(TASKS)} |", "|---" * (len(TASKS) + 1) + "|"]
     lines += [f"| {name} | {' | '.join(map(show, of.values()))} |" for name, of in numbers.items()]
-    (HERE / "table.md").write_text("\n".join(lines) + "\n")
     figure, axes = plt.subplots(1, len(TASKS), figsize=(13, 3), sharey=True, layout="constrained")
     places = np.arange(len(MODELS))[::-1]
     for ax, task in zip(axes, TASKS, strict=True):
