@@ -30,9 +30,6 @@ def captioner(variant: str, corruption: str | dict) -> ConfigDict:
         del image[key]
     config.model = dict(name="captioner", image=image, decoder=decoder)
     config.objective = dict(name="captioning", corruption=corruption)
-    if variant != "smoke":
-        config.batch_size, config.optimizer.lr = 64, 6e-3
-        config.duration = "165k examples"  # which cost as much as CLIP's 295k: 17.3 TFLOP
     for section in config.evals.values():
         section.every = None  # naming by likelihood takes a minute: at the end alone
     return config
@@ -50,7 +47,7 @@ def coca(variant: str) -> ConfigDict:
     pool = dict(width=decoder["width"], queries=17, heads=decoder["heads"])
     image = config.model.image.to_dict()
     if variant != "smoke":
-        config.batch_size, config.optimizer.lr, config.duration = 256, 3e-3, "208k examples"
+        config.duration = "208k examples"
     config.model = dict(name="coca", image=image, pool=pool, text=text, decoder=text, out_dim=decoder["width"])
     config.objective = dict(name="coca", contrastive_loss=dict(penalty="softmax", targets="concept"))
     return config

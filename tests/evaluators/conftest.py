@@ -21,13 +21,17 @@ def untrained(settings):
     return Pretrained(model, params["params"], tokenizer, settings["preprocess"], settings["tokenize"], settings)
 
 
-@pytest.fixture(scope="session")
-def captioner():
-    """With a head that prefers some tokens, so that texts end."""
-    pretrained = untrained(cappa.get_config("smoke"))
+def partial_to_some_tokens(settings):
+    """Untrained, with a head that prefers some tokens, so that texts end."""
+    pretrained = untrained(settings)
     head = pretrained.params["head"]
     head["kernel"] = 0.5 * jax.random.normal(jax.random.key(1), head["kernel"].shape)
     return pretrained
+
+
+@pytest.fixture(scope="session")
+def captioner():
+    return partial_to_some_tokens(cappa.get_config("smoke"))
 
 
 @pytest.fixture(scope="session")

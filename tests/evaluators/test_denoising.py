@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import ul2
-from tests.evaluators.conftest import untrained
+from tests.evaluators.conftest import partial_to_some_tokens
 from vlm_jax import evaluators
 from vlm_jax.data import loader
 from vlm_jax.errors import UserError
@@ -15,10 +15,7 @@ from vlm_jax.errors import UserError
 
 @pytest.fixture(scope="module")
 def texts_to_texts():
-    pretrained = untrained(ul2.get_config("smoke"))
-    head = pretrained.params["head"]
-    head["kernel"] = 0.5 * jax.random.normal(jax.random.key(1), head["kernel"].shape)
-    return pretrained
+    return partial_to_some_tokens(ul2.get_config("smoke"))
 
 
 @pytest.fixture(scope="module")

@@ -51,13 +51,18 @@ def texts():
     return inputs.astype(np.int32), targets.astype(np.int32)
 
 
+def read_back(theirs, folder):
+    """(what the folder is that Transformers writes, the parameters read from it)."""
+    theirs.save_pretrained(folder)
+    released = formats.understand(folder)
+    params = read_params(released.match(), released.shapes, released.tensors)
+    return released, flax.traverse_util.unflatten_dict(params, sep="/")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_t5(kind, tmp_path):
     theirs = of_transformers(kind)
-    theirs.save_pretrained(tmp_path / "theirs")
-    released = formats.understand(tmp_path / "theirs")
-    params = read_params(released.match(), released.shapes, released.tensors)
-    params = flax.traverse_util.unflatten_dict(params, sep="/")
+    released, params = read_back(theirs, tmp_path / "theirs")
     model = models.build(released.model)
     inputs, targets = texts()
     given = dict(input_ids=torch.tensor(inputs).long(), attention_mask=torch.tensor(inputs != 0).long())
@@ -92,10 +97,7 @@ def test_t5(kind, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_written_here_is_read_there(kind, tmp_path):
     theirs = of_transformers(kind)
-    theirs.save_pretrained(tmp_path / "theirs")
-    released = formats.understand(tmp_path / "theirs")
-    params = read_params(released.match(), released.shapes, released.tensors)
-    params = flax.traverse_util.unflatten_dict(params, sep="/")
+    released, params = read_back(theirs, tmp_path / "theirs")
     ours = Pretrained(models.build(released.model), params, None, None, None, dict(model=released.model))
     save_pretrained(ours, tmp_path / "ours", "hf")
     again = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "ours")
