@@ -2,12 +2,11 @@
 
 import importlib
 
-import numpy as np
 import pytest
 
-from vlm_jax import config, models, optim, sharding
+from vlm_jax import config, models, optim, plan, sharding
 from vlm_jax.data import ops, tokenizers
-from vlm_jax.train import build_program
+from vlm_jax.program import build_program
 
 MILLIONS = {  # parameters, of what its authors released; None of what nobody did
     "clip": {"B/32": 151.3, "B/16": 149.6, "L/14": 427.6, "smoke": None},
@@ -23,17 +22,6 @@ EXPERIMENTS = [
 ]
 
 
-def example_of(settings):
-    """A batch of one example, as the data ops of the config would make it."""
-    size, length = 224, settings["model"].get("text", settings["model"].get("decoder"))["length"]
-    if settings["data"]["uri"] == "tfds:emoji":
-        size = 32
-    batch = {"token_ids": np.ones((1, length), np.int32), "concept": np.zeros(1, np.int32)}
-    if "denoise(" in settings["data"]["ops"]:
-        return batch | {"input_ids": batch["token_ids"], "denoiser": np.zeros(1, np.int32)}
-    return batch | {"image": np.zeros((1, size, size, 3), np.float32)}
-
-
 @pytest.mark.parametrize(("name", "variant", "millions"), EXPERIMENTS)
 def test_builds(name, variant, millions):
     settings = config.plain(importlib.import_module(f"configs.{name}").get_config(variant))
@@ -42,7 +30,7 @@ def test_builds(name, variant, millions):
     sections = {key: settings[key] for key in ("model", "objective", "optimizer")}
     steps = lambda length: optim.duration_to_steps(length, 256, 10**6, 10**6)
     program = build_program(
-        example_of(settings), sharding.make_mesh(fsdp=8), steps, **sections,
+        plan.example_of(settings["data"]["ops"]), sharding.make_mesh(fsdp=8), steps, **sections,
         partition=sharding.RULES, accumulate=1, ema=None, seed=0,
     )  # fmt: skip
     if millions:

@@ -26,7 +26,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.evaluate import evaluate
 from vlm_jax.evaluators import classes, progress
 from vlm_jax.pretrained import class_embeddings
-from vlm_jax.train import TrainState
+from vlm_jax.program import TrainState
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["cat", "dog", "sun", "moon", "tree", "house", "car", "boat", "apple", "star", "hat", "key"]

@@ -11,7 +11,7 @@ from PIL import Image
 import vlm_jax
 from configs import clip
 from vlm_jax import checkpoint, config, models, sharding
-from vlm_jax.train import TrainState
+from vlm_jax.program import TrainState
 
 
 @pytest.fixture(scope="module")

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from vlm_jax import sharding
 from vlm_jax.errors import UserError
+from vlm_jax.program import build_program
 
 
 def test_one_size_may_be_the_rest():
@@ -57,3 +60,18 @@ def test_state_that_mirrors_parameters_follows_them():
 def test_what_does_not_fit_is_named(rules, message):
     with pytest.raises(UserError, match=message):
         sharding.param_shardings(rules, {"a": jnp.zeros((8, 3))}, sharding.make_mesh(1, 8, 1))
+
+
+def test_activations_stay_split_over_the_batch():
+    """A token table that is split over its width does not make XLA gather the batch."""
+    sizes = dict(width=32, depth=2, heads=4, mlp_dim=48, relative_buckets=8, scan=True, remat="full")
+    section = dict(name="encoder_decoder", encoder=sizes, decoder=dict(sizes, vocab_size=64, length=12))
+    example = {name: np.zeros((1, 12), np.int32) for name in ("input_ids", "token_ids")}
+    mesh = sharding.make_mesh(fsdp=8)
+    program = build_program(
+        example, mesh, lambda length: 10, model=section, objective=dict(name="denoising"),
+        optimizer=dict(name="sgd", lr=0.1), partition=sharding.RULES, accumulate=1, ema=None, seed=0,
+    )  # fmt: skip
+    shapes = set(re.findall(r"f32\[([\d,]+)\]", program.compile_step(example, 56).as_text()))
+    assert "7,12,32" in shapes
+    assert not [shape for shape in shapes if shape.startswith("56,12")]

@@ -19,7 +19,8 @@ from configs import clip
 from vlm_jax import sharding
 from vlm_jax.checkpoint import load_params
 from vlm_jax.errors import UserError
-from vlm_jax.train import build_program, train
+from vlm_jax.program import build_program
+from vlm_jax.train import train
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,7 +59,7 @@ def build(mesh, penalty, batch, steps=20, accumulate=1):
 def loss_curve(mesh, penalty, accumulate=1, steps=20, size=16):
     batches = list(random_batches(steps, size))
     program = build(mesh, penalty, batches[0], steps, accumulate)
-    state = program.init(jax.random.key(0))
+    state = program.init(jax.random.key(0), {})
     losses = []
     for batch in batches:
         state, metrics, _ = program.step(state, sharding.to_global(batch, mesh))

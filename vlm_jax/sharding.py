@@ -60,6 +60,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def split_batch(x: jax.Array) -> jax.Array:
+    """x with its leading axis over `data` x `fsdp` of the mesh of `jax.set_mesh`, where there is one that divides it.
+
+    Models say so of activations between blocks: else XLA may gather the batch rather than the parameters.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    automatic = set(BATCH_AXES) <= set(mesh.auto_axes)
+    if not automatic or len(x) % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
 def check_batch_size(batch_size: int, mesh: Mesh, where: str = "config.batch_size") -> None:
     """Raises a UserError unless every device gets the same number of examples."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]

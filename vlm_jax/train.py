@@ -9,115 +9,23 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.struct
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 from absl import flags
-from jax.sharding import Mesh
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from vlm_jax import command, config, evaluators, models, objectives, optim, report, sharding
+from vlm_jax import command, config, evaluators, optim, report, sharding
 from vlm_jax.checkpoint import Checkpointer, check_same_config, params_sha256, write_json
 from vlm_jax.data import loader, tokenizers
-from vlm_jax.divergence import check_finite, gradient_norms
+from vlm_jax.divergence import check_finite
 from vlm_jax.metric_writer import MetricWriter
-from vlm_jax.parameter_table import format_table, map_with_name
+from vlm_jax.parameter_table import named_leaves
 from vlm_jax.pretrained import Pretrained
-
-
-@flax.struct.dataclass
-class TrainState:
-    """Everything that a step reads and writes; randomness and data follow from `step`."""
-
-    step: jax.Array
-    params: Any
-    opt_state: Any
-    ema: Any = None
-    objective_state: Any = None
-
-
-class Program(NamedTuple):
-    """The compiled side of a run: `init(rng) -> TrainState`, `step(state, batch) -> (state, metrics, group norms)`."""
-
-    model: Any
-    init: Callable
-    step: Callable
-    abstract_state: TrainState  # shapes, dtypes and shardings
-    table: str
-
-
-def build_program(
-    example: Mapping[str, np.ndarray],
-    mesh: Mesh,
-    steps: Callable[[int | str], int],
-    *,
-    model: Mapping[str, Any],
-    objective: Mapping[str, Any],
-    optimizer: Mapping[str, Any],
-    partition: Sequence,
-    accumulate: int,
-    ema: float | None,
-    seed: int,
-) -> Program:
-    """Builds the jitted init and train step from config sections; `example` is a batch (only its shapes count)."""
-    model = models.build(model)
-    objective = objectives.build(objective, model, mesh)
-    one = {name: jnp.zeros((1, *np.shape(array)[1:]), array.dtype) for name, array in example.items()}
-    init_params = lambda rng: model.init(rng, *objectives.model_inputs(one))["params"]
-    shapes = jax.eval_shape(init_params, jax.random.key(seed))
-    tx, groups, schedule = optim.build(optimizer, shapes, total_steps=steps("100%"), steps=steps)
-    trainable = map_with_name(lambda name, _: groups[name] != "frozen", shapes)
-    differentiate = partial(objectives.value_and_grad, objective, accumulate=accumulate, trainable=trainable)
-
-    def init_state(rng):
-        params = init_params(rng)
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            opt_state=tx.init(params),
-            ema=params if ema else None,
-            objective_state=objective.init(params) if objective.init else None,
-        )
-
-    def train_step(state, batch):
-        rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        loss, metrics, grads, objective_state = differentiate(state.params, batch, rng, state=state.objective_state)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {**metrics, "loss": loss, "grad_norm": optax.tree.norm(grads), "lr": schedule(state.step)}
-        state = TrainState(
-            step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            ema=optim.ema_update(state.ema, params, ema, state.step) if ema else None,
-            objective_state=objective_state,
-        )
-        return state, metrics, gradient_norms(grads)
-
-    param_shardings = sharding.param_shardings(partition, shapes, mesh)
-    abstract = jax.eval_shape(init_state, jax.random.key(seed))
-    placed = sharding.follow_params(abstract, shapes, param_shardings, mesh)
-    return Program(
-        model=model,
-        init=jax.jit(init_state, out_shardings=placed),
-        step=jax.jit(
-            train_step,
-            donate_argnums=0,
-            in_shardings=(placed, sharding.batch_sharding(mesh)),
-            out_shardings=(placed, sharding.replicated(mesh), sharding.replicated(mesh)),
-        ),
-        abstract_state=jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, placed
-        ),
-        table=format_table(shapes, groups, param_shardings),
-    )
+from vlm_jax.program import build_program
+from vlm_jax.zoo.model_init import read as read_init
 
 
 def train(settings: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
@@ -150,6 +58,7 @@ def _train(
     seed: int = 0,
     mesh: Mapping[str, int] | None = None,
     partition: Sequence = sharding.RULES,
+    model_init: str | Mapping[str, str] | None = None,
     evals: Mapping[str, Mapping[str, Any]] | None = None,
     checkpoint: Mapping[str, Any] | None = None,
     log: Mapping[str, Any] | None = None,
@@ -176,8 +85,9 @@ def _train(
     saver = config.call(Checkpointer, checkpoint, "config.checkpoint", workdir=workdir)
     check_same_config(workdir / "config.json", settings)
     if saver.latest_step() is None:
-        with jax.set_mesh(mesh):  # kernels ask it where they run
-            state = program.init(jax.random.key(seed))
+        given = read_init(model_init, named_leaves(program.abstract_state.params)) if model_init else {}
+        with jax.set_mesh(mesh):
+            state = program.init(jax.random.key(seed), given)
         progress = {"seconds": 0.0, "data_wait": 0.0, "data": None}
         print(program.table)
     else:
@@ -186,9 +96,7 @@ def _train(
     if progress["data"]:
         batches.set_state(progress["data"])
     batches.start()  # reading goes on while the step compiles
-    abstract_batch = sharding.abstract_batch(batches.example, batch_size, mesh)
-    with jax.set_mesh(mesh):
-        train_step = program.step.lower(program.abstract_state, abstract_batch).compile()
+    train_step = program.compile_step(batches.example, batch_size)
 
     first = int(state.step)
     writer = config.call(MetricWriter, log, "config.log", workdir=workdir, start_step=first)

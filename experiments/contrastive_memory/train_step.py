@@ -20,12 +20,11 @@ os.environ.update(
 )
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import jax
 import numpy as np
 from jax.experimental import topologies
 
 from configs import clip
-from vlm_jax import config, sharding, train
+from vlm_jax import config, program, sharding
 
 
 def main():
@@ -34,14 +33,12 @@ def main():
     mesh = sharding.make_mesh(data=8, fsdp=8, devices=topology.devices)
     example = {"image": np.zeros((1, 224, 224, 3), np.float32), "token_ids": np.zeros((1, 77), np.int32)}
     sections = {key: settings[key] for key in ("model", "objective", "optimizer", "accumulate")}
-    program = train.build_program(
+    built = program.build_program(
         example, mesh, lambda length: 1000 if isinstance(length, str) else length, **sections,
         partition=sharding.RULES, ema=None, seed=0,
     )  # fmt: skip
     start = time.perf_counter()
-    batch = sharding.abstract_batch(example, settings["batch_size"], mesh)
-    with jax.set_mesh(mesh):  # attention chooses its kernel by the mesh's devices
-        compiled = program.step.lower(program.abstract_state, batch).compile()
+    compiled = built.compile_step(example, settings["batch_size"])
     memory, text = compiled.memory_analysis(), compiled.as_text()
     for name in ("argument", "output", "alias", "temp"):
         print(f"{name:9} {getattr(memory, f'{name}_size_in_bytes') / 1e6:9,.1f} MB per chip")

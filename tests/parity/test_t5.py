@@ -86,11 +86,17 @@ def test_t5(kind, tmp_path):
     want = theirs.generate(**given, **options)[:, 1:].numpy()
     got = sample(model, params, inputs, length=8, greedy=True, special=Special(start=0, end=1, pad=0)).token_ids
     np.testing.assert_array_equal(got, np.pad(want, ((0, 0), (0, 8 - want.shape[1]))))
-    theirs.generation_config.eos_token_id = None  # theirs takes an ended text among the first 4 candidates, ours of 8
-    want = theirs.generate(**given, **options | dict(num_beams=4, num_return_sequences=4, length_penalty=0.0))
-    special = Special(start=0, end=-1, pad=0)
-    got = beam_search(model, params, inputs, length=8, beams=4, length_penalty=0.0, special=special).token_ids
-    np.testing.assert_array_equal(got.reshape(-1, 8), want[:, 1:])
+    options |= dict(num_beams=4, num_return_sequences=4, length_penalty=0.0, max_length=13)
+    end = -1
+    for _ in range(2):  # without an end, then with one that is met often
+        theirs.generation_config.eos_token_id = None if end < 0 else end
+        want = theirs.generate(**given, **options)[:, 1:].numpy()
+        want[np.cumsum(want == end, axis=1) - (want == end) > 0] = 0  # theirs fills up with the end
+        special = Special(start=0, end=end, pad=0)
+        got = beam_search(model, params, inputs, length=12, beams=4, length_penalty=0.0, special=special).token_ids
+        np.testing.assert_array_equal(got.reshape(-1, 12), np.pad(want, ((0, 0), (0, 12 - want.shape[1]))))
+        end = int(np.bincount(want[:, 2:8].ravel()).argmax())
+    assert len(set(np.sum(want != 0, axis=1))) > 1  # texts of several lengths
     same_gradients(theirs, grads, released, tmp_path / "gradients")
 
 

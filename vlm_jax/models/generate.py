@@ -135,8 +135,9 @@ def beam_search(
 ) -> Generated:
     """The texts with the largest log p / ((5 + tokens) / 6)^a that a beam search finds (arXiv:1609.08144, section 7).
 
-    A beam keeps as many unfinished texts as finished ones; what is unfinished at L tokens counts as finished. The loop
-    ends when no unfinished text can overtake the finished ones.
+    A beam keeps as many unfinished texts as finished ones; a text ends if it is among the best `beams` candidates of
+    its step (as in fairseq and Transformers); what is unfinished at L tokens counts as finished. The loop ends when no
+    unfinished text can overtake the finished ones.
 
     Args:
       beams: how many texts are kept.
@@ -167,7 +168,8 @@ def beam_search(
         beam, token = index // vocab, index % vocab
         ids = pick(live_ids, beam).at[:, :, t].set(token)
         ends = (token == special.end) | (t + 1 == length)
-        scores = jnp.where(ends & (totals > HIDDEN / 2), totals / norm(t + 1), HIDDEN)
+        among_best = jnp.arange(totals.shape[1]) < beams
+        scores = jnp.where(ends & among_best & (totals > HIDDEN / 2), totals / norm(t + 1), HIDDEN)
         ended, ended_ids, ended_total = best(
             beams,
             jnp.concatenate([ended, scores], axis=1),

@@ -16,6 +16,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.models import positions
 from vlm_jax.models.layers import Attention, KeyValues, Mlp, Norm
 from vlm_jax.models.pooling import Encoded, MapPool, pool
+from vlm_jax.sharding import split_batch
 
 REMAT = {
     "none": None,
@@ -132,7 +133,7 @@ class Block(nn.Module):
         if self.cross == "after":
             x, read = residual(x, "_cross", norm(name="cross_norm"), cross_attn)
             x, _ = residual(x, "_cross_mlp", norm(name="cross_mlp_norm"), lambda x: (mlp(name="cross_mlp")(x), None))
-        return x, None if cache is None else Cache(own, read)
+        return split_batch(x), None if cache is None else Cache(own, read)
 
     def _branch(self, name, y, drop_path):
         if self.layer_scale is not None:  # Touvron et al. 2021, CaiT, equation 4
@@ -241,7 +242,7 @@ class Encoder(nn.Module, kw_only=True):
           [B, L, D], and the caches, one `Cache` a block, or None.
         """
         policy = choose(REMAT, self.remat, "remat")
-        x = nn.Dropout(self.dropout)(x.astype(self.dtype), deterministic=not train)
+        x = split_batch(nn.Dropout(self.dropout)(x.astype(self.dtype), deterministic=not train))
         if self.relative_buckets:
             sizes = (self.relative_buckets, self.relative_distance, self.relative_two_way)
             keys = jnp.arange(x.shape[1] if caches is None else room(caches))

@@ -1,0 +1,126 @@
+"""Runs that begin from parameters of others: the same tokens, bit-equal parameters, heads anew, errors by name."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import clip
+from vlm_jax import config, models, save_pretrained, sharding
+from vlm_jax.checkpoint import load_params
+from vlm_jax.data import tokenizers
+from vlm_jax.errors import UserError
+from vlm_jax.models.encoder_decoder import T5
+from vlm_jax.parameter_table import named_leaves
+from vlm_jax.pretrained import Pretrained
+from vlm_jax.train import train
+from vlm_jax.zoo import formats, key_map, model_init
+from vlm_jax.zoo.load import read_params
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+SIZES = dict(width=32, depth=2, heads=4, mlp_dim=48, relative_buckets=8)
+TOKENS = jnp.array([[3, 4, 5, 6, 1, 0], [7, 8, 1, 0, 0, 0]])
+
+
+def shapes_of(model, images, texts=TOKENS):
+    """The parameters of a model by name, on a mesh of two devices."""
+    mesh = sharding.make_mesh(fsdp=2, devices=jax.devices()[:2])
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images, texts)["params"]
+    places = sharding.param_shardings(sharding.RULES, shapes, mesh)
+    placed = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    return named_leaves(jax.tree.map(placed, shapes, places))
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    """(folder, model, params) of an encoder-decoder without a scan."""
+    section = dict(name="encoder_decoder", encoder=SIZES, decoder=dict(SIZES, vocab_size=24, length=8))
+    model = models.build(section)
+    params = model.init(jax.random.key(0), TOKENS, TOKENS)["params"]
+    folder = tmp_path_factory.mktemp("t5") / "saved"
+    save_pretrained(Pretrained(model, params, None, None, None, dict(model=section)), folder, "native")
+    return folder, model, params
+
+
+def two_towers(**text):
+    text = dict(T5, **SIZES, posemb="none", vocab_size=24, length=8, pad_mask=True, pool="mean", out_dim=16) | text
+    image = dict(width=32, depth=1, heads=4, patch=8, out_dim=16)
+    return models.build(dict(image=image, text=text))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_text_tower_from_an_encoder(t5, scan):
+    """Its tokens are the encoder's; the head is new."""
+    folder, model, params = t5
+    tower = two_towers(scan=scan)
+    shapes = shapes_of(tower, jnp.zeros((2, 16, 16, 3)))
+    found = model_init.read({"text": f"{folder}:encoder"}, shapes)
+    assert {name for name in shapes if name.startswith("text/")} - found.keys() == {
+        "text/head/kernel",
+        "text/head/bias",
+    }
+    assert all(found[name].sharding == shapes[name].sharding for name in found)
+    init = lambda rng: tower.init(rng, jnp.zeros((2, 16, 16, 3)), TOKENS)["params"]
+    leaves, structure = jax.tree.flatten(init(jax.random.key(1)))
+    given = [jax.device_get(found.get(name, leaf)) for name, leaf in zip(shapes, leaves, strict=True)]
+    got = tower.apply({"params": jax.tree.unflatten(structure, given)}, None, TOKENS).text_tokens
+    want, seen = model.apply({"params": params}, TOKENS, method="encode")
+    np.testing.assert_allclose(got[seen], want[seen], rtol=1e-5, atol=1e-6)
+
+
+def array(name, params):
+    """A parameter by the name it has without scans."""
+    leaf, i = key_map.blocks_of(name, params)
+    return params[leaf] if i is None else params[leaf][i]
+
+
+def test_a_tower_of_two():
+    """Blocks without a scan from a file that is read with one, and a head that the file has not."""
+    released = formats.understand(GOLDEN / "siglip_loop.npz")
+    section = dict(released.model["image"], scan=False, out_dim=8)
+    model = models.build(dict(image=section, text=None))
+    shapes = shapes_of(model, jnp.zeros((2, 32, 48, 3)), None)
+    found = model_init.read({"image": str(GOLDEN / "siglip_loop.npz")}, shapes)
+    assert shapes.keys() - found.keys() == {"image/head/kernel", "image/head/bias"}
+    want = read_params(released.match(), released.shapes, released.tensors)
+    for entry in released.entries:
+        if key_map.blocks_of(entry.ours, found)[0] in found:
+            np.testing.assert_array_equal(array(entry.ours, found), array(entry.ours, want), err_msg=entry.ours)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"text": "{}:encoder"}, r"text/blocks_0/mlp/fc1/kernel.*32x64"),
+        ({"text": "{}"}, r"has no part `text`; it has: decoder, encoder, head"),
+        ({"txt": "{}:encoder"}, r"no tower `txt`; it has: image, text"),
+        ({"text": "/nowhere:encoder"}, r"/nowhere"),
+    ],
+)
+def test_what_does_not_fit_is_named(t5, spec, message):
+    shapes = shapes_of(two_towers(mlp_dim=64), jnp.zeros((2, 16, 16, 3)))
+    with pytest.raises(UserError, match=message):
+        model_init.read({tower: path.format(t5[0]) for tower, path in spec.items()}, shapes)
+
+
+def test_a_locked_tower_stays_as_it_was_read(tmp_path):
+    """LiT: the image tower of another model, locked; the text tower begins anew and learns."""
+    settings = clip.get_config("smoke")
+    settings.update(dict(duration="2 steps", evals={}, batch_size=16))
+    settings.model_init = dict(image=str(tmp_path / "other"))
+    settings.optimizer = dict(name="sgd", lr=0.1, params=(("image/.*", dict(freeze=True)), (".*", {})))
+    section = config.plain(settings.model)
+    model = models.build(section)
+    params = model.init(jax.random.key(5), jnp.zeros((1, 32, 32, 3)), TOKENS[:1])["params"]
+    other = Pretrained(model, params, tokenizers.build("emoji"), settings.preprocess, settings.tokenize)
+    other.config.update(model=section, tokenizer="emoji", preprocess=settings.preprocess, tokenize=settings.tokenize)
+    save_pretrained(other, tmp_path / "other", "native")
+    train(settings, tmp_path / "run")
+    before, after = named_leaves(params), named_leaves(load_params(tmp_path / "run"))
+    for name in before:
+        if name.startswith("image/"):
+            np.testing.assert_array_equal(before[name], after[name], err_msg=name)
+        elif name.endswith("kernel"):
+            assert not np.array_equal(before[name], after[name]), name

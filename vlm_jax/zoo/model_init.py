@@ -1,0 +1,81 @@
+"""Parameters that a run begins from: `config.model_init`, tower by tower, from anything that `vlm_jax.load` reads.
+
+    model_init=dict(image="hf:google/vit-base-patch16-224", text="runs/ul2_tiny:encoder")
+
+A tower takes the part of its own name, or the one named after the colon: "image", "text", or the "encoder" of an
+`EncoderDecoder`, which a text tower of T5's kind can begin from (its tokens' table comes along). One string for the
+whole model takes everything. What follows a tower's tokens, its pool and its head, may differ, and then starts anew;
+all else must fit.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from vlm_jax.errors import UserError
+from vlm_jax.zoo import formats, hub, key_map
+from vlm_jax.zoo.load import read_params
+
+PARTS = ("image", "text", "encoder")
+WHERE = "config.model_init"
+AFTER_TOKENS = re.compile(r"\w*/?(map_pool|rep|head)/.*")
+
+
+def read(model_init: str | Mapping[str, str], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Reads parameters to where the run has them, and prints what came from where.
+
+    Args:
+      model_init: see the module's docstring.
+      shapes: the run's parameters by name, with shardings.
+
+    Returns:
+      parameter name -> array, of those that do not start anew.
+
+    Raises:
+      UserError: the model has no such tower, the checkpoint no such part, or the two do not fit.
+    """
+    towers = {"": model_init} if isinstance(model_init, str) else dict(model_init)
+    found = {}
+    for tower, spec in towers.items():
+        own = {name: leaf for name, leaf in shapes.items() if not tower or name.startswith(f"{tower}/")}
+        if not own:
+            known = ", ".join(sorted({name.split("/")[0] for name in shapes if "/" in name}))
+            raise UserError(f"{WHERE}: the model has no tower `{tower}`; it has: {known}")
+        arrays = _read_tower(tower, spec, own)
+        new = ", ".join(name for name in own if name not in arrays) or "nothing"
+        print(f"{WHERE}{tower and '.'}{tower}: {len(arrays)} arrays of {spec}; new: {new}")
+        found |= arrays
+    return found
+
+
+def _read_tower(tower: str, spec: str, own: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    path, _, part = spec.rpartition(":")
+    if part not in PARTS:
+        path, part = spec, tower
+    released = formats.understand(hub.local(path))
+    prefixes = {f"{part}/": f"{tower}/"} if part else {"": ""}
+    if part == "encoder":
+        prefixes["decoder/token_embed/"] = f"{tower}/token_embed/"
+    entries = [
+        entry._replace(ours=entry.ours.replace(old, new, 1))
+        for entry in released.entries
+        for old, new in prefixes.items()
+        if entry.ours.startswith(old)
+    ]
+    if not entries:
+        known = ", ".join(sorted({entry.ours.split("/")[0] for entry in released.entries}))
+        raise UserError(f"{WHERE}: {path} ({released.format}) has no part `{part}`; it has: {known}")
+    fits = lambda entry: _fits(entry, own, released.tensors)
+    entries = [entry for entry in entries if not AFTER_TOKENS.fullmatch(entry.ours) or fits(entry)]
+    kept = {entry.ours for entry in entries}
+    own = {name: leaf for name, leaf in own.items() if not AFTER_TOKENS.fullmatch(name) or name in kept}
+    tensors = {entry.theirs: released.tensors[entry.theirs] for entry in entries if entry.theirs in released.tensors}
+    plan = key_map.match(entries, own, tensors, (), f"{WHERE}: {spec}")
+    return read_params(plan, own, tensors, {name: leaf.sharding for name, leaf in own.items()})
+
+
+def _fits(entry: key_map.Entry, shapes: Mapping[str, Any], tensors: Mapping[str, Any]) -> bool:
+    shape, tensor = key_map.array_shape(entry.ours, shapes), tensors.get(entry.theirs)
+    return shape is not None and tensor is not None and tuple(tensor.shape) == entry.their_shape(shape)
