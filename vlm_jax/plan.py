@@ -22,6 +22,7 @@ from PIL import Image
 
 from vlm_jax import command, config, models, optim, sharding
 from vlm_jax.data import ops
+from vlm_jax.data.examples import collate
 from vlm_jax.data.registry import SUBJECTS
 from vlm_jax.errors import UserError
 from vlm_jax.program import build_program
@@ -109,9 +110,8 @@ def example_of(op_string: str) -> dict[str, np.ndarray]:
             where = where[folder]
         where[name] = "a text"
     example = pipeline(record, np.random.default_rng(0))
-    arrays = {name: np.asarray(value)[None] for name, value in example.items()}
-    # what no op has made is a label, an integer
-    return {name: np.zeros(1, np.int32) if array.dtype.kind in "OU" else array for name, array in arrays.items()}
+    # what no op has made is a label
+    return collate([{name: 0 if isinstance(value, str) else value for name, value in example.items()}])
 
 
 class _Tokenizer:

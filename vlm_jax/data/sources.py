@@ -43,7 +43,8 @@ def open_source(uri: str, split: str | None = None) -> Source:
 
     Args:
       uri: `tfds:name[/config][:version]` or `tfds:/folder/of/a/prepared/version`, `wds:/path/{000..999}.tar`,
-        `jsonl:/path`, `csv:/path`, `folder:/path`. `tfds:emoji` is the data set in this package.
+        `jsonl:/path`, `csv:/path`, `folder:/path`, or `precomputed:/path` (see `precomputed.py`). `tfds:emoji` is the
+        data set in this package.
       split: a TFDS split such as "train" or "train[:90%]"; for `folder:` a sub-folder; the others have none.
 
     Raises:
@@ -291,4 +292,11 @@ def _wds(path: str, split: str | None) -> Source:
     return Shards(path)
 
 
-SCHEMES = {"tfds": Tfds, "wds": _wds, "jsonl": Jsonl, "csv": Csv, "folder": Folder}
+def _precomputed(path: str, split: str | None) -> Source:
+    from vlm_jax.data.precomputed import Precomputed
+
+    _no_split(f"precomputed:{path}", split)
+    return Precomputed(path)
+
+
+SCHEMES = {"tfds": Tfds, "wds": _wds, "jsonl": Jsonl, "csv": Csv, "folder": Folder, "precomputed": _precomputed}

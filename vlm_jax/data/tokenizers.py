@@ -30,6 +30,7 @@ import tokenizers as hf
 
 from vlm_jax import config
 from vlm_jax.errors import UserError
+from vlm_jax.package_files import locate
 
 VOCAB = pathlib.Path(__file__).parent / "vocab"
 REMEMBERED_TEXTS = 2**14  # per tokenizer: class names and captions of small sets come again every epoch
@@ -94,9 +95,9 @@ def build(spec: str) -> Tokenizer:
     if kind not in PACKAGED:
         if not path:
             raise UserError(f"tokenizer spec `{spec}` names no file; expected `{kind}:/path/to/file`")
-        if not pathlib.Path(path).is_file():
-            raise UserError(f"tokenizer spec `{spec}`: there is no file {path}")
-        options["path"] = path
+        options["path"] = str(locate(path))
+        if not pathlib.Path(options["path"]).is_file():
+            raise UserError(f"tokenizer spec `{spec}`: there is no file {options['path']}")
     elif path:
         raise UserError(f"tokenizer spec `{spec}`: `{kind}` is packaged and takes no path; write `{kind}`")
     lower = _truth(options.pop("lower", "false"), spec, "lower")

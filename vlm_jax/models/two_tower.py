@@ -59,7 +59,8 @@ class TwoTower(nn.Module):
         """Embeds images and texts; either may be None.
 
         Args:
-          images: what the image tower takes, floating [B, H, W, 3], already normalised, or None.
+          images: what the image tower takes, floating [B, H, W, 3], already normalised; or what it has returned
+            before, pooled [B, D], for a tower that is locked; or None.
           token_ids: integers [B, L], or None.
           train: whether dropout and drop path are active (they draw from the rng `dropout`).
 
@@ -76,7 +77,11 @@ class TwoTower(nn.Module):
         if self.bias_init is not None:
             bias = self.param("logit_bias", nn.initializers.constant(self.bias_init), ())
         image = text = image_tokens = text_tokens = None
-        if images is not None:
+        if images is not None and getattr(images, "ndim", 4) == 2:
+            if self.is_initializing():
+                self.image(jnp.zeros((1, *_picture_size(self.image), 3)))
+            image = unit(images)
+        elif images is not None:
             encoded = self.image(images, train=train)
             image, image_tokens = unit(_pooled("image", encoded)), encoded.tokens
         if token_ids is not None:
@@ -88,6 +93,14 @@ class TwoTower(nn.Module):
                 "set out_dim of image and text to one number"
             )
         return Embeddings(image, text, image_tokens, text_tokens, scale, bias)
+
+
+def _picture_size(tower):
+    """(height, width) of pictures that a tower can be initialised with."""
+    size = getattr(tower, "image_size", None)
+    if size is None and hasattr(tower, "patch"):
+        raise UserError("on precomputed embeddings the image tower's positions need config.model.image.image_size")
+    return (size, size) if isinstance(size, int) else size or (32, 32)
 
 
 def _pooled(name, encoded):

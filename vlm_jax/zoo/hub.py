@@ -1,18 +1,22 @@
-"""`hf:org/name`: folders of the Hugging Face hub, through huggingface_hub: its cache, offline switch and token."""
+"""Where checkpoints are: paths, `hf:org/name` of the Hugging Face hub, `pkg:name/path` of an installed Python package.
+
+The hub is reached through huggingface_hub: its cache, offline switch and token.
+"""
 
 import os
 from pathlib import Path
 
 from vlm_jax.errors import UserError
+from vlm_jax.package_files import locate
 
 WANTED = ("*.json", "*.safetensors", "*.model", "vocab.txt", "merges.txt", "README.md")
 OTHERWISE = ("*.bin", "*.npz")  # of repositories without safetensors
 
 
 def local(spec: str | os.PathLike) -> Path:
-    """The path that a spec names: itself, or the folder that "hf:org/name" is downloaded to."""
+    """The path that a spec names: itself, the folder that "hf:org/name" is downloaded to, or a package's."""
     spec = os.fspath(spec)
-    return download(spec.removeprefix("hf:")) if spec.startswith("hf:") else Path(spec)
+    return download(spec.removeprefix("hf:")) if spec.startswith("hf:") else locate(spec)
 
 
 def download(name: str) -> Path:

@@ -15,6 +15,7 @@ import tokenizers as hf
 
 from vlm_jax.data import ops, tokenizers
 from vlm_jax.errors import UserError
+from vlm_jax.package_files import locate
 from vlm_jax.zoo.json_files import read_json
 
 # Files by kind of spec, in the order in which they are preferred.
@@ -176,7 +177,7 @@ def copy(spec: str, folder: str | Path) -> str:
 def _parts(spec: str) -> tuple[str, Path | None, str]:
     head, mark, query = spec.partition("?")
     kind, _, path = head.partition(":")
-    return kind, Path(path) if path else None, mark + query
+    return kind, locate(path) if path else None, mark + query
 
 
 # --- writing --------------------------------------------------------------------------------------------------------

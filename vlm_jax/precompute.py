@@ -1,0 +1,127 @@
+"""Embeds the pictures of a data set once, for a run whose image tower is locked (LiT, arXiv:2111.07991, section 3.3).
+
+    python -m vlm_jax.precompute --config=configs/lit.py:tiny --data=tfds:emoji --split=train --out=runs/lit_images
+
+The tower is the config's `model.image` with the parameters that `model_init` names, pictures are prepared by its
+`preprocess`. The run then reads `--config.data.uri=precomputed:runs/lit_images`. Killed, it goes on with the same
+command; hosts share the shards.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from vlm_jax import command, config, models, sharding
+from vlm_jax.checkpoint import write_json
+from vlm_jax.data import loader
+from vlm_jax.data.examples import log_bad
+from vlm_jax.data.precomputed import INDEX, shard_names, write_shard
+from vlm_jax.errors import UserError
+from vlm_jax.parameter_table import named_leaves
+from vlm_jax.zoo import model_init
+
+
+def precompute(
+    settings: Mapping[str, Any],
+    out: str | Path,
+    *,
+    uri: str,
+    split: str | None = None,
+    batch_size: int = 64,
+    shard_size: int = 4096,
+) -> None:
+    """Writes what the image tower of a config returns, pooled, for all pictures of a data set.
+
+    Args:
+      settings: a config of `vlm_jax.train` with `model_init`.
+      out: the folder.
+      uri, split: the data set, as for `sources.open_source`.
+      batch_size: pictures at a time.
+      shard_size: records of a file, a multiple of batch_size.
+
+    Raises:
+      UserError: the folder holds embeddings of something else, or no `model_init` names the image tower.
+    """
+    settings, out = config.plain(settings), Path(out)
+    if shard_size % batch_size:
+        raise UserError(f"shard_size={shard_size} should be a multiple of batch_size={batch_size}")
+    given = settings.get("model_init")
+    if not isinstance(given, Mapping) or "image" not in given:
+        raise UserError("config.model_init.image should name the checkpoint of the image tower; it is not there")
+    batches = loader.eval_batches(
+        uri=uri, split=split, ops=f"{settings['preprocess']} | keep('image')", batch_size=batch_size
+    )
+    index = dict(uri=uri, split=split, records=batches.num_examples, shard_size=shard_size)
+    index |= dict(model=settings["model"]["image"], init=given["image"], preprocess=settings["preprocess"])
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / INDEX).is_file() and json.loads((out / INDEX).read_text()) != index:
+        raise UserError(f"{out} holds embeddings of other settings, see its {INDEX}; give another folder")
+    write_json(out / INDEX, index)
+    names = shard_names(batches.num_examples, shard_size)
+    mine = [k for k in range(len(names)) if k % jax.process_count() == jax.process_index()]
+    todo = [k for k in mine if not (out / names[k]).is_file()]
+    if not todo:
+        return
+    embed = _embedder(settings, given["image"], batches[0][0]["image"])
+    per_shard = shard_size // batch_size
+    with tqdm(total=len(mine), initial=len(mine) - len(todo), desc="embed", unit="shard") as bar:
+        for k in todo:
+            rows: list[np.ndarray | None] = []
+            for number in range(k * per_shard, min((k + 1) * per_shard, len(batches))):
+                batch, bad = batches[number]
+                log_bad(bad)
+                embeddings = np.asarray(embed(batch["image"]))
+                rows += [row if real else None for row, real in zip(embeddings, batch["mask"], strict=True)]
+            write_shard(out / names[k], rows[: batches.num_examples - k * shard_size])
+            bar.update()
+
+
+def _embedder(settings: Mapping[str, Any], spec: str, images: np.ndarray):
+    """Pictures [B, H, W, 3] -> fp32 [B, D], on this host's devices."""
+    model = models.build(
+        dict(image=settings["model"]["image"], text=None, dtype=settings["model"].get("dtype", "float32"))
+    )
+    mesh = sharding.make_mesh(devices=jax.local_devices())
+    sharding.check_batch_size(len(images), mesh, "--batch_size")
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images[:1], None)["params"]
+    place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh))
+    shapes = jax.tree.map(place, shapes)
+    found = model_init.read({"image": spec}, named_leaves(shapes))
+    new = named_leaves(shapes).keys() - found.keys()
+    if new:
+        raise UserError(f"config.model_init.image: {spec} has no {min(new)}; an image tower that is locked has it all")
+    params = jax.tree.unflatten(jax.tree.structure(shapes), [found[name] for name in named_leaves(shapes)])
+
+    @jax.jit
+    def embed(params, images):
+        return model.image.apply({"params": params["image"]}, images).pooled.astype(jnp.float32)
+
+    def run(images):
+        with jax.set_mesh(mesh):
+            return embed(params, sharding.to_global({"image": images}, mesh)["image"])
+
+    return run
+
+
+def main(_: Sequence[str]) -> None:
+    precompute(
+        command.read_config(_CONFIG), _OUT.value, uri=_DATA.value, split=_SPLIT.value, batch_size=_BATCH_SIZE.value
+    )
+
+
+if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/lit.py:tiny", lock_config=True)
+    _DATA = flags.DEFINE_string("data", None, "Data set, e.g. tfds:emoji")
+    _SPLIT = flags.DEFINE_string("split", None, "Its split")
+    _OUT = flags.DEFINE_string("out", None, "Folder of the embeddings")
+    _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures at a time")
+    flags.mark_flags_as_required(["config", "data", "out"])
+    command.run(main)
