@@ -1,4 +1,4 @@
-"""CLIP, Cap and CapPa at matched data and compute: zero-shot naming, captions, probes and foils.
+"""CLIP, Cap, CapPa and a mixture of denoisers at matched data and compute: naming, captions, probes and foils.
 
     PYTHONPATH=. python experiments/captioning_vs_contrastive/run.py [--seeds=0,1,2] [--runs=runs/captioning]
 
@@ -22,7 +22,7 @@ import vlm_jax
 from vlm_jax import evaluators
 
 HERE = pathlib.Path(__file__).parent
-MODELS = {"CLIP": "clip", "Cap": "cap", "CapPa": "cappa"}
+MODELS = {"CLIP": "clip", "Cap": "cap", "CapPa": "cappa", "UL2-Cap": "ul2_cap"}
 STYLE = dict(uri="tfds:emoji", split="unseen_style")
 CONTENT = "crop_to_content | resize(32)"
 EVALS = {
@@ -94,14 +94,15 @@ def write(results, seeds):
     show = lambda values: f"{np.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})" if values else ""
     lines = [f"| | {' | '.join(MODELS)} |", "|---" * (len(MODELS) + 1) + "|"]
     lines += [f"| {row} | {' | '.join(show(values) for values in of.values())} |" for row, of in numbers.items()]
-    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
     places = np.arange(len(ROWS))[::-1]
     for i, name in enumerate(MODELS):
         for place, of in zip(places, numbers.values(), strict=True):
             if of[name]:
                 label = name if place == places[0] else None
-                axes.barh(place + 0.25 * (1 - i), np.mean(of[name]), 0.22, color=f"C{i}", label=label)
-                axes.plot(of[name], [place + 0.25 * (1 - i)] * len(of[name]), "k.", markersize=3)
+                at = place + 0.2 * (1.5 - i)
+                axes.barh(at, np.mean(of[name]), 0.18, color=f"C{i}", label=label)
+                axes.plot(of[name], [at] * len(of[name]), "k.", markersize=3)
     axes.set_yticks(places, list(ROWS))
     axes.set_xlabel(f"share right; dots are seeds {', '.join(map(str, seeds))}")
     axes.axvline(0.5, color="0.7", linewidth=0.8, zorder=0)

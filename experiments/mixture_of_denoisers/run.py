@@ -75,18 +75,22 @@ def main():
 
 
 def write(results, seeds):
-    """The table and comparison.png: means over seeds, and their range."""
+    """The table and comparison.png: geometric means over seeds, and their range."""
     numbers = {name: {task: [results[f"{name} {seed}"][task] for seed in seeds] for task in TASKS} for name in MODELS}
-    show = lambda values: f"{np.mean(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+    mean = lambda values: np.exp(np.mean(np.log(values)))
+    digits = lambda value: f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+    show = lambda values: f"{digits(mean(values))} ({digits(min(values))}-{digits(max(values))})"
     lines = [f"| perplexity | {' | '.join(TASKS)} |", "|---" * (len(TASKS) + 1) + "|"]
     lines += [f"| {name} | {' | '.join(map(show, of.values()))} |" for name, of in numbers.items()]
     figure, axes = plt.subplots(1, len(TASKS), figsize=(13, 3), sharey=True, layout="constrained")
     places = np.arange(len(MODELS))[::-1]
     for ax, task in zip(axes, TASKS, strict=True):
         for place, of in zip(places, numbers.values(), strict=True):
-            ax.barh(place, np.mean(of[task]), color=f"C{place % 3}")
+            ax.barh(place, mean(of[task]), color=("C2", "C1", "C0")[place % 3])
             ax.plot(of[task], [place] * len(seeds), "k.", markersize=3)
         ax.set_title(task, fontsize=10)
+        ax.set_xscale("log")
+        ax.set_xlim(10, 10**6)
         ax.set_xlabel("perplexity")
     axes[0].set_yticks(places, list(MODELS))
     figure.savefig(HERE / "comparison.png", dpi=150)
