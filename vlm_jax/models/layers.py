@@ -101,7 +101,7 @@ class Attention(nn.Module):
     scale: float | None = None
 
     @nn.compact
-    def __call__(self, x, kv=None, mask=None, *, logits_bias=None, cache=None, position=None):
+    def __call__(self, x, kv=None, mask=None, *, logits_bias=None, cache=None, position=None, prefix=None):
         """Attends from x to kv (x itself when None).
 
         Args:
@@ -112,6 +112,7 @@ class Attention(nn.Module):
           cache: `KeyValues` or None: attends to these instead of kv; if there is a position, after writing those of x
             there.
           position: integer scalar, where in the cache x stands.
+          prefix: `KeyValues` [P, H, head_dim] that every token sees before the others, or None.
 
         Returns:
           [B, Lq, D], and the `KeyValues` that were attended to.
@@ -134,9 +135,26 @@ class Attention(nn.Module):
             new = KeyValues(project("key", kv), project("value", kv))
             write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), position, axis=1)
             cache = new if cache is None else KeyValues(*map(write, cache, new))
-        options = dict(mask=mask, bias=logits_bias, causal=self.causal, scale=self.scale)
-        out = attention(q, *cache, implementation=self.implementation, **options)
+        seen, causal = cache, self.causal
+        if prefix is not None:
+            if causal:
+                earlier = jnp.tril(jnp.ones((q.shape[1], cache.key.shape[1]), bool))
+                mask, causal = earlier[None, None] if mask is None else mask & earlier, False
+            seen, mask, logits_bias = _after_prefix(prefix, cache, mask, logits_bias)
+        options = dict(mask=mask, bias=logits_bias, causal=causal, scale=self.scale)
+        out = attention(q, *seen, implementation=self.implementation, **options)
         return dense(width, kernel_init=init, name="out")(out.reshape(*x.shape[:2], -1)), cache
+
+
+def _after_prefix(prefix, rest, mask, bias):
+    """Keys and values, mask and bias of attention to a prefix [P, H, head_dim] and then the rest."""
+    whole = lambda own, rest: jnp.concatenate(
+        [jnp.broadcast_to(own.astype(rest.dtype), (len(rest), *own.shape)), rest], axis=1
+    )
+    ahead = lambda array, value: (
+        None if array is None else jnp.pad(array, ((0, 0),) * 3 + ((len(prefix.key), 0),), constant_values=value)
+    )
+    return KeyValues(*map(whole, prefix, rest)), ahead(mask, True), ahead(bias, 0)
 
 
 class Mlp(nn.Module):

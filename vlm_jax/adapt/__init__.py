@@ -1,0 +1,1 @@
+"""Adapting trained models to new tasks from a few examples."""

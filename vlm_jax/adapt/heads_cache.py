@@ -1,0 +1,141 @@
+"""Heads that compare pictures with a cache of the training pictures, untrained. Common arguments: see `heads`."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.special
+
+from vlm_jax.adapt.heads_linear import few_shot, unit, zero_shot
+from vlm_jax.errors import UserError
+
+
+class TipAdapter(NamedTuple):
+    """Logits alpha exp(-beta (1 - f F')) L + s f W'; the cache's part in float32, with [M, N] numbers at a time.
+
+    Attributes:
+      text: W, float [C, D].
+      scale: s.
+      keys: F, float [N, D].
+      labels: int [N], whose one-hot rows are L.
+      alpha: weight of the cache.
+      beta: how fast an affinity falls with distance.
+    """
+
+    text: np.ndarray
+    scale: float
+    keys: np.ndarray
+    labels: np.ndarray
+    alpha: float
+    beta: float
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """Features [M, D] -> logits, float64 [M, C]."""
+        cached = _cache_logits(np.asarray(features), self.keys, np.eye(len(self.text))[self.labels], self.beta)
+        return zero_shot(self.text, self.scale)(features) + self.alpha * np.asarray(cached, np.float64)
+
+
+def tip_adapter(
+    features: np.ndarray, labels: np.ndarray, text: np.ndarray, scale: float, *, alpha: float, beta: float
+) -> TipAdapter:
+    """Tip-Adapter (arXiv:2207.09519, equations 3 to 6): a cache of training features and their labels."""
+    features, labels, text = few_shot(features, labels, text)
+    return TipAdapter(text, scale, features, labels, alpha, beta)
+
+
+def cache_logits(features: jax.Array, keys: jax.Array, values: jax.Array, beta: jax.Array) -> jax.Array:
+    """exp(-beta (1 - f F')) L: features f [M, D], keys F [N, D], values L [N, C] -> [M, C]."""
+    affinity = jnp.exp(-beta * (1 - jnp.matmul(features, keys.T, precision="highest")))
+    return jnp.matmul(affinity, values, precision="highest")
+
+
+_cache_logits = jax.jit(cache_logits)
+
+
+class Ranges(NamedTuple):
+    """What psi of TIP-X maps: the first two numbers to the other two.
+
+    Attributes:
+      divergence: the smallest and the largest KL divergence of queries from supports.
+      cosine: the smallest and the largest cosine of the same pairs.
+    """
+
+    divergence: tuple[float, float]
+    cosine: tuple[float, float]
+
+
+class TipX(NamedTuple):
+    """Logits of `TipAdapter` + gamma psi(-M) L.
+
+    Attributes:
+      gamma: weight of the divergences.
+      temperature: of the softmax over classes.
+      ranges: what psi maps; None for the ranges over the features that are asked for.
+      others: as in `TipAdapter`.
+    """
+
+    text: np.ndarray
+    scale: float
+    keys: np.ndarray
+    labels: np.ndarray
+    alpha: float
+    beta: float
+    gamma: float
+    temperature: float
+    ranges: Ranges | None = None
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """Features [M, D] -> logits, float64 [M, C]."""
+        features = np.asarray(features, np.float64)
+        tip = TipAdapter(self.text, self.scale, self.keys, self.labels, self.alpha, self.beta)(features)
+        divergence = _divergence(features, self.keys, self.text, self.temperature)
+        (low, high), (smallest, largest) = self.ranges or _ranges(divergence, features @ self.keys.T)
+        share = (divergence - low) / max(high - low, np.finfo(np.float64).tiny)
+        return tip - self.gamma * (smallest + share * (largest - smallest)) @ np.eye(len(self.text))[self.labels]
+
+
+def tip_x(
+    features: np.ndarray,
+    labels: np.ndarray,
+    text: np.ndarray,
+    scale: float,
+    *,
+    alpha: float,
+    beta: float,
+    gamma: float,
+    temperature: float = 0.5,
+    reference: np.ndarray | None = None,
+) -> TipX:
+    """TIP-X of SuS-X (arXiv:2211.16198, section 3.2): alpha exp(-beta (1 - f F')) L + s f W' + gamma psi(-M) L.
+
+    M_ij = KL(s_i || S_j) of the softmax over classes of query i and of support j. What the paper leaves open is as in
+    the authors' code: the softmax is of cosines over `temperature`, 0.5, without s; psi maps M linearly to the range of
+    the cosines f F' and takes the negative of that, where mapping -M to the range itself would add the same to every
+    class if each has as many supports.
+
+    Args:
+      reference: float [R, D], queries whose divergences and cosines give psi its ranges, those of validation say: then
+        the logits of a query do not depend on the others. By default the ranges are those of the queries of a call, as
+        in the authors' code: call with the whole set.
+      others: see `heads`; alpha, beta and gamma as in the formula.
+    """
+    features, labels, text = few_shot(features, labels, text)
+    if not temperature > 0:
+        raise UserError(f"the temperature of TIP-X is {temperature}; expected a number above 0")
+    ranges = None
+    if reference is not None:
+        reference = unit(reference, "reference features", text.shape[1])
+        ranges = _ranges(_divergence(reference, features, text, temperature), reference @ features.T)
+    return TipX(text, scale, features, labels, alpha, beta, gamma, temperature, ranges)
+
+
+def _divergence(features: np.ndarray, keys: np.ndarray, text: np.ndarray, temperature: float) -> np.ndarray:
+    """KL(s_i || S_j), [M, N]; in float64, as softmaxes of cosines are so even that float32 leaves few digits."""
+    log_query, log_support = (scipy.special.log_softmax(x @ text.T / temperature, axis=1) for x in (features, keys))
+    query = np.exp(log_query)
+    return np.sum(query * log_query, axis=1, keepdims=True) - query @ log_support.T
+
+
+def _ranges(divergence: np.ndarray, cosine: np.ndarray) -> Ranges:
+    return Ranges((divergence.min(), divergence.max()), (cosine.min(), cosine.max()))
