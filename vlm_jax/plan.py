@@ -56,20 +56,19 @@ class Plan(NamedTuple):
         return sum(self.memory.values()) <= self.hbm
 
 
-def plan(settings: Mapping[str, Any], topology: str) -> Plan:
-    """Compiles the train step of a config for a slice.
+def plan(settings: Mapping[str, Any], devices: Sequence[jax.Device], hbm: int) -> Plan:
+    """Compiles the train step of a config for some devices.
 
     Args:
       settings: a config of `vlm_jax.train`.
-      topology: "v5e:16x16", "v5p:4x8x8", ...: a chip of `HBM` and a shape.
+      devices: of a slice, there or not.
+      hbm: bytes of a device.
 
     Raises:
-      UserError: no libtpu, no such slice, or a config that does not fit the slice's mesh.
+      UserError: a config that does not fit the devices' mesh.
     """
     settings = config.plain(settings)
-    chip = topology.partition(":")[0]
-    hbm = config.choose(HBM, chip, "--topology's chip") * 2**30
-    mesh = config.call(sharding.make_mesh, settings.get("mesh") or {}, "config.mesh", devices=_devices(topology))
+    mesh = config.call(sharding.make_mesh, settings.get("mesh") or {}, "config.mesh", devices=devices)
     batch_size = settings["batch_size"]
     sharding.check_batch_size(batch_size, mesh)
     example = example_of(settings["data"]["ops"])
@@ -132,7 +131,13 @@ def _bytes(tree: Any) -> int:
     return sum(map(share, jax.tree.leaves(tree)))
 
 
-def _devices(topology: str) -> list:
+def slice_of(topology: str) -> tuple[list, int]:
+    """(devices, bytes of one's memory) of a slice that is not there, "v5e:16x16", "v5p:4x8x8", ...
+
+    Raises:
+      UserError: no libtpu, or no such slice.
+    """
+    hbm = config.choose(HBM, topology.partition(":")[0], "--topology's chip") * 2**30
     # without them libtpu looks for a TPU and asks the cloud who it is
     defaults = dict(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_HOSTNAMES="localhost")
     for name, value in defaults.items():
@@ -140,7 +145,7 @@ def _devices(topology: str) -> list:
     from jax.experimental import topologies
 
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices, hbm
     except Exception as error:  # of several kinds, none of jax's own
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -161,7 +166,7 @@ def text(result: Plan) -> str:
 
 
 def main(_: Sequence[str]) -> None:
-    result = plan(command.read_config(_CONFIG), _TOPOLOGY.value)
+    result = plan(command.read_config(_CONFIG), *slice_of(_TOPOLOGY.value))
     print(json.dumps(result._asdict() | {"fits": result.fits}, indent=1) if _JSON.value else text(result))
     sys.exit(0 if result.fits else 1)
 

@@ -184,9 +184,8 @@ class Context(NamedTuple):
     def __call__(self, call, module, token_ids):
         x = call(token_ids)
         if token_ids.shape[-1] < self.at + self.length:
-            raise UserError(
-                f"a context of {self.length} from token {self.at} on needs texts of more than {x.shape[1]} tokens"
-            )
+            seen = f"texts have {x.shape[1]} tokens"
+            raise UserError(f"a context of {self.length} from token {self.at} on does not fit: {seen}")
         context = _new(module, "context", nn.initializers.normal(self.std), (self.length, x.shape[-1]))
         return x.at[:, self.at : self.at + self.length].set(context.astype(x.dtype))
 
