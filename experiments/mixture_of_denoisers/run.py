@@ -33,8 +33,8 @@ MODELS = {
 TASKS = {  # name: (mean span, rate, the mixture's mode token)
     "fill in: spans of 3, 15 %": (3, 0.15, "[NLU]"),
     "fill in: spans of 3, 50 %": (3, 0.5, "[NLG]"),
-    "continue: the last quarter": (None, 0.25, "[S2S]"),
-    "continue: the last half": (None, 0.5, "[S2S]"),
+    "continue: a quarter": (None, 0.25, "[S2S]"),
+    "continue: a half": (None, 0.5, "[S2S]"),
 }
 
 
