@@ -41,7 +41,7 @@ def load(
 
     Args:
       spec: "hf:org/name" (or "hf:org/name@revision"), a folder of Transformers, open_clip, T5X or ours, a file
-        (safetensors, npz, .pt, .pth), or a workdir of `vlm_jax.train`.
+        (safetensors, npz, .pt, .pth), a workdir of `vlm_jax.train`, or "pkg:name/path", one of these in a package.
       preprocess: how pictures are prepared, where the files do not tell: an op string, or a key of
         `zoo.preprocessing.FAMILIES` ("openai", "siglip", ...).
       tokenizer: a tokenizer spec (see `vlm_jax.data.tokenizers`), where the files do not hold one.
