@@ -33,7 +33,7 @@ from vlm_jax.evaluators.hosts import Hosts
 from vlm_jax.evaluators.progress import Progress
 from vlm_jax.pretrained import Pretrained
 
-TASKS = ("zeroshot", "retrieval", "probe", "captions", "foils")
+TASKS = ("zeroshot", "retrieval", "probe", "few_shot", "captions", "foils")
 
 
 def evaluate(

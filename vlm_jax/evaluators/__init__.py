@@ -6,6 +6,7 @@ A third argument, a `progress.Progress`, keeps what is done so far, so that a ki
     retrieval         pictures by their captions and captions by their pictures
     pixel_neighbour   classification by the nearest training picture in pixels: the baseline a model must beat
     probe             classification by a linear classifier on the image tower's features, of all or a few pictures
+    few_shot          classification by few-shot heads on the embeddings: Tip-Adapter, Gaussians, probes, over seeds
     captions          captions that a model writes, against people's
     denoising         how surprised a model from texts to texts is by what was hidden of a text
     foils             pictures with their captions against captions with a wrong object, attribute or order
@@ -19,6 +20,7 @@ from typing import Any
 from vlm_jax import config
 from vlm_jax.evaluators.captions import captions
 from vlm_jax.evaluators.denoising import denoising
+from vlm_jax.evaluators.few_shot import few_shot
 from vlm_jax.evaluators.foils import foils
 from vlm_jax.evaluators.metrics import (
     mean_per_class_accuracy,
@@ -39,6 +41,7 @@ __all__ = [
     "build",
     "captions",
     "denoising",
+    "few_shot",
     "foils",
     "mean_per_class_accuracy",
     "pixel_neighbour",
@@ -56,6 +59,7 @@ EVALUATORS: dict[str, Callable[..., Callable]] = {
     "retrieval": retrieval,
     "pixel_neighbour": pixel_neighbour,
     "probe": probe,
+    "few_shot": few_shot,
     "captions": captions,
     "denoising": denoising,
     "foils": foils,

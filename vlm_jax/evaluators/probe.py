@@ -80,7 +80,7 @@ def probe(
         labels = index_of([row or [None] for row in rows])
         if not (labels >= 0).any():
             raise UserError(f"{uri} {train_split or ''}: no training picture's `{label}` is among the classes")
-        train = _only(train, few_shots(labels, shots, seed))
+        train = only(train, few_shots(labels, shots, seed))
         counts = progress.begin(
             examples=batches.num_examples, train_examples=train.num_examples, batch_size=hosts.batch_size
         )
@@ -133,7 +133,7 @@ def few_shots(labels: np.ndarray, shots: int | None, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
-def _only(batches: loader.EvalBatches, places: np.ndarray) -> loader.EvalBatches:
+def only(batches: loader.EvalBatches, places: np.ndarray) -> loader.EvalBatches:
     """The same batches of some of the examples."""
     some = copy.copy(batches)
     some.examples, some.num_examples = copy.copy(batches.examples), len(places)
