@@ -30,7 +30,7 @@ def _zero_shot(few, validation):
 def _linear_probe(few, validation):
     features, labels, text, _ = few
     build = lambda l2: heads.linear_probe(features, labels, len(text), l2)
-    return heads.choose(build, {"l2": [1e-3, 1e-2, 1e-1, 1.0, 10.0]}, *validation).head
+    return heads.choose(build, {"l2": [0.1, 0.3, 1.0, 3.0, 10.0]}, *validation).head
 
 
 def _gda(few, validation):
@@ -49,8 +49,9 @@ def _tip_adapter_f(few, validation):
 
 
 def _tip_x(few, validation):
-    build = functools.partial(heads.tip_x, *few, reference=validation[0])
-    return heads.choose(build, {"alpha": ALPHAS, "beta": BETAS[1::2], "gamma": ALPHAS}, *validation).head
+    tip = _tip_adapter(few, validation)
+    build = functools.partial(heads.tip_x, *few, alpha=tip.alpha, beta=tip.beta, reference=validation[0])
+    return heads.choose(build, {"gamma": ALPHAS}, *validation).head
 
 
 def _cross_modal_probe(few, validation):
