@@ -94,7 +94,8 @@ def _embedded(variant: str, letters: str) -> ConfigDict:
     )
     config.batch_size = 128
     config.duration = "30k examples"
-    config.update(_begin(letters, image=IMAGE, text=TEXT))
+    for key, section in _begin(letters, image=IMAGE, text=TEXT).items():
+        config[key] = section  # in place of the demo's
     config.optimizer.lr = 1e-3 if letters[1] != "U" else 3e-4
     del config.evals["pixel_neighbour"]
     config.evals.unseen_style.every = None  # a minute each, at 224 pixels

@@ -2,6 +2,7 @@
 
 import importlib
 
+import numpy as np
 import pytest
 
 from vlm_jax import config, models, optim, plan, sharding
@@ -16,7 +17,7 @@ MILLIONS = {  # parameters, of what its authors released; None of what nobody di
     "coca": {"B/32": 253.6, "smoke": None},
     "ul2": {"base": 247.6, "20b": None, "prefix-base": None, "smoke": None, "prefix-tiny": None},
     "ul2_cap": {"B/16": None, "smoke": None},
-    "lit": {"B/16": None, "L/16-Uu": None, "smoke": None},
+    "lit": {"B/16": None, "L/16-Uu": None, "tiny": None, "tiny-uu": None, "smoke": None},
 }
 EXPERIMENTS = [
     (name, variant, millions) for name, variants in MILLIONS.items() for variant, millions in variants.items()
@@ -28,10 +29,13 @@ def test_builds(name, variant, millions):
     settings = config.plain(importlib.import_module(f"configs.{name}").get_config(variant))
     if settings["tokenizer"] == "emoji":
         ops.parse(settings["data"]["ops"], tokenizers.build("emoji"))
+    example = plan.example_of(settings["data"]["ops"])
+    if settings["data"]["uri"].startswith("precomputed:"):
+        example["image"] = np.zeros((1, 1280), np.float32)
     sections = {key: settings[key] for key in ("model", "objective", "optimizer")}
     steps = lambda length: optim.duration_to_steps(length, 256, 10**6, 10**6)
     program = build_program(
-        plan.example_of(settings["data"]["ops"]), sharding.make_mesh(fsdp=8), steps, **sections,
+        example, sharding.make_mesh(fsdp=8), steps, **sections,
         partition=sharding.RULES, accumulate=1, ema=None, seed=0,
     )  # fmt: skip
     if millions:
