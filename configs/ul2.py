@@ -49,7 +49,7 @@ def get_config(variant: str = "base", denoisers: str = "ul2") -> ConfigDict:
 
 
 def _embedded(variant: str, alone: bool, denoisers: str) -> ConfigDict:
-    """The emoji's keywords in six languages; `tiny` takes 3 minutes on 2 CPU cores."""
+    """The emoji's keywords in six languages; `tiny` takes 5 minutes on one CPU core."""
     smoke, length, vocab_size = variant == "smoke", 48, 3088
     width = 32 if smoke else 128
     tower = dict(width=width, depth=1 if smoke else 2, heads=4, mlp_dim=2 * width, activation="gelu_tanh")

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlm_jax import models
-from vlm_jax.adapt.insert import NEW, Adapter, Context, LowRank, Prefix, Prompt, begin, inserted, merge
+from vlm_jax import models, optim
+from vlm_jax.adapt.insert import NEW, TABLE, Adapter, Context, LowRank, Prefix, Prompt, begin, inserted, merge
 from vlm_jax.errors import UserError
 from vlm_jax.kernels import attention
 from vlm_jax.models.layers import Attention, KeyValues
@@ -152,6 +152,8 @@ def test_several_at_once_in_a_loop_and_in_a_scan(base):
     adapted = inserted(adapted, Prefix(length=2))
     assert len(adapted.insertions) == 5
     begun = randomised(begin(jax.random.key(2), adapted, params, IMAGES, TEXTS))
+    _, groups, _ = optim.build(dict(name="sgd", lr=0.1, params=TABLE), begun, total_steps=1)
+    assert {name for name, group in groups.items() if group != "frozen"} == new(begun).keys()
 
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(params):
@@ -180,8 +182,14 @@ def test_what_does_not_fit_is_named(base):
     model, params, _ = base
     with pytest.raises(UserError, match=r"Adapter.*is put nowhere"):
         begin(jax.random.key(0), inserted(model, Adapter(where="image/mlp")), params, IMAGES, TEXTS)
-    with pytest.raises(UserError, match="they are of another"):
+    with pytest.raises(UserError, match=r"`text/\S+` is in one and not in another; expected parameters of one model"):
         alone = models.build(dict(image=None, text=dict(width=D, depth=1, heads=HEADS, vocab_size=12, length=8)))
         begin(jax.random.key(0), inserted(alone, Adapter()), params, None, TEXTS)
+    for wrong, message in (
+        (Adapter(form="both"), "the form of an adapter is `both`; expected one of: serial, parallel"),
+        (Adapter(activation="x"), "the activation of an adapter is `x`; expected"),
+    ):
+        with pytest.raises(UserError, match=message):
+            begin(jax.random.key(0), inserted(model, wrong), params, IMAGES, TEXTS)
     with pytest.raises(UserError, match="a context of 8 from token 1 on does not fit: texts have 8 tokens"):
         begin(jax.random.key(0), inserted(model, Context(length=8)), params, IMAGES, TEXTS)

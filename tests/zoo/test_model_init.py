@@ -124,3 +124,4 @@ def test_a_locked_tower_stays_as_it_was_read(tmp_path):
             np.testing.assert_array_equal(before[name], after[name], err_msg=name)
         elif name.endswith("kernel"):
             assert not np.array_equal(before[name], after[name]), name
+    assert np.any(after["text/head/bias"])  # it was 0

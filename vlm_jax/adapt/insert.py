@@ -17,11 +17,14 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 
+from vlm_jax.adapt.masks import check_alike
+from vlm_jax.config import choose
 from vlm_jax.errors import UserError
 from vlm_jax.models.layers import ACTIVATIONS, Attention, KeyValues
 from vlm_jax.models.transformer import Block, Encoder
-from vlm_jax.parameter_table import map_with_name, named_leaves
+from vlm_jax.parameter_table import named_leaves
 
 NEW = r"(.*/)?inserted_.*"
 TABLE = ((NEW, {}), (".*", dict(freeze=True)))
@@ -53,13 +56,12 @@ class Adapter(NamedTuple):
     def __call__(self, call, module, x, *args, **kwargs):
         result = call(x, *args, **kwargs)
         h, *others = result if isinstance(result, tuple) else (result,)
-        source = {"serial": h, "parallel": x}[self.form]
+        source = choose({"serial": h, "parallel": x}, self.form, "the form of an adapter")
         new = functools.partial(_new, module)
         down = new("down", nn.initializers.lecun_normal(), (source.shape[-1], self.width))
         up = new("up", nn.initializers.zeros, (self.width, h.shape[-1]))
-        hidden = ACTIVATIONS[self.activation](
-            _dot(source, down) + new("down_bias", nn.initializers.zeros, down.shape[-1:])
-        )
+        act = choose(ACTIVATIONS, self.activation, "the activation of an adapter")
+        hidden = act(_dot(source, down) + new("down_bias", nn.initializers.zeros, down.shape[-1:]))
         h = h + (self.scale * (_dot(hidden, up) + new("up_bias", nn.initializers.zeros, up.shape[-1:]))).astype(h.dtype)
         return (h, *others) if others else h
 
@@ -214,43 +216,38 @@ def begin(rng: jax.Array, model: nn.Module, params: Any, *inputs: Any) -> Any:
     Raises:
       UserError: an insertion matches no module; the parameters are another model's.
     """
-    shapes = [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given) for given in inputs]
-    zeros = lambda given: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), given)
-    new = jax.jit(lambda rng: model.init(rng, *map(zeros, shapes))["params"])(rng)
-    own, made = named_leaves(params), named_leaves(new)
-    for name in made.keys() - own.keys():
-        if not re.fullmatch(NEW, name):
-            raise UserError(f"the parameters lack `{name}` of the model; they are of another")
-    if spare := own.keys() - made.keys():
-        raise UserError(f"the parameters have `{min(spare)}`, the model has not; they are of another")
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
+    shapes_of = lambda *insertions: jax.eval_shape(_with(model, insertions).init, rng, *shapes)["params"]
+    check_alike(shapes_of(), params)
     for insertion in model.insertions:
-        alone = jax.eval_shape(_with(model, (insertion,)).init, rng, *shapes)["params"]
-        if not any(re.fullmatch(NEW, name) for name in named_leaves(alone)):
+        if not _new_leaves(shapes_of(insertion)):
             raise UserError(f"{insertion} is put nowhere: its `where` matches no module of the model")
-    return map_with_name(lambda name, leaf: own.get(name, leaf), new)
+
+    @jax.jit
+    def draw(rng):
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return _new_leaves(model.init(rng, *zeros)["params"])  # of the model's own nothing is computed
+
+    return unflatten_dict(named_leaves(params) | draw(rng), sep="/")
 
 
 def merge(params: Any, insertions: tuple) -> Any:
     """Plain parameters of a model whose only insertions are `LowRank`: each kernel W + (alpha / r) a b."""
     if len(insertions) != 1 or not isinstance(insertions[0], LowRank):
         raise UserError(f"one LowRank can be merged; there are {insertions}")
-    leaves = named_leaves(params)
+    leaves, new = named_leaves(params), _new_leaves(params)
 
-    def plain(name, leaf):
-        module = name.rpartition("/")[0]
-        if not name.endswith("/kernel") or f"{module}/inserted_a" not in leaves:
-            return leaf
-        product = leaves[f"{module}/inserted_a"] @ leaves[f"{module}/inserted_b"]
-        return leaf + insertions[0].factor * product
+    def plain(name):
+        module, _, last = name.rpartition("/")
+        if last != "kernel" or f"{module}/inserted_a" not in new:
+            return leaves[name]
+        return leaves[name] + insertions[0].factor * (new[f"{module}/inserted_a"] @ new[f"{module}/inserted_b"])
 
-    def without(tree):
-        return {
-            name: without(value) if isinstance(value, dict) else value
-            for name, value in tree.items()
-            if not name.startswith("inserted_")
-        }
+    return unflatten_dict({name: plain(name) for name in leaves if name not in new}, sep="/")
 
-    return without(map_with_name(plain, params))
+
+def _new_leaves(params):
+    return {name: leaf for name, leaf in named_leaves(params).items() if re.fullmatch(NEW, name)}
 
 
 @functools.cache

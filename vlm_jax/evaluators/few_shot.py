@@ -157,7 +157,7 @@ def _accuracies(fits, train, test, places, draws, shots, text, scale) -> dict[st
     for seed, draw in enumerate(draws):
         row = np.flatnonzero(np.isin(places[known["position"]], draw))  # a picture that could not be read has none
         features, labels = known["feature"][row], known["label"][row]
-        training = np.isin(np.arange(len(row)), _all_but_some(labels, shots, seed))
+        training = np.isin(np.arange(len(row)), _training_places(labels, shots, seed))
         if training.all() or not training.any():
             raise UserError("few_shot: too few pictures of a class to choose hyper-parameters on; fewer shots?")
         few = features[training], labels[training], text, scale
@@ -171,7 +171,7 @@ def _accuracies(fits, train, test, places, draws, shots, text, scale) -> dict[st
     return numbers
 
 
-def _all_but_some(labels, shots, seed):
+def _training_places(labels, shots, seed):
     """Places of up to `shots` examples of each class; of a class with no more, one is left out if it can be."""
     chosen = []
     for c in np.unique(labels):
