@@ -69,18 +69,13 @@ class TipX(NamedTuple):
     """Logits of `TipAdapter` + gamma psi(-M) L.
 
     Attributes:
+      tip: `TipAdapter`.
       gamma: weight of the divergences.
       temperature: of the softmax over classes.
       ranges: what psi maps; None for the ranges over the features that are asked for.
-      others: as in `TipAdapter`.
     """
 
-    text: np.ndarray
-    scale: float
-    keys: np.ndarray
-    labels: np.ndarray
-    alpha: float
-    beta: float
+    tip: TipAdapter
     gamma: float
     temperature: float
     ranges: Ranges | None = None
@@ -88,11 +83,11 @@ class TipX(NamedTuple):
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """Features [M, D] -> logits, float64 [M, C]."""
         features = np.asarray(features, np.float64)
-        tip = TipAdapter(self.text, self.scale, self.keys, self.labels, self.alpha, self.beta)(features)
-        divergence = _divergence(features, self.keys, self.text, self.temperature)
-        (low, high), (smallest, largest) = self.ranges or _ranges(divergence, features @ self.keys.T)
+        text, keys, values = self.tip.text, self.tip.keys, np.eye(len(self.tip.text))[self.tip.labels]
+        divergence = _divergence(features, keys, text, self.temperature)
+        (low, high), (smallest, largest) = self.ranges or _ranges(divergence, features @ keys.T)
         share = (divergence - low) / max(high - low, np.finfo(np.float64).tiny)
-        return tip - self.gamma * (smallest + share * (largest - smallest)) @ np.eye(len(self.text))[self.labels]
+        return self.tip(features) - self.gamma * (smallest + share * (largest - smallest)) @ values
 
 
 def tip_x(
@@ -120,14 +115,14 @@ def tip_x(
         in the authors' code: call with the whole set.
       others: see `heads`; alpha, beta and gamma as in the formula.
     """
-    features, labels, text = few_shot(features, labels, text)
+    tip = tip_adapter(features, labels, text, scale, alpha=alpha, beta=beta)
     if not temperature > 0:
         raise UserError(f"the temperature of TIP-X is {temperature}; expected a number above 0")
     ranges = None
     if reference is not None:
-        reference = unit(reference, "reference features", text.shape[1])
-        ranges = _ranges(_divergence(reference, features, text, temperature), reference @ features.T)
-    return TipX(text, scale, features, labels, alpha, beta, gamma, temperature, ranges)
+        reference = unit(reference, "reference features", tip.text.shape[1])
+        ranges = _ranges(_divergence(reference, tip.keys, tip.text, temperature), reference @ tip.keys.T)
+    return TipX(tip, gamma, temperature, ranges)
 
 
 def _divergence(features: np.ndarray, keys: np.ndarray, text: np.ndarray, temperature: float) -> np.ndarray:
