@@ -69,7 +69,7 @@ def _begin(letters: str, **spec: str) -> dict:
 
 
 def _embedded(variant: str, letters: str) -> ConfigDict:
-    """Emoji and their names, with the real towers; or, to see whether all runs, the demo's with the image's locked."""
+    """Emoji and their names, with the real towers, `u` being the demo's; `smoke` is the demo's with one locked."""
     config = embedded(variant, penalty="softmax")
     if variant == "smoke":
         if letters:
@@ -77,28 +77,33 @@ def _embedded(variant: str, letters: str) -> ConfigDict:
         config.optimizer.params = (("image/.*", dict(freeze=True)), (".*", {}))
         return config
     letters = letters or "LU"
-    config.preprocess = "decode | crop_to_content | resize(224) | normalize('efficientnet_lite')"
-    config.tokenizer = f"json:{TEXT}/tokenizer.json"
-    config.tokenize = "tokenize(16)"
-    texts = f"random_caption('name/en', 'keywords/en', join=' ') | {config.tokenize}"
-    config.data.uri = "precomputed:runs/lit_images"
-    config.data.split = None
-    config.data.ops = f"{texts} | keep('image', 'token_ids', 'concept')"
-    if letters[0] != "L":
-        config.data.uri, config.data.split = "tfds:emoji", "train"
-        config.data.ops = f"{config.preprocess} | {config.data.ops}"
-    width = 1280  # of EfficientNet-Lite0's features
-    minilm = dict(width=384, depth=6, heads=12, mlp_dim=1536, activation="gelu", norm_eps=1e-12, post_norm=True)
-    minilm |= dict(vocab_size=30_522, length=512, token_types=2, pre_norm=True, pad_mask=True, pool="mean", scan=True)
-    config.model = dict(
-        image=dict(type="efficientnet", variant="lite0"), text=dict(minilm, out_dim=width), scale_init=10.0
-    )
-    config.batch_size = 128
-    config.duration = "30k examples"
     for key, section in _begin(letters, image=IMAGE, text=TEXT).items():
         config[key] = section  # in place of the demo's
-    if letters[1] == "U":
-        config.optimizer.lr = 3e-4  # a pretrained text tower changes slowly
+    del config.optimizer.clip_norm, config.optimizer.decay
+    config.optimizer.update(dict(name="muon", lr=3e-3, ns_steps=3, weight_decay=0.1))
+    image, text = config.model.image, config.model.text
+    see, read = config.data.ops.split(" | random_caption")[0], config.tokenize
+    if letters[0] != "u":
+        image = dict(type="efficientnet", variant="lite0")
+        text.out_dim = 1280  # of EfficientNet-Lite0's features
+        config.model.scale_init = 50.0  # which are all alike
+        see = config.preprocess = "decode | crop_to_content | resize(224) | normalize('efficientnet_lite')"
+    if letters[1] != "u":
+        minilm = dict(width=384, depth=6, heads=12, mlp_dim=1536, activation="gelu", norm_eps=1e-12, post_norm=True)
+        minilm |= dict(
+            vocab_size=30_522, length=512, token_types=2, pre_norm=True, pad_mask=True, pool="mean", scan=True
+        )
+        text = dict(minilm, out_dim=text.out_dim)
+        config.tokenizer = f"json:{TEXT}/tokenizer.json"
+        read = config.tokenize = "tokenize(12)"
+    if letters[0] == "L":
+        config.data.uri, config.data.split, see = "precomputed:runs/lit_images", None, None
+    config.data.ops = " | ".join(
+        filter(None, (see, f"random_caption('name/en') | {read} | keep('image', 'token_ids', 'concept')"))
+    )
+    config.model.image, config.model.text = image, text
+    config.batch_size = 128
+    config.duration = "30k examples"
     config.evals = {name: section for name, section in config.evals.items() if name != "pixel_neighbour"}
     for section in config.evals.values():
         section.every = None  # a minute each, at 224 pixels

@@ -7,6 +7,7 @@ import sys
 COMMANDS = {
     "train": "train an experiment:  vlm-jax train --config=configs/clip.py:tiny --workdir=runs/tiny",
     "evaluate": "evaluate a model:     vlm-jax evaluate --model=runs/tiny --task=zeroshot --data=... --out=runs/eval",
+    "adapt": "to a few pictures:    vlm-jax adapt --model=runs/tiny --method=lora --data=... --shots=16 --out=...",
     "plan": "does it fit a pod:    vlm-jax plan --config=configs/ul2.py:20b --topology=v6e:16x16",
     "precompute": "embed pictures once:  vlm-jax precompute --config=configs/lit.py:tiny --data=... --out=...",
     "convert": "between projects:     vlm-jax convert SRC DST --format=hf, or to look: vlm-jax convert --inspect SRC",

@@ -12,12 +12,10 @@ interruption continues after the last complete chunk and gives the same results,
 command runs on each of them with --distributed=auto.
 """
 
-import ast
 import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from vlm_jax.checkpoint import params_sha256, write_json
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators.hosts import Hosts
 from vlm_jax.evaluators.progress import Progress
+from vlm_jax.model_flags import MODEL, define_model_flags, definers, given
 from vlm_jax.pretrained import Pretrained
 
 TASKS = ("zeroshot", "retrieval", "probe", "few_shot", "captions", "foils")
@@ -156,68 +155,20 @@ def start_processes(hosts: str) -> None:
         raise UserError(f"--distributed={hosts} is not `auto` or `address:port,processes,index` ({error})") from error
 
 
-def _given(values: flags.FlagValues, names: Sequence[str]) -> dict[str, Any]:
-    """The flags among `names` that have a value, as Python values."""
-    given = {}
-    for name in names:
-        value = values[name].value
-        if value is not None:
-            read, expected = READ.get(name, (lambda value: value, ""))
-            try:
-                given[name] = read(value)
-            except (ValueError, SyntaxError):
-                spelled = ",".join(value) if isinstance(value, list) else value
-                raise UserError(f"--{name}={spelled:.60} cannot be read; expected {expected}") from None
-    return given
-
-
-def _where(conditions: Sequence[str]) -> dict[str, list]:
-    """["style=noto,twemoji", "group=3"] -> {"style": ["noto", "twemoji"], "group": [3]}."""
-    where = {}
-    for condition in conditions:
-        name, values = condition.split("=", 1)
-        where[name] = [int(value) if value.lstrip("-").isdecimal() else value for value in values.split(",")]
-    return where
-
-
-def _options(conditions: Sequence[str]) -> dict[str, Any]:
-    """["shots=4", "kinds=['order']", "solver=lbfgs"] -> {"shots": 4, "kinds": ["order"], "solver": "lbfgs"}."""
-    options = {}
-    for name, value in (condition.split("=", 1) for condition in conditions):
-        try:
-            options[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[name] = value
-    return options
-
-
-# Flags that become arguments of `vlm_jax.load` and of the evaluator, and how those are read that are no plain values.
-MODEL = ("preprocess", "tokenizer", "tokenize", "activation", "image_size", "resample", "dtype")
 DATA = (
     "data", "split", "where", "batch_size", "memory_share", "gallery",
     "classes", "templates", "label", "captions", "template", "ks",
 )  # fmt: skip
-READ = {
-    "where": (_where, "field=value,value such as style=noto"),
-    "option": (_options, "name=value such as shots=4"),
-    "classes": (
-        lambda text: ast.literal_eval(text) if text.startswith(("[", "{")) else text,
-        "a name, a file, a list ['cat', 'dog'] or labels and names {7: 'cat', 3: 'dog'}",
-    ),
-    "ks": (lambda values: [int(value) for value in values], "whole numbers such as 1,5,10"),
-    "image_size": (lambda sides: [int(side) for side in (sides * 2)[:2]], "pixels, 384 or height,width"),
-    "mesh": (lambda parts: {axis: int(size) for axis, size in (part.split("=") for part in parts)}, "data=8,fsdp=1"),
-}
 
 
 def main(_: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     if values.distributed:
         start_processes(values.distributed)
-    section = _given(values, DATA)
-    section |= {"uri": section.pop("data")} | _given(values, ["option"]).get("option", {})
+    section = given(values, DATA)
+    section |= {"uri": section.pop("data")} | given(values, ["option"]).get("option", {})
     evaluator = _evaluator(values.task, section)  # what is wrong with the data is said before the model is loaded
-    mesh = config.call(sharding.make_mesh, _given(values, ("mesh",)).get("mesh", {}), "--mesh", devices=None)
-    pretrained = vlm_jax.load(values.model, mesh=mesh, **_given(values, MODEL))
+    mesh = config.call(sharding.make_mesh, given(values, ("mesh",)).get("mesh", {}), "--mesh", devices=None)
+    pretrained = vlm_jax.load(values.model, mesh=mesh, **given(values, MODEL))
     results = _evaluate(pretrained, values.task, evaluator, section, values.out, values.model, show=True)
     if jax.process_index() == 0:
         print(_table(results))
@@ -234,34 +185,16 @@ def _table(results: Mapping[str, Any]) -> str:
 
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the command's flags; not done by an import, since the program that imports has its own."""
-    text, several, listed = (
-        partial(define, default=None, flag_values=values)
-        for define in (flags.DEFINE_string, flags.DEFINE_multi_string, flags.DEFINE_list)
-    )
-    text("model", help="What vlm_jax.load reads: a workdir, a folder, a file, hf:org/name")
+    define_model_flags(values)
+    text, _, listed = definers(values)
     text("task", help=", ".join(TASKS))
-    text("data", help="Data set: tfds:, wds:, jsonl:, csv:, folder:")
     text("out", help="Folder for results.json, artifacts and report")
     flags.mark_flags_as_required(["model", "task", "data", "out"], values)
-    text("split", help="The data set's split")
-    several("where", help="Which records count: field=value,value; repeatable")
-    flags.DEFINE_integer("batch_size", 256, "Pictures at a time over all devices", flag_values=values)
     flags.DEFINE_float("memory_share", None, "Of the free memory, for embeddings (0.25)", flag_values=values)
     flags.DEFINE_integer("gallery", None, "Pictures in the report (24)", flag_values=values)
-    text("classes", help="zeroshot: imagenet, emoji:seen, a file, a list; by default the data set's own")
-    several("templates", help="zeroshot: imagenet80, a file, a prompt with {}; repeatable")
-    text("label", help="zeroshot, probe: the field with the label")
     listed("captions", help="retrieval, captions: the fields with captions")
     text("template", help="retrieval: a prompt, {} for the caption")
-    several("option", help="Any other argument of the task's evaluator: name=value; repeatable")
     listed("ks", help="retrieval: how many candidates may be named, e.g. 1,5,10")
-    text("preprocess", help="Where the model's files do not tell: op string, or openai, siglip, ...")
-    text("tokenizer", help="Where the model's files do not tell: clip, json:/path, ...")
-    text("tokenize", help="Where the model's files do not tell: e.g. tokenize(77)")
-    text("activation", help="Of bare CLIP weights: quick_gelu or gelu")
-    listed("image_size", help="Another size than the model's: 384 or 384,288; needs --resample")
-    text("resample", help="How learned positions get to it: linear, bicubic, bicubic_sharp")
-    text("dtype", help="Compute dtype (float32)")
     listed("mesh", help="data=2,fsdp=4,tensor=1; by default data has all devices")
     text("distributed", help="On several hosts: auto, or address:port,processes,index")
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vlm_jax import sharding
+from vlm_jax.adapt import insert
 from vlm_jax.config import call, choose
 from vlm_jax.data import ops
 from vlm_jax.data.registry import BadExample
@@ -42,6 +43,9 @@ def features(model: nn.Module, params: Any, images: jax.Array) -> jax.Array:
     return pooling.pool("mean", tokens.astype(jnp.float32), mask)
 
 
+pair_logits = jax.jit(insert.class_logits, static_argnames="model")
+
+
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
     """A two-tower model, one tower, a captioner, a CoCa, which is both, or one from texts to texts, ready for use.
@@ -56,6 +60,9 @@ class Pretrained:
       config: what it was made by: "model", "preprocess", "tokenizer", "tokenize"; of a run, all of its config.
       mesh: where it runs; None is one device.
       batch_size: how many examples are embedded at a time.
+      classes: of an adapted model, the names that it was adapted to.
+      templates: the prompts that names are put into.
+      head: of an adapted model, image embeddings [B, D] -> logits [B, classes]; None for the names' embeddings.
     """
 
     model: nn.Module
@@ -66,11 +73,25 @@ class Pretrained:
     config: dict = dataclasses.field(default_factory=dict)
     mesh: Mesh | None = None
     batch_size: int = 256
+    classes: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ("{}",)
+    head: Callable[[np.ndarray], np.ndarray] | None = None
+
+    def with_adapter(self, path: str | os.PathLike) -> "Pretrained":
+        """The model as `python -m vlm_jax.adapt` has adapted it, from the file that it wrote."""
+        from vlm_jax.adapt.files import load_adapter
+
+        return load_adapter(path, self)
 
     @property
     def is_captioner(self) -> bool:
         """Whether texts are scored by their likelihood, for want of embeddings."""
         return hasattr(self.model, "decoder") and not hasattr(self.model, "text")
+
+    @property
+    def compares_pairs(self) -> bool:
+        """Whether texts are compared with pictures pair by pair: captioners, and prompts that depend on the picture."""
+        return self.is_captioner or insert.is_conditional(self.model)
 
     @property
     def reads_texts(self) -> bool:
@@ -126,33 +147,49 @@ class Pretrained:
             )
         return logits
 
-    def class_logits(self, images: Any, labels: Sequence[str], templates: Sequence[str] = ("{}",)) -> np.ndarray:
-        """The mean of a label's prompts' `caption_logits`, float32 [B, labels]."""
-        logits = self.caption_logits(images, prompts_of(labels, templates))
-        return logits.reshape(len(logits), len(labels), len(templates)).mean(2)
+    def class_logits(self, images: Any, labels: Sequence[str], templates: Sequence[str] | None = None) -> np.ndarray:
+        """Logits of preprocessed images [B, H, W, 3] for every label, float32 [B, labels].
 
-    def classify(self, images: Sequence, labels: Sequence[str], templates: Sequence[str] = ("{}",)) -> np.ndarray:
-        """Zero-shot probabilities float32 [n, labels]: the softmax over labels of scale * cosine (CLIP, section 3.1.2).
-
-        A softmax for models trained with the sigmoid loss, too: the labels are taken to be all there are. Whether a
-        text fits at all is the sigmoid of their `logits`. For a captioner, of the log-likelihoods (a label's is the
-        mean of its prompts').
-
-        Args:
-          images: as for `embed_images`.
-          labels: class names.
-          templates: prompts with a `{}` for the name; a label's embedding is the mean of its prompts'.
+        Scale * cosine with the label's embedding, the mean of its prompts' (CLIP, section 3.1.2); where texts are
+        compared pair by pair, the mean of its prompts' logits (a captioner's are log-likelihoods).
         """
-        if self.is_captioner:
-            logits = self.class_logits(self._pictures(images), labels, templates)
-        else:
+        templates = self.templates if templates is None else templates
+        if not self.compares_pairs:
             self._need("text")
             with ThreadPoolExecutor(1) as pool:  # two programs to compile, at the same time
                 text = pool.submit(class_embeddings, self.embed_texts, labels, templates)
-                image, text = self.embed_images(images), text.result()
-            logits = math.exp(float(self.params["logit_scale"])) * image @ text.T
+                image, text = self.embed_image_batch(images), text.result()
+            return math.exp(float(self.params["logit_scale"])) * image @ text.T
+        prompts = prompts_of(labels, templates)
+        if self.is_captioner:
+            logits = self.caption_logits(images, prompts)
+        else:
+            token_ids = self._token_ids(prompts)
+            logits = self._run(lambda model, params, images: pair_logits(model, params, images, token_ids), images)
+        return logits.reshape(len(logits), len(labels), len(templates)).mean(2)
+
+    def classify(
+        self, images: Sequence, labels: Sequence[str] | None = None, templates: Sequence[str] | None = None
+    ) -> np.ndarray:
+        """Probabilities float32 [n, labels]: the softmax over labels of `class_logits`.
+
+        A softmax for models trained with the sigmoid loss, too: the labels are taken to be all there are. Whether a
+        text fits at all is the sigmoid of their `logits`.
+
+        Args:
+          images: as for `embed_images`.
+          labels: class names; None for those that the model was adapted to.
+          templates: prompts with a `{}` for the name; None for the model's own, `{}` alone if it was not adapted.
+        """
+        if labels is None and not self.classes:
+            raise UserError("classify needs labels: this model was not adapted to any")
+        batch = self._pictures(images)
+        if labels is None and self.head is not None:
+            logits = self.head(self.embed_image_batch(batch))
+        else:
+            logits = self.class_logits(batch, self.classes if labels is None else labels, templates)
         logits = np.exp(logits - logits.max(-1, keepdims=True))
-        return logits / logits.sum(-1, keepdims=True)
+        return np.asarray(logits / logits.sum(-1, keepdims=True), np.float32)
 
     def caption(self, images: Sequence, method: str = "greedy", **options) -> list[str]:
         """Describes pictures (as for `embed_images`); `method` and the options are those of `caption_batch`."""

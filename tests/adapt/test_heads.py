@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.adapt import heads
-from vlm_jax.adapt.heads_trained import _shuffled
+from vlm_jax.adapt.heads_trained import shuffled
 from vlm_jax.errors import UserError
 
 C, D, E, SCALE = 5, 16, 24, 20.0
@@ -168,7 +168,7 @@ def test_tip_adapter_f_trains_keys_as_torch_would():
         logits = 1.5 * affinity @ values + SCALE * x[rows] @ TEXT.T
         return (1.5 * 5.5 * affinity * (residual(logits, Y[rows]) @ values.T)).T @ x[rows]
 
-    batches = _shuffled(len(X), 8, epochs, 0)
+    batches = shuffled(len(X), 8, epochs, 0)
     assert batches.shape == (12, 8) and all(sorted(b[b >= 0]) == list(range(30)) for b in batches.reshape(3, 32))
     expected = adam_by_loops(gradient, x, batches, cosine(rate, 12), 0.01, 1e-4)
     head = heads.tip_adapter_f(X, Y, TEXT, SCALE, **TIP, epochs=epochs, batch_size=8, learning_rate=rate)
@@ -179,7 +179,7 @@ def test_tip_adapter_f_trains_keys_as_torch_would():
 
 def test_cross_modal_probes_train_on_halves_of_pictures_and_texts_as_torch_would():
     x, labels, steps = np.concatenate([X, TEXT]).astype(np.float64), np.append(Y, np.arange(C)), 120
-    halves = _shuffled(30, 4, 18, (0, 0)), _shuffled(5, 4, steps, (0, 1))
+    halves = shuffled(30, 4, 18, (0, 0)), shuffled(5, 4, steps, (0, 1))
     pictures, texts = (half[(half >= 0).all(1)][:steps] for half in halves)  # no short ones
     batches = np.concatenate([pictures, texts + 30], axis=1)
     assert batches.shape == (steps, 8)

@@ -59,7 +59,7 @@ COUNTS = [
     (LowRank(where=r".*/mlp/fc[12]", rank=3, alpha=6), BOTH * 2 * 3 * (D + HIDDEN)),
     (Prefix(where=r"text/.*/attn", length=3), DEPTH * 2 * 3 * D),
     (Prompt(length=5), 5 * D),
-    (Prompt(where="text", length=5, deep=True), DEPTH * 5 * D),
+    (Prompt(where="text", length=5, depth=None), DEPTH * 5 * D),
     (Context(length=3), 3 * D),
 ]
 
@@ -148,7 +148,7 @@ def test_a_context_of_the_words_themselves_changes_nothing(base):
 def test_several_at_once_in_a_loop_and_in_a_scan(base):
     """The same embeddings; every inserted array has a gradient, one that is not zero."""
     model, params, _ = base
-    adapted = inserted(model, Adapter(width=4), Prompt(length=2, deep=True), Context(length=2), LowRank())
+    adapted = inserted(model, Adapter(width=4), Prompt(length=2, depth=None), Context(length=2), LowRank())
     adapted = inserted(adapted, Prefix(length=2))
     assert len(adapted.insertions) == 5
     begun = randomised(begin(jax.random.key(2), adapted, params, IMAGES, TEXTS))

@@ -164,7 +164,7 @@ def test_evenly_spaced_goes_from_the_first_to_the_last():
     [
         ({"type": "zeroshots"}, "`zeroshots`; expected one of: zeroshot, retrieval, pixel_neighbour"),
         ({"tempaltes": ["{}"]}, "has no key `tempaltes`; did you mean `templates`?"),
-        ({"classes": "emoji:sene"}, "expected `emoji:seen` or `emoji:held_out`"),
+        ({"classes": "emoji:sene"}, "is `sene`; expected one of: seen, held_out, subgroups"),
         (
             {"classes": "/nowhere.txt"},
             "no file of classes /nowhere.txt, and no packaged classes of that name; expected a .txt",

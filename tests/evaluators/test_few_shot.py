@@ -7,10 +7,10 @@ import pytest
 
 from vlm_jax import evaluators
 from vlm_jax.adapt import heads
+from vlm_jax.adapt.methods import METHODS
 from vlm_jax.data import emoji
 from vlm_jax.data.sources import open_source
 from vlm_jax.errors import UserError
-from vlm_jax.evaluators.few_shot import METHODS
 from vlm_jax.pretrained import class_embeddings
 
 CLASSES = dict(list(emoji.concepts(held_out=False).items())[:6])
@@ -52,8 +52,8 @@ def test_trained_heads_learn_the_pictures_they_are_given(two_tower):
 
 def test_what_is_wrong_is_named(two_tower, captioner):
     build = lambda **changes: evaluators.build(dict(type="few_shot", **CASE | changes))
-    with pytest.raises(UserError, match="a method of few_shot is `coop`; expected one of: zero_shot"):
-        build(methods=["coop"])
+    with pytest.raises(UserError, match="a method of few_shot is `coup`; expected one of: zero_shot"):
+        build(methods=["coup"])
     with pytest.raises(UserError, match="wants shots and seeds of 1 or more; got 0 and 2"):
         build(shots=0)
     with pytest.raises(UserError, match="compares embeddings, which a captioner has none of"):

@@ -8,8 +8,8 @@ from PIL import Image
 from scipy.special import softmax
 
 from vlm_jax import evaluators
+from vlm_jax.adapt.linear import logistic_regression, ridge
 from vlm_jax.errors import UserError
-from vlm_jax.evaluators.linear import logistic_regression, ridge
 from vlm_jax.evaluators.probe import few_shots
 
 X = np.array([[0.0, 1.0], [1.0, 3.0], [2.0, 0.0], [4.0, 1.0], [5.0, 5.0], [3.0, 2.0]])

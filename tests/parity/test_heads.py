@@ -7,7 +7,7 @@ import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from vlm_jax.adapt import heads
-from vlm_jax.adapt.heads_trained import _shuffled
+from vlm_jax.adapt.heads_trained import shuffled
 
 CASES = [(200, 16, 5, 0.1), (60, 40, 4, 0.5), (300, 8, 3, 0.0), (90, 24, 6, 1.0)]
 
@@ -60,7 +60,7 @@ def trained(parameter, loss, batches, optimizer):
 
 def test_tip_adapter_f_is_what_torch_trains():
     features, labels, _, text = case(100, 16, 5)
-    batches = [torch.tensor(rows[rows >= 0]) for rows in _shuffled(100, 32, 5, 0)]
+    batches = [torch.tensor(rows[rows >= 0]) for rows in shuffled(100, 32, 5, 0)]
     x, y, w = torch.tensor(features), torch.tensor(labels), torch.tensor(text)
     keys, values = torch.nn.Parameter(x.clone()), torch.nn.functional.one_hot(y).double()
 

@@ -7,8 +7,9 @@
     tip_adapter_f        the cache, trained
     cross_modal_probe    a linear classifier, trained on pictures and class names
     prolip               the image tower's last projection, trained
+    reco                 embeddings refined by what a memory of pairs holds near them, trained on pairs
 
-Each returns a head: features [M, D] -> logits, float64 [M, C]. Their common arguments:
+Each but the last returns a head: features [M, D] -> logits, float64 [M, C]. Their common arguments:
 
     features  float [N, D], unit norm: image embeddings of the training pictures
     labels    int [N], in range(C)
@@ -26,15 +27,17 @@ import numpy as np
 
 from vlm_jax.adapt.heads_cache import TipAdapter, TipX, tip_adapter, tip_x
 from vlm_jax.adapt.heads_linear import check_labels, gaussian, gda, zero_shot
+from vlm_jax.adapt.heads_retrieval import Reco, reco
 from vlm_jax.adapt.heads_trained import Projected, cross_modal_probe, prolip, tip_adapter_f
+from vlm_jax.adapt.linear import Linear
+from vlm_jax.adapt.linear import logistic_regression as linear_probe
 from vlm_jax.errors import UserError
-from vlm_jax.evaluators.linear import Linear
-from vlm_jax.evaluators.linear import logistic_regression as linear_probe
 
 __all__ = [
     "Choice",
     "Linear",
     "Projected",
+    "Reco",
     "TipAdapter",
     "TipX",
     "choose",
@@ -43,6 +46,7 @@ __all__ = [
     "gda",
     "linear_probe",
     "prolip",
+    "reco",
     "tip_adapter",
     "tip_adapter_f",
     "tip_x",

@@ -15,8 +15,8 @@ import optax
 from vlm_jax import config
 from vlm_jax.adapt.heads_cache import TipAdapter, cache_logits, tip_adapter
 from vlm_jax.adapt.heads_linear import check_labels, few_shot, unit, zero_shot
+from vlm_jax.adapt.linear import Linear
 from vlm_jax.errors import UserError
-from vlm_jax.evaluators.linear import Linear
 
 EPS = 1e-4  # Adam's, in the code of Tip-Adapter and of ProLIP
 WARMUP = 50  # steps of a cross-modal probe
@@ -49,12 +49,12 @@ def tip_adapter_f(
       others: see `heads`; alpha and beta as in `TipAdapter`.
     """
     head = tip_adapter(features, labels, text, scale, alpha=alpha, beta=beta)
-    rows = _shuffled(len(head.keys), batch_size, epochs, seed)
+    rows = shuffled(len(head.keys), batch_size, epochs, seed)
     if not len(rows):
         return head
     data = (head.keys, head.labels, head.text, scale, alpha, beta, learning_rate, weight_decay)
     keys, losses = _train_keys(rows, *data)
-    return head._replace(keys=_finite(keys, losses))
+    return head._replace(keys=finite(keys, losses))
 
 
 @jax.jit
@@ -67,7 +67,7 @@ def _train_keys(rows, features, labels, text, scale, alpha, beta, learning_rate,
         logits = alpha * cache_logits(x, keys, values, beta) + scale * _matmul(x, text.T)
         return _cross_entropy(logits, labels[rows], rows >= 0)
 
-    return _descend(loss, features, optimizer, rows)
+    return descend(loss, features, optimizer, rows)
 
 
 def cross_modal_probe(
@@ -102,7 +102,7 @@ def cross_modal_probe(
     halves = []
     for kind, count in enumerate((len(features), len(text))):
         size = min(batch_size // 2, count)
-        rows = _shuffled(count, size, -(-steps // (count // size)), (seed, kind))
+        rows = shuffled(count, size, -(-steps // (count // size)), (seed, kind))
         whole = rows[(rows >= 0).all(1)][:steps]
         halves.append(whole + kind * len(features))
     rows = np.concatenate(halves, axis=1)
@@ -110,7 +110,7 @@ def cross_modal_probe(
         return zero_shot(text, scale)
     examples = np.concatenate([features, text]), np.concatenate([labels, np.arange(len(text))])
     weights, losses = _train_linear(rows, *examples, text, scale, learning_rate, weight_decay)
-    return Linear(scale * _finite(weights, losses).T, np.zeros(len(text)))
+    return Linear(scale * finite(weights, losses).T, np.zeros(len(text)))
 
 
 @jax.jit
@@ -127,7 +127,7 @@ def _train_linear(rows, features, labels, text, scale, learning_rate, weight_dec
     def loss(weights, rows):
         return _cross_entropy(scale * _matmul(features[rows], weights.T), labels[rows])
 
-    return _descend(loss, text, optax.adamw(schedule, weight_decay=weight_decay), rows)
+    return descend(loss, text, optax.adamw(schedule, weight_decay=weight_decay), rows)
 
 
 class Projected(NamedTuple):
@@ -199,7 +199,7 @@ def prolip(
     if steps:
         order = np.arange(steps) % len(views)
         trained, losses = _train_projection(order, views, labels, text, scale, kernel, offset, pull, learning_rate)
-        kernel = _finite(trained, losses)
+        kernel = finite(trained, losses)
     return Projected(text, scale, kernel, bias)
 
 
@@ -212,7 +212,7 @@ def _train_projection(order, views, labels, text, scale, start, bias, pull, lear
         x = x / jnp.linalg.norm(x, axis=1, keepdims=True)
         return _cross_entropy(scale * _matmul(x, text.T), labels) + pull * jnp.sum((kernel - start) ** 2)
 
-    return _descend(loss, start, optimizer, order)
+    return descend(loss, start, optimizer, order)
 
 
 _matmul = functools.partial(jnp.matmul, precision="highest")
@@ -222,7 +222,7 @@ def _cross_entropy(logits: jax.Array, labels: jax.Array, where: jax.Array | None
     return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels), where=where)
 
 
-def _descend(loss: Callable, params: Any, optimizer: optax.GradientTransformation, batches: jax.Array) -> tuple:
+def descend(loss: Callable, params: Any, optimizer: optax.GradientTransformation, batches: jax.Array) -> tuple:
     """Parameters after a step of the optimizer on `loss(params, batch)` for each batch, and the losses."""
 
     def step(carry, batch):
@@ -235,7 +235,7 @@ def _descend(loss: Callable, params: Any, optimizer: optax.GradientTransformatio
     return params, losses
 
 
-def _shuffled(rows: int, size: int, epochs: int, seed: int | tuple[int, int]) -> np.ndarray:
+def shuffled(rows: int, size: int, epochs: int, seed: int | tuple[int, int]) -> np.ndarray:
     """Rows of the batches of some epochs, int [steps, size]; what an epoch's last batch lacks is -1."""
     if size < 1:
         raise UserError(f"batch_size is {size}; expected a number above 0")
@@ -245,7 +245,7 @@ def _shuffled(rows: int, size: int, epochs: int, seed: int | tuple[int, int]) ->
     return np.concatenate([np.empty(0, np.int64), *order]).reshape(-1, size)
 
 
-def _finite(trained: jax.Array, losses: jax.Array) -> np.ndarray:
+def finite(trained: jax.Array, losses: jax.Array) -> np.ndarray:
     if not (jnp.isfinite(losses).all() and jnp.isfinite(trained).all()):
         raise UserError("the head's training has diverged (its loss is not finite); a smaller learning_rate?")
     return np.asarray(trained)

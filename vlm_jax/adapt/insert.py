@@ -125,21 +125,21 @@ class Prefix(NamedTuple):
 class Prompt(NamedTuple):
     """Learned tokens before a tower's own (visual prompt tuning, Jia et al. 2022, arXiv:2203.12119, section 3.2).
 
-    n D parameters, or n D in each block with `deep`; the tower's tokens come back without them.
+    n D parameters, or n D in each block; the tower's tokens come back without them.
 
     Attributes:
       where: regex of the tower's path: "image" or "text".
       length: n.
-      deep: whether every block begins with prompts of its own.
+      depth: of how many blocks, the first ones, each begins with prompts of its own; None of all ("deep").
     """
 
     where: str = "image"
     length: int = 8
-    deep: bool = False
+    depth: int | None = 1
 
     def takes(self, module, method):
         if isinstance(module, Block):
-            return self.deep and method == "__call__"
+            return self.depth != 1 and method == "__call__"
         return isinstance(module, Encoder) and method == "encode"
 
     def path(self, module):
@@ -149,8 +149,10 @@ class Prompt(NamedTuple):
         tokens = lambda: jnp.broadcast_to(self._tokens(module, x.shape[-1]).astype(x.dtype), (len(x), *shape))
         shape = (self.length, x.shape[-1])
         if isinstance(module, Block):
-            return call(jnp.concatenate([tokens(), x[:, self.length :]], axis=1), *args, **kwargs)
-        first = jnp.zeros((len(x), *shape), x.dtype) if self.deep else tokens()
+            _, layer, _ = args
+            before, own = x[:, : self.length], x[:, self.length :]
+            return call(jnp.concatenate([_of_first(self.depth, layer, tokens(), before), own], axis=1), *args, **kwargs)
+        first = tokens() if self.depth == 1 else jnp.zeros((len(x), *shape), x.dtype)
         if (mask := kwargs.get("mask")) is not None:
             if mask.ndim == 3:
                 raise UserError("prompts before packed texts are of no text; take the texts apart")
@@ -166,30 +168,97 @@ class Prompt(NamedTuple):
 class Context(NamedTuple):
     """Learned vectors in the place of a prompt's words (CoOp, Zhou et al. 2022, arXiv:2109.01134, section 3.2).
 
-    n D parameters. Texts are to have n tokens there, which ones is of no account: "X X X X {}." for 4.
+    n D parameters, or n D for the tokens and n D in each block. Texts are to have n tokens there, which ones is of no
+    account: the data op `room(n, at)` makes it.
 
     Attributes:
-      where: regex of the token table's path.
+      where: regex of the tower's path.
       length: n.
       at: which token is the first of them: 1 after a start token.
+      depth: of how many blocks, the first ones, each has vectors of its own there (MaPLe, arXiv:2210.03117, section
+        3.2.1); None of all.
+      image_width: of image embeddings, where a Meta-Net moves the vectors by them (CoCoOp, Zhou et al. 2022,
+        arXiv:2203.05557, section 3.2: E (E / 16) + E / 16 + (E / 16) D + D more parameters); None without.
       std: of the vectors at init.
     """
 
-    where: str = r"text/token_embed"
+    where: str = "text"
     length: int = 4
     at: int = 1
+    depth: int | None = 1
+    image_width: int | None = None
     std: float = 0.02
 
     def takes(self, module, method):
-        return isinstance(module, nn.Embed) and method == "__call__"
+        return isinstance(module, nn.Embed if self.depth == 1 else nn.Embed | Block) and method == "__call__"
 
-    def __call__(self, call, module, token_ids):
-        x = call(token_ids)
-        if token_ids.shape[-1] < self.at + self.length:
+    def path(self, module):
+        return module.path[:-1]
+
+    def __call__(self, call, module, x, *args, **kwargs):
+        if isinstance(module, nn.Embed):
+            x = call(x)
+        place = slice(self.at, self.at + self.length)
+        if x.shape[1] < place.stop:
             seen = f"texts have {x.shape[1]} tokens"
             raise UserError(f"a context of {self.length} from token {self.at} on does not fit: {seen}")
-        context = _new(module, "context", nn.initializers.normal(self.std), (self.length, x.shape[-1]))
-        return x.at[:, self.at : self.at + self.length].set(context.astype(x.dtype))
+        context = _new(module, "context", nn.initializers.normal(self.std), (self.length, x.shape[-1])).astype(x.dtype)
+        if not isinstance(module, nn.Embed):
+            _, layer, _ = args
+            context = _of_first(self.depth, layer, jnp.where(layer > 0, context, x[:, place]), x[:, place])
+            return call(x.at[:, place].set(context), *args, **kwargs)
+        if self.image_width is not None:
+            self._meta_net(module, x.shape[-1])
+        return x.at[:, place].set(context)
+
+    def _meta_net(self, module, width):
+        """Here for its parameters alone; `class_logits` applies it."""
+        hidden = max(self.image_width // 16, 1)
+        for name, (inputs, outputs) in (("down", (self.image_width, hidden)), ("up", (hidden, width))):
+            uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+            _new(module, f"meta_{name}", uniform, (inputs, outputs))
+            _new(module, f"meta_{name}_bias", nn.initializers.zeros, (outputs,))
+
+
+def _of_first(depth, layer, new, old):
+    return new if depth is None else jnp.where(layer < depth, new, old)
+
+
+def is_conditional(model: nn.Module) -> bool:
+    """Whether texts depend on the picture they are compared with."""
+    contexts = [i for i in getattr(model, "insertions", ()) if isinstance(i, Context)]
+    return any(context.image_width is not None for context in contexts)
+
+
+def class_logits(model: nn.Module, params: Any, images: Any, token_ids: jax.Array) -> jax.Array:
+    """Scale * cosine of every picture with every class's text, fp32 [B, C].
+
+    With a `Context` that has a Meta-Net each picture has texts of its own, of contexts v_m + net(x), x being the
+    picture's unit-norm embedding (arXiv:2203.05557, equation 3): B C texts are embedded.
+
+    Args:
+      model: a `TwoTower`, inserted or not.
+      params: its parameters.
+      images: what its image tower takes, or embeddings [B, D].
+      token_ids: int [C, L], or the texts' embeddings [C, D].
+    """
+    found = model.apply({"params": params}, images, None)
+    if jnp.issubdtype(token_ids.dtype, jnp.floating):
+        return found.scale * jnp.matmul(found.image, token_ids.T, precision="highest")
+    if not is_conditional(model):
+        text = model.apply({"params": params}, None, token_ids).text
+        return found.scale * jnp.matmul(found.image, text.T, precision="highest")
+    leaves = named_leaves(params)
+    (place,) = [name.removesuffix("context") for name in leaves if name.endswith("token_embed/inserted_context")]
+    down, down_bias, up, up_bias = (leaves[f"{place}meta_{name}"] for name in ("down", "down_bias", "up", "up_bias"))
+    moves = jax.nn.relu(found.image @ down + down_bias) @ up + up_bias
+
+    def one(picture):
+        x, move = picture
+        own = unflatten_dict(leaves | {f"{place}context": leaves[f"{place}context"] + move}, sep="/")
+        return found.scale * model.apply({"params": own}, None, token_ids).text @ x
+
+    return jax.lax.map(one, (found.image, moves), batch_size=8)
 
 
 def inserted(model: nn.Module, *insertions: Any) -> nn.Module:
@@ -220,13 +289,13 @@ def begin(rng: jax.Array, model: nn.Module, params: Any, *inputs: Any) -> Any:
     shapes_of = lambda *insertions: jax.eval_shape(_with(model, insertions).init, rng, *shapes)["params"]
     check_alike(shapes_of(), params)
     for insertion in model.insertions:
-        if not _new_leaves(shapes_of(insertion)):
+        if not new_leaves(shapes_of(insertion)):
             raise UserError(f"{insertion} is put nowhere: its `where` matches no module of the model")
 
     @jax.jit
     def draw(rng):
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return _new_leaves(model.init(rng, *zeros)["params"])  # of the model's own nothing is computed
+        return new_leaves(model.init(rng, *zeros)["params"])  # of the model's own nothing is computed
 
     return unflatten_dict(named_leaves(params) | draw(rng), sep="/")
 
@@ -235,7 +304,7 @@ def merge(params: Any, insertions: tuple) -> Any:
     """Plain parameters of a model whose only insertions are `LowRank`: each kernel W + (alpha / r) a b."""
     if len(insertions) != 1 or not isinstance(insertions[0], LowRank):
         raise UserError(f"one LowRank can be merged; there are {insertions}")
-    leaves, new = named_leaves(params), _new_leaves(params)
+    leaves, new = named_leaves(params), new_leaves(params)
 
     def plain(name):
         module, _, last = name.rpartition("/")
@@ -246,7 +315,8 @@ def merge(params: Any, insertions: tuple) -> Any:
     return unflatten_dict({name: plain(name) for name in leaves if name not in new}, sep="/")
 
 
-def _new_leaves(params):
+def new_leaves(params: Any) -> dict[str, jax.Array]:
+    """What insertions have brought, by name."""
     return {name: leaf for name, leaf in named_leaves(params).items() if re.fullmatch(NEW, name)}
 
 

@@ -129,6 +129,26 @@ def tokenize(
 
 
 @op
+def room(example: dict, tokenizer: Any, n: int, at: int, key: str = "token_ids") -> dict:
+    """Moves the tokens from place `at` on n to the right: a learned context stands there (`adapt.insert.Context`).
+
+    What is there now is of no account. Padding falls off the end; where a text is too long, what is before its last
+    token.
+    """
+    token_ids = field(example, key)
+    special = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id}
+    filler = min(set(range(len(special) + 1)) - special)
+    words = token_ids[: np.max(np.nonzero(token_ids != tokenizer.pad_id)[0], initial=0) + 1]
+    words = np.concatenate([words[:at], np.full(n, filler, words.dtype), words[at:]])
+    room = np.full_like(token_ids, tokenizer.pad_id)
+    room[: len(words)] = words[: len(room)]
+    if len(words) > len(room):
+        room[-1] = words[-1]
+    example[key] = room
+    return example
+
+
+@op
 def denoise(
     example: dict,
     rng: np.random.Generator,

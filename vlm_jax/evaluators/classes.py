@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax import config
 from vlm_jax.data.registry import BadExample, field
 from vlm_jax.errors import UserError
 
@@ -31,7 +32,8 @@ def read(classes: str | Sequence[str] | Mapping[int, str]) -> dict[int | str, st
 
     Args:
       classes: the name of a data set of `vlm_jax/data/zeroshot/classes.json` ("imagenet", "cifar10", ...);
-        "emoji:seen" or "emoji:held_out" (the embedded data set's concepts of groups 3-7); a .txt file (line i names
+        "emoji:seen" or "emoji:held_out" (the embedded data set's concepts of groups 3-7), "emoji:subgroups" (the 49
+        kinds that they are of, by the field `subgroup`); a .txt file (line i names
         label i); a .json file (a list likewise, or an object from labels to names); a list or a mapping.
     """
     if isinstance(classes, str) and classes.startswith("emoji:"):
@@ -119,13 +121,16 @@ def _own_names(source: Any, label: str) -> list[str]:
     return list(getattr(features[label], "names", ())) if label in features else []
 
 
-def _emoji(classes: str) -> dict[int, str]:
+def _emoji(classes: str) -> dict[int | str, str]:
     from vlm_jax.data import emoji
 
     part = classes.removeprefix("emoji:")
-    if part not in ("seen", "held_out"):
-        raise UserError(f"classes are `{classes}`; expected `emoji:seen` or `emoji:held_out`")
-    return emoji.concepts(held_out=part == "held_out")
+    known = {
+        "seen": lambda: emoji.concepts(held_out=False),
+        "held_out": lambda: emoji.concepts(held_out=True),
+        "subgroups": lambda: {name: name.replace("-", " ") for name in emoji.subgroups()},
+    }
+    return config.choose(known, part, "the part of the emoji data set")()
 
 
 def _file(path: str, kind: str, beside: str) -> Sequence[str] | Mapping[str, str]:

@@ -1,14 +1,18 @@
-"""Few shots: the heads of `vlm_jax.adapt.heads` on a two-tower model's embeddings, over several draws of pictures."""
+"""Few shots: ways to adapt a two-tower model to some pictures of each class, over several draws of them.
 
-import functools
+Protocols: other pictures of the same classes (CoOp), of classes that were not trained on (base to new: CoCoOp), of
+other data sets (cross data set) and of other styles (domain generalisation).
+"""
+
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from vlm_jax.adapt import heads
-from vlm_jax.config import choose
+from vlm_jax import config
+from vlm_jax.adapt.methods import HEADS, METHODS, TUNED, Shots, Task
 from vlm_jax.data.sources import open_source
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators import classes as class_names
@@ -18,56 +22,24 @@ from vlm_jax.evaluators.progress import Progress, memory_limit
 from vlm_jax.evaluators.records import read_fields
 from vlm_jax.evaluators.result import Result
 from vlm_jax.evaluators.stream import open_pass, stream
-from vlm_jax.pretrained import class_embeddings
-
-ALPHAS, BETAS = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0], [0.3, 1.0, 2.0, 3.5, 5.5, 8.0]
-
-
-def _zero_shot(few, validation):
-    return heads.zero_shot(*few[2:])
+from vlm_jax.parameter_table import named_leaves
+from vlm_jax.pretrained import Pretrained, class_embeddings
 
 
-def _linear_probe(few, validation):
-    features, labels, text, _ = few
-    build = lambda l2: heads.linear_probe(features, labels, len(text), l2)
-    return heads.choose(build, {"l2": [0.1, 0.3, 1.0, 3.0, 10.0]}, *validation).head
+class Test(NamedTuple):
+    """Pictures to be named, and the names to choose among.
 
+    Attributes:
+      uri, split, where: the data set.
+      label: the field with the label.
+      named: label -> name.
+    """
 
-def _gda(few, validation):
-    grid = {"alpha": [10.0**k for k in range(-4, 3)]}
-    return heads.choose(functools.partial(heads.gda, *few), grid, *validation).head
-
-
-def _tip_adapter(few, validation):
-    grid = {"alpha": ALPHAS, "beta": BETAS}
-    return heads.choose(functools.partial(heads.tip_adapter, *few), grid, *validation).head
-
-
-def _tip_adapter_f(few, validation):
-    trained = heads.tip_adapter_f(*few, alpha=1.0, beta=5.5)  # of the authors' code, before their search
-    return heads.choose(trained._replace, {"alpha": ALPHAS, "beta": BETAS}, *validation).head
-
-
-def _tip_x(few, validation):
-    tip = _tip_adapter(few, validation)
-    build = functools.partial(heads.tip_x, *few, alpha=tip.alpha, beta=tip.beta, reference=validation[0])
-    return heads.choose(build, {"gamma": ALPHAS}, *validation).head
-
-
-def _cross_modal_probe(few, validation):
-    build = functools.partial(heads.cross_modal_probe, *few)
-    return heads.choose(build, {"learning_rate": [1e-3, 1e-4]}, *validation).head
-
-
-METHODS = {
-    "zero_shot": _zero_shot,
-    "linear_probe": _linear_probe,
-    "gda": _gda,
-    "tip_adapter": _tip_adapter,
-    "tip_adapter_f": _tip_adapter_f,
-    "tip_x": _tip_x,
-    "cross_modal_probe": _cross_modal_probe,
-}
+    uri: str
+    split: str | None
+    where: Mapping[str, Sequence] | None
+    label: str
+    named: Mapping[int | str, str]
 
 
 def few_shot(
@@ -78,96 +50,194 @@ def few_shot(
     label: str,
     classes: str | Sequence[str] | Mapping[int, str] | None = None,
     templates: str | Sequence[str] = "{}",
-    methods: Sequence[str] = tuple(METHODS),
+    methods: Sequence[str] = tuple(HEADS),
+    options: Mapping[str, Any] | None = None,
     shots: int = 16,
     seeds: int = 3,
     where: Mapping[str, Sequence] | None = None,
     train_where: Mapping[str, Sequence] | None = None,
+    tests: Mapping[str, Mapping[str, Any]] | None = None,
+    base_to_new: bool = False,
     ops: str | None = None,
     batch_size: int = 256,
     memory_share: float = 0.25,
+    keep: Callable[[str, int, Pretrained], None] | None = None,
 ) -> Callable[..., Result]:
     """Returns an evaluator `(pretrained, mesh=None, progress=None) -> Result`.
 
     Of each class `shots` training pictures are drawn, and up to 4 others, as many as shots at most, on which
     hyper-parameters are chosen (the protocol of CoOp, arXiv:2109.01134, section 4.1, and of Tip-Adapter's successors);
-    nothing is chosen on `split`. Pictures are embedded once. Metrics: `METHOD/top1`, the mean over seeds, and
-    `METHOD/spread`, their standard deviation; `examples`, `left_out` (of another label).
+    nothing is chosen on `split`. Metrics: `METHOD/top1`, the mean over seeds, and `METHOD/spread`, their standard
+    deviation; `METHOD/TEST/top1` and `METHOD/TEST/spread` of further tests; with `base_to_new`,
+    `METHOD/new/...` and `METHOD/harmonic_mean`; `examples`, `left_out` (of another label).
 
     Args:
       uri, split, train_split, label, where, train_where, ops, batch_size, memory_share: as for `probe`.
       classes: the labels that count, with their names, see `classes.read`; None: as the data set says.
       templates: prompts, see `classes.read_templates`.
-      methods: keys of `METHODS`.
+      methods: keys of `adapt.methods.METHODS`.
+      options: of the methods, which are then all of `adapt.methods.TUNED`: steps, learning_rate, rank, ...
       shots: training pictures of each class; of a class with fewer, all but those to choose on.
       seeds: how many draws: 0, 1, ...
+      tests: name -> what differs from `uri`, `split`, `where`, `label` and `classes` in a further test. Heads are only
+        tested on the classes that they were trained on.
+      base_to_new: trains on the first half of the classes and tests the others as `new`, too (arXiv:2203.05557,
+        section 4.1), each half among its own names.
+      keep: is called with method, seed and adapted model.
     """
-    fits = {method: choose(METHODS, method, "a method of few_shot") for method in methods}
+    fits = {method: config.choose(METHODS, method, "a method of few_shot") for method in methods}
+    if options and (fixed := [method for method in methods if method not in TUNED]):
+        raise UserError(f"few_shot: {', '.join(options)} given to {fixed[0]}, which takes no options")
     if shots < 1 or seeds < 1:
         raise UserError(f"few_shot wants shots and seeds of 1 or more; got {shots} and {seeds}")
-    given = None if classes is None else class_names.read(classes)
+    named = _named(classes, uri, train_split, label)
     prompts = class_names.read_templates(templates)
+    main = Test(uri, split, where, label, named)
+    all_tests = {"": main} | {name: _further(main, changes, name) for name, changes in (tests or {}).items()}
+    if base_to_new:
+        named, new = _halves(named)
+        all_tests |= {"": main._replace(named=named), "new": main._replace(named=new)}
+    pictures = any(method not in HEADS for method in methods)
     limit = memory_limit(memory_share)
 
     def evaluate(pretrained: Any, mesh: Any = None, progress: Progress | None = None) -> Result:
         del mesh  # the model knows where it runs
         if pretrained.is_captioner:
             raise UserError("few_shot compares embeddings, which a captioner has none of; see `probe`")
+        if pictures and jax.process_count() > 1:
+            raise UserError("few_shot tunes on one host; on several there are the heads: " + ", ".join(HEADS))
         progress = progress or Progress()
-        string = f'decode | boxed("{label}", to="label") | {ops or pretrained.preprocess} | keep("image", "label")'
-        data = dict(uri=uri, ops=string, batch_size=batch_size)
-        _, _, train = open_pass(pretrained, split=train_split, where=train_where, **data)
-        pretrained, hosts, batches = open_pass(pretrained, split=split, where=where, **data)
-        source = open_source(uri, train_split)
-        named = given or class_names.of_source(source, label, f"{uri} {train_split or ''}")
+        string = f"{ops or pretrained.preprocess}"
+
+        def open_test(test: Test):
+            boxed_label = f'decode | boxed("{test.label}", to="label") | {string} | keep("image", "label")'
+            return open_pass(
+                pretrained, uri=test.uri, split=test.split, where=test.where, ops=boxed_label, batch_size=batch_size
+            )
+
+        _, _, train = open_test(main._replace(split=train_split, where=train_where))
         index_of = class_names.index_of(named)
-        labels = index_of([row or [None] for row in read_fields(source, train.examples.chosen, [label])])
+        rows = read_fields(open_source(uri, train_split), train.examples.chosen, [label])
+        labels = index_of([row or [None] for row in rows])
         draws = [few_shots(labels, shots + min(shots, 4), seed) for seed in range(seeds)]
         places = np.unique(np.concatenate(draws))
-        train = only(train, places)
-        text = class_embeddings(pretrained.embed_texts, list(named.values()), prompts)
-        counts = progress.begin(
-            examples=batches.num_examples, train_examples=train.num_examples, batch_size=hosts.batch_size
-        )
-        counts = {"train_batches": 0, "batches": 0} | hosts.from_first(counts)
-        tables = progress.table("train", limit), progress.table("examples", limit)
-        for name, part, table in zip(("train_batches", "batches"), (train, batches), tables, strict=True):
-            for batch in stream(part, hosts, ["label"], counts[name], progress.show):
-                x = pretrained.embed_image_batch(batch.image)
+        passes = {"train": (only(train, places), index_of)}
+        for name, test in all_tests.items():
+            placed, hosts, batches = open_test(test)
+            passes[f"test_{name}"] = batches, class_names.index_of(test.named)
+        counts = progress.begin(batch_size=hosts.batch_size, **{k: b.num_examples for k, (b, _) in passes.items()})
+        counts = dict.fromkeys(passes, 0) | hosts.from_first(counts)
+        found = {}
+        for name, (batches, index) in passes.items():
+            table = progress.table(name, limit / len(passes))
+            for batch in stream(batches, hosts, ["label"], counts[name], progress.show):
+                x = placed.embed_image_batch(batch.image)
                 if hosts.first:
-                    truth = index_of(batch.columns["label"])
-                    table.append(feature=x[batch.mask], label=truth[batch.mask], position=batch.position[batch.mask])
+                    own = {"image": np.asarray(batch.image)[batch.mask]} if pictures else {}
+                    truth = index(batch.columns["label"])[batch.mask]
+                    table.append(feature=x[batch.mask], label=truth, position=batch.position[batch.mask], **own)
                 progress.save(**{name: batch.done})
+            found[name] = table
+        text = class_embeddings(pretrained.embed_texts, list(named.values()), prompts)
         numbers = {}
         if hosts.first:
-            scale = math.exp(float(pretrained.params["logit_scale"]))
-            numbers = _accuracies(fits, *tables, places, draws, shots, text, scale)
+            known = {key: found["train"].read(key) for key in ("feature", "label", "position")}
+            images = found["train"].read("image") if pictures else None
+            queries = {name: _queries(found[f"test_{name}"], name, pictures) for name in all_tests}
+            numbers["examples"] = float(len(queries[""].labels))
+            numbers["left_out"] = float(len(found["test_"]) - len(queries[""].labels))
+            shares = {}
+            for seed, draw in enumerate(draws):
+                row = np.flatnonzero(np.isin(places[known["position"]], draw))  # of those that could be read
+                few, validation = _parts(images, known, row, shots, seed)
+                scale = math.exp(float(pretrained.params["logit_scale"]))
+                task = Task(list(named.values()), prompts, text, scale, seed)
+                for method, fit in fits.items():
+                    adapted = fit(pretrained, few, validation, task, **(options or {}))
+                    if keep is not None:
+                        keep(method, seed, adapted)
+                    for name, test in all_tests.items():
+                        if adapted.head is None or test.named == named:
+                            share = _share_right(pretrained, adapted, queries[name], list(test.named.values()))
+                            shares.setdefault((method, name), []).append(share)
+            numbers |= _summary(shares)
         return Result(hosts.from_first(numbers), {})
 
     return evaluate
 
 
-def _accuracies(fits, train, test, places, draws, shots, text, scale) -> dict[str, float]:
-    known, queries = ({key: table.read(key) for key in ("feature", "label", "position")} for table in (train, test))
-    among = queries["label"] >= 0
+def _named(classes, uri, split, label) -> dict[int | str, str]:
+    if classes is not None:
+        return class_names.read(classes)
+    return class_names.of_source(open_source(uri, split), label, f"{uri} {split or ''}")
+
+
+def _further(main: Test, changes: Mapping[str, Any], name: str) -> Test:
+    changes = dict(changes)
+    if "classes" in changes:
+        changes["named"] = class_names.read(changes.pop("classes"))
+    elif {"uri", "label"} & changes.keys():
+        test = main._replace(**changes)
+        changes["named"] = _named(None, test.uri, test.split, test.label)
+    return config.call(Test, main._asdict() | changes, f"the test `{name}` of few_shot")
+
+
+def _halves(named: Mapping) -> tuple[dict, dict]:
+    """The first half of the classes, the larger one, and the other (CoOp's code, for base to new)."""
+    pairs = list(named.items())
+    if len(pairs) < 2:
+        raise UserError(f"base_to_new halves the classes, of which there is {len(pairs)}")
+    middle = -(-len(pairs) // 2)
+    return dict(pairs[:middle]), dict(pairs[middle:])
+
+
+def _queries(table: Any, name: str, pictures: bool) -> Shots:
+    labels = table.read("label")
+    among = labels >= 0
     if not among.any():
-        raise UserError(f"few_shot: no picture to be named is of the {len(text)} classes")
-    numbers = {"examples": float(among.sum()), "left_out": float(len(among) - among.sum())}
-    found = {method: [] for method in fits}
-    for seed, draw in enumerate(draws):
-        row = np.flatnonzero(np.isin(places[known["position"]], draw))  # a picture that could not be read has none
-        features, labels = known["feature"][row], known["label"][row]
-        training = np.isin(np.arange(len(row)), _training_places(labels, shots, seed))
-        if training.all() or not training.any():
-            raise UserError("few_shot: too few pictures of a class to choose hyper-parameters on; fewer shots?")
-        few = features[training], labels[training], text, scale
-        for method, fit in fits.items():
-            head = fit(few, (features[~training], labels[~training]))
-            right = np.argmax(head(queries["feature"][among]), axis=1) == queries["label"][among]
-            found[method].append(float(np.mean(right)))
-    for method, values in found.items():
-        numbers[f"{method}/top1"] = float(np.mean(values))
-        numbers[f"{method}/spread"] = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+        raise UserError(f"few_shot: no picture to be named is of the classes of test `{name or 'split'}`")
+    return Shots(table.read("image")[among] if pictures else None, table.read("feature")[among], labels[among])
+
+
+def _parts(images: Any, known: Mapping[str, np.ndarray], row: np.ndarray, shots: int, seed: int) -> tuple[Shots, Shots]:
+    """The pictures of a draw to train on, and those to choose on."""
+    features, labels = known["feature"][row], known["label"][row]
+    training = np.isin(np.arange(len(row)), _training_places(labels, shots, seed))
+    if training.all() or not training.any():
+        raise UserError("few_shot: too few pictures of a class to choose hyper-parameters on; fewer shots?")
+    part = lambda mask: Shots(None if images is None else images[row[mask]], features[mask], labels[mask])
+    return part(training), part(~training)
+
+
+def _share_right(base: Pretrained, adapted: Pretrained, queries: Shots, names: Sequence[str]) -> float:
+    """The share of the pictures that are given their name; an image tower that is as it was does not embed again."""
+    if adapted.head is not None:
+        logits = adapted.head(queries.features)
+    elif adapted.compares_pairs or _image_tower_changed(base, adapted):
+        logits = adapted.class_logits(queries.images, names)
+    else:
+        text = class_embeddings(adapted.embed_texts, names, adapted.templates)
+        logits = queries.features.astype(np.float64) @ text.T
+    return float(np.mean(np.argmax(logits, axis=1) == queries.labels))
+
+
+def _image_tower_changed(base: Pretrained, adapted: Pretrained) -> bool:
+    own = named_leaves(base.params)
+    changed = (name for name, leaf in named_leaves(adapted.params).items() if own.get(name) is not leaf)
+    return any(name.startswith("image/") for name in changed)
+
+
+def _summary(shares: Mapping[tuple[str, str], Sequence[float]]) -> dict[str, float]:
+    """Means and standard deviations over seeds."""
+    numbers = {}
+    spread = lambda values: float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    for (method, test), values in shares.items():
+        where = f"{method}/{test}/" if test else f"{method}/"
+        numbers |= {f"{where}top1": float(np.mean(values)), f"{where}spread": spread(values)}
+        if test == "new":
+            base = shares[method, ""]
+            means = [2 * b * n / (b + n) if b + n else 0.0 for b, n in zip(base, values, strict=True)]
+            numbers |= {f"{method}/harmonic_mean": float(np.mean(means)), f"{method}/harmonic_spread": spread(means)}
     return numbers
 
 

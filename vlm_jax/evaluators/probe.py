@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax.adapt.linear import logistic_regression, ridge
 from vlm_jax.config import choose
 from vlm_jax.data import loader
 from vlm_jax.data.sources import open_source
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators import classes as class_names
 from vlm_jax.evaluators import metrics
-from vlm_jax.evaluators.linear import logistic_regression, ridge
 from vlm_jax.evaluators.ops import boxed  # noqa: F401 (registered as an op)
 from vlm_jax.evaluators.progress import Progress, memory_limit
 from vlm_jax.evaluators.records import read_fields

@@ -78,14 +78,14 @@ def zeroshot(
         )
         counts = {"classes": 0, "batches": 0, "examples": 0, "left_out": 0} | hosts.from_first(counts)
         table, examples = progress.table("classes", limit / 2), progress.table("examples", limit / 2)
-        by_likelihood = getattr(pretrained, "is_captioner", False)
+        by_pairs = pretrained.compares_pairs
         step = max(PROMPTS // len(templates), 1)
-        for start in range(counts["classes"], 0 if by_likelihood else len(names), step):
+        for start in range(counts["classes"], 0 if by_pairs else len(names), step):
             embedded = class_embeddings(pretrained.embed_texts, names[start : start + step], templates)
             if hosts.first:
                 table.append(embedding=embedded)
             progress.save(classes=start + len(embedded))
-        text = table.read("embedding").astype(np.float64) if hosts.first and not by_likelihood else None
+        text = table.read("embedding").astype(np.float64) if hosts.first and not by_pairs else None
 
         some, left_out = counts["examples"], counts["left_out"]
         for batch in stream(batches, hosts, ["label"], counts["batches"], progress.show):
@@ -93,7 +93,7 @@ def zeroshot(
             among = batch.mask & (truth >= 0)
             some, left_out = some + int(among.sum()), left_out + int(batch.mask.sum() - among.sum())
             if among.any():
-                if by_likelihood:
+                if by_pairs:
                     logits = pretrained.class_logits(batch.image, names, templates)[among]
                 else:
                     embedded = pretrained.embed_image_batch(batch.image)[among]

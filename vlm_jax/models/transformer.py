@@ -94,13 +94,16 @@ class Block(nn.Module):
     cross: str | None
     layer_scale: float | None
     dropout: float
+    drop_path: float
+    depth: int
     implementation: str | None
     dtype: str
     train: bool
 
     @nn.compact
-    def __call__(self, x, around, drop_path, cache):
-        """[B, L, D], `Around`, this layer's rate of drop path, `Cache` or None -> [B, L, D], `Cache` or None."""
+    def __call__(self, x, around, layer, cache):
+        """[B, L, D], `Around`, the layer's number from 0, `Cache` or None -> [B, L, D], `Cache` or None."""
+        drop_path = self.drop_path * layer / max(self.depth - 1, 1)
         norm = functools.partial(Norm, self.norm, self.norm_eps, self.norm_bias, self.dtype)
         attention = functools.partial(Attention, self.heads, self.head_dim, self.attn_bias, scale=self.attn_scale)
         attn = attention(self.causal, self.implementation, self.dtype, name="attn")
@@ -140,7 +143,7 @@ class Block(nn.Module):
             init = nn.initializers.constant(self.layer_scale)
             y = y * self.param(f"layer_scale{name}", init, y.shape[-1:]).astype(y.dtype)
         y = nn.Dropout(self.dropout)(y, deterministic=not self.train)
-        if drop_path is not None and self.train:  # Huang et al. 2016, per example
+        if self.drop_path and self.train:  # Huang et al. 2016, per example
             keep = 1.0 - drop_path
             kept = jax.random.bernoulli(self.make_rng("dropout"), keep, (y.shape[0], 1, 1))
             y = jnp.where(kept, y / keep, 0).astype(y.dtype)
@@ -270,26 +273,25 @@ class Encoder(nn.Module, kw_only=True):
             cross=cross,
             layer_scale=self.layer_scale,
             dropout=self.dropout,
+            drop_path=self.drop_path,
+            depth=self.depth,
             implementation=self.implementation,
             dtype=self.dtype,
             train=train,
         )
-        rates = jnp.linspace(0.0, self.drop_path, self.depth) if self.drop_path else None
         if self.scan:
-            by_layer = lambda value: nn.broadcast if value is None else 0
             scanned = nn.scan(
                 new_block.func,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(nn.broadcast, by_layer(rates), by_layer(caches)),
+                in_axes=(nn.broadcast, 0, nn.broadcast if caches is None else 0),
                 length=self.depth,
             )
-            x, caches = scanned(**new_block.keywords, name="blocks")(x, around, rates, caches)
+            x, caches = scanned(**new_block.keywords, name="blocks")(x, around, jnp.arange(self.depth), caches)
         else:
             kept = []
             for i in range(self.depth):
-                of_block = [None if values is None else values[i] for values in (rates, caches)]
-                x, cache = new_block(name=f"blocks_{i}")(x, around, *of_block)
+                x, cache = new_block(name=f"blocks_{i}")(x, around, i, None if caches is None else caches[i])
                 kept.append(cache)
             caches = None if caches is None else kept
         return self.new_norm("norm")(x) if norm and not self.post_norm else x, caches

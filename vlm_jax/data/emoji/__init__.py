@@ -46,3 +46,8 @@ def concepts(held_out: bool = False, groups=(3, 4, 5, 6, 7), language: str = "en
         for row in concept_table()
         if row["held_out"] == held_out and row["group"] in groups
     }
+
+
+def subgroups(groups=(3, 4, 5, 6, 7)) -> list[str]:
+    """The subgroups that concepts of some groups are of, in Unicode's order: "animal-mammal", "food-fruit", ..."""
+    return list(dict.fromkeys(row["subgroup"] for row in concept_table() if row["group"] in groups))

@@ -1,0 +1,184 @@
+"""Few-shot tuning: a recipe's parameters on labelled pictures, by cross-entropy over class names.
+
+    clip = vlm_jax.load("runs/clip")
+    adapted = tune(clip, Inserted(LowRank(rank=4)), images, labels, names, learning_rate=1e-3)
+    adapted.classify(pictures)
+
+A recipe says what trains and how it changes the model, effective = combine(base, own): `Inserted` modules, `Masked`
+parameters of the model itself, and `coupled.Coupled` and `coupled.Unified` prompts.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import unflatten_dict
+from tqdm import tqdm
+
+from vlm_jax.adapt import insert, masks
+from vlm_jax.adapt.heads_linear import check_labels
+from vlm_jax.adapt.heads_trained import shuffled
+from vlm_jax.errors import UserError
+from vlm_jax.parameter_table import named_leaves
+from vlm_jax.pretrained import Pretrained, class_embeddings
+
+
+class Recipe(Protocol):
+    """What trains."""
+
+    def insertions(self, model: nn.Module, at: int) -> tuple:
+        """What is put into the model; `at` is the place of a context in its texts."""
+
+    def begin(self, rng: jax.Array, model: nn.Module, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """What trains, at the start; `leaves` are the parameters with insertions."""
+
+    def combine(self, own: Mapping[str, jax.Array], leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """The parameters that it changes, by name."""
+
+
+class Inserted(NamedTuple):
+    """Insertions of `vlm_jax.adapt.insert`, the rest of the model as it is; a `Context` stands where it has to."""
+
+    modules: tuple
+
+    def insertions(self, model, at):
+        return tuple(m._replace(at=at) if isinstance(m, insert.Context) else m for m in self.modules)
+
+    def begin(self, rng, model, leaves):
+        return insert.new_leaves(leaves)
+
+    def combine(self, own, leaves):
+        return dict(own)
+
+
+class Masked(NamedTuple):
+    """Parameters of the model itself, those of `masks.trainable`: "bias", "norm", "last_1", "head", a table."""
+
+    trainable: str | Sequence[tuple[str, bool]]
+
+    def insertions(self, model, at):
+        return ()
+
+    def begin(self, rng, model, leaves):
+        rows = self._rows(leaves)
+        return {name: leaf if rows[name] is True else leaf[rows[name]] for name, leaf in leaves.items() if name in rows}
+
+    def combine(self, own, leaves):
+        rows = self._rows(leaves)
+        replace = lambda name, value: value if rows[name] is True else leaves[name].at[rows[name]].set(value)
+        return {name: replace(name, value) for name, value in own.items()}
+
+    def _rows(self, leaves):
+        """Of each parameter that trains the layers of a stack, or True for all of it."""
+        mask = named_leaves(masks.trainable(_tree(leaves), self.trainable))
+        rows = lambda m: True if np.all(m) else np.flatnonzero(m)
+        return {name: rows(m) for name, m in mask.items() if np.any(m)}
+
+
+def tune(
+    pretrained: Pretrained,
+    recipe: Recipe,
+    images: Any,
+    labels: np.ndarray,
+    names: Sequence[str],
+    *,
+    templates: Sequence[str] = ("{}",),
+    steps: int = 200,
+    batch_size: int = 32,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.0,
+    seed: int = 0,
+    show: bool = False,
+) -> Pretrained:
+    """Trains what the recipe says and returns the adapted model, which names pictures by `names`.
+
+    AdamW under a cosine schedule to 0, on the mean cross-entropy of softmax(scale * cosine) over all names (CoOp,
+    arXiv:2109.01134, equation 3), whatever loss the towers were trained with. A tower that nothing changes embeds
+    once. Pictures are as the model prepares them, without augmentation.
+
+    Args:
+      pretrained: a two-tower model.
+      recipe: see `Recipe`.
+      images: preprocessed, [N, H, W, 3].
+      labels: int [N], in range(len(names)).
+      names: of the classes.
+      templates: prompts; one where the recipe changes the text tower.
+      steps, batch_size, learning_rate, weight_decay: of the optimizer.
+      seed: of what is drawn at the start, and of the order of examples.
+      show: a progress bar.
+
+    Raises:
+      UserError: the recipe and the model do not fit, or the loss is not finite.
+    """
+    labels = check_labels(labels, len(images), len(names))
+    place = _context_place(pretrained)
+    modules = recipe.insertions(pretrained.model, place)
+    adapted = with_room(pretrained, modules)
+    prompts = [template.replace("{}", name) for template in templates[:1] for name in names]
+    token_ids = adapted._token_ids(prompts)
+    rng, order = jax.random.key(seed), shuffled(len(labels), batch_size, -(-steps * batch_size // len(labels)), seed)
+    params = pretrained.params
+    if modules:
+        params = insert.begin(rng, adapted.model, params, jnp.asarray(images[:1]), jnp.asarray(token_ids[:1]))
+    leaves = named_leaves(params)
+    own = recipe.begin(jax.random.fold_in(rng, 1), adapted.model, leaves)
+    changed = recipe.combine(own, leaves).keys()
+    if not changed:
+        raise UserError(f"{recipe} trains nothing of this model")
+    texts = jnp.asarray(token_ids)
+    if any(name.startswith("text/") for name in changed):
+        if len(templates) != 1:
+            raise UserError(f"{len(templates)} templates, but what trains is in the text tower; give one")
+    else:
+        texts = jnp.asarray(class_embeddings(pretrained.embed_texts, names, templates))
+    if not any(name.startswith("image/") for name in changed):
+        images = pretrained.embed_image_batch(images)
+    state, loss = _optimizer(steps, learning_rate, weight_decay).init(own), 0.0
+    for rows in tqdm(order[:steps], desc="tune", unit="step", disable=not show):
+        batch = images[rows], np.where(rows < 0, -1, labels[rows]), texts
+        own, state, loss = _step(adapted.model, recipe, steps, own, state, leaves, *batch, learning_rate, weight_decay)
+    if not np.isfinite(loss):
+        raise UserError(f"{type(recipe).__name__}: the loss is {loss} after {steps} steps; a smaller learning_rate?")
+    params = _tree(leaves | recipe.combine(own, leaves))
+    return dataclasses.replace(adapted, params=params, classes=tuple(names), templates=tuple(templates))
+
+
+@partial(jax.jit, static_argnames=("model", "recipe", "steps"))
+def _step(model, recipe, steps, own, state, leaves, images, labels, texts, learning_rate, weight_decay):
+    def loss(own):
+        logits = insert.class_logits(model, _tree(leaves | recipe.combine(own, leaves)), images, texts)
+        losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return jnp.mean(losses, where=labels >= 0)
+
+    value, gradient = jax.value_and_grad(loss)(own)
+    updates, state = _optimizer(steps, learning_rate, weight_decay).update(gradient, state, own)
+    return optax.apply_updates(own, updates), state, value
+
+
+def _optimizer(steps, learning_rate, weight_decay):
+    return optax.adamw(optax.cosine_decay_schedule(learning_rate, steps), weight_decay=weight_decay)
+
+
+def _tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    return unflatten_dict(dict(leaves), sep="/")
+
+
+def with_room(pretrained: Pretrained, insertions: tuple) -> Pretrained:
+    """The model with insertions, not in its parameters yet, whose texts have room for those that are contexts."""
+    if not insertions:
+        return pretrained
+    room = "".join(f" | room({m.length}, {m.at})" for m in insertions if isinstance(m, insert.Context))
+    model = insert.inserted(pretrained.model, *insertions)
+    return dataclasses.replace(pretrained, model=model, tokenize=pretrained.tokenize and pretrained.tokenize + room)
+
+
+def _context_place(pretrained: Pretrained) -> int:
+    """1 where texts begin with a start token, else 0."""
+    first = pretrained._token_ids(["a", "the"])[:, 0]
+    return int(first[0] == first[1])
