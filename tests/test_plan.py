@@ -1,19 +1,27 @@
-"""Plans: the memory of the program that trains, by kind, and what is wrong in words."""
+"""Plans: the memory of the program that trains, by kind, bounds on its time, and what is wrong in words."""
+
+import json
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 
 from configs import clip, ul2
-from vlm_jax import models, plan
+from vlm_jax import models, plan, plan_chips, sharding
 from vlm_jax.errors import UserError
+from vlm_jax.program import TrainState
+
+CHIP = plan_chips.Chip(hbm=2**30, bandwidth=1e9, flops=1e11, links=1e8)
 
 
 @pytest.fixture(scope="module")
 def planned():
     settings = clip.get_config("smoke")
     settings.mesh.fsdp = 4
-    return plan.plan(settings, jax.devices(), hbm=2**30)
+    return plan.plan(settings, jax.devices(), CHIP)
 
 
 def test_memory_by_kind(planned):
@@ -32,8 +40,86 @@ def test_memory_by_kind(planned):
 
 def test_it_fits_or_it_does_not(planned):
     assert planned.fits and plan.text(planned).endswith("it fits")
-    small = planned._replace(hbm=2**20)
+    small = planned._replace(chip=CHIP._replace(hbm=2**20))
     assert not small.fits and "it does not fit" in plan.text(small)
+
+
+def test_bounds(planned):
+    """Each resource at its peak; the largest bounds the step, and the MFU with it."""
+    sent = sum(one.bytes for one in planned.collectives)
+    bounds = dict(matmul=planned.flops / 1e11, hbm=planned.hbm_bytes / 1e9, interconnect=sent / 1e8)
+    assert planned.bounds == bounds and planned.seconds == max(bounds.values())
+    assert planned.mfu == pytest.approx(planned.model_flops / 1e11 / planned.seconds)
+    # read and written: parameters and moments, at least
+    assert planned.hbm_bytes > 2 * (planned.memory["parameters"] + planned.memory["optimizer"])
+    assert 0 < planned.model_flops < planned.flops  # Muon's products are not the model's
+
+
+def test_the_chips_talk(planned):
+    """Parameters over fsdp are gathered, gradients reduced over all; a CPU's program waits for each."""
+    over = {one.kind: set() for one in planned.collectives}
+    for one in planned.collectives:
+        over[one.kind] |= set(one.axes)
+    assert "fsdp" in over["all-gather"] and {"data", "fsdp"} <= over["all-reduce"]
+    assert plan.text(planned).count("waited for") == len(planned.collectives)
+
+
+def test_json_has_all(planned):
+    read = json.loads(json.dumps(planned.json()))
+    assert read["fits"] and read["mfu"] == planned.mfu and read["chip"]["hbm"] == 2**30
+    assert read["collectives"][0]["kind"] == planned.collectives[0].kind and "blocks_0" in read["table"]
+
+
+@pytest.mark.parametrize(
+    ("message", "temporaries"),
+    [
+        ("E1000: Ran out of memory on HBM, required for HLO temporaries (22.50G) exceeds HBM (15.75G).", 22.5 * 2**30),
+        ("Ran out of memory in memory space hbm. Used 512.00M of 256.00M hbm.", 2**29),
+        ("no room", 2**30),
+    ],
+)
+def test_what_the_compiler_has_no_room_for_does_not_fit(message, temporaries):
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {message}")
+
+    mesh = jax.make_mesh((8, 1, 1), ("data", "fsdp", "tensor"))
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh)), {}, {})
+    program = SimpleNamespace(mesh=mesh, abstract_state=state, table="", compile_step=fail)
+    result = plan.compiled(plan.Traced(program, {}, 8, 2e11, 1e11), CHIP)
+    assert result.memory["temporaries"] == temporaries and not result.compiled and not result.fits
+    assert "it does not fit" in plan.text(result) and "MFU" not in plan.text(result)
+
+
+@pytest.mark.parametrize(
+    ("topology", "places", "hbm"),
+    [("v5e:2x1", [(0, 0), (1, 0)], 16), ("tpu7x:1x1x1", [(0, 0, 0), (0, 0, 0)], 96), ("h100:1x1x8", None, 80)],
+)
+def test_a_device_has_its_share_of_a_chip(monkeypatch, topology, places, hbm):
+    asked = {}
+    devices = (
+        [SimpleNamespace(id=i) for i in range(8)] if places is None else [SimpleNamespace(coords=p) for p in places]
+    )
+
+    def describe(**options):
+        asked.update(options)
+        return SimpleNamespace(devices=devices)
+
+    monkeypatch.setattr(topologies, "get_topology_desc", describe)
+    found, chip = plan.slice_of(topology)
+    assert found == devices and chip.hbm == hbm * 2**30
+    assert asked["platform"] == ("cuda" if places is None else "tpu")
+    assert chip.flops == {16: 197e12, 96: 2307e12 / 2, 80: 989e12}[hbm]
+
+
+def test_slices_that_cannot_be_described(monkeypatch):
+    def fail(**_):
+        raise RuntimeError("no plugin here\nand more")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", fail)
+    with pytest.raises(UserError, match=r"--topology=h100:1x1x8: no plugin here; .*'vlm_jax\[cuda\]'"):
+        plan.slice_of("h100:1x1x8")
+    with pytest.raises(UserError, match=r"--topology=v5e:3x3: no plugin here; .*'vlm_jax\[tpu\]'"):
+        plan.slice_of("v5e:3x3")
 
 
 def test_examples_are_as_the_ops_make_them():
@@ -53,4 +139,4 @@ def test_what_is_wrong_is_named():
     with pytest.raises(UserError, match=r"config\.batch_size 10 cannot be split over 8 devices"):
         settings = clip.get_config("smoke")
         settings.batch_size = 10
-        plan.plan(settings, jax.devices(), hbm=2**30)
+        plan.plan(settings, jax.devices(), CHIP)

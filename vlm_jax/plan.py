@@ -1,17 +1,20 @@
-"""Says whether a run fits a slice before it is booked.
+"""Plans a run before a slice is booked: does it fit, how fast can it be, what do the chips say to each other.
 
     python -m vlm_jax.plan --config=configs/ul2.py:20b --topology=v5p:4x8x8 --config.mesh.fsdp=64 --config.mesh.tensor=4
+    python -m vlm_jax.plan --config=configs/clip.py:L/14 --topology=v5e:16x16 --search
 
 Compiles the train step that `vlm_jax.train` would run, for chips that are not there (needs `pip install 'vlm_jax[tpu]'`
-and no TPU), and prints what it takes of a chip's memory.
+and no TPU; for --topology=h100:1x1x8 'vlm_jax[cuda]' and no GPU), and prints what it takes of a chip's memory, its
+FLOPs, its collectives, and lower bounds on its time.
+`--search` tries meshes, remat and accumulation for the fastest that fits.
 """
 
 import collections
 import io
 import json
-import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,14 +23,15 @@ from absl import flags
 from ml_collections import config_flags
 from PIL import Image
 
-from vlm_jax import command, config, models, optim, sharding
+from vlm_jax import command, config, models, optim, plan_flops, plan_hlo, sharding
 from vlm_jax.data import ops
 from vlm_jax.data.examples import collate
 from vlm_jax.data.registry import SUBJECTS
 from vlm_jax.errors import UserError
-from vlm_jax.program import build_program
+from vlm_jax.plan_chips import Chip, slice_of
+from vlm_jax.plan_collectives import Collective, collectives
+from vlm_jax.program import Program, build_program
 
-HBM = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}  # GiB of a device
 EXAMPLES = 10**9  # of a data set that is not there: durations in epochs are as long as this makes them
 
 
@@ -39,9 +43,14 @@ class Plan(NamedTuple):
       mesh: sizes of its axes.
       parameters: of the model.
       memory: bytes of a device: `parameters` and `optimizer` (EMA and objective's state with it), each its share,
-        `batch`, and `temporaries`, all else that the compiled step has at its peak.
-      flops: of the step on a device, as XLA counts them: the body of a scan once.
-      hbm: bytes of a device.
+        `batch`, and `temporaries`, all else that the compiled step has at its peak: activations and gradients.
+      flops: of the step on a device, recomputation and the optimizer's products with it; see `plan_flops`.
+      model_flops: on a device, of the loss and its gradients alone.
+      hbm_bytes: that the compiled step moves on a device, at least; see `plan_hlo.hbm_bytes`.
+      collectives: of the compiled step.
+      chip: what a device can do.
+      table: the parameters and their shardings, to read.
+      compiled: False where the compiler ran out of a device's memory: hbm_bytes and collectives are not known then.
     """
 
     devices: int
@@ -49,50 +58,109 @@ class Plan(NamedTuple):
     parameters: int
     memory: dict[str, int]
     flops: float
-    hbm: int
+    model_flops: float
+    hbm_bytes: int
+    collectives: list[Collective]
+    chip: Chip
+    table: str
+    compiled: bool
 
     @property
     def fits(self) -> bool:
-        return sum(self.memory.values()) <= self.hbm
+        return self.compiled and sum(self.memory.values()) <= self.chip.hbm
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """Seconds that a step takes at least: at peak FLOPs, at full HBM bandwidth, with all links busy."""
+        sent = sum(one.bytes for one in self.collectives)
+        return dict(
+            matmul=self.flops / self.chip.flops,
+            hbm=self.hbm_bytes / self.chip.bandwidth,
+            interconnect=sent / self.chip.links,
+        )
+
+    @property
+    def seconds(self) -> float:
+        """The largest of the bounds: were all else hidden behind it."""
+        return max(self.bounds.values())
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilisation of such a step: what no run exceeds."""
+        return self.model_flops / (self.chip.flops * self.seconds)
+
+    def json(self) -> dict[str, Any]:
+        """All of it."""
+        rest = dict(fits=self.fits, bounds=self.bounds, seconds=self.seconds, mfu=self.mfu)
+        nested = dict(chip=self.chip._asdict(), collectives=[one._asdict() for one in self.collectives])
+        return self._asdict() | nested | rest
 
 
-def plan(settings: Mapping[str, Any], devices: Sequence[jax.Device], hbm: int) -> Plan:
+class Traced(NamedTuple):
+    """A train step before it is compiled: the program, a batch of one, the global batch's size; FLOPs as in `Plan`."""
+
+    program: Program
+    example: dict[str, np.ndarray]
+    batch_size: int
+    flops: float
+    model_flops: float
+
+
+def plan(settings: Mapping[str, Any], devices: Sequence[jax.Device], chip: Chip) -> Plan:
     """Compiles the train step of a config for some devices.
 
     Args:
       settings: a config of `vlm_jax.train`.
       devices: of a slice, there or not.
-      hbm: bytes of a device.
+      chip: what one of them can do.
 
     Raises:
       UserError: a config that does not fit the devices' mesh.
     """
+    return compiled(traced(settings, devices), chip)
+
+
+def traced(settings: Mapping[str, Any], devices: Sequence[jax.Device]) -> Traced:
+    """Traces the train step of a config; arguments as of `plan`."""
     settings = config.plain(settings)
     mesh = config.call(sharding.make_mesh, settings.get("mesh") or {}, "config.mesh", devices=devices)
     batch_size = settings["batch_size"]
     sharding.check_batch_size(batch_size, mesh)
     example = example_of(settings["data"]["ops"])
-    total = optim.duration_to_steps(settings["duration"], batch_size, EXAMPLES)
-    steps = lambda length: optim.duration_to_steps(length, batch_size, EXAMPLES, total)
+    steps = _durations(settings)
     optional = {"partition": sharding.RULES, "accumulate": 1, "ema": None, "seed": 0}
     sections = {key: settings[key] for key in ("model", "objective", "optimizer")}
     program = build_program(
         example, mesh, steps, **sections, **{key: settings.get(key, default) for key, default in optional.items()}
     )
-    compiled = program.compile_step(example, batch_size)
-    state = program.abstract_state
-    memory = compiled.memory_analysis()
-    parameters, whole = _bytes(state.params), _bytes(state)
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    kinds = dict(
-        parameters=parameters,
-        optimizer=whole - parameters,
-        batch=_bytes(sharding.abstract_batch(example, batch_size, mesh)),
-    )
-    kinds["temporaries"] = memory.temp_size_in_bytes + max(held - sum(kinds.values()), 0)
+    batch = sharding.abstract_batch(example, batch_size, mesh)
+    with jax.set_mesh(mesh):
+        flops = plan_flops.hardware_flops(program.step.trace(program.abstract_state, batch).jaxpr)
+    model_flops = plan_flops.model_flops(settings, program, batch, steps)
+    return Traced(program, example, batch_size, flops / mesh.size, model_flops / mesh.size)
+
+
+def compiled(step: Traced, chip: Chip) -> Plan:
+    """Compiles a train step for the devices of its mesh."""
+    program = step.program
+    mesh, state = program.mesh, program.abstract_state
+    kinds = _held(step)
     shape = {axis: int(size) for axis, size in mesh.shape.items()}
-    flops = float((compiled.cost_analysis() or {}).get("flops", 0))
-    return Plan(mesh.size, shape, models.count(state.params), kinds, flops, hbm)
+    number = models.count(state.params)
+    about = mesh.size, shape, number, kinds, step.flops, step.model_flops
+    try:
+        binary = program.compile_step(step.example, step.batch_size)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        kinds["temporaries"] = _wanted(str(error), chip.hbm)
+        return Plan(*about, 0, [], chip, program.table, compiled=False)
+    memory = binary.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    kinds["temporaries"] = memory.temp_size_in_bytes + max(held - sum(kinds.values()), 0)
+    hlo = plan_hlo.parse(binary.as_text())
+    moved, said = plan_hlo.hbm_bytes(hlo), collectives(hlo, mesh.shape)
+    return Plan(*about, moved, said, chip, program.table, compiled=True)
 
 
 def example_of(op_string: str) -> dict[str, np.ndarray]:
@@ -125,49 +193,75 @@ class _Tokenizer:
         return np.ones((len(texts), length), np.int32)
 
 
+def _durations(settings: Mapping[str, Any]) -> Callable[[int | str], int]:
+    batch_size = settings["batch_size"]
+    total = optim.duration_to_steps(settings["duration"], batch_size, EXAMPLES)
+    return lambda length: optim.duration_to_steps(length, batch_size, EXAMPLES, total)
+
+
+def _held(step: Traced) -> dict[str, int]:
+    """Bytes of a device before a step, by kind."""
+    state, mesh = step.program.abstract_state, step.program.mesh
+    parameters = _bytes(state.params)
+    batch = _bytes(sharding.abstract_batch(step.example, step.batch_size, mesh))
+    return dict(parameters=parameters, optimizer=_bytes(state) - parameters, batch=batch)
+
+
 def _bytes(tree: Any) -> int:
     """Bytes of a device's share of arrays."""
     share = lambda leaf: int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
     return sum(map(share, jax.tree.leaves(tree)))
 
 
-def slice_of(topology: str) -> tuple[list, int]:
-    """(devices, bytes of one's memory) of a slice that is not there, "v5e:16x16", "v5p:4x8x8", ...
-
-    Raises:
-      UserError: no libtpu, or no such slice.
-    """
-    hbm = config.choose(HBM, topology.partition(":")[0], "--topology's chip") * 2**30
-    # without them libtpu looks for a TPU and asks the cloud who it is
-    defaults = dict(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_HOSTNAMES="localhost")
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    from jax.experimental import topologies
-
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices, hbm
-    except Exception as error:  # of several kinds, none of jax's own
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"--topology={topology}: {reason}; expected e.g. v5e:16x16, and libtpu: pip install 'vlm_jax[tpu]'"
-        ) from error
+def _wanted(message: str, hbm: int) -> int:
+    """Bytes that the compiler says it lacked room for, "HLO temporaries (22.79G)"; where it does not, all there is."""
+    found = re.search(r"(?:temporaries \(|Used )([\d.]+)([KMG])", message)
+    return int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]]) if found else hbm
 
 
 def text(result: Plan) -> str:
     """The plan as lines to read."""
-    size = lambda number: f"{number / 2**30:8.2f} GiB"
+    gib = lambda number: f"{number / 2**30:8.2f} GiB"
     axes = " x ".join(f"{name} {count}" for name, count in result.mesh.items())
-    lines = [f"{result.devices} devices: {axes}; {result.parameters / 1e6:,.1f}M parameters"]
-    lines += [f"{name:12}{size(number)}" for name, number in result.memory.items()]
+    lines = [f"{result.devices} devices: {axes}; {result.parameters / 1e6:,.1f}M parameters", ""]
+    lines += [f"{name:14}{gib(number)}" for name, number in result.memory.items()]
     used = sum(result.memory.values())
-    lines.append(f"{'together':12}{size(used)} of {result.hbm / 2**30:.0f}: {used / result.hbm:.0%}")
-    lines.append("it fits" if result.fits else "it does not fit: more fsdp, remat, accumulate, or a smaller batch")
+    lines.append(f"{'together':14}{gib(used)} of {result.chip.hbm / 2**30:.0f}: {used / result.chip.hbm:.0%}")
+    lines += ["", f"{'model':14}{result.model_flops / 1e12:8.2f} TFLOP a device"]
+    lines.append(f"{'hardware':14}{result.flops / 1e12:8.2f} TFLOP a device, recomputation with it")
+    if result.compiled:
+        lines += ["", *_traffic(result), "", "a step takes at least"]
+        lines += [f"{name:14}{seconds * 1e3:8.1f} ms" for name, seconds in result.bounds.items()]
+        lines.append(f"{'best MFU':14}{result.mfu:8.1%}")
+    lines += ["", "it fits" if result.fits else "it does not fit: more fsdp, remat, accumulate, or a smaller batch"]
     return "\n".join(lines)
 
 
+def _traffic(result: Plan) -> list[str]:
+    """The collectives, a line each."""
+    lines = [f"{'collective':20}{'over':14}{'a step':>7}{'MB sent':>10}{'largest MB':>12}"]
+    for one in result.collectives:
+        megabytes = f"{one.bytes / 1e6:10,.1f}{one.largest / 1e6:12,.1f}"
+        waits = "" if one.asynchronous else "  waited for"
+        lines.append(f"{one.kind:20}{' x '.join(one.axes):14}{one.count:7,}{megabytes}{waits}")
+    return lines if result.collectives else ["no collectives"]
+
+
 def main(_: Sequence[str]) -> None:
-    result = plan(command.read_config(_CONFIG), *slice_of(_TOPOLOGY.value))
-    print(json.dumps(result._asdict() | {"fits": result.fits}, indent=1) if _JSON.value else text(result))
+    settings = command.read_config(_CONFIG)
+    devices, chip = slice_of(_TOPOLOGY.value)
+    if _SEARCH.value:
+        from vlm_jax import plan_search  # which imports this module
+
+        tried = plan_search.search(settings, devices, chip)
+        result = plan_search.best(tried)
+        print(json.dumps([one.json() for one in tried], indent=1) if _JSON.value else plan_search.text(tried))
+        sys.exit(0 if result else 1)
+    result = plan(settings, devices, chip)
+    if _JSON.value:
+        print(json.dumps(result.json(), indent=1))
+    else:
+        print(text(result) + (f"\n\n{result.table}" if _TABLE.value else ""))
     sys.exit(0 if result.fits else 1)
 
 
@@ -176,5 +270,7 @@ if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/ul2.py:20b", lock_config=True)
     _TOPOLOGY = flags.DEFINE_string("topology", None, "Slice, e.g. v5e:16x16")
     _JSON = flags.DEFINE_bool("json", False, "Print JSON")
+    _TABLE = flags.DEFINE_bool("table", False, "Print the parameters and their shardings too")
+    _SEARCH = flags.DEFINE_bool("search", False, "Look for the mesh, remat and accumulation that are fastest")
     flags.mark_flags_as_required(["config", "topology"])
     command.run(main)

@@ -25,7 +25,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.pretrained import Pretrained
 
 ALPHAS, BETAS = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0], [0.3, 1.0, 2.0, 3.5, 5.5, 8.0]
-LEARNING_RATES = [1e-4, 1e-3, 1e-2]
+LEARNING_RATES = [1e-3, 1e-2]
 
 
 class Shots(NamedTuple):

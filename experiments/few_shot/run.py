@@ -1,0 +1,139 @@
+"""Every way to adapt to a few pictures, at matched shots: other pictures, other styles, other classes.
+
+    PYTHONPATH=. python experiments/few_shot/run.py [--model=runs/captioning/clip_0]
+
+The model is configs/clip.py:tiny; it is trained if it is not there. Writes results.json (a protocol and method that
+are in it are not run again) and few_shot.png beside this file, prints the README's tables.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+import vlm_jax
+from vlm_jax import evaluators
+from vlm_jax.adapt import heads
+from vlm_jax.adapt.methods import HEADS, METHODS
+from vlm_jax.data import emoji
+from vlm_jax.data.sources import open_source
+
+HERE = pathlib.Path(__file__).parent
+SHOTS = (1, 2, 4, 8, 16)
+KINDS = dict(uri="tfds:emoji", split="unseen_style", label="subgroup", classes="emoji:subgroups", seeds=3)
+ELSEWHERE = {"near style": dict(split="near_style"), "unseen concepts": dict(split="unseen_concepts")}
+OPTIONS = {"cocoop": dict(batch_size=8, learning_rate=1e-2)}  # 49 texts for each picture: the rest would take an hour
+NEW = ("zero_shot", "prolip", "lora", "adapter", "coop", "cocoop", "vpt_deep", "maple", "upt", "full")
+PROTOCOLS = {
+    "16 shots": (tuple(METHODS), KINDS | dict(shots=16, tests=ELSEWHERE)),
+    "base to new": (NEW, KINDS | dict(shots=16, base_to_new=True)),
+} | {f"{shots} shots": (tuple(HEADS), KINDS | dict(shots=shots)) for shots in SHOTS[:-1]}
+
+
+def retrieval_fusion(pretrained):
+    """Names among 732 and among 129, by class names and by RECO's refined pictures and names; three seeds."""
+
+    def embedded(split, held_out):
+        source, names = open_source("tfds:emoji", split), emoji.concepts(held_out=held_out)
+        records = [source[i] for i in range(len(source))]
+        records = [record for record in records if record["concept"] in names]
+        labels = np.array([record["concept"] for record in records])
+        return pretrained.embed_images([record["image"] for record in records]), labels, names
+
+    features, labels, names = embedded("train", False)
+    texts = pretrained.embed_texts(list(names.values()))
+    row = {concept: i for i, concept in enumerate(names)}
+    pairs = texts[[row[label] for label in labels]]
+    scale = math.exp(float(pretrained.params["logit_scale"]))
+    found = {}
+    for test, split, held_out in (
+        ("unseen style", "unseen_style", False),
+        ("unseen concepts", "unseen_concepts", True),
+    ):
+        pictures, truth, names = embedded(split, held_out)
+        texts, known = pretrained.embed_texts(list(names.values())), np.array(list(names))
+        right = lambda x, t, known=known, truth=truth: float(np.mean(known[np.argmax(x @ t.T, axis=1)] == truth))
+        found[f"zero_shot/{test}"] = [right(pictures, texts)]
+        for seed in range(3):
+            head = heads.reco(features, pairs, scale, targets=labels, steps=300, seed=seed)
+            found.setdefault(f"reco/{test}", []).append(right(head.images(pictures), head.texts(texts)))
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=pathlib.Path, default=pathlib.Path("runs/captioning/clip_0"))
+    options = parser.parse_args()
+    if not (options.model / "results.json").exists():
+        config = ["--config=configs/clip.py:tiny", f"--workdir={options.model}"]
+        subprocess.run([sys.executable, "-m", "vlm_jax.train", *config], check=True)
+    pretrained = vlm_jax.load(options.model)
+    path = HERE / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    save = lambda: path.write_text(json.dumps(results, indent=1) + "\n")
+    if "retrieval fusion" not in results:
+        results["retrieval fusion"] = retrieval_fusion(pretrained)
+        save()
+    for protocol, (methods, section) in PROTOCOLS.items():
+        for group in (HEADS, *({method} for method in METHODS if method not in HEADS)):
+            todo = [m for m in methods if m in group and f"{protocol} {m}" not in results]
+            if not todo:
+                continue
+            given = dict(section, methods=todo, options=OPTIONS.get(todo[0]))
+            numbers = evaluators.build(dict(type="few_shot", **given))(pretrained).metrics
+            for method in todo:
+                own = {name.partition("/")[2]: x for name, x in numbers.items() if name.startswith(f"{method}/")}
+                results[f"{protocol} {method}"] = own
+                print(protocol, method, own, flush=True)
+            save()
+    write(results)
+
+
+def write(results):
+    """The tables, and few_shot.png."""
+
+    def cell(protocol, method, name):
+        own = results.get(f"{protocol} {method}", {})
+        spread = name.replace("top1", "spread").replace("harmonic_mean", "harmonic_spread")
+        return f"{100 * own[name]:.1f} ± {100 * own[spread]:.1f}" if name in own else ""
+
+    def table(protocol, methods, columns):
+        print(f"\n| | {' | '.join(columns)} |\n" + "|---" * (len(columns) + 1) + "|")
+        for method in methods:
+            print(f"| {method} | " + " | ".join(cell(protocol, method, name) for name in columns.values()) + " |")
+
+    tests = {"unseen style": "top1"} | {name: f"{name}/top1" for name in ELSEWHERE}
+    table("16 shots", METHODS, tests)
+    table("base to new", NEW, {"base": "top1", "new": "new/top1", "harmonic mean": "harmonic_mean"})
+    print()
+    for name, values in results["retrieval fusion"].items():
+        print(f"{name}: {100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=len(values) > 1):.1f}")
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", width_ratios=(1, 1.2))
+    for method, marker in zip(HEADS, "ovs^Dx*", strict=True):
+        at = [results[f"{shots} shots {method}"] for shots in SHOTS]
+        top1, spread = ([100 * own[name] for own in at] for name in ("top1", "spread"))
+        left.errorbar(SHOTS, top1, spread, marker=marker, label=method, capsize=2)
+    left.set_xscale("log", base=2)
+    left.set_xticks(SHOTS, SHOTS)
+    left.set_xlabel("pictures of each class")
+    left.set_ylabel("top-1 among 49, unseen style, %")
+    left.legend()
+    order = sorted(METHODS, key=lambda method: results[f"16 shots {method}"]["top1"])
+    own = [results[f"16 shots {method}"] for method in order]
+    colors = ["0.6" if method in HEADS else "C0" for method in order]
+    right.barh(order, [100 * n["top1"] for n in own], xerr=[100 * n["spread"] for n in own], color=colors, capsize=2)
+    right.set_xlabel("top-1 at 16 shots, %: heads on cached features grey, what trains the model blue")
+    figure.savefig(HERE / "few_shot.png", dpi=150)
+
+
+if __name__ == "__main__":
+    main()
