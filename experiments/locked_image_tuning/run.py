@@ -1,0 +1,144 @@
+"""Which towers to lock: pretrained and locked (L), pretrained and trained (U), from scratch (u), image and text.
+
+    pip install 'vlm_jax[lit]'
+    PYTHONPATH=. python experiments/locked_image_tuning/run.py [--runs=runs/locked_image_tuning]
+
+Runs what is not in results.json yet, writes it and towers.png beside this file, prints the README's tables.
+"""
+
+import argparse
+import json
+import pathlib
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+import vlm_jax
+from configs import lit
+from vlm_jax import config
+from vlm_jax.data import emoji
+from vlm_jax.data.sources import open_source
+from vlm_jax.precompute import precompute
+from vlm_jax.train import train
+
+HERE = pathlib.Path(__file__).parent
+TESTS = {"unseen style": ("unseen_style", False), "unseen concepts": ("unseen_concepts", True)}
+SMALL = dict(px=64, duration="12k examples")
+RUNS = {  # name: (letters, side of EfficientNet's pictures, examples, seeds)
+    "Lu, 224 px": ("Lu", dict(px=224), (0, 1, 2)),
+    "LU, 224 px": ("LU", dict(px=224, duration="30k examples"), (0,)),
+    **{letters: (letters, SMALL, (0,)) for letters in ("Lu", "LU", "uu", "uU", "Uu", "UU")},
+}
+CHOSEN_ON = "emojione"  # the style on which ridge's strength is chosen
+STRENGTHS = (1.0, 10.0, 100.0, 1000.0, 10_000.0)
+
+
+def settings_of(letters, px, runs, duration=None):
+    settings = config.plain(lit.get_config(f"tiny-{letters}"))
+    resized = lambda text: text.replace("resize(224)", f"resize({px})")
+    settings["preprocess"], settings["data"]["ops"] = map(resized, (settings["preprocess"], settings["data"]["ops"]))
+    if duration:
+        settings["duration"] = duration
+    if letters[0] == "L":
+        settings["data"]["uri"] = f"precomputed:{embeddings(px, 'train', runs)}"
+    return settings
+
+
+def embeddings(px, split, runs):
+    """The folder with the locked tower's embeddings of a split."""
+    out = runs / f"images_{px}_{split}"
+    settings = config.plain(lit.get_config("tiny-LU"))
+    settings["preprocess"] = settings["preprocess"].replace("resize(224)", f"resize({px})")
+    precompute(settings, out, uri="tfds:emoji", split=split)
+    return out
+
+
+def ridge(px, runs):
+    """{test: top-1} of ridge regression from the locked tower's embeddings to the names' by the text tower as it is."""
+    text = vlm_jax.load(lit.TEXT)
+
+    def read(split):
+        source = open_source(f"precomputed:{embeddings(px, split, runs)}")
+        records = [source[i] for i in range(len(source))]
+        column = lambda name: np.array([record[name] for record in records])
+        return column("image").astype(np.float64), column("concept"), column("style"), records
+
+    x, concept, style, records = read("train")
+    names = {record["concept"]: record["name"]["en"] for record in records}
+    targets = dict(zip(names, text.embed_texts(list(names.values())).astype(np.float64), strict=True))
+    y = np.stack([targets[c] for c in concept])
+
+    def top1(rows, l2, pictures, truth, candidates):
+        mean, scale = x[rows].mean(0), x[rows].std(0) + 1e-6
+        z, target = (x[rows] - mean) / scale, y[rows].mean(0)
+        weights = np.linalg.solve(z.T @ z + l2 * np.eye(z.shape[1]), z.T @ (y[rows] - target))
+        predicted = (pictures - mean) / scale @ weights + target
+        labels, among = np.array(list(candidates)), np.isin(truth, list(candidates))
+        found = labels[np.argmax(predicted[among] @ text.embed_texts(list(candidates.values())).T, axis=1)]
+        return float(np.mean(found == truth[among]))
+
+    held = style == CHOSEN_ON
+    seen = emoji.concepts(held_out=False)
+    chosen = max(STRENGTHS, key=lambda l2: top1(~held, l2, x[held], concept[held], seen))
+    found = {"l2": chosen}
+    for test, (split, held_out) in TESTS.items():
+        pictures, truth, _, _ = read(split)
+        found[test] = top1(np.ones(len(x), bool), chosen, pictures, truth, emoji.concepts(held_out=held_out))
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/locked_image_tuning"))
+    runs = parser.parse_args().runs.absolute()
+    path = HERE / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    save = lambda: path.write_text(json.dumps(results, indent=1) + "\n")
+    if "ridge" not in results:
+        results["ridge"] = ridge(224, runs)
+        save()
+    for name, (letters, sizes, seeds) in RUNS.items():
+        for seed in seeds:
+            if f"{name} {seed}" in results:
+                continue
+            trained = train(
+                settings_of(letters, runs=runs, **sizes) | {"seed": seed}, runs / f"{letters}_{sizes['px']}_{seed}"
+            )
+            numbers = {test: trained[f"{split}/top1"] for test, (split, _) in TESTS.items()}
+            results[f"{name} {seed}"] = numbers | {"seconds": trained["train/seconds"]}
+            save()
+    write(results)
+
+
+def write(results):
+    """The tables, and towers.png."""
+    print(f"| | {' | '.join(TESTS)} |\n|---|---|---|")
+    show = lambda values: (
+        f"{100 * np.mean(values):.1f}"
+        + (f" ({100 * min(values):.1f}-{100 * max(values):.1f})" if len(values) > 1 else "")
+    )
+    print(f"| ridge, 224 px | {' | '.join(show([results['ridge'][test]]) for test in TESTS)} |")
+    for name, (_, _, seeds) in RUNS.items():
+        of = [results[f"{name} {seed}"] for seed in seeds]
+        print(f"| {name} | {' | '.join(show([one[test] for one in of]) for test in TESTS)} |")
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for ax, (text, what) in zip(axes, (("u", "text tower from scratch"), ("U", "text tower pretrained")), strict=True):
+        letters = [f"{image}{text}" for image in "LUu"]
+        for k, test in enumerate(TESTS):
+            values = [100 * results[f"{name} 0"][test] for name in letters]
+            places = np.arange(3) + 0.4 * (k - 0.5)
+            bars = ax.bar(places, values, 0.38, label=f"{test}", color=("C0", "0.7")[k])
+            ax.bar_label(bars, fmt="%.1f")
+        ax.set_xticks(range(3), letters)
+        ax.set_title(what, fontsize=10)
+    axes[0].set_ylabel("top-1, %, after 12,000 examples")
+    axes[0].legend()
+    figure.savefig(HERE / "towers.png", dpi=150)
+
+
+if __name__ == "__main__":
+    main()
