@@ -6,8 +6,8 @@
 
 After the size stand the paper's letters (section 3.2) for the image and the text tower, `-Lu` by default: L pretrained
 and locked, U pretrained and trained, u trained from scratch (of `tiny`: the demo's tower). With an L first, pictures
-may be embedded once, as above; else `ops` decode them. `tiny` trains in 1 minute on 2 CPU cores (LU: 15), `select` holds
-one style out of training, `smoke` needs no extra.
+may be embedded once, as above; else `ops` decode them. `tiny` trains in 1 minute on 2 CPU cores (LU: 15), `select`
+holds one style out of training, `smoke` needs no extra.
 """
 
 from ml_collections import ConfigDict

@@ -53,18 +53,15 @@ def retrieval_fusion(pretrained):
     row = {concept: i for i, concept in enumerate(names)}
     pairs = texts[[row[label] for label in labels]]
     scale = math.exp(float(pretrained.params["logit_scale"]))
+    train = lambda seed: heads.reco(features, pairs, scale, targets=labels, steps=300, batch_size=256, seed=seed)
+    fused = [train(seed) for seed in range(3)]
     found = {}
-    for test, split, held_out in (
-        ("unseen style", "unseen_style", False),
-        ("unseen concepts", "unseen_concepts", True),
-    ):
+    for test, split, held_out in (("unseen style", "unseen_style", False), ("unseen concepts", "unseen_concepts", True)):
         pictures, truth, names = embedded(split, held_out)
         texts, known = pretrained.embed_texts(list(names.values())), np.array(list(names))
         right = lambda x, t, known=known, truth=truth: float(np.mean(known[np.argmax(x @ t.T, axis=1)] == truth))
         found[f"zero_shot/{test}"] = [right(pictures, texts)]
-        for seed in range(3):
-            head = heads.reco(features, pairs, scale, targets=labels, steps=300, seed=seed)
-            found.setdefault(f"reco/{test}", []).append(right(head.images(pictures), head.texts(texts)))
+        found[f"reco/{test}"] = [right(head.images(pictures), head.texts(texts)) for head in fused]
     return found
 
 

@@ -58,7 +58,7 @@ def embeddings(px, split, runs):
 
 def ridge(px, runs):
     """{test: top-1} of ridge regression from the locked tower's embeddings to the names' by the text tower as it is."""
-    text = vlm_jax.load(lit.TEXT)
+    text = vlm_jax.load(lit.TEXT, tokenize="tokenize(16)")
 
     def read(split):
         source = open_source(f"precomputed:{embeddings(px, split, runs)}")
@@ -70,23 +70,25 @@ def ridge(px, runs):
     names = {record["concept"]: record["name"]["en"] for record in records}
     targets = dict(zip(names, text.embed_texts(list(names.values())).astype(np.float64), strict=True))
     y = np.stack([targets[c] for c in concept])
+    candidates_of = {held_out: emoji.concepts(held_out=held_out) for held_out in (False, True)}
+    embedded = {held_out: text.embed_texts(list(names.values())) for held_out, names in candidates_of.items()}
 
-    def top1(rows, l2, pictures, truth, candidates):
+    def top1(rows, l2, pictures, truth, held_out):
         mean, scale = x[rows].mean(0), x[rows].std(0) + 1e-6
         z, target = (x[rows] - mean) / scale, y[rows].mean(0)
         weights = np.linalg.solve(z.T @ z + l2 * np.eye(z.shape[1]), z.T @ (y[rows] - target))
         predicted = (pictures - mean) / scale @ weights + target
-        labels, among = np.array(list(candidates)), np.isin(truth, list(candidates))
-        found = labels[np.argmax(predicted[among] @ text.embed_texts(list(candidates.values())).T, axis=1)]
+        labels = np.array(list(candidates_of[held_out]))
+        among = np.isin(truth, labels)
+        found = labels[np.argmax(predicted[among] @ embedded[held_out].T, axis=1)]
         return float(np.mean(found == truth[among]))
 
     held = style == CHOSEN_ON
-    seen = emoji.concepts(held_out=False)
-    chosen = max(STRENGTHS, key=lambda l2: top1(~held, l2, x[held], concept[held], seen))
+    chosen = max(STRENGTHS, key=lambda l2: top1(~held, l2, x[held], concept[held], False))
     found = {"l2": chosen}
     for test, (split, held_out) in TESTS.items():
         pictures, truth, _, _ = read(split)
-        found[test] = top1(np.ones(len(x), bool), chosen, pictures, truth, emoji.concepts(held_out=held_out))
+        found[test] = top1(np.ones(len(x), bool), chosen, pictures, truth, held_out)
     return found
 
 

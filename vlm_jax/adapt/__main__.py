@@ -1,7 +1,7 @@
 """Adapts a model to a few labelled pictures, and says how well over several draws of them.
 
     python -m vlm_jax.adapt --model=runs/demo --method=lora --data=tfds:emoji --split=unseen_style \\
-        --classes=emoji:subgroups --shots=16 --seeds=3 --out=runs/lora
+        --classes=emoji:subgroups --label=subgroup --shots=16 --out=runs/lora
 
 prints a table and leaves results.json and one small file a seed in --out, which hold only what was trained:
 
@@ -20,8 +20,10 @@ from absl import flags
 
 import vlm_jax
 from vlm_jax import command, evaluators
+from vlm_jax.adapt.files import save_adapter
 from vlm_jax.checkpoint import write_json
 from vlm_jax.errors import UserError
+from vlm_jax.evaluators.progress import Progress
 from vlm_jax.model_flags import MODEL, define_model_flags, definers, given
 from vlm_jax.pretrained import Pretrained
 
@@ -35,9 +37,6 @@ def adapt(pretrained: Pretrained, out: str | Path, *, show: bool = False, **sect
       show: shows progress.
       **section: the arguments of `evaluators.few_shot`.
     """
-    from vlm_jax.adapt.files import save_adapter
-    from vlm_jax.evaluators.progress import Progress
-
     out = Path(out)
     if (out / "results.json").exists():
         raise UserError(f"{out} holds results; give another --out")
@@ -76,8 +75,6 @@ DATA = (
 def main(_: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     section = given(values, DATA) | {"uri": values.data, "methods": values.method}
     section["options"] = given(values, ["option"]).get("option", {})
-    if values.classes == "emoji:subgroups" and values.label is None:
-        section["label"] = "subgroup"
     pretrained = vlm_jax.load(values.model, **given(values, MODEL))
     pretrained = dataclasses.replace(pretrained, batch_size=values.batch_size)
     numbers = adapt(pretrained, values.out, show=True, batch_size=values.batch_size, **section)

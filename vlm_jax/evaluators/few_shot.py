@@ -47,7 +47,7 @@ def few_shot(
     uri: str,
     split: str | None = None,
     train_split: str | None = "train",
-    label: str,
+    label: str | None = None,
     classes: str | Sequence[str] | Mapping[int, str] | None = None,
     templates: str | Sequence[str] = "{}",
     methods: Sequence[str] = tuple(HEADS),
@@ -90,6 +90,8 @@ def few_shot(
         raise UserError(f"few_shot: {', '.join(options)} given to {fixed[0]}, which takes no options")
     if shots < 1 or seeds < 1:
         raise UserError(f"few_shot wants shots and seeds of 1 or more; got {shots} and {seeds}")
+    if label is None:
+        label = class_names.find_label(open_source(uri, train_split), f"data set `{uri}`")
     named = _named(classes, uri, train_split, label)
     prompts = class_names.read_templates(templates)
     main = Test(uri, split, where, label, named)
