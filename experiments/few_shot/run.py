@@ -56,8 +56,8 @@ def retrieval_fusion(pretrained):
     train = lambda seed: heads.reco(features, pairs, scale, targets=labels, steps=300, batch_size=256, seed=seed)
     fused = [train(seed) for seed in range(3)]
     found = {}
-    for test, split, held_out in (("unseen style", "unseen_style", False), ("unseen concepts", "unseen_concepts", True)):
-        pictures, truth, names = embedded(split, held_out)
+    for test in ("unseen style", "unseen concepts"):
+        pictures, truth, names = embedded(test.replace(" ", "_"), held_out=test == "unseen concepts")
         texts, known = pretrained.embed_texts(list(names.values())), np.array(list(names))
         right = lambda x, t, known=known, truth=truth: float(np.mean(known[np.argmax(x @ t.T, axis=1)] == truth))
         found[f"zero_shot/{test}"] = [right(pictures, texts)]
