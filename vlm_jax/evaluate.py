@@ -186,7 +186,8 @@ def _table(results: Mapping[str, Any]) -> str:
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the command's flags; not done by an import, since the program that imports has its own."""
     define_model_flags(values)
-    text, _, listed = definers(values)
+    text, several, listed = definers(values)
+    several("option", help="Any other argument of the task's evaluator: name=value; repeatable")
     text("task", help=", ".join(TASKS))
     text("out", help="Folder for results.json, artifacts and report")
     flags.mark_flags_as_required(["model", "task", "data", "out"], values)

@@ -45,7 +45,6 @@ def define_model_flags(values: flags.FlagValues) -> None:
     text("classes", help="imagenet, emoji:seen, emoji:subgroups, a file, a list; by default the data set's own")
     several("templates", help="imagenet80, a file, a prompt with {}; repeatable")
     text("label", help="The field with the label")
-    several("option", help="Any other argument of what is run: name=value; repeatable")
     text("preprocess", help="Where the model's files do not tell: op string, or openai, siglip, ...")
     text("tokenizer", help="Where the model's files do not tell: clip, json:/path, ...")
     text("tokenize", help="Where the model's files do not tell: e.g. tokenize(77)")
@@ -78,6 +77,7 @@ def _options(conditions: Sequence[str]) -> dict[str, Any]:
 READ = {
     "where": (_where, "field=value,value such as style=noto"),
     "train_where": (_where, "field=value,value such as style=noto"),
+    "train_split": (lambda text: text or None, "a split, or nothing where the data set has none"),
     "option": (_options, "name=value such as shots=4"),
     "classes": (
         lambda text: ast.literal_eval(text) if text.startswith(("[", "{")) else text,

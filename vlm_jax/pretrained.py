@@ -105,6 +105,8 @@ class Pretrained:
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> unit-norm float32 [n, D]."""
         self._need("text")
+        if insert.is_conditional(self.model):
+            raise UserError("texts of this model depend on the picture, by its Meta-Net; use classify or class_logits")
         return self._run(lambda model, params, token_ids: embed(model, params, None, token_ids), self._token_ids(texts))
 
     def embed_image_batch(self, images: Any) -> np.ndarray:
@@ -183,8 +185,10 @@ class Pretrained:
         """
         if labels is None and not self.classes:
             raise UserError("classify needs labels: this model was not adapted to any")
+        if self.head is not None and (templates is not None or tuple(labels or self.classes) != self.classes):
+            raise UserError("a head knows the classes it was trained on alone; leave labels and templates out")
         batch = self._pictures(images)
-        if labels is None and self.head is not None:
+        if self.head is not None:
             logits = self.head(self.embed_image_batch(batch))
         else:
             logits = self.class_logits(batch, self.classes if labels is None else labels, templates)

@@ -26,10 +26,10 @@ from vlm_jax.train import train
 
 HERE = pathlib.Path(__file__).parent
 TESTS = {"unseen style": ("unseen_style", False), "unseen concepts": ("unseen_concepts", True)}
-SMALL = dict(px=64, duration="12k examples")
+SMALL = dict(px=64, duration="6k examples")
 RUNS = {  # name: (letters, side of EfficientNet's pictures, examples, seeds)
     "Lu, 224 px": ("Lu", dict(px=224), (0, 1, 2)),
-    "LU, 224 px": ("LU", dict(px=224, duration="30k examples"), (0,)),
+    "LU, 224 px": ("LU", dict(px=224, duration="15k examples"), (0,)),
     **{letters: (letters, SMALL, (0,)) for letters in ("Lu", "LU", "uu", "uU", "Uu", "UU")},
 }
 CHOSEN_ON = "emojione"  # the style on which ridge's strength is chosen
@@ -137,7 +137,7 @@ def write(results):
             ax.bar_label(bars, fmt="%.1f")
         ax.set_xticks(range(3), letters)
         ax.set_title(what, fontsize=10)
-    axes[0].set_ylabel("top-1, %, after 12,000 examples")
+    axes[0].set_ylabel("top-1, %, after 6,000 examples")
     axes[0].legend()
     figure.savefig(HERE / "towers.png", dpi=150)
 

@@ -10,7 +10,6 @@ from vlm_jax.adapt import heads, heads_retrieval
 from vlm_jax.adapt.heads_retrieval import alignment, reco, retrieve
 from vlm_jax.adapt.heads_trained import shuffled
 from vlm_jax.errors import UserError
-from vlm_jax.evaluators import metrics
 
 D, HEADS, CONCEPTS, EACH, K, SCALE = 12, 2, 40, 4, 3, 10.0
 SMALL = dict(k=K, heads=HEADS, mlp_dim=16, batch_size=64)
@@ -92,8 +91,7 @@ def test_equals_are_found_in_order_and_what_is_excluded_never():
 def test_blocks_find_the_same(monkeypatch):
     exclude = np.arange(N)[::-1]
     whole = retrieve(IMAGES, TEXTS, 7, exclude)
-    monkeypatch.setattr(metrics, "ROWS", 33)
-    monkeypatch.setattr(metrics, "COLUMNS", 5)
+    monkeypatch.setattr(heads_retrieval, "ROWS", 33)
     np.testing.assert_array_equal(retrieve(IMAGES, TEXTS, 7, exclude), whole)
 
 

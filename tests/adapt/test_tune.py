@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from vlm_jax import models
 from vlm_jax.adapt import __main__ as adapt_command
 from vlm_jax.adapt import coupled, insert
 from vlm_jax.adapt.files import save_adapter
-from vlm_jax.adapt.methods import METHODS, Shots, Task
+from vlm_jax.adapt.methods import METHODS, Shots, Task, accuracy
 from vlm_jax.adapt.tune import Inserted, Masked, tune
 from vlm_jax.data import ops, tokenizers
 from vlm_jax.errors import UserError
@@ -178,21 +179,27 @@ def test_a_meta_net_moves_the_context_by_the_picture(base, pictures):
     for i in range(3):
         params = jax.tree.map(lambda leaf: leaf, adapted.params)
         params["text"]["token_embed"]["inserted_context"] = own["inserted_context"] + moves[i]
-        texts = dataclasses.replace(adapted, params=params).embed_texts(NAMES)
+        plain = insert.inserted(base.model, insert.Context(length=2, at=0))
+        texts = dataclasses.replace(adapted, model=plain, params=params).embed_texts(NAMES)
         want.append(np.exp(float(params["logit_scale"])) * texts @ x[i])
     np.testing.assert_allclose(adapted.class_logits(images, NAMES), want, rtol=1e-4, atol=1e-4)
     assert np.abs(moves).max() > 1e-3
+    with pytest.raises(UserError, match="texts of this model depend on the picture"):
+        adapted.embed_texts(NAMES)
 
 
 def test_room():
     """Where the context goes; padding falls off, then what is before the last token."""
     tokenizer = tokenizers.build("emoji")
-    make = lambda n, at: ops.parse(f"room({n}, {at}) | keep('token_ids')", tokenizer)
+    make = lambda n, at: ops.parse(f"room({n}, {at}) | keep('token_ids')", tokenizer)  # the tokenizer of now
     run = lambda ids, n, at: make(n, at)({"token_ids": np.array(ids, np.int32)}, None)["token_ids"].tolist()
     filler = run([0, 0], 1, 0)[0]
     assert filler not in (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
     assert run([7, 8, 9, 0, 0, 0], 2, 1) == [7, filler, filler, 8, 9, 0]
     assert run([7, 8, 9, 10, 11, 12], 2, 0) == [filler, filler, 7, 8, 9, 12]
+    tokenizer = SimpleNamespace(pad_id=1, eos_id=1, bos_id=0)  # SigLIP's: the first padding ends the text
+    assert run([7, 8, 9, 10, 1, 1], 2, 0) == [2, 2, 7, 8, 9, 1]
+    assert run([7, 8, 9, 10, 11, 1], 2, 1) == [7, 2, 2, 8, 9, 1]
 
 
 def shots(base, pictures):
@@ -214,6 +221,50 @@ def test_heads_come_back_from_their_file(base, pictures, method, tmp_path):
     np.testing.assert_allclose(again.classify(given).sum(1), 1, rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["bias", "adaptformer", "prefix", "coop", "cocoop", "vpt_deep"])
+def test_methods_that_train(base, pictures, method, tmp_path):
+    """Each trains, is saved, and is as accurate as its logits say, from embeddings or from pictures."""
+    few, validation, task = shots(base, pictures)
+    adapted = METHODS[method](base, few, validation, task, steps=2, batch_size=4, learning_rate=1e-2)
+    assert moved(base, adapted)
+    logits = adapted.class_logits(few.images, NAMES)
+    assert accuracy(base, adapted, few, NAMES) == np.mean(logits.argmax(1) == few.labels)
+    save_adapter(tmp_path / "a.safetensors", base, adapted)
+    again = base.with_adapter(tmp_path / "a.safetensors")
+    np.testing.assert_array_equal(again.class_logits(few.images, NAMES), logits)
+
+
+def test_unified_prompts_are_a_transformers():
+    """U' = SA(U) + LN(U), then FFN(LN(U')) + LN(U'), in numpy."""
+    recipe = coupled.Unified(2, 3, hidden=6, heads=2)
+    own = jax.jit(lambda rng: recipe.begin(rng, clip_like(scan=True).model, {}))(jax.random.key(0))
+    own = {name: leaf + 0.1 * jax.random.normal(jax.random.key(len(name)), leaf.shape) for name, leaf in own.items()}
+    leaves = {"text/token_embed/inserted_context": jnp.zeros((2, D)), "image/inserted_prompt": jnp.zeros((3, D))}
+    placed = recipe.combine(own, leaves)
+    own = jax.tree.map(np.asarray, own)
+
+    def norm(x, name):
+        centred = x - x.mean(1, keepdims=True)
+        return (
+            centred / np.sqrt(np.mean(centred**2, 1, keepdims=True) + 1e-6) * own[f"{name}/scale"] + own[f"{name}/bias"]
+        )
+
+    x = own["prompts"]
+    q, k, v = (
+        np.einsum("nd,dhe->hne", x, own[f"attn/{n}/kernel"]) + own[f"attn/{n}/bias"][:, None]
+        for n in ("query", "key", "value")
+    )
+    weights = np.exp(q @ k.swapaxes(1, 2) / np.sqrt(D / 2))
+    heads = weights / weights.sum(2, keepdims=True) @ v
+    x = np.einsum("hne,hed->nd", heads, own["attn/out/kernel"]) + own["attn/out/bias"] + norm(x, "norm1")
+    x = norm(x, "norm2")
+    hidden = np.asarray(jax.nn.gelu(x @ own["fc1/kernel"] + own["fc1/bias"]))
+    x = hidden @ own["fc2/kernel"] + own["fc2/bias"] + x
+    np.testing.assert_allclose(placed["text/token_embed/inserted_context"], x[:2], rtol=1e-4, atol=1e-5)
+    image = x[2:] @ own["image/kernel"] + own["image/bias"]
+    np.testing.assert_allclose(placed["image/inserted_prompt"], image, rtol=1e-4, atol=1e-5)
+
+
 def test_prolip_trains_the_projection_alone(base, pictures):
     adapted = METHODS["prolip"](base, *shots(base, pictures))
     assert moved(base, adapted) == {"image/head/kernel"}
@@ -223,7 +274,7 @@ def test_what_is_wrong_is_named(base, pictures, tmp_path):
     adapted = trained(base, Inserted((insert.LowRank(rank=2),)), pictures)
     save_adapter(tmp_path / "a.safetensors", base, adapted)
     other = dataclasses.replace(base, params=jax.tree.map(lambda leaf: leaf + 1, base.params))
-    with pytest.raises(UserError, match="an adapter of another model: its parameters are not this one's"):
+    with pytest.raises(UserError, match="is of another model: load the one that it was made from"):
         other.with_adapter(tmp_path / "a.safetensors")
     from vlm_jax.zoo.safetensors_files import write_safetensors
 
@@ -234,12 +285,12 @@ def test_what_is_wrong_is_named(base, pictures, tmp_path):
         base.classify([np.zeros((8, 8, 3), np.uint8)])
     with pytest.raises(UserError, match="2 templates, but what trains is in the text tower; give one"):
         trained(base, Inserted((insert.Context(length=2),)), pictures, templates=("{}", "a {}"))
-    with pytest.raises(UserError, match="the method has no key `ranks`; did you mean `rank`"):
+    with pytest.raises(UserError, match="an option of the method has no key `ranks`; did you mean `rank`"):
         METHODS["lora"](base, *shots(base, pictures), ranks=2)
     with pytest.raises(UserError, match=r"the loss is nan after 3 steps; a smaller learning_rate"):
         trained(base, Masked(EVERYTHING), pictures, learning_rate=1e30)
     conv = models.build(dict(image=dict(type="efficientnet", variant="lite0"), text=None))
-    with pytest.raises(UserError, match="prompts in both towers need two transformers; the text tower"):
+    with pytest.raises(UserError, match="put prompts into two transformers; this model's text tower is none"):
         coupled.Coupled().insertions(conv, 0)
 
 

@@ -11,6 +11,7 @@ from vlm_jax.adapt.methods import METHODS
 from vlm_jax.data import emoji
 from vlm_jax.data.sources import open_source
 from vlm_jax.errors import UserError
+from vlm_jax.evaluators.few_shot import _summary
 from vlm_jax.pretrained import class_embeddings
 
 CLASSES = dict(list(emoji.concepts(held_out=False).items())[:6])
@@ -45,7 +46,8 @@ def test_methods(two_tower):
 
 def test_trained_heads_learn_the_pictures_they_are_given(two_tower):
     """Tested on its own training pictures, a cache names them better than the class names of an untrained model."""
-    case = CASE | dict(split="train", shots=4, seeds=1, methods=["zero_shot", "tip_adapter", "gda"])
+    where = {"concept": list(CLASSES)[::-1]}  # the same pictures
+    case = CASE | dict(split="train", where=where, shots=4, seeds=1, methods=["zero_shot", "tip_adapter", "gda"])
     result = evaluators.build(dict(type="few_shot", **case))(two_tower).metrics
     assert min(result["tip_adapter/top1"], result["gda/top1"]) > result["zero_shot/top1"] + 0.2
 
@@ -56,6 +58,26 @@ def test_what_is_wrong_is_named(two_tower, captioner):
         build(methods=["coup"])
     with pytest.raises(UserError, match="wants shots and seeds of 1 or more; got 0 and 2"):
         build(shots=0)
+    with pytest.raises(UserError, match="test `split` would name the pictures that are trained on"):
+        build(split="train")
+    with pytest.raises(UserError, match="the test `far` of few_shot has no key `splits`; did you mean `split`"):
+        build(tests={"far": dict(splits="near_style")})
+    with pytest.raises(UserError, match="rank given to gda, which takes no options"):
+        build(methods=["gda"], options={"rank": 2})
     with pytest.raises(UserError, match="compares embeddings, which a captioner has none of"):
         build()(captioner)
     assert set(METHODS) >= {"gda", "tip_adapter_f", "tip_x", "cross_modal_probe"}
+
+
+def test_harmonic_means_and_further_tests(two_tower):
+    numbers = _summary({("coop", ""): [0.5, 1.0], ("coop", "new"): [0.25, 0.5], ("gda", ""): [0.5, 0.5]})
+    assert numbers["coop/harmonic_mean"] == pytest.approx((1 / 3 + 2 / 3) / 2)
+    assert (
+        numbers["coop/new/spread"] == pytest.approx(np.std([0.25, 0.5], ddof=1)) and "gda/harmonic_mean" not in numbers
+    )
+    near = dict(split="near_style", where={"concept": list(CLASSES)})
+    reverse = dict(classes=dict(reversed(CLASSES.items())))  # columns of a head stand in another order
+    case = CASE | dict(methods=["zero_shot", "gda"], seeds=1, tests={"near": near, "reverse": reverse})
+    result = evaluators.build(dict(type="few_shot", **case))(two_tower).metrics
+    assert result["zero_shot/reverse/top1"] == result["zero_shot/top1"]
+    assert "gda/near/top1" in result and "gda/reverse/top1" not in result

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from configs import clip
-from vlm_jax import config, models, save_pretrained, sharding
+from vlm_jax import config, load, models, save_pretrained, sharding
+from vlm_jax.adapt import insert
 from vlm_jax.checkpoint import load_params
 from vlm_jax.data import tokenizers
 from vlm_jax.errors import UserError
@@ -125,3 +126,13 @@ def test_a_locked_tower_stays_as_it_was_read(tmp_path):
         elif name.endswith("kernel"):
             assert not np.array_equal(before[name], after[name]), name
     assert np.any(after["text/head/bias"])  # it was 0
+
+    settings = config.plain(settings) | dict(model_init=str(tmp_path / "other"))
+    settings["model"]["insertions"] = [dict(type="LowRank", rank=2)]
+    settings["optimizer"]["params"] = insert.TABLE
+    train(settings, tmp_path / "low_rank")
+    tuned = load(tmp_path / "low_rank")
+    own = named_leaves(tuned.params)
+    assert all(np.array_equal(own[name], leaf) for name, leaf in before.items())
+    assert own.keys() - before.keys() == insert.new_leaves(tuned.params).keys()
+    assert all(np.any(leaf) for leaf in insert.new_leaves(tuned.params).values())  # b was 0

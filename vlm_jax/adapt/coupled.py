@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 
 from vlm_jax.adapt.insert import Context, Prompt
 from vlm_jax.errors import UserError
@@ -79,15 +80,15 @@ class Unified(NamedTuple):
     std: float = 0.02
 
     def insertions(self, model: nn.Module, at: int) -> tuple:
-        _widths(model)
+        width, _ = _widths(model)
+        if width % self.heads:
+            raise UserError(f"upt: {self.heads} heads do not divide the text tower's width {width}; change `heads`")
         return Context("text", self.text_length, at), Prompt("image", self.image_length)
 
     def begin(self, rng: jax.Array, model: nn.Module, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         return named_leaves(_Unify(self, *_widths(model)).init(rng)["params"])
 
     def combine(self, own: Mapping[str, jax.Array], leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        from flax.traverse_util import unflatten_dict
-
         module = _Unify(self, own["prompts"].shape[1], own["image/bias"].shape[0])
         text, image = module.apply({"params": unflatten_dict(dict(own), sep="/")})
         return _spread("text", text[None], leaves) | _spread("image", image[None], leaves)
@@ -115,7 +116,7 @@ class _Unify(nn.Module):
 def _widths(model: Any) -> tuple[int, int]:
     for tower in ("text", "image"):
         if not hasattr(getattr(model, tower, None), "depth"):
-            raise UserError(f"prompts in both towers need two transformers; the {tower} tower of this model is none")
+            raise UserError(f"maple and upt put prompts into two transformers; this model's {tower} tower is none")
     return model.text.width, model.image.width
 
 

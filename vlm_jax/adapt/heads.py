@@ -31,7 +31,7 @@ from vlm_jax.adapt.heads_retrieval import Reco, reco
 from vlm_jax.adapt.heads_trained import Projected, cross_modal_probe, prolip, tip_adapter_f
 from vlm_jax.adapt.linear import Linear
 from vlm_jax.adapt.linear import logistic_regression as linear_probe
-from vlm_jax.errors import UserError
+from vlm_jax.errors import DivergedError, UserError
 
 __all__ = [
     "Choice",
@@ -76,6 +76,8 @@ def choose(
 ) -> Choice:
     """The head that names most validation pictures right, of every combination of a grid's values; the first of equals.
 
+    One whose training diverges is passed over, unless all do.
+
         choose(functools.partial(gda, *train, text, 100.0), {"alpha": [0.1, 1, 10]}, *validation)
         choose(head._replace, {"alpha": alphas, "beta": betas}, *validation)  # of a head already trained
 
@@ -91,10 +93,16 @@ def choose(
         raise UserError(f"nothing to choose from: {dict(grid)}; each hyper-parameter needs a value at least")
     best = None
     for point in points:
-        head = build(**point)
+        try:
+            head = build(**point)
+        except DivergedError as error:
+            failed = error
+            continue
         logits = np.asarray(head(features))
         check_labels(labels, len(logits), logits.shape[1])
         accuracy = float(np.mean(logits.argmax(1) == labels))
         if best is None or accuracy > best.accuracy:
             best = Choice(point, accuracy, head)
+    if best is None:
+        raise failed
     return best

@@ -16,7 +16,7 @@ from vlm_jax import config
 from vlm_jax.adapt.heads_cache import TipAdapter, cache_logits, tip_adapter
 from vlm_jax.adapt.heads_linear import check_labels, few_shot, unit, zero_shot
 from vlm_jax.adapt.linear import Linear
-from vlm_jax.errors import UserError
+from vlm_jax.errors import DivergedError, UserError
 
 EPS = 1e-4  # Adam's, in the code of Tip-Adapter and of ProLIP
 WARMUP = 50  # steps of a cross-modal probe
@@ -247,5 +247,5 @@ def shuffled(rows: int, size: int, epochs: int, seed: int | tuple[int, int]) -> 
 
 def finite(trained: jax.Array, losses: jax.Array) -> np.ndarray:
     if not (jnp.isfinite(losses).all() and jnp.isfinite(trained).all()):
-        raise UserError("the head's training has diverged (its loss is not finite); a smaller learning_rate?")
+        raise DivergedError("the head's training has diverged (its loss is not finite); a smaller learning_rate?")
     return np.asarray(trained)

@@ -3,15 +3,18 @@
     adapted = inserted(model, Adapter(where=r"image/.*/mlp", width=32), LowRank())
     params = begin(rng, adapted, params, images, token_ids)   # the model's own, and what is new
 
-The result is a model of the same class. What is new stands in the parameter tree beside the module that it changes
-(`image/blocks/mlp/inserted_down`; scanned blocks have it stacked), so that optimizer tables, partition rules and
-checkpoints treat it like any parameter; `NEW` matches it. Adapters are the unified view of He et al. 2022
-(arXiv:2110.04366): h <- h + s dh, where dh reads a module's output (serial) or its input (parallel).
+or, in a config, `model.insertions=[dict(type="LowRank", rank=4)]` with `optimizer.params=insert.TABLE`, where
+`model_init` names the model to begin from. The result is a model of the same class. What is new stands in the parameter
+tree beside the module that it changes (`image/blocks/mlp/inserted_down`; scanned blocks have it stacked), so that
+optimizer tables, partition rules and checkpoints treat it like any parameter; `NEW` matches it. Adapters are the
+unified view of He et al. 2022 (arXiv:2110.04366): h <- h + s dh, where dh reads a module's output (serial) or its input
+(parallel).
 """
 
 import dataclasses
 import functools
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,8 +22,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
+from vlm_jax import config
 from vlm_jax.adapt.masks import check_alike
-from vlm_jax.config import choose
 from vlm_jax.errors import UserError
 from vlm_jax.models.layers import ACTIVATIONS, Attention, KeyValues
 from vlm_jax.models.transformer import Block, Encoder
@@ -56,11 +59,11 @@ class Adapter(NamedTuple):
     def __call__(self, call, module, x, *args, **kwargs):
         result = call(x, *args, **kwargs)
         h, *others = result if isinstance(result, tuple) else (result,)
-        source = choose({"serial": h, "parallel": x}, self.form, "the form of an adapter")
+        source = config.choose({"serial": h, "parallel": x}, self.form, "the form of an adapter")
         new = functools.partial(_new, module)
         down = new("down", nn.initializers.lecun_normal(), (source.shape[-1], self.width))
         up = new("up", nn.initializers.zeros, (self.width, h.shape[-1]))
-        act = choose(ACTIVATIONS, self.activation, "the activation of an adapter")
+        act = config.choose(ACTIVATIONS, self.activation, "the activation of an adapter")
         hidden = act(_dot(source, down) + new("down_bias", nn.initializers.zeros, down.shape[-1:]))
         h = h + (self.scale * (_dot(hidden, up) + new("up_bias", nn.initializers.zeros, up.shape[-1:]))).astype(h.dtype)
         return (h, *others) if others else h
@@ -125,7 +128,8 @@ class Prefix(NamedTuple):
 class Prompt(NamedTuple):
     """Learned tokens before a tower's own (visual prompt tuning, Jia et al. 2022, arXiv:2203.12119, section 3.2).
 
-    n D parameters, or n D in each block; the tower's tokens come back without them.
+    n D parameters, or n D in each block; the tower's tokens come back without them. They join after a norm that follows
+    the positions (CLIP's), and begin as the authors' do for patches of 16.
 
     Attributes:
       where: regex of the tower's path: "image" or "text".
@@ -138,6 +142,7 @@ class Prompt(NamedTuple):
     depth: int | None = 1
 
     def takes(self, module, method):
+        _check_depth(self.depth)
         if isinstance(module, Block):
             return self.depth != 1 and method == "__call__"
         return isinstance(module, Encoder) and method == "encode"
@@ -160,7 +165,7 @@ class Prompt(NamedTuple):
         return call(jnp.concatenate([first, x], axis=1), *args, **kwargs)[:, self.length :]
 
     def _tokens(self, module, width):
-        bound = (6 / (3 * getattr(module, "patch", 16) ** 2 + width)) ** 0.5  # the authors'
+        bound = (6 / (3 * 16**2 + width)) ** 0.5
         init = lambda rng, shape: jax.random.uniform(rng, shape, minval=-bound, maxval=bound)
         return _new(module, "prompt", init, (self.length, width))
 
@@ -199,7 +204,7 @@ class Context(NamedTuple):
         if isinstance(module, nn.Embed):
             x = call(x)
         place = slice(self.at, self.at + self.length)
-        if x.shape[1] < place.stop:
+        if x.shape[1] <= place.stop:
             seen = f"texts have {x.shape[1]} tokens"
             raise UserError(f"a context of {self.length} from token {self.at} on does not fit: {seen}")
         context = _new(module, "context", nn.initializers.normal(self.std), (self.length, x.shape[-1])).astype(x.dtype)
@@ -218,6 +223,11 @@ class Context(NamedTuple):
             uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
             _new(module, f"meta_{name}", uniform, (inputs, outputs))
             _new(module, f"meta_{name}_bias", nn.initializers.zeros, (outputs,))
+
+
+def _check_depth(depth):
+    if depth is not None and depth < 1:
+        raise UserError(f"the depth of prompts is {depth}; expected 1 or more, or None for all blocks")
 
 
 def _of_first(depth, layer, new, old):
@@ -259,6 +269,19 @@ def class_logits(model: nn.Module, params: Any, images: Any, token_ids: jax.Arra
         return found.scale * model.apply({"params": own}, None, token_ids).text @ x
 
     return jax.lax.map(one, (found.image, moves), batch_size=8)
+
+
+KINDS = {kind.__name__: kind for kind in (Adapter, LowRank, Prefix, Prompt, Context)}
+
+
+def of_sections(sections: Sequence[Mapping[str, Any]], where: str) -> tuple:
+    """Insertions as a config has them: [dict(type="LowRank", rank=4), ...], `type` being a key of `KINDS`."""
+    insertions = []
+    for section in sections:
+        fields = dict(section)
+        kind = config.choose(KINDS, fields.pop("type", None), f"the type of {where}")
+        insertions.append(config.call(kind, fields, where))
+    return tuple(insertions)
 
 
 def inserted(model: nn.Module, *insertions: Any) -> nn.Module:

@@ -21,8 +21,9 @@ import numpy as np
 from vlm_jax import config
 from vlm_jax.adapt import coupled, heads, insert
 from vlm_jax.adapt.tune import Inserted, Masked, Recipe, tune
-from vlm_jax.errors import UserError
-from vlm_jax.pretrained import Pretrained
+from vlm_jax.errors import DivergedError, UserError
+from vlm_jax.parameter_table import named_leaves
+from vlm_jax.pretrained import Pretrained, class_embeddings
 
 ALPHAS, BETAS = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0], [0.3, 1.0, 2.0, 3.5, 5.5, 8.0]
 LEARNING_RATES = [1e-3, 1e-2]
@@ -71,7 +72,25 @@ def _head(fit: Callable) -> Callable:
 
 
 def _zero_shot(base: Pretrained, shots: Shots, validation: Shots, task: Task) -> Pretrained:
-    return dataclasses.replace(base, classes=tuple(task.names), templates=tuple(task.templates))
+    return dataclasses.replace(base, classes=tuple(task.names), templates=tuple(task.templates), head=None)
+
+
+def accuracy(base: Pretrained, adapted: Pretrained, queries: Shots, names: Sequence[str]) -> float:
+    """The share of pictures that an adapted model gives their name; an image tower that is as it was embeds no more."""
+    if adapted.head is not None:
+        logits = adapted.head(queries.features)
+    elif adapted.compares_pairs or _image_tower_changed(base, adapted):
+        logits = adapted.class_logits(queries.images, names)
+    else:
+        text = class_embeddings(adapted.embed_texts, names, adapted.templates)
+        logits = queries.features.astype(np.float64) @ text.T
+    return float(np.mean(np.argmax(logits, axis=1) == queries.labels))
+
+
+def _image_tower_changed(base: Pretrained, adapted: Pretrained) -> bool:
+    own = named_leaves(base.params)
+    changed = (name for name, leaf in named_leaves(adapted.params).items() if own.get(name) is not leaf)
+    return any(name.startswith("image/") for name in changed)
 
 
 def _linear_probe(few, validation):
@@ -142,16 +161,21 @@ def _tuned(make: Callable[[nn.Module, dict], Recipe]) -> Callable:
         learning_rate: float | None = None, weight_decay: float = 0.0, **options: Any,
     ) -> Pretrained:  # fmt: skip
         recipe = make(base.model, options)
-        best = None
+        best = failed = None
         for rate in LEARNING_RATES if learning_rate is None else [learning_rate]:
-            adapted = tune(
-                base, recipe, shots.images, shots.labels, task.names, templates=task.templates, steps=steps,
-                batch_size=batch_size, learning_rate=rate, weight_decay=weight_decay, seed=task.seed,
-            )  # fmt: skip
-            logits = adapted.class_logits(validation.images, task.names)
-            accuracy = np.mean(logits.argmax(1) == validation.labels)
-            if best is None or accuracy > best[0]:
-                best = accuracy, adapted
+            try:
+                adapted = tune(
+                    base, recipe, shots.images, shots.labels, task.names, templates=task.templates, steps=steps,
+                    batch_size=batch_size, learning_rate=rate, weight_decay=weight_decay, seed=task.seed,
+                )  # fmt: skip
+            except DivergedError as error:
+                failed = error
+                continue
+            share = accuracy(base, adapted, validation, task.names)
+            if best is None or share > best[0]:
+                best = share, adapted
+        if best is None:
+            raise failed
         return best[1]
 
     return method
@@ -170,7 +194,7 @@ def _cocoop(model: nn.Module, options: dict) -> Recipe:
     return Inserted((config.call(insert.Context, options, WHERE, image_width=width),))
 
 
-WHERE = "the method"
+WHERE = "an option of the method"
 HEADS = {
     "zero_shot": _zero_shot,
     "linear_probe": _head(_linear_probe),

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from vlm_jax.adapt import insert, masks
 from vlm_jax.adapt.heads_linear import check_labels
 from vlm_jax.adapt.heads_trained import shuffled
-from vlm_jax.errors import UserError
+from vlm_jax.errors import DivergedError, UserError
 from vlm_jax.parameter_table import named_leaves
 from vlm_jax.pretrained import Pretrained, class_embeddings
 
@@ -105,7 +105,7 @@ def tune(
     Args:
       pretrained: a two-tower model.
       recipe: see `Recipe`.
-      images: preprocessed, [N, H, W, 3].
+      images: preprocessed, [N, H, W, 3], or a list as for `Pretrained.embed_images`.
       labels: int [N], in range(len(names)).
       names: of the classes.
       templates: prompts; one where the recipe changes the text tower.
@@ -116,12 +116,17 @@ def tune(
     Raises:
       UserError: the recipe and the model do not fit, or the loss is not finite.
     """
+    if steps < 1:
+        raise UserError(f"steps of tuning is {steps}; expected 1 or more")
+    images = pretrained._pictures(images) if isinstance(images, list) else images
     labels = check_labels(labels, len(images), len(names))
     place = _context_place(pretrained)
     modules = recipe.insertions(pretrained.model, place)
     adapted = with_room(pretrained, modules)
     prompts = [template.replace("{}", name) for template in templates[:1] for name in names]
     token_ids = adapted._token_ids(prompts)
+    if len(np.unique(token_ids, axis=0)) < len(np.unique(pretrained._token_ids(prompts), axis=0)):
+        raise UserError("beside the context some names are cut to the same tokens; a shorter context, or longer texts")
     rng, order = jax.random.key(seed), shuffled(len(labels), batch_size, -(-steps * batch_size // len(labels)), seed)
     params = pretrained.params
     if modules:
@@ -130,7 +135,7 @@ def tune(
     own = recipe.begin(jax.random.fold_in(rng, 1), adapted.model, leaves)
     changed = recipe.combine(own, leaves).keys()
     if not changed:
-        raise UserError(f"{recipe} trains nothing of this model")
+        raise UserError(f"{recipe} trains nothing of this model; see its parameters' names for what could be meant")
     texts = jnp.asarray(token_ids)
     if any(name.startswith("text/") for name in changed):
         if len(templates) != 1:
@@ -144,9 +149,11 @@ def tune(
         batch = images[rows], np.where(rows < 0, -1, labels[rows]), texts
         own, state, loss = _step(adapted.model, recipe, steps, own, state, leaves, *batch, learning_rate, weight_decay)
     if not np.isfinite(loss):
-        raise UserError(f"{type(recipe).__name__}: the loss is {loss} after {steps} steps; a smaller learning_rate?")
+        raise DivergedError(
+            f"{type(recipe).__name__}: the loss is {loss} after {steps} steps; a smaller learning_rate?"
+        )
     params = _tree(leaves | recipe.combine(own, leaves))
-    return dataclasses.replace(adapted, params=params, classes=tuple(names), templates=tuple(templates))
+    return dataclasses.replace(adapted, params=params, classes=tuple(names), templates=tuple(templates), head=None)
 
 
 @partial(jax.jit, static_argnames=("model", "recipe", "steps"))
@@ -175,7 +182,7 @@ def with_room(pretrained: Pretrained, insertions: tuple) -> Pretrained:
         return pretrained
     room = "".join(f" | room({m.length}, {m.at})" for m in insertions if isinstance(m, insert.Context))
     model = insert.inserted(pretrained.model, *insertions)
-    return dataclasses.replace(pretrained, model=model, tokenize=pretrained.tokenize and pretrained.tokenize + room)
+    return dataclasses.replace(pretrained, model=model, tokenize=pretrained.tokenize + room)
 
 
 def _context_place(pretrained: Pretrained) -> int:

@@ -138,7 +138,8 @@ def room(example: dict, tokenizer: Any, n: int, at: int, key: str = "token_ids")
     token_ids = field(example, key)
     special = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id}
     filler = min(set(range(len(special) + 1)) - special)
-    words = token_ids[: np.max(np.nonzero(token_ids != tokenizer.pad_id)[0], initial=0) + 1]
+    end = np.max(np.nonzero(token_ids != tokenizer.pad_id)[0], initial=0) + 1
+    words = token_ids[: end + (tokenizer.pad_id == tokenizer.eos_id)]  # the first padding is the end token then
     words = np.concatenate([words[:at], np.full(n, filler, words.dtype), words[at:]])
     room = np.full_like(token_ids, tokenizer.pad_id)
     room[: len(words)] = words[: len(room)]

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from vlm_jax import config
-from vlm_jax.adapt.methods import HEADS, METHODS, TUNED, Shots, Task
+from vlm_jax.adapt.methods import HEADS, METHODS, TUNED, Shots, Task, accuracy
 from vlm_jax.data.sources import open_source
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators import classes as class_names
@@ -22,7 +22,6 @@ from vlm_jax.evaluators.progress import Progress, memory_limit
 from vlm_jax.evaluators.records import read_fields
 from vlm_jax.evaluators.result import Result
 from vlm_jax.evaluators.stream import open_pass, stream
-from vlm_jax.parameter_table import named_leaves
 from vlm_jax.pretrained import Pretrained, class_embeddings
 
 
@@ -69,7 +68,7 @@ def few_shot(
     hyper-parameters are chosen (the protocol of CoOp, arXiv:2109.01134, section 4.1, and of Tip-Adapter's successors);
     nothing is chosen on `split`. Metrics: `METHOD/top1`, the mean over seeds, and `METHOD/spread`, their standard
     deviation; `METHOD/TEST/top1` and `METHOD/TEST/spread` of further tests; with `base_to_new`,
-    `METHOD/new/...` and `METHOD/harmonic_mean`; `examples`, `left_out` (of another label).
+    `METHOD/new/...` and `METHOD/harmonic_mean`; `examples`, `left_out` (of another label, or unreadable).
 
     Args:
       uri, split, train_split, label, where, train_where, ops, batch_size, memory_share: as for `probe`.
@@ -95,10 +94,20 @@ def few_shot(
     named = _named(classes, uri, train_split, label)
     prompts = class_names.read_templates(templates)
     main = Test(uri, split, where, label, named)
-    all_tests = {"": main} | {name: _further(main, changes, name) for name, changes in (tests or {}).items()}
+    all_tests = {"": main} | {
+        name: _further(main, changes, name, given=classes is not None) for name, changes in (tests or {}).items()
+    }
     if base_to_new:
+        if "new" in all_tests:
+            raise UserError("few_shot: base_to_new has a test `new` of its own; give yours another name")
         named, new = _halves(named)
         all_tests |= {"": main._replace(named=named), "new": main._replace(named=new)}
+    for name, test in all_tests.items():
+        if (test.uri, test.split, test.where) == (uri, train_split, train_where):
+            raise UserError(
+                f"few_shot: test `{name or 'split'}` would name the pictures that are trained on; "
+                "give another split, or where and train_where"
+            )
     pictures = any(method not in HEADS for method in methods)
     limit = memory_limit(memory_share)
 
@@ -135,33 +144,42 @@ def few_shot(
             for batch in stream(batches, hosts, ["label"], counts[name], progress.show):
                 x = placed.embed_image_batch(batch.image)
                 if hosts.first:
-                    own = {"image": np.asarray(batch.image)[batch.mask]} if pictures else {}
-                    truth = index(batch.columns["label"])[batch.mask]
-                    table.append(feature=x[batch.mask], label=truth, position=batch.position[batch.mask], **own)
+                    truth = index(batch.columns["label"])
+                    among = batch.mask & (truth >= 0)
+                    own = {"image": np.asarray(batch.image)[among]} if pictures else {}
+                    table.append(feature=x[among], label=truth[among], position=batch.position[among], **own)
                 progress.save(**{name: batch.done})
             found[name] = table
-        text = class_embeddings(pretrained.embed_texts, list(named.values()), prompts)
+        texts = {
+            name: class_embeddings(pretrained.embed_texts, list(test.named.values()), prompts)
+            for name, test in all_tests.items()
+        }
         numbers = {}
         if hosts.first:
             known = {key: found["train"].read(key) for key in ("feature", "label", "position")}
             images = found["train"].read("image") if pictures else None
             queries = {name: _queries(found[f"test_{name}"], name, pictures) for name in all_tests}
             numbers["examples"] = float(len(queries[""].labels))
-            numbers["left_out"] = float(len(found["test_"]) - len(queries[""].labels))
+            numbers["left_out"] = float(passes["test_"][0].num_examples - len(queries[""].labels))
             shares = {}
             for seed, draw in enumerate(draws):
                 row = np.flatnonzero(np.isin(places[known["position"]], draw))  # of those that could be read
                 few, validation = _parts(images, known, row, shots, seed)
                 scale = math.exp(float(pretrained.params["logit_scale"]))
-                task = Task(list(named.values()), prompts, text, scale, seed)
+                task = Task(list(named.values()), prompts, texts[""], scale, seed)
                 for method, fit in fits.items():
                     adapted = fit(pretrained, few, validation, task, **(options or {}))
                     if keep is not None:
                         keep(method, seed, adapted)
                     for name, test in all_tests.items():
-                        if adapted.head is None or test.named == named:
-                            share = _share_right(pretrained, adapted, queries[name], list(test.named.values()))
-                            shares.setdefault((method, name), []).append(share)
+                        names = list(test.named.values())
+                        if method == "zero_shot":  # embedded by all hosts, above
+                            share = _share_right(queries[name].features @ texts[name].T, queries[name])
+                        elif adapted.head is None or list(test.named.items()) == list(named.items()):
+                            share = accuracy(pretrained, adapted, queries[name], names)
+                        else:
+                            continue
+                        shares.setdefault((method, name), []).append(share)
             numbers |= _summary(shares)
         return Result(hosts.from_first(numbers), {})
 
@@ -174,14 +192,16 @@ def _named(classes, uri, split, label) -> dict[int | str, str]:
     return class_names.of_source(open_source(uri, split), label, f"{uri} {split or ''}")
 
 
-def _further(main: Test, changes: Mapping[str, Any], name: str) -> Test:
+def _further(main: Test, changes: Mapping[str, Any], name: str, given: bool) -> Test:
+    """A further test; `given`: whether the classes of the main one were, else a data set says its own."""
     changes = dict(changes)
-    if "classes" in changes:
-        changes["named"] = class_names.read(changes.pop("classes"))
-    elif {"uri", "label"} & changes.keys():
-        test = main._replace(**changes)
-        changes["named"] = _named(None, test.uri, test.split, test.label)
-    return config.call(Test, main._asdict() | changes, f"the test `{name}` of few_shot")
+    classes = changes.pop("classes", None)
+    test = config.call(Test, main._asdict() | changes, f"the test `{name}` of few_shot")
+    if classes is not None:
+        return test._replace(named=class_names.read(classes))
+    if not given and {"uri", "label"} & changes.keys():
+        return test._replace(named=_named(None, test.uri, test.split, test.label))
+    return test
 
 
 def _halves(named: Mapping) -> tuple[dict, dict]:
@@ -194,11 +214,9 @@ def _halves(named: Mapping) -> tuple[dict, dict]:
 
 
 def _queries(table: Any, name: str, pictures: bool) -> Shots:
-    labels = table.read("label")
-    among = labels >= 0
-    if not among.any():
+    if not len(table):
         raise UserError(f"few_shot: no picture to be named is of the classes of test `{name or 'split'}`")
-    return Shots(table.read("image")[among] if pictures else None, table.read("feature")[among], labels[among])
+    return Shots(table.read("image") if pictures else None, table.read("feature"), table.read("label"))
 
 
 def _parts(images: Any, known: Mapping[str, np.ndarray], row: np.ndarray, shots: int, seed: int) -> tuple[Shots, Shots]:
@@ -211,22 +229,8 @@ def _parts(images: Any, known: Mapping[str, np.ndarray], row: np.ndarray, shots:
     return part(training), part(~training)
 
 
-def _share_right(base: Pretrained, adapted: Pretrained, queries: Shots, names: Sequence[str]) -> float:
-    """The share of the pictures that are given their name; an image tower that is as it was does not embed again."""
-    if adapted.head is not None:
-        logits = adapted.head(queries.features)
-    elif adapted.compares_pairs or _image_tower_changed(base, adapted):
-        logits = adapted.class_logits(queries.images, names)
-    else:
-        text = class_embeddings(adapted.embed_texts, names, adapted.templates)
-        logits = queries.features.astype(np.float64) @ text.T
+def _share_right(logits: np.ndarray, queries: Shots) -> float:
     return float(np.mean(np.argmax(logits, axis=1) == queries.labels))
-
-
-def _image_tower_changed(base: Pretrained, adapted: Pretrained) -> bool:
-    own = named_leaves(base.params)
-    changed = (name for name, leaf in named_leaves(adapted.params).items() if own.get(name) is not leaf)
-    return any(name.startswith("image/") for name in changed)
 
 
 def _summary(shares: Mapping[tuple[str, str], Sequence[float]]) -> dict[str, float]:

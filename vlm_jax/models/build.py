@@ -22,14 +22,21 @@ def build(section) -> nn.Module:
     Args:
       section: a mapping: name (a key of `MODELS`) and the arguments of its builder, such as
         dict(name="two_tower", image=dict(variant="B/32", pool="tok", out_dim=512),
-             text=dict(variant="M", vocab_size=49408, length=77, out_dim=512), dtype="bfloat16").
+             text=dict(variant="M", vocab_size=49408, length=77, out_dim=512), dtype="bfloat16");
+        and insertions, what `adapt.insert.of_sections` reads.
 
     Raises:
       UserError: an unknown name, a key that nothing takes, a key that is missing.
     """
     section = dict(section)
     builder = config.choose(MODELS, section.pop("name", "two_tower"), "config.model.name")
-    return config.call(builder, section, "config.model")
+    insertions = section.pop("insertions", None)
+    model = config.call(builder, section, "config.model")
+    if not insertions:
+        return model
+    from vlm_jax.adapt import insert  # which is made of models
+
+    return insert.inserted(model, *insert.of_sections(insertions, "config.model.insertions"))
 
 
 def two_tower(image, text, scale_init=10.0, bias_init=None, dtype="float32"):

@@ -4,8 +4,8 @@
 
 A tower takes the part of its own name, or the one named after the colon: "image", "text", or the "encoder" of an
 `EncoderDecoder`, which a text tower of T5's kind can begin from (its tokens' table comes along). One string for the
-whole model takes everything. What follows a tower's tokens, its pool and its head, may differ, and then starts anew;
-all else must fit.
+whole model takes everything. What follows a tower's tokens, its pool and its head, may differ, and then starts anew, as
+insertions do that the checkpoint has not; all else must fit.
 """
 
 import re
@@ -20,7 +20,7 @@ from vlm_jax.zoo.load import read_params
 
 PARTS = ("image", "text", "encoder")
 WHERE = "config.model_init"
-AFTER_TOKENS = re.compile(r"\w*/?(map_pool|rep|head)/.*")
+STARTS_ANEW = re.compile(r"\w*/?(map_pool|rep|head)/.*|(.*/)?inserted_\w+")
 
 
 def read(model_init: str | Mapping[str, str], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
@@ -68,9 +68,9 @@ def _read_tower(tower: str, spec: str, own: Mapping[str, jax.ShapeDtypeStruct]) 
         known = ", ".join(sorted({entry.ours.split("/")[0] for entry in released.entries}))
         raise UserError(f"{WHERE}: {path} ({released.format}) has no part `{part}`; it has: {known}")
     fits = lambda entry: _fits(entry, own, released.tensors)
-    entries = [entry for entry in entries if not AFTER_TOKENS.fullmatch(entry.ours) or fits(entry)]
+    entries = [entry for entry in entries if not STARTS_ANEW.fullmatch(entry.ours) or fits(entry)]
     kept = {entry.ours for entry in entries}
-    own = {name: leaf for name, leaf in own.items() if not AFTER_TOKENS.fullmatch(name) or name in kept}
+    own = {name: leaf for name, leaf in own.items() if not STARTS_ANEW.fullmatch(name) or name in kept}
     tensors = {entry.theirs: released.tensors[entry.theirs] for entry in entries if entry.theirs in released.tensors}
     plan = key_map.match(entries, own, tensors, (), f"{WHERE}: {spec}")
     return read_params(plan, own, tensors, {name: leaf.sharding for name, leaf in own.items()})
