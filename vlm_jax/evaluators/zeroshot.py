@@ -78,7 +78,7 @@ def zeroshot(
         )
         counts = {"classes": 0, "batches": 0, "examples": 0, "left_out": 0} | hosts.from_first(counts)
         table, examples = progress.table("classes", limit / 2), progress.table("examples", limit / 2)
-        by_pairs = pretrained.compares_pairs
+        by_pairs = getattr(pretrained, "compares_pairs", False)
         step = max(PROMPTS // len(templates), 1)
         for start in range(counts["classes"], 0 if by_pairs else len(names), step):
             embedded = class_embeddings(pretrained.embed_texts, names[start : start + step], templates)
