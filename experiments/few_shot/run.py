@@ -128,7 +128,7 @@ def write(results):
     own = [results[f"16 shots {method}"] for method in order]
     colors = ["0.6" if method in HEADS else "C0" for method in order]
     right.barh(order, [100 * n["top1"] for n in own], xerr=[100 * n["spread"] for n in own], color=colors, capsize=2)
-    right.set_xlabel("top-1 at 16 shots, %: heads on cached features grey, what trains the model blue")
+    right.set_xlabel("top-1 at 16 shots, %; grey: heads on cached features")
     figure.savefig(HERE / "few_shot.png", dpi=150)
 
 

@@ -127,7 +127,7 @@ def write(results):
         of = [results[f"{name} {seed}"] for seed in seeds]
         print(f"| {name} | {' | '.join(show([one[test] for one in of]) for test in TESTS)} |")
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     for ax, (text, what) in zip(axes, (("u", "text tower from scratch"), ("U", "text tower pretrained")), strict=True):
         letters = [f"{image}{text}" for image in "LUu"]
         for k, test in enumerate(TESTS):
