@@ -5,14 +5,14 @@
     python -m vlm_jax.train --config=configs/siglip.py:B/16 --workdir=runs/b16 \\
         --config.data.uri='wds:/data/laion/{00000..41455}.tar' --config.mesh.fsdp=8
 
-B/32, B/16, L/14 and So400m/14 follow section 4 of the paper: 32k batch, Adafactor, cooled down by 1 / sqrt(step).
+B/32, B/16, L/16, L/14 and So400m/14 follow section 4 of the paper: 32k batch, Adafactor, cooled down by 1 / sqrt(step).
 """
 
 from ml_collections import ConfigDict
 
 from configs.embedded import embedded
 
-VARIANTS = ("B/32", "B/16", "L/14", "So400m/14")
+VARIANTS = ("B/32", "B/16", "L/16", "L/14", "So400m/14")
 
 
 def get_config(variant: str = "B/16") -> ConfigDict:
@@ -20,6 +20,7 @@ def get_config(variant: str = "B/16") -> ConfigDict:
         return embedded(variant, penalty="sigmoid")
     size = variant.split("/")[0]
     tower = dict(scan=True, remat="dots")
+    remat = "dots" if size == "B" else "full"
     width = {"B": 768, "L": 1024, "So400m": 1152}[size]
     return ConfigDict(
         dict(
@@ -36,7 +37,7 @@ def get_config(variant: str = "B/16") -> ConfigDict:
                 workers=32,
             ),
             model=dict(
-                image=dict(variant=variant, image_size=224, pool="map", **tower),
+                image=dict(variant=variant, image_size=224, pool="map", **tower | dict(remat=remat)),
                 text=dict(
                     variant=size, vocab_size=32_000, length=64, pool="last", out_dim=width, head_bias=True, **tower
                 ),
