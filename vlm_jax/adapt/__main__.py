@@ -40,12 +40,12 @@ def adapt(pretrained: Pretrained, out: str | Path, *, show: bool = False, **sect
     out = Path(out)
     if (out / "results.json").exists():
         raise UserError(f"{out} holds results; give another --out")
-    out.mkdir(parents=True, exist_ok=True)
 
     def keep(method: str, seed: int, adapted: Pretrained) -> None:
         save_adapter(out / f"{method}_{seed}.safetensors", pretrained, adapted)
 
     evaluator = evaluators.build({"type": "few_shot", "keep": keep, **section})
+    out.mkdir(parents=True, exist_ok=True)
     numbers = evaluator(pretrained, progress=Progress(show=show)).metrics
     write_json(out / "results.json", numbers)
     return numbers
