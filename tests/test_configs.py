@@ -17,7 +17,7 @@ MILLIONS = {  # parameters, of what its authors released; None of what nobody di
     "coca": {"B/32": 253.6, "smoke": None},
     "ul2": {"base": 247.6, "20b": None, "prefix-base": None, "smoke": None, "prefix-tiny": None},
     "ul2_cap": {"B/16": None, "smoke": None},
-    "lit": {"B/16": None, "L/16-Uu": None, "tiny": None, "select-Lu": None, "tiny-uu": None, "smoke": None},
+    "lit": {"B/16": None, "L/16-Uu": None, "tiny-LU": None, "select-Lu": None, "tiny-uu": None, "smoke": None},
 }
 EXPERIMENTS = [
     (name, variant, millions) for name, variants in MILLIONS.items() for variant, millions in variants.items()

@@ -98,7 +98,10 @@ def _equation(eqn: Any, active: Sequence[bool]) -> tuple[float, list[bool]]:
     if name == "pallas_call":
         return _kernel(params, shapes, active), [any(active)] * len(eqn.outvars)
     if name == "scan":
-        flops, out = _loop(params["jaxpr"].jaxpr, active, params["num_consts"], params["num_carry"])
+        body = params["jaxpr"].jaxpr
+        alike = lambda inner, outer: sum(a.aval.shape == b.aval.shape for a, b in zip(inner, outer, strict=True))
+        carry = alike(body.outvars, eqn.outvars)  # of what is stacked, the loop has an axis more than its body
+        flops, out = _loop(body, active, alike(body.invars, eqn.invars) - carry, carry)
         return flops * params["length"], out
     if name == "while":
         return _loop(params["body_jaxpr"].jaxpr, active[params["cond_nconsts"] :], params["body_nconsts"])

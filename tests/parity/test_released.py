@@ -84,8 +84,8 @@ def test_efficientnet_names_imagenet_pictures(efficientnet, pictures):
 
 
 def test_lit_begins_from_both(minilm):
-    """`configs/lit.py:tiny`: nothing but the text's head is new, and the text's tokens are MiniLM's."""
-    settings = config.plain(lit.get_config("tiny"))
+    """`configs/lit.py:tiny-LU`: nothing but the text's head is new, and the text's tokens are MiniLM's."""
+    settings = config.plain(lit.get_config("tiny-LU"))
     model = models.build(settings["model"])
     token_ids = tokenizers.build(settings["tokenizer"])(["a photo of a cat", "café"], 16)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)), token_ids)["params"]
