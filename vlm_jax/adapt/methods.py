@@ -84,6 +84,11 @@ def accuracy(base: Pretrained, adapted: Pretrained, queries: Shots, names: Seque
     else:
         text = class_embeddings(adapted.embed_texts, names, adapted.templates)
         logits = queries.features.astype(np.float64) @ text.T
+    return share_right(logits, queries)
+
+
+def share_right(logits: np.ndarray, queries: Shots) -> float:
+    """The share of pictures whose largest logit is their label's."""
     return float(np.mean(np.argmax(logits, axis=1) == queries.labels))
 
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from vlm_jax import config
-from vlm_jax.adapt.methods import HEADS, METHODS, TUNED, Shots, Task, accuracy
+from vlm_jax.adapt.methods import HEADS, METHODS, TUNED, Shots, Task, accuracy, share_right
 from vlm_jax.data.sources import open_source
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators import classes as class_names
@@ -118,12 +118,12 @@ def few_shot(
         if pictures and jax.process_count() > 1:
             raise UserError("few_shot tunes on one host; on several there are the heads: " + ", ".join(HEADS))
         progress = progress or Progress()
-        string = f"{ops or pretrained.preprocess}"
 
         def open_test(test: Test):
-            boxed_label = f'decode | boxed("{test.label}", to="label") | {string} | keep("image", "label")'
+            prepare = ops or pretrained.preprocess
+            string = f'decode | boxed("{test.label}", to="label") | {prepare} | keep("image", "label")'
             return open_pass(
-                pretrained, uri=test.uri, split=test.split, where=test.where, ops=boxed_label, batch_size=batch_size
+                pretrained, uri=test.uri, split=test.split, where=test.where, ops=string, batch_size=batch_size
             )
 
         _, _, train = open_test(main._replace(split=train_split, where=train_where))
@@ -174,7 +174,7 @@ def few_shot(
                     for name, test in all_tests.items():
                         names = list(test.named.values())
                         if method == "zero_shot":  # embedded by all hosts, above
-                            share = _share_right(queries[name].features @ texts[name].T, queries[name])
+                            share = share_right(queries[name].features @ texts[name].T, queries[name])
                         elif adapted.head is None or list(test.named.items()) == list(named.items()):
                             share = accuracy(pretrained, adapted, queries[name], names)
                         else:
@@ -227,10 +227,6 @@ def _parts(images: Any, known: Mapping[str, np.ndarray], row: np.ndarray, shots:
         raise UserError("few_shot: too few pictures of a class to choose hyper-parameters on; fewer shots?")
     part = lambda mask: Shots(None if images is None else images[row[mask]], features[mask], labels[mask])
     return part(training), part(~training)
-
-
-def _share_right(logits: np.ndarray, queries: Shots) -> float:
-    return float(np.mean(np.argmax(logits, axis=1) == queries.labels))
 
 
 def _summary(shares: Mapping[tuple[str, str], Sequence[float]]) -> dict[str, float]:
