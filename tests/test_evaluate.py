@@ -136,16 +136,23 @@ def test_two_processes_give_the_same(workdir, pictures, expected, tmp_path):
     program = f"""
 import sys, jax
 import json
+import numpy as np
 import vlm_jax
-from vlm_jax import sharding
+from vlm_jax import processes, sharding
 from vlm_jax.data import sources
-from vlm_jax.evaluate import evaluate, start_processes
+from vlm_jax.evaluate import evaluate
 jax.config.update("jax_num_cpu_devices", 2)
-start_processes("localhost:{free_port()},2," + sys.argv[1])
+processes.start("localhost:{free_port()},2," + sys.argv[1])
 read, opened = [], sources._read
 sources._read = lambda path: read.append(path.name) or opened(path)
-for name, sizes in (("data", (4, 1, 1)), ("tensor", (1, 2, 2))):
-    pretrained = vlm_jax.load({str(workdir)!r}, mesh=sharding.make_mesh(*sizes))
+for name, sizes, order in (("apart", (4, 1, 1), (0, 2, 1, 3)), ("tensor", (1, 2, 2), (0, 1, 2, 3))):
+    devices = [jax.devices()[i] for i in order]  # "apart": a process's rows are no neighbours, as on a pod
+    mesh = sharding.make_mesh(*sizes, devices)
+    rows = sharding.rows_of_process(mesh, 8)
+    assert name == "tensor" or rows.tolist() in ([0, 1, 4, 5], [2, 3, 6, 7]), rows
+    batch = sharding.to_global({{"row": np.arange(8)[rows]}}, mesh, 8)
+    assert processes.whole(batch["row"]).tolist() == list(range(8))
+    pretrained = vlm_jax.load({str(workdir)!r}, mesh=mesh)
     for task, section in { ({task: arguments(task, pictures) for task in expected})!r}.items():
         out = None if name == "tensor" else {str(tmp_path)!r} + "/" + task
         results = evaluate(pretrained, task, out, batch_size=7, **section)
@@ -161,7 +168,7 @@ for name, sizes in (("data", (4, 1, 1)), ("tensor", (1, 2, 2))):
     for process, (output, errors) in zip(processes, finished, strict=True):
         assert process.returncode == 0, errors[-3000:]
         found = [json.loads(line[7:]) for line in output.splitlines() if line.startswith("RESULT ")]
-        assert [name for name, *_ in found] == ["data", "data", "tensor", "tensor"]
+        assert [name for name, *_ in found] == ["apart", "apart", "tensor", "tensor"]
         for _, task, results in found:
             assert numbers(results, task) == pytest.approx(expected[task], abs=1e-12)
     half = [json.loads(output.split("READ ")[1].splitlines()[0])[1] for output, _ in finished]
@@ -304,7 +311,6 @@ def test_embeddings_beyond_the_memory_share_change_nothing(pretrained, pictures,
         ("--task=probe --label=label --option=shots=0", "shots is 0; expected a number of training pictures"),
         ("--task=probe --label=label --option=shots", "--option=shots cannot be read; expected name=value"),
         ("--task=foils --option=kinds=['orders']", "the kind of foils is `orders`; expected one of: object, attribute"),
-        ("--task=zeroshot --distributed=localhost", "is not `auto` or `address:port,processes,index`"),
     ],
 )
 def test_mistakes_are_named(argv, message, workdir, pictures, tmp_path):

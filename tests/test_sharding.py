@@ -21,7 +21,7 @@ def test_one_size_may_be_the_rest():
 
 def test_batches_are_spread_over_data_and_fsdp():
     mesh = sharding.make_mesh(2, 2, 2)
-    batch = sharding.to_global({"image": np.arange(8.0)}, mesh)
+    batch = sharding.to_global({"image": np.arange(8.0)}, mesh, 8)
     assert batch["image"].addressable_shards[0].data.shape == (2,)
     with pytest.raises(UserError, match=r"config.batch_size 6 cannot be split over 4 devices"):
         sharding.check_batch_size(6, mesh)

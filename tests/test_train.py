@@ -1,6 +1,5 @@
 """The trainer: the same run on any mesh, killed and continued, with any accumulation; errors in one line."""
 
-import io
 import json
 import os
 import re
@@ -13,9 +12,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
 from configs import clip
+from tests.pictures import write_pictures
 from vlm_jax import sharding
 from vlm_jax.checkpoint import load_params
 from vlm_jax.errors import UserError
@@ -62,7 +61,7 @@ def loss_curve(mesh, penalty, accumulate=1, steps=20, size=16):
     state = program.init(jax.random.key(0), {})
     losses = []
     for batch in batches:
-        state, metrics, _ = program.step(state, sharding.to_global(batch, mesh))
+        state, metrics, _ = program.step(state, sharding.to_global(batch, mesh, size))
         losses.append(float(metrics["loss"]))
     return np.array(losses), state
 
@@ -200,17 +199,6 @@ def test_what_a_user_gets_wrong_is_named(what, tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
-def pictures(folder, count, truncated=(), empty=()):
-    rng = np.random.default_rng(0)
-    rows = []
-    for i in range(count):
-        data = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(data, "JPEG")
-        (folder / f"{i}.jpg").write_bytes(data.getvalue()[: 300 if i in truncated else None])
-        rows.append(json.dumps({"image": f"{i}.jpg", "text": "" if i in empty else f"picture {i}"}))
-    (folder / "data.jsonl").write_text("\n".join(rows))
-
-
 def on_pictures(folder, batch_size=16):
     settings = smoke().to_dict()
     ops = "decode | resize(32) | normalize | caption('text') | tokenize(8) | keep('image', 'token_ids')"
@@ -231,7 +219,7 @@ def test_a_bad_example_is_logged_and_too_many_stop_the_run(kind, tmp_path, caplo
     one, many = tmp_path / "one", tmp_path / "many"
     for folder, bad in ((one, {3}), (many, set(range(0, 64, 4)))):
         folder.mkdir()
-        pictures(folder, 64, **{kind: bad})
+        write_pictures(folder, 64, **{kind: bad})
     results = train(on_pictures(one), tmp_path / "run")
     assert results["step"] == 12 and results["data/bad_examples"] == 3  # once in each of three epochs
     reason = {"truncated": r"data.jsonl:4: image cannot be decoded", "empty": r"data.jsonl:4: caption `text` is empty"}[
@@ -245,7 +233,7 @@ def test_a_bad_example_is_logged_and_too_many_stop_the_run(kind, tmp_path, caplo
 def test_a_run_that_diverges_stops_and_saves_nothing_broken(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
-    pictures(folder, 64)
+    write_pictures(folder, 64)
     settings = on_pictures(folder)
     settings["optimizer"] = dict(name="sgd", lr=1e30, schedule=dict(name="constant"))
     with pytest.raises(UserError, match=r"^step \d+: loss is .*largest by group: .*config.optimizer.lr"):

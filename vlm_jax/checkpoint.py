@@ -1,81 +1,171 @@
-"""Checkpoints of a run: asynchronous, atomic, complete.
+"""Checkpoints of a run: asynchronous, atomic, complete, written and read by all processes, each its shards.
 
 A checkpoint holds the train state (parameters, optimizer, EMA, objective state, step), the data position and the
-run's counters. A run that is killed at any point and started again continues from the newest one.
+run's counters. A run that is killed at any point and started again continues from the newest one that is whole, on
+any mesh and any number of processes.
 """
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from vlm_jax import processes
 from vlm_jax.config import flatten
 from vlm_jax.errors import UserError
 from vlm_jax.parameter_table import named_leaves
+
+# Sections of a config that say where and how fast a run goes, not what comes out: they may change between restarts.
+FREE = ("mesh", "accumulate", "log", "checkpoint", "profile", "data.workers", "data.threads")
 
 
 class Checkpointer:
     """Saves and restores `(state, progress)` in `workdir/checkpoints/<step>/`.
 
     Args:
-      workdir: the run's folder.
+      workdir: the run's folder, which all processes see.
       keep: how many checkpoints stay.
     """
 
     def __init__(self, workdir: str | os.PathLike, keep: int = 2):
+        self._folder = Path(workdir).absolute() / "checkpoints"
         self._manager = ocp.CheckpointManager(
-            Path(workdir).absolute() / "checkpoints",
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+            ),
         )
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, progress: Mapping[str, Any]) -> None:
-        """Copies the state off the devices and returns; writing goes on in the background."""
-        if step == self.latest_step():
-            return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(dict(progress))),
-        )
-
-    def restore(self, abstract_state: Any) -> tuple[Any, dict]:
-        """Returns the newest checkpoint's state and progress.
-
-        Args:
-          abstract_state: tree of ShapeDtypeStructs with shardings: how the state is to be placed.
+        """Copies the state off the devices and returns; writing goes on in the background.
 
         Raises:
-          UserError: the checkpoint holds another model or optimizer than the config.
+          UserError: this checkpoint, or the one before, cannot be written.
         """
-        step = self.latest_step()
+        if step == self.latest_step():
+            return
+        progress = {**progress, "checksum": int(checksum(state))}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
+        with self._writing():
+            self._manager.save(step, args=args)
+
+    def restore(self, abstract_state: Any) -> tuple[Any, dict]:
+        """Returns the newest whole checkpoint's state and progress; those that are damaged are set aside.
+
+        Args:
+          abstract_state: tree of ShapeDtypeStructs with shardings: how the state is to be placed. Every process reads
+            its shards alone; dtypes may differ from what was saved.
+
+        Raises:
+          UserError: the checkpoint holds another model or optimizer than the config; none is whole.
+        """
+        damaged = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            state, progress, damage = self._read(step, abstract_state)
+            damages = [found for found in processes.exchange(damage) if found]
+            saved = progress.pop("checksum", None)
+            if not damages and saved is not None and saved != checksum(state):
+                damages = ["its checksum is another"]
+            if not damages:
+                self._set_aside(damaged)
+                return state, progress
+            logging.warning("checkpoint %d is damaged (%s); taking the one before", step, damages[0])
+            damaged.append(step)
+        raise UserError(
+            f"none of the checkpoints {damaged} in {self._folder} can be read; move them away to start anew"
+        )
+
+    def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict, str | None]:
+        """State, progress, and what is wrong with them. No process waits for another, one of them may fail."""
+        path = self._folder / str(step)
+        handler = ocp.StandardCheckpointHandler()
         try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract_state), progress=ocp.args.JsonRestore()
-                ),
-            )
-        except (ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"checkpoint {step} does not fit the config's model and optimizer ({reason}); "
-                "use the config it was made with, or another --workdir"
-            ) from error
-        return restored.state, restored.progress
+            saved = named_leaves(handler.metadata(path / "state"))
+            _check_fits(step, saved, named_leaves(abstract_state))
+            state = handler.restore(path / "state", args=ocp.args.StandardRestore(abstract_state))
+            progress = json.loads((path / "progress" / "metadata").read_text())
+        except UserError:
+            raise
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            return None, {}, _reason(error)
+        finally:
+            handler.close()
+        if any(saved[name].dtype != leaf.dtype for name, leaf in named_leaves(abstract_state).items()):
+            progress.pop("checksum", None)
+        return state, progress, None
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Renames them to damaged-<step>, so that the run can save these steps again."""
+        if steps and processes.is_first():
+            for step in steps:
+                (self._folder / str(step)).rename(self._folder / f"damaged-{step}")
+        if steps:
+            processes.exchange(None)  # all wait for the first
+            self._manager.reload()
 
     def wait(self) -> None:
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:  # another process is lost
+            raise
+        except Exception as error:
+            steps = ocp.utils.checkpoint_steps(self._folder)
+            newest = f"that of step {max(steps)} is whole" if steps else "there is none before"
+            raise UserError(
+                f"no checkpoint can be written to {self._folder} ({_reason(error)}); {newest}. Make room or give "
+                "the processes the right to write there; the same command then continues"
+            ) from error
+
+
+def checksum(state: Any) -> int:
+    """A number that the change of any one bit changes; the same on any mesh."""
+    sums = jax.device_get([_sum_of_bits(leaf) for leaf in jax.tree.leaves(state)])
+    return sum((2 * place + 1) * int(bits) for place, bits in enumerate(sums)) % 2**32
+
+
+@jax.jit
+def _sum_of_bits(x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
+    return jnp.sum(jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}"), dtype=jnp.uint32)
+
+
+def _check_fits(step: int, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises a UserError at the first array that differs in name or shape."""
+    for name in sorted(saved.keys() | wanted.keys()):
+        shapes = [str(tuple(side[name].shape)) if name in side else "none" for side in (saved, wanted)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"checkpoint {step} does not fit the config's model and optimizer: of `{name}` it has {shapes[0]}, the "
+                f"config {shapes[1]}; use the config it was made with, or another --workdir"
+            )
+
+
+def _reason(error: Exception) -> str:
+    """What the system says where it does, else the first line."""
+    number = re.search(r"os_error_code='(\d+)'", str(error)) or re.search(r"\[Errno (\d+)\]", str(error))
+    return os.strerror(int(number[1])) if number else (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def load_params(workdir: str | os.PathLike, shardings: Callable[[Any], Any] | None = None) -> Any:
@@ -86,14 +176,23 @@ def load_params(workdir: str | os.PathLike, shardings: Callable[[Any], Any] | No
       shardings: tree of shapes -> tree of shardings, where the arrays go; None gives numpy arrays.
 
     Raises:
-      UserError: the folder holds no finished checkpoint.
+      UserError: the folder holds no finished checkpoint, or it is damaged.
     """
     folder = Path(workdir).absolute() / "checkpoints"
     steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
     if not steps:
         raise UserError(f"{workdir} holds no checkpoint; expected a workdir that `vlm_jax.train` wrote")
+    try:
+        params = _params(folder / str(max(steps)) / "state", shardings)
+    except Exception as error:  # orbax and tensorstore raise many kinds
+        raise UserError(
+            f"checkpoint {max(steps)} in {folder} cannot be read ({_reason(error)}); move it away to use another"
+        ) from error
+    return params if shardings is not None else jax.tree.map(np.asarray, params)
+
+
+def _params(path: Path, shardings: Callable[[Any], Any] | None) -> Any:
     with ocp.StandardCheckpointer() as checkpointer:
-        path = folder / str(max(steps)) / "state"
         meta = checkpointer.metadata(path).item_metadata
         host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         placed = lambda leaf, place=host: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
@@ -101,17 +200,18 @@ def load_params(workdir: str | os.PathLike, shardings: Callable[[Any], Any] | No
         key = "ema" if meta["ema"] else "params"
         if shardings is not None:
             target[key] = jax.tree.map(placed, target[key], shardings(target[key]))
-        params = checkpointer.restore(path, target)[key]
-    return params if shardings is not None else jax.tree.map(np.asarray, params)
+        return checkpointer.restore(path, target)[key]
 
 
 def check_same_config(path: Path, settings: Mapping[str, Any]) -> None:
-    """Writes config.json, or raises a UserError if the workdir holds a run of another config."""
+    """Writes config.json, or raises a UserError if the workdir holds a run of another config; `FREE` may differ."""
     if not path.exists():
-        return write_json(path, settings)
+        if processes.is_first():
+            write_json(path, settings)
+        return
     before, now = (flatten(values) for values in (json.loads(path.read_text()), settings))
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
+        if before.get(key) != now.get(key) and not any(key == free or key.startswith(f"{free}.") for free in FREE):
             raise UserError(
                 f"{path.parent} holds a run with config.{key} = {before.get(key)}, not {now.get(key)}; "
                 "give the same config to continue it, or another --workdir"
@@ -122,7 +222,7 @@ def params_sha256(params: Any) -> str:
     """Hex digest of every parameter's name, dtype, shape and bytes, in the order of their names."""
     digest = hashlib.sha256()
     for name, leaf in sorted(named_leaves(params).items()):
-        array = np.asarray(leaf)
+        array = processes.whole(leaf)
         digest.update(f"{name}:{array.dtype}:{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

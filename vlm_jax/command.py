@@ -1,5 +1,6 @@
 """Runs a command's main: flags parsed by absl, and what a user can mend said in one line."""
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 
@@ -8,16 +9,36 @@ from absl import app, flags, logging
 from vlm_jax.errors import UserError
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
-    """`absl.app.run(main)`, with errors of flags, config files and users as one line on stderr and exit status 2."""
+def run(main: Callable[[Sequence[str]], None], several_hosts: bool = False) -> None:
+    """`absl.app.run(main)`, with errors of flags, config files and users as one line on stderr and exit status 2.
+
+    Args:
+      main: is given what is left of the arguments.
+      several_hosts: adds the flag `--distributed`; main then runs with the other processes there.
+    """
+    if several_hosts:
+        flags.DEFINE_string("distributed", None, "On several hosts: auto, or address:port,processes,index")
 
     def quiet_main(argv):
         try:
-            main(argv)
+            if several_hosts:
+                from vlm_jax import processes  # which imports jax
+
+                with processes.joined(flags.FLAGS.distributed):
+                    main(argv)
+            else:
+                main(argv)
         except UserError as error:
             _fail(error)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            _fail(f"{error.strerror} ({error.filename})")
 
-    logging.set_verbosity(logging.WARNING)  # orbax tells of every step of a save; --verbosity=0 shows it
+    # orbax tells of every step of a save, and of what it raises, too; --verbosity=0 shows it
+    logging.set_verbosity(logging.WARNING)
+    shown = lambda record: "orbax" not in record.pathname or logging.get_verbosity() >= logging.INFO
+    logging.get_absl_logger().addFilter(shown)
     app.run(quiet_main, flags_parser=_parse)
 
 

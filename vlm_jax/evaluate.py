@@ -19,12 +19,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags
-from jax.experimental import multihost_utils
 
 import vlm_jax
-from vlm_jax import command, config, evaluators, report, sharding
+from vlm_jax import command, config, evaluators, processes, report, sharding
 from vlm_jax.checkpoint import params_sha256, write_json
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators.hosts import Hosts
@@ -106,10 +104,8 @@ def _evaluate(
 
 def _model_facts(pretrained: Pretrained) -> dict[str, str]:
     """What makes two models of the same name different."""
-    here = lambda x: getattr(x, "is_fully_addressable", True)
-    whole = lambda x: x if here(x) else multihost_utils.process_allgather(x, tiled=True)
     return {
-        "params_sha256": params_sha256(jax.tree.map(whole, pretrained.params)),
+        "params_sha256": params_sha256(pretrained.params),
         "architecture": " ".join(repr(pretrained.model).split()),
         "tokenizer": getattr(pretrained.tokenizer, "spec", None),
         "preprocess": pretrained.preprocess,
@@ -140,21 +136,6 @@ def _read_json(path: Path) -> Any:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def start_processes(hosts: str) -> None:
-    """`jax.distributed.initialize`, before anything asks for a device.
-
-    Args:
-      hosts: "auto" (TPU pods, Slurm and others tell themselves) or "address:port,processes,index".
-    """
-    if hosts == "auto":
-        return jax.distributed.initialize()
-    try:
-        address, count, index = hosts.split(",")
-        jax.distributed.initialize(address, int(count), int(index))
-    except ValueError as error:
-        raise UserError(f"--distributed={hosts} is not `auto` or `address:port,processes,index` ({error})") from error
-
-
 DATA = (
     "data", "split", "where", "batch_size", "memory_share", "gallery",
     "classes", "templates", "label", "captions", "template", "ks",
@@ -162,15 +143,13 @@ DATA = (
 
 
 def main(_: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
-    if values.distributed:
-        start_processes(values.distributed)
     section = given(values, DATA)
     section |= {"uri": section.pop("data")} | given(values, ["option"]).get("option", {})
     evaluator = _evaluator(values.task, section)  # what is wrong with the data is said before the model is loaded
     mesh = config.call(sharding.make_mesh, given(values, ("mesh",)).get("mesh", {}), "--mesh", devices=None)
     pretrained = vlm_jax.load(values.model, mesh=mesh, **given(values, MODEL))
     results = _evaluate(pretrained, values.task, evaluator, section, values.out, values.model, show=True)
-    if jax.process_index() == 0:
+    if processes.is_first():
         print(_table(results))
         print(f"report: {Path(values.out).absolute() / 'report' / 'index.html'}")
 
@@ -197,9 +176,8 @@ def define_flags(values: flags.FlagValues) -> None:
     text("template", help="retrieval: a prompt, {} for the caption")
     listed("ks", help="retrieval: how many candidates may be named, e.g. 1,5,10")
     listed("mesh", help="data=2,fsdp=4,tensor=1; by default data has all devices")
-    text("distributed", help="On several hosts: auto, or address:port,processes,index")
 
 
 if __name__ == "__main__":
     define_flags(flags.FLAGS)
-    command.run(main)
+    command.run(main, several_hosts=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vlm_jax import processes
 from vlm_jax.errors import UserError
 
 
@@ -16,7 +17,8 @@ class MetricWriter:
     """Writes `{"step": n, name: number, ...}` lines without holding up the training loop.
 
     Numbers may be arrays on a device: they are fetched by the writing thread. Lines after `start_step`, which a killed
-    run left behind, are dropped, so that a resumed run's file reads like an uninterrupted one's.
+    run left behind, are dropped, so that a resumed run's file reads like an uninterrupted one's. Only the first process
+    of several writes.
 
     Args:
       workdir: the run's folder.
@@ -28,6 +30,9 @@ class MetricWriter:
     def __init__(
         self, workdir: str | os.PathLike, start_step: int = 0, tensorboard: bool = True, wandb: str | None = None
     ):
+        self._thread = self._error = None
+        if not processes.is_first():
+            return
         path = Path(workdir) / "metrics.jsonl"
         lines = [line for line in read_jsonl(path) if line["step"] <= start_step]
         self._file = path.with_suffix(".tmp").open("w")
@@ -46,17 +51,19 @@ class MetricWriter:
         if wandb:
             self._add_wandb(workdir, wandb)
         self._queue = queue.Queue(maxsize=1000)
-        self._error = None
         self._thread = threading.Thread(target=self._drain, daemon=True)
         self._thread.start()
 
     def write(self, step: int, values: Mapping[str, object]) -> None:
         if self._error:
             raise self._error
-        self._queue.put((step, dict(values)))
+        if self._thread:
+            self._queue.put((step, dict(values)))
 
     def close(self) -> None:
         """Waits until everything is written."""
+        if not self._thread:
+            return
         self._queue.put(None)
         self._thread.join()
         for close in self._closers:

@@ -108,7 +108,7 @@ def _embedder(settings: Mapping[str, Any], spec: str, images: np.ndarray):
 
     def run(images):
         with jax.set_mesh(mesh):
-            return embed(params, sharding.to_global({"image": images}, mesh)["image"])
+            return embed(params, sharding.to_global({"image": images}, mesh, len(images))["image"])
 
     return run
 
@@ -126,4 +126,4 @@ if __name__ == "__main__":
     _OUT = flags.DEFINE_string("out", None, "Folder of the embeddings")
     _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures at a time")
     flags.mark_flags_as_required(["config", "data", "out"])
-    command.run(main)
+    command.run(main, several_hosts=True)

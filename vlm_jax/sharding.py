@@ -6,6 +6,7 @@ layer axis): `("fsdp", "tensor")` on `[layers, in, out]` shards `in` and `out`.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -84,10 +85,29 @@ def check_batch_size(batch_size: int, mesh: Mesh, where: str = "config.batch_siz
         )
 
 
-def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's share of a batch `[B / processes, ...]` -> global arrays `[B, ...]`, sharded over the mesh."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+def rows_of_process(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Rows of a batch of `batch_size` that this process's devices hold, int [n], in order.
+
+    They need not be neighbours: a host's chips are not on a slice. Processes whose devices differ along `tensor` alone
+    hold the same rows.
+    """
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in held]))
+
+
+def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
+    """This process's rows of a batch (see `rows_of_process`) -> global arrays `[batch_size, ...]`, over the mesh."""
+    place, rows = batch_sharding(mesh), rows_of_process(mesh, batch_size)
+
+    def part(array, index):
+        start, stop, _ = index[0].indices(batch_size)
+        first = np.searchsorted(rows, start)
+        return array[first : first + stop - start]
+
+    return {
+        name: jax.make_array_from_callback((batch_size, *array.shape[1:]), place, partial(part, array))
+        for name, array in batch.items()
+    }
 
 
 def abstract_batch(example: Mapping[str, np.ndarray], batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

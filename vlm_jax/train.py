@@ -1,7 +1,8 @@
 """Trains any model with any objective: python -m vlm_jax.train --config=configs/clip.py:tiny --workdir=runs/tiny
 
 Top to bottom: read the data, build the program from the config, place it on the mesh, continue from the newest
-checkpoint, loop, evaluate, report. The same command after any interruption gives the same result, bit for bit.
+checkpoint, loop, evaluate, report. The same command after any interruption gives the same result, bit for bit. On
+several hosts the same command runs on each of them with --distributed=auto.
 """
 
 import signal
@@ -14,10 +15,11 @@ from typing import Any
 
 import jax
 from absl import flags
+from jax.experimental import multihost_utils
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from vlm_jax import command, config, evaluators, optim, report, sharding
+from vlm_jax import command, config, evaluators, optim, processes, report, sharding
 from vlm_jax.checkpoint import Checkpointer, check_same_config, params_sha256, write_json
 from vlm_jax.data import loader, tokenizers
 from vlm_jax.divergence import check_finite
@@ -67,8 +69,9 @@ def _train(
     sharding.check_batch_size(batch_size, mesh)
     tokenizer = tokenizers.build(tokenizer)
     batches = config.call(
-        loader.train_loader, data, "config.data", batch_size=batch_size, seed=seed, tokenizer=tokenizer
-    )
+        loader.train_loader, data, "config.data", batch_size=batch_size, seed=seed, tokenizer=tokenizer,
+        rows=sharding.rows_of_process(mesh, batch_size),
+    )  # fmt: skip
     total = optim.duration_to_steps(duration, batch_size, batches.num_examples)
     steps = lambda length: optim.duration_to_steps(length, batch_size, batches.num_examples, total)
     program = build_program(
@@ -89,12 +92,13 @@ def _train(
         with jax.set_mesh(mesh):
             state = program.init(jax.random.key(seed), given)
         progress = {"seconds": 0.0, "data_wait": 0.0, "data": None}
-        print(program.table)
+        processes.say(program.table)
     else:
         state, progress = saver.restore(program.abstract_state)
-        print(f"continuing from step {int(state.step)} of {total}")
+        processes.say(f"continuing from step {int(state.step)} of {total}")
     if progress["data"]:
-        batches.set_state(progress["data"])
+        counts = {} if processes.is_first() else {"read": 0, "bad": 0}  # of all processes, the first goes on with them
+        batches.set_state(progress["data"] | counts)
     batches.start()  # reading goes on while the step compiles
     train_step = program.compile_step(batches.example, batch_size)
 
@@ -102,16 +106,17 @@ def _train(
     writer = config.call(MetricWriter, log, "config.log", workdir=workdir, start_step=first)
     clock = Clock(batches, progress["seconds"], progress["data_wait"])
     stop = StopSignal()
-    bar = tqdm(total=total, initial=first, desc="train", unit="step", mininterval=0.5 if sys.stderr.isatty() else 15)
+    bar = tqdm(total=total, initial=first, desc="train", unit="step", mininterval=0.5 if sys.stderr.isatty() else 15,
+               disable=not processes.is_first())  # fmt: skip
     before = None
     with closing(saver), closing(writer), closing(batches), closing(bar):  # whatever ends it, what was saved is written
         for step in range(first + 1, total + 1):
-            batch = sharding.to_global(next(batches), mesh)
+            batch = sharding.to_global(next(batches), mesh, batch_size)
             state, metrics, norms = train_step(state, batch)
             if before:  # of the step before, so that the device never waits for the host
                 check_finite(*before, saver.latest_step())
             before = step, metrics, norms
-            stopped_by = stop.name
+            stopped_by = stop.at(step)
             save = step % save_every == 0 or step == total or stopped_by
             if save or step % log_every == 0:
                 check_finite(*before, saver.latest_step())
@@ -120,7 +125,7 @@ def _train(
                 writer.write(step, {**metrics, "examples": step * batch_size, "examples_per_second": rate})
             bar.update()
             if save:
-                saver.save(step, state, {**clock.progress(), "data": batches.get_state()})
+                saver.save(step, state, {**clock.progress(), "data": position(batches)})
             if stopped_by:
                 raise SystemExit(f"{stopped_by}: saved step {step} of {total}; the same command continues from there")
             for evaluation in evals:
@@ -136,16 +141,26 @@ def _train(
             "train/seconds": progress["seconds"],
             "train/examples_per_second": total * batch_size / progress["seconds"],
             "train/data_wait_fraction": progress["data_wait"] / progress["seconds"],
-            "data/bad_examples": batches.bad,
+            "data/bad_examples": position(batches)["bad"],
         }
         for evaluation in evals:
             result = evaluation.run(pretrained(state))
-            report.save_artifacts(workdir, evaluation.name, result.artifacts)
+            if processes.is_first():
+                report.save_artifacts(workdir, evaluation.name, result.artifacts)
             writer.write(total, result.metrics)
             results |= result.metrics
-    write_json(workdir / "results.json", results)
-    print(f"report: {report.write(workdir)}")
+    if processes.is_first():
+        write_json(workdir / "results.json", results)
+        print(f"report: {report.write(workdir)}")
     return results
+
+
+def position(batches: loader.Loader) -> dict[str, int]:
+    """Where the data is, with the counts of all processes; those that read the same rows count once."""
+    by_row = {}
+    for row, state in processes.exchange([batches.rows[0], batches.get_state()]):
+        by_row.setdefault(row, state)
+    return by_row[0] | {name: sum(state[name] for state in by_row.values()) for name in ("read", "bad")}
 
 
 class Evaluation:
@@ -187,15 +202,27 @@ class Clock:
 
 
 class StopSignal:
-    """Remembers SIGTERM (a preemption notice) and SIGINT, so that the loop can save and leave."""
+    """Remembers SIGTERM (a preemption notice) and SIGINT, so that the loop can save and leave.
+
+    Of several processes any may be told; JAX's preemption service, which then has SIGTERM, makes them agree on a step.
+    """
 
     def __init__(self):
-        self.name = None
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self._name = None
+        self._several = jax.process_count() > 1
+        for number in (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._remember)
 
+    def at(self, step: int) -> str | None:
+        """The signal for which the run stops after this step; to be asked at every step."""
+        if self._several:
+            return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
+        return self._name
+
     def _remember(self, number, _frame):
-        self.name = signal.Signals(number).name
+        if self._several:
+            signal.raise_signal(signal.SIGTERM)
+        self._name = signal.Signals(number).name
 
 
 def main(_: Sequence[str]) -> None:
@@ -207,4 +234,4 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints,
 flags.mark_flags_as_required(["config", "workdir"])
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, several_hosts=True)

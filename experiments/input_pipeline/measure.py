@@ -73,8 +73,6 @@ def ours(uri: str, workers: int) -> float:
         batch_size=BATCH_SIZE.value,
         tokenizer=tokenizers.build("clip"),
         workers=workers,
-        process_index=0,
-        process_count=1,
     )
     try:
         return rate(batches, BATCH_SIZE.value, workers, SECONDS.value)

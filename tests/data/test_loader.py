@@ -42,10 +42,8 @@ def jsonl(tmp_path, rows):
     return f"jsonl:{tmp_path}/rows.jsonl"
 
 
-def train(uri, ops=OPS, batch_size=8, process_index=0, process_count=1, **options):
-    return loader.train_loader(
-        uri=uri, ops=ops, batch_size=batch_size, process_index=process_index, process_count=process_count, **options
-    )
+def train(uri, ops=OPS, batch_size=8, **options):
+    return loader.train_loader(uri=uri, ops=ops, batch_size=batch_size, **options)
 
 
 def take(batches, n):
@@ -142,11 +140,11 @@ def test_a_state_of_other_data_is_refused(folder):
 
 
 def test_processes_share_the_batch_of_one_process(folder, uninterrupted):
-    shares = [take(train(folder, seed=7, process_index=i, process_count=4), 8) for i in range(4)]
-    joined = [{k: np.concatenate([share[n][k] for share in shares]) for k in shares[0][n]} for n in range(8)]
-    assert_same(joined, uninterrupted[:8])
-    with pytest.raises(UserError, match="batch_size=8 cannot be divided among 3 processes"):
-        train(folder, process_count=3)
+    for rows in ([0, 1, 4, 5], [6], np.arange(8)):
+        share = take(train(folder, seed=7, rows=rows), 8)
+        assert_same(share, [{name: array[rows] for name, array in batch.items()} for batch in uninterrupted[:8]])
+    with pytest.raises(UserError, match="batch_size=0; expected 1 or more"):
+        train(folder, batch_size=0)
 
 
 def test_where_keeps_the_records_with_these_values(folder):
@@ -253,8 +251,8 @@ def test_eval_batches_cover_every_example_once_in_order(folder):
 
 def test_eval_shares_of_two_processes_are_disjoint_and_complete(folder):
     seen = []
-    for index in range(2):
-        batches = loader.eval_batches(uri=folder, ops="decode", batch_size=16, process_index=index, process_count=2)
+    for rows in (range(0, 16, 2), range(1, 16, 2)):
+        batches = loader.eval_batches(uri=folder, ops="decode", batch_size=16, rows=rows)
         out = list(batches)
         assert [len(batch["mask"]) for batch in out] == [8] * 4
         seen += numbers([{"image": batch["image"][batch["mask"]]} for batch in out])
@@ -315,7 +313,7 @@ def test_tensorflow_is_not_imported_and_jax_not_by_this_package():
     """Worker processes import these modules; grain itself imports jax where it is installed, and nothing else may."""
     code = (
         "import sys; sys.modules['jax'] = None; import vlm_jax.data.loader as l;"
-        "l.train_loader(uri='tfds:emoji', split='train', ops='decode', batch_size=4, process_index=0, process_count=1);"
+        "l.train_loader(uri='tfds:emoji', split='train', ops='decode', batch_size=4);"
         "assert not any(m.split('.')[0] in ('tensorflow', 'torch', 'flax', 'optax') for m in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)

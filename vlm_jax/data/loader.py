@@ -1,7 +1,8 @@
 """Batches for training and evaluation: a shuffled, infinite, resumable stream, and one pass in order.
 
-The unit of work is the batch: batch k is a pure function of (configuration, seed, k, process count), so that threads or
-worker processes may compute batches in any order, and the position to resume from is k itself.
+The unit of work is the batch: batch k is a pure function of (configuration, seed, k), so that threads or
+worker processes may compute batches in any order, and the position to resume from is k itself. Each process of a run
+reads its rows of batch k, whichever they are: the batch is the same for any number of processes.
 """
 
 import contextlib
@@ -38,10 +39,9 @@ def epoch_order(seed: int, epoch: int, n: int) -> Sequence[int]:
 class TrainBatches:
     """(batch, bad examples) by batch number; every epoch has its own order, and drops its last partial batch."""
 
-    def __init__(self, examples: Examples, batch_size: int, process_index: int, process_count: int):
+    def __init__(self, examples: Examples, batch_size: int, slots: Sequence[int]):
         self.examples, self.batch_size, self.n = examples, batch_size, len(examples)
-        self.local = batch_size // process_count
-        self.offset = process_index * self.local
+        self.slots = slots
         self.start = 0
 
     def __len__(self) -> int:
@@ -52,7 +52,7 @@ class TrainBatches:
         epoch, within = divmod(k, self.n // self.batch_size)
         order = epoch_order(self.examples.seed, epoch, self.n)
         rows, bad = [], []
-        for slot in range(self.offset, self.offset + self.local):
+        for slot in self.slots:
             at, draw = within * self.batch_size + slot, k * self.batch_size + slot
             # Substitutes come from the next batch on: the records of this one are in it already.
             following = (int(order[(at + self.batch_size + t) % self.n]) for t in range(min(SUBSTITUTES, self.n) - 1))
@@ -71,6 +71,7 @@ class Loader(Iterator[Batch]):
     Attributes:
       example: a batch of one example, for its fields, shapes and dtypes.
       num_examples: examples of the data set.
+      rows: of each batch that this process reads.
       batches_per_epoch: whole batches of an epoch; the rest of the epoch is dropped.
       read, bad: examples of this process read so far, and how many of them were bad (counts survive resuming).
       wait_seconds: time spent waiting in `next`.
@@ -83,7 +84,7 @@ class Loader(Iterator[Batch]):
         self._k = 0
         self.read = self.bad = 0
         self.wait_seconds = 0.0
-        self.num_examples = batches.n
+        self.num_examples, self.rows = batches.n, batches.slots
         self.batches_per_epoch = batches.n // batches.batch_size
 
     @functools.cached_property
@@ -102,7 +103,7 @@ class Loader(Iterator[Batch]):
         batch, bad = next(self._iterator)
         self.wait_seconds += time.perf_counter() - begin
         self._k += 1
-        self.read += self._batches.local + len(bad)
+        self.read += len(self._batches.slots) + len(bad)
         self.bad += len(bad)
         if bad:
             self._check(bad)
@@ -162,10 +163,9 @@ def train_loader(
     workers: int = 0,
     threads: int = 1,
     max_bad_fraction: float = 0.001,
-    process_index: int | None = None,
-    process_count: int | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Loader:
-    """Shuffled, infinite batches of a data set; every process gets its share of each batch.
+    """Shuffled, infinite batches of a data set; every process gets its rows of each batch.
 
     Args:
       uri: the source, see `sources.open_source`.
@@ -178,17 +178,16 @@ def train_loader(
       workers: processes that compute batches; 0 computes them in threads of this process.
       threads: threads that compute batches, in this process or in each worker.
       max_bad_fraction: share of examples that may be bad (counted, logged and replaced); beyond it UserError.
-      process_index, process_count: which share; by default `jax.process_index()` of `jax.process_count()`.
+      rows: of each batch that this process reads, see `sharding.rows_of_process`; None: all.
 
     Raises:
-      UserError: the batch is larger than the data set, or not divisible by the process count.
+      UserError: the batch is larger than the data set.
     """
     examples = _examples(uri, split, ops, tokenizer, where, seed)
-    index, count = _processes(batch_size, process_index, process_count)
     if len(examples) < batch_size:
         chosen = f" after where={dict(where)}" if where else ""
         raise UserError(f"data set `{uri}` has {len(examples)} examples{chosen}, fewer than batch_size={batch_size}")
-    batches = TrainBatches(examples, batch_size, index, count)
+    batches = TrainBatches(examples, batch_size, _slots(batch_size, rows))
     return Loader(batches, workers=workers, threads=threads, max_bad_fraction=max_bad_fraction)
 
 
@@ -199,25 +198,20 @@ def _examples(uri, split, ops, tokenizer, where, seed) -> Examples:
     return Examples(source.narrow(pipeline.paths) if pipeline.paths else source, pipeline, chosen, seed)
 
 
-def _processes(batch_size: int, index: int | None, count: int | None) -> tuple[int, int]:
-    if index is None or count is None:
-        import jax  # not at the top: worker processes read data without it
-
-        index, count = jax.process_index(), jax.process_count()
-    if batch_size < 1 or batch_size % count:
-        raise UserError(f"batch_size={batch_size} cannot be divided among {count} processes; use a multiple of {count}")
-    return index, count
+def _slots(batch_size: int, rows: Sequence[int] | None) -> Sequence[int]:
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size}; expected 1 or more")
+    return range(batch_size) if rows is None else [int(row) for row in rows]
 
 
 class EvalBatches:
     """One pass in order: see `eval_batches`. `len()` is the number of batches."""
 
     def __init__(
-        self, examples: Examples, batch_size: int, index: int, count: int, threads: int, max_bad_fraction: float
+        self, examples: Examples, batch_size: int, slots: Sequence[int], threads: int, max_bad_fraction: float
     ):
         self.examples, self.batch_size, self.threads = examples, batch_size, threads
-        self.local = batch_size // count
-        self.offset = index * self.local
+        self.slots = slots
         self.max_bad_fraction = max_bad_fraction
         self.num_examples = len(examples)
 
@@ -226,7 +220,7 @@ class EvalBatches:
 
     def __getitem__(self, k: int) -> tuple[Batch, list[BadRecord]]:
         rows, bad = [], []
-        for i in range(k * self.batch_size + self.offset, k * self.batch_size + self.offset + self.local):
+        for i in (k * self.batch_size + slot for slot in self.slots):
             try:
                 rows.append(self.examples.read(i, i) if i < self.num_examples else None)
             except BadExample as error:
@@ -264,17 +258,15 @@ def eval_batches(
     seed: int = 0,
     threads: int = 1,
     max_bad_fraction: float = 0.001,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> EvalBatches:
     """One pass in the source's order, in batches of one size, with `mask` (bool [B]) of the rows that are examples.
 
-    Rows beyond the last example, and bad examples, are masked. With `process_count` > 1 a process gets its share of
-    each batch, and all processes get as many batches. Arguments as in `train_loader`; can be iterated again.
+    Rows beyond the last example, and bad examples, are masked. All processes get as many batches, each its rows of
+    them. Arguments as in `train_loader`; can be iterated again.
     """
     examples = _examples(uri, split, ops, tokenizer, where, seed)
-    index, count = _processes(batch_size, process_index, process_count)
     if not len(examples):
         chosen = f" with where={dict(where)}" if where else ""
         raise UserError(f"data set `{uri}`, split `{split}`, has no examples{chosen}")
-    return EvalBatches(examples, batch_size, index, count, threads, max_bad_fraction)
+    return EvalBatches(examples, batch_size, _slots(batch_size, rows), threads, max_bad_fraction)

@@ -80,7 +80,7 @@ def open_pass(
     hosts = Hosts(getattr(pretrained, "mesh", None), batch_size)
     batches = loader.eval_batches(
         uri=uri, split=split, where=where, ops=ops, tokenizer=pretrained.tokenizer,
-        batch_size=hosts.batch_size, process_index=hosts.index, process_count=hosts.count,
+        batch_size=hosts.batch_size, rows=hosts.rows,
     )  # fmt: skip
     return hosts.place(pretrained), hosts, batches
 
