@@ -1,35 +1,23 @@
-"""Plans a run before a slice is booked: does it fit, how fast can it be, what do the chips say to each other.
-
-    python -m vlm_jax.plan --config=configs/ul2.py:20b --topology=v5p:4x8x8 --config.mesh.fsdp=64 --config.mesh.tensor=4
-    python -m vlm_jax.plan --config=configs/clip.py:L/14 --topology=v5e:16x16 --search
-
-Compiles the train step that `vlm_jax.train` would run, for chips that are not there (needs `pip install 'vlm_jax[tpu]'`
-and no TPU; for --topology=h100:1x1x8 'vlm_jax[cuda]' and no GPU), and prints what it takes of a chip's memory, its
-FLOPs, its collectives, and lower bounds on its time.
-`--search` tries meshes, remat and accumulation for the fastest that fits.
-"""
+"""The train step of a config, compiled for chips that are not there: what it takes, in numbers and in words."""
 
 import collections
 import io
-import json
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import flags
-from ml_collections import config_flags
 from PIL import Image
 
-from vlm_jax import command, config, models, optim, plan_flops, plan_hlo, sharding
+from vlm_jax import config, models, optim, sharding
 from vlm_jax.data import ops
 from vlm_jax.data.examples import collate
 from vlm_jax.data.registry import SUBJECTS
 from vlm_jax.errors import UserError
-from vlm_jax.plan_chips import Chip, slice_of
-from vlm_jax.plan_collectives import Collective, collectives
+from vlm_jax.plan import flops, hlo
+from vlm_jax.plan.chips import Chip
+from vlm_jax.plan.collectives import Collective, collectives
 from vlm_jax.program import Program, build_program
 
 EXAMPLES = 10**9  # of a data set that is not there: durations in epochs are as long as this makes them
@@ -44,9 +32,9 @@ class Plan(NamedTuple):
       parameters: of the model.
       memory: bytes of a device: `parameters` and `optimizer` (EMA and objective's state with it), each its share,
         `batch`, and `temporaries`, all else that the compiled step has at its peak: activations and gradients.
-      flops: of the step on a device, recomputation and the optimizer's products with it; see `plan_flops`.
+      flops: of the step on a device, recomputation and the optimizer's products with it; see `plan.flops`.
       model_flops: on a device, of the loss and its gradients alone.
-      hbm_bytes: that the compiled step moves on a device, at least; see `plan_hlo.hbm_bytes`.
+      hbm_bytes: that the compiled step moves on a device, at least; see `plan.hlo.hbm_bytes`.
       collectives: of the compiled step.
       chip: what a device can do.
       table: the parameters and their shardings, to read.
@@ -135,9 +123,9 @@ def traced(settings: Mapping[str, Any], devices: Sequence[jax.Device]) -> Traced
     )
     batch = sharding.abstract_batch(example, batch_size, mesh)
     with jax.set_mesh(mesh):
-        flops = plan_flops.hardware_flops(program.step.trace(program.abstract_state, batch).jaxpr)
-    model_flops = plan_flops.model_flops(settings, program, batch, steps)
-    return Traced(program, example, batch_size, flops / mesh.size, model_flops / mesh.size)
+        jaxpr = program.step.trace(program.abstract_state, batch).jaxpr
+    counts = flops.hardware_flops(jaxpr), flops.model_flops(settings, program, batch, steps)
+    return Traced(program, example, batch_size, *(count / mesh.size for count in counts))
 
 
 def compiled(step: Traced, chip: Chip) -> Plan:
@@ -158,8 +146,8 @@ def compiled(step: Traced, chip: Chip) -> Plan:
     memory = binary.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     kinds["temporaries"] = memory.temp_size_in_bytes + max(held - sum(kinds.values()), 0)
-    hlo = plan_hlo.parse(binary.as_text())
-    moved, said = plan_hlo.hbm_bytes(hlo), collectives(hlo, mesh.shape)
+    text = hlo.parse(binary.as_text())
+    moved, said = hlo.hbm_bytes(text), collectives(text, mesh.shape)
     return Plan(*about, moved, said, chip, program.table, compiled=True)
 
 
@@ -245,32 +233,3 @@ def _traffic(result: Plan) -> list[str]:
         waits = "" if one.asynchronous else "  waited for"
         lines.append(f"{one.kind:20}{' x '.join(one.axes):14}{one.count:7,}{megabytes}{waits}")
     return lines if result.collectives else ["no collectives"]
-
-
-def main(_: Sequence[str]) -> None:
-    settings = command.read_config(_CONFIG)
-    devices, chip = slice_of(_TOPOLOGY.value)
-    if _SEARCH.value:
-        from vlm_jax import plan_search  # which imports this module
-
-        tried = plan_search.search(settings, devices, chip)
-        result = plan_search.best(tried)
-        print(json.dumps([one.json() for one in tried], indent=1) if _JSON.value else plan_search.text(tried))
-        sys.exit(0 if result else 1)
-    result = plan(settings, devices, chip)
-    if _JSON.value:
-        print(json.dumps(result.json(), indent=1))
-    else:
-        print(text(result) + (f"\n\n{result.table}" if _TABLE.value else ""))
-    sys.exit(0 if result.fits else 1)
-
-
-if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")
-    _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/ul2.py:20b", lock_config=True)
-    _TOPOLOGY = flags.DEFINE_string("topology", None, "Slice, e.g. v5e:16x16")
-    _JSON = flags.DEFINE_bool("json", False, "Print JSON")
-    _TABLE = flags.DEFINE_bool("table", False, "Print the parameters and their shardings too")
-    _SEARCH = flags.DEFINE_bool("search", False, "Look for the mesh, remat and accumulation that are fastest")
-    flags.mark_flags_as_required(["config", "topology"])
-    command.run(main)

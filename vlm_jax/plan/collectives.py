@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vlm_jax.plan_hlo import COLLECTIVES, Computation, Instruction, Program, size
+from vlm_jax.plan.hlo import COLLECTIVES, Computation, Instruction, Program, size
 
 WORK = ("fusion", "custom-call", "convolution", "dot", "while", "call")
 
@@ -38,7 +38,7 @@ def collectives(program: Program, mesh_shape: Mapping[str, int]) -> list[Collect
     """All collectives of a program that runs on a mesh, those with the most bytes first.
 
     Args:
-      program: of `plan_hlo.parse`.
+      program: of `hlo.parse`.
       mesh_shape: sizes of the mesh's axes; device i of the program is device i of the flattened mesh.
     """
     found: dict[tuple, Collective] = {}

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from configs import cappa, clip, siglip, ul2
-from vlm_jax import config, plan, plan_flops
+from vlm_jax import config
 from vlm_jax.kernels import contrastive
 from vlm_jax.kernels.attention import attention
+from vlm_jax.plan import train_step
+from vlm_jax.plan.flops import hardware_flops
 
 WIDTH, HIDDEN, BATCH, DEPTH = 32, 64, 32, 2
 
@@ -70,7 +72,7 @@ def forward_of(name):
 
 @functools.cache
 def step_of(name, scan, remat):
-    return plan.traced(settings_of(name, scan, remat), jax.devices())
+    return train_step.traced(settings_of(name, scan, remat), jax.devices())
 
 
 CASES = [(name, *case) for name in ("clip", "siglip", "cappa", "ul2") for case in ((True, "full"), (False, "none"))]
@@ -96,7 +98,7 @@ def test_train_steps(name, scan, remat):
 
 def test_accumulation_encodes_twice():
     once = step_of("clip", False, "none")
-    twice = plan.traced(settings_of("clip", True, "none") | dict(accumulate=2), jax.devices())
+    twice = train_step.traced(settings_of("clip", True, "none") | dict(accumulate=2), jax.devices())
     blocks, rest, stem = forward_of("clip")
     assert once.model_flops == twice.model_flops
     close((twice.flops - once.flops) * 8, BATCH * (blocks + rest + stem))
@@ -105,7 +107,7 @@ def test_accumulation_encodes_twice():
 def test_locked_towers_have_no_gradients():
     settings = settings_of("clip", True, "none")
     settings["optimizer"]["params"] = [["image/.*", dict(freeze=True)], [".*", {}]]
-    step = plan.traced(settings, jax.devices())
+    step = train_step.traced(settings, jax.devices())
     image = DEPTH * (self_attention(17) + mlp(17)) + 2 * 16 * 192 * WIDTH + 2 * WIDTH * 16
     text = DEPTH * (self_attention(8) + mlp(8)) + 2 * WIDTH * 16
     close(step.model_flops * 8, BATCH * (image + 3 * text + 2 * 2 * BATCH * 16))
@@ -113,7 +115,7 @@ def test_locked_towers_have_no_gradients():
 
 def test_published_sizes():
     """CLIP's L/14: of its own batch, tokens and widths."""
-    step = plan.traced(clip.get_config("L/14"), jax.devices())
+    step = train_step.traced(clip.get_config("L/14"), jax.devices())
     image = 24 * (self_attention(257, 1024) + mlp(257, 1024, 4096))
     text = 12 * (self_attention(77, 768) + mlp(77, 768, 3072))
     stem, heads, pairs = 2 * 256 * 588 * 1024, 2 * (1024 + 768) * 768, 2 * 32_768 * 768
@@ -121,7 +123,7 @@ def test_published_sizes():
 
 
 def flops(fn, *args):
-    return plan_flops.hardware_flops(jax.make_jaxpr(fn)(*args))
+    return hardware_flops(jax.make_jaxpr(fn)(*args))
 
 
 def test_loops_branches_and_convolutions():

@@ -10,18 +10,20 @@ import pytest
 from jax.experimental import topologies
 
 from configs import clip, ul2
-from vlm_jax import models, plan, plan_chips, sharding
+from vlm_jax import models, sharding
 from vlm_jax.errors import UserError
+from vlm_jax.plan import train_step
+from vlm_jax.plan.chips import Chip, slice_of
 from vlm_jax.program import TrainState
 
-CHIP = plan_chips.Chip(hbm=2**30, bandwidth=1e9, flops=1e11, links=1e8)
+CHIP = Chip(hbm=2**30, bandwidth=1e9, flops=1e11, links=1e8)
 
 
 @pytest.fixture(scope="module")
 def planned():
     settings = clip.get_config("smoke")
     settings.mesh.fsdp = 4
-    return plan.plan(settings, jax.devices(), CHIP)
+    return train_step.plan(settings, jax.devices(), CHIP)
 
 
 def test_memory_by_kind(planned):
@@ -39,9 +41,9 @@ def test_memory_by_kind(planned):
 
 
 def test_it_fits_or_it_does_not(planned):
-    assert planned.fits and plan.text(planned).endswith("it fits")
+    assert planned.fits and train_step.text(planned).endswith("it fits")
     small = planned._replace(chip=CHIP._replace(hbm=2**20))
-    assert not small.fits and "it does not fit" in plan.text(small)
+    assert not small.fits and "it does not fit" in train_step.text(small)
 
 
 def test_bounds(planned):
@@ -61,7 +63,7 @@ def test_the_chips_talk(planned):
     for one in planned.collectives:
         over[one.kind] |= set(one.axes)
     assert "fsdp" in over["all-gather"] and {"data", "fsdp"} <= over["all-reduce"]
-    assert plan.text(planned).count("waited for") == len(planned.collectives)
+    assert train_step.text(planned).count("waited for") == len(planned.collectives)
 
 
 def test_json_has_all(planned):
@@ -85,9 +87,9 @@ def test_what_the_compiler_has_no_room_for_does_not_fit(message, temporaries):
     mesh = jax.make_mesh((8, 1, 1), ("data", "fsdp", "tensor"))
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh)), {}, {})
     program = SimpleNamespace(mesh=mesh, abstract_state=state, table="", compile_step=fail)
-    result = plan.compiled(plan.Traced(program, {}, 8, 2e11, 1e11), CHIP)
+    result = train_step.compiled(train_step.Traced(program, {}, 8, 2e11, 1e11), CHIP)
     assert result.memory["temporaries"] == temporaries and not result.compiled and not result.fits
-    assert "it does not fit" in plan.text(result) and "MFU" not in plan.text(result)
+    assert "it does not fit" in train_step.text(result) and "MFU" not in train_step.text(result)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,7 @@ def test_a_device_has_its_share_of_a_chip(monkeypatch, topology, places, hbm):
         return SimpleNamespace(devices=devices)
 
     monkeypatch.setattr(topologies, "get_topology_desc", describe)
-    found, chip = plan.slice_of(topology)
+    found, chip = slice_of(topology)
     assert found == devices and chip.hbm == hbm * 2**30
     assert asked["platform"] == ("cuda" if places is None else "tpu")
     assert chip.flops == {16: 197e12, 96: 2307e12 / 2, 80: 989e12}[hbm]
@@ -117,26 +119,26 @@ def test_slices_that_cannot_be_described(monkeypatch):
 
     monkeypatch.setattr(topologies, "get_topology_desc", fail)
     with pytest.raises(UserError, match=r"--topology=h100:1x1x8: no plugin here; .*'vlm_jax\[cuda\]'"):
-        plan.slice_of("h100:1x1x8")
+        slice_of("h100:1x1x8")
     with pytest.raises(UserError, match=r"--topology=v5e:3x3: no plugin here; .*'vlm_jax\[tpu\]'"):
-        plan.slice_of("v5e:3x3")
+        slice_of("v5e:3x3")
 
 
 def test_examples_are_as_the_ops_make_them():
-    example = plan.example_of(ul2.get_config("base").data.ops)
+    example = train_step.example_of(ul2.get_config("base").data.ops)
     assert {name: (array.shape, array.dtype) for name, array in example.items()} == dict(
         input_ids=((1, 512), np.int32), token_ids=((1, 512), np.int32), denoiser=((1,), np.int32)
     )
-    example = plan.example_of(clip.get_config("B/32").data.ops)
+    example = train_step.example_of(clip.get_config("B/32").data.ops)
     assert example["image"].shape == (1, 224, 224, 3) and example["token_ids"].shape == (1, 77)
     with pytest.raises(UserError, match="should end with keep"):
-        plan.example_of("decode | resize(8)")
+        train_step.example_of("decode | resize(8)")
 
 
 def test_what_is_wrong_is_named():
     with pytest.raises(UserError, match=r"--topology's chip is `v9`; expected one of: v4, v5e"):
-        plan.slice_of("v9:2x2")
+        slice_of("v9:2x2")
     with pytest.raises(UserError, match=r"config\.batch_size 10 cannot be split over 8 devices"):
         settings = clip.get_config("smoke")
         settings.batch_size = 10
-        plan.plan(settings, jax.devices(), CHIP)
+        train_step.plan(settings, jax.devices(), CHIP)

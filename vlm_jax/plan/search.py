@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import jax
 from tqdm import tqdm
 
-from vlm_jax import config, plan
+from vlm_jax import config
 from vlm_jax.errors import UserError
-from vlm_jax.plan_chips import Chip
+from vlm_jax.plan import train_step
+from vlm_jax.plan.chips import Chip
 
 TENSOR = (1, 2, 4)
 REMAT = ("none", "dots", "full")  # each keeps less than the one before and computes more again
@@ -55,7 +56,7 @@ class Trial(NamedTuple):
 def search(settings: Mapping[str, Any], devices: Sequence[jax.Device], chip: Chip) -> list[Trial]:
     """Tries meshes, and for each remat and accumulation from what computes least to what holds least, until one fits.
 
-    Args: those of `plan.plan`.
+    Args: those of `train_step.plan`.
 
     Raises:
       UserError: no mesh is possible, for the reason of the last.
@@ -78,14 +79,14 @@ def search(settings: Mapping[str, Any], devices: Sequence[jax.Device], chip: Chi
             if room and room[0] / (accumulate or 1) > room[1]:
                 continue  # activations alone are more than there is room for
             try:
-                step = plan.traced(changed(settings, trial), devices)
+                step = train_step.traced(changed(settings, trial), devices)
             except UserError as error:
                 tried.append(trial._replace(note=str(error)))
                 break
             products[trial[1:3]] = step.flops / chip.flops
             if products[trial[1:3]] >= fastest:
                 break
-            result = plan.compiled(step, chip)
+            result = train_step.compiled(step, chip)
             tried.append(trial._replace(result=result))
             if result.fits:
                 fastest = min(fastest, result.seconds)

@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vlm_jax import plan_collectives, plan_hlo, sharding
+from vlm_jax import sharding
+from vlm_jax.plan import collectives, hlo
 
 # As libtpu 0.0.52 writes a step on 2 x 2 chips, shortened: a loop without a known trip count, a gather that runs beside
 # a fusion in parts, a reduce-scatter said as an all-reduce of which each keeps a slice, groups along named axes.
@@ -73,8 +74,8 @@ ENTRY %main (x: bf16[512,128], w: bf16[24,64,128], g: bf16[128,128]) -> bf16[64,
 
 
 def test_a_tpu_program():
-    program = plan_hlo.parse(TPU)
-    found = plan_collectives.collectives(program, dict(data=2, fsdp=2))
+    program = hlo.parse(TPU)
+    found = collectives.collectives(program, dict(data=2, fsdp=2))
     seen = {one.kind: (one.axes, one.asynchronous, one.count, one.bytes, one.largest, one.where) for one in found}
     part, whole = 64 * 128 * 2, 128 * 128 * 2
     assert seen == {
@@ -85,13 +86,13 @@ def test_a_tpu_program():
     }
     assert found[0].kind == "all-gather"
     # a turn: a slice of w into VMEM and its three indices, x read and written; at the end what is kept of g
-    assert plan_hlo.hbm_bytes(program) == 24 * (part + 12 + 2 * 512 * 128 * 2) + part
+    assert hlo.hbm_bytes(program) == 24 * (part + 12 + 2 * 512 * 128 * 2) + part
 
 
 def test_what_nothing_runs_beside_is_waited_for():
     permutes = lambda text: next(
         one.asynchronous
-        for one in plan_collectives.collectives(plan_hlo.parse(text), dict(data=2, fsdp=2))
+        for one in collectives.collectives(hlo.parse(text), dict(data=2, fsdp=2))
         if one.kind == "collective-permute"
     )
     lines = TPU.splitlines()
@@ -119,7 +120,7 @@ def test_what_nothing_runs_beside_is_waited_for():
 )
 def test_axes_of_groups(text, axes):
     mesh = dict(data=2, fsdp=2, tensor=2)
-    assert plan_collectives.axes_of(plan_collectives.groups_of(text, mesh), mesh) == axes
+    assert collectives.axes_of(collectives.groups_of(text, mesh), mesh) == axes
 
 
 @functools.cache
@@ -139,8 +140,8 @@ def compiled(layers):
 
 def test_a_compiled_step():
     """Weights are gathered in each turn of the forward and of the backward loop; gradients are reduced over all."""
-    program = plan_hlo.parse(compiled(6).as_text())
-    found = plan_collectives.collectives(program, dict(data=2, fsdp=4, tensor=1))
+    program = hlo.parse(compiled(6).as_text())
+    found = collectives.collectives(program, dict(data=2, fsdp=4, tensor=1))
     gathers = [one for one in found if one.kind == "all-gather" and one.axes == ("fsdp",)]
     assert sum(one.count for one in gathers) % 6 == 0
     assert all(one.bytes == one.count * 3 * 16 * 64 * 4 for one in gathers if one.largest == 64 * 64 * 4)
@@ -152,9 +153,9 @@ def test_bytes_are_those_of_the_turns():
     """Without a loop about what XLA counts; with one, more with each turn."""
     fn = lambda x, y: jnp.tanh(x @ y) + jnp.sum(x)
     binary = jax.jit(fn).lower(*[jnp.ones((256, 256))] * 2).compile()
-    own = plan_hlo.hbm_bytes(plan_hlo.parse(binary.as_text()))
+    own = hlo.hbm_bytes(hlo.parse(binary.as_text()))
     assert own == pytest.approx(binary.cost_analysis()["bytes accessed"], rel=0.1)
-    few, many = (plan_hlo.hbm_bytes(plan_hlo.parse(compiled(n).as_text())) for n in (6, 18))
+    few, many = (hlo.hbm_bytes(hlo.parse(compiled(n).as_text())) for n in (6, 18))
     assert 2.5 < many / few < 3.2
 
 
@@ -162,5 +163,5 @@ def test_loops_known_to_xla():
     binary = (
         jax.jit(lambda x: jax.lax.fori_loop(3, 10, lambda _, x: jnp.sin(x @ x), x)).lower(jnp.ones((8, 8))).compile()
     )
-    counts = {times for _, step, times in plan_hlo.parse(binary.as_text()).steps() if step.opcode == "parameter"}
+    counts = {times for _, step, times in hlo.parse(binary.as_text()).steps() if step.opcode == "parameter"}
     assert counts == {1, 7}
