@@ -58,5 +58,6 @@ def get_config(variant: str = "L/14") -> ConfigDict:
             mesh=dict(data=-1, fsdp=1, tensor=1),
             checkpoint=dict(every="1%", keep=3),
             log=dict(every="50 steps"),
+            profile=dict(steps=""),
         )
     )

@@ -103,6 +103,7 @@ def embedded(variant: str, penalty: str) -> ConfigDict:
             mesh=dict(data=-1, fsdp=1, tensor=1),
             checkpoint=dict(every="25%", keep=2),
             log=dict(every="20 steps", tensorboard=True),
+            profile=dict(steps=""),
         )
     )
     if variant == "select":

@@ -57,5 +57,6 @@ def get_config(variant: str = "B/16") -> ConfigDict:
             mesh=dict(data=-1, fsdp=1, tensor=1),
             checkpoint=dict(every="1%", keep=3),
             log=dict(every="50 steps"),
+            profile=dict(steps=""),
         )
     )

@@ -44,6 +44,7 @@ def get_config(variant: str = "base", denoisers: str = "ul2") -> ConfigDict:
             mesh=dict(data=-1, fsdp=1, tensor=1),
             checkpoint=dict(every="1%", keep=3),
             log=dict(every="50 steps"),
+            profile=dict(steps=""),
         )
     )
 
@@ -74,6 +75,7 @@ def _embedded(variant: str, alone: bool, denoisers: str) -> ConfigDict:
             mesh=dict(data=-1, fsdp=1, tensor=1),
             checkpoint=dict(every="25%", keep=2),
             log=dict(every="2 steps" if smoke else "20 steps", tensorboard=True),
+            profile=dict(steps=""),
         )
     )
 

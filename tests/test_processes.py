@@ -158,3 +158,29 @@ def test_how_processes_meet_is_checked():
     for how in ("localhost", "localhost:1234,two,0"):
         with pytest.raises(UserError, match=f"--distributed={how} is not `auto` or `address:port,processes,index`"):
             processes.start(how)
+
+
+def test_slurm_says_who_is_there(tmp_path):
+    program = """
+import jax
+from vlm_jax import processes
+from vlm_jax.checkpoint import Checkpointer
+processes.start("auto")
+print("FOUND", processes.exchange([jax.process_index(), jax.process_count()]))
+with processes.joined(None):
+    Checkpointer({folder!r} + str(jax.process_index()))
+"""
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    job |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    run = [
+        subprocess.Popen(
+            [sys.executable, "-c", program.format(folder=str(tmp_path / "host"))], cwd=ROOT, text=True,
+            env={**os.environ, **job, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    for index, (code, output, errors) in enumerate(finish(run)):
+        assert "FOUND [[0, 2], [1, 2]]" in output, errors
+        # each host has a folder of its own
+        assert code == 2 and f"error: process {index} of 2: the processes see different checkpoints in" in errors

@@ -33,8 +33,11 @@ class Checkpointer:
     """Saves and restores `(state, progress)` in `workdir/checkpoints/<step>/`.
 
     Args:
-      workdir: the run's folder, which all processes see.
+      workdir: the run's folder, on a file system that all processes share.
       keep: how many checkpoints stay.
+
+    Raises:
+      UserError: the processes do not see the same folder.
     """
 
     def __init__(self, workdir: str | os.PathLike, keep: int = 2):
@@ -45,6 +48,11 @@ class Checkpointer:
                 max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
             ),
         )
+        seen = processes.exchange([self._folder.is_dir(), self.latest_step()])
+        if any(other != seen[0] for other in seen):
+            raise UserError(
+                f"the processes see different checkpoints in {self._folder}; give a --workdir that all share"
+            )
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()

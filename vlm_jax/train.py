@@ -7,9 +7,8 @@ several hosts the same command runs on each of them with --distributed=auto.
 
 import signal
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,10 @@ from vlm_jax.data import loader, tokenizers
 from vlm_jax.divergence import check_finite
 from vlm_jax.metric_writer import MetricWriter
 from vlm_jax.parameter_table import named_leaves
+from vlm_jax.plan.flops import model_flops
 from vlm_jax.pretrained import Pretrained
 from vlm_jax.program import build_program
+from vlm_jax.throughput import Profile, Throughput
 from vlm_jax.zoo.model_init import read as read_init
 
 
@@ -64,6 +65,7 @@ def _train(
     evals: Mapping[str, Mapping[str, Any]] | None = None,
     checkpoint: Mapping[str, Any] | None = None,
     log: Mapping[str, Any] | None = None,
+    profile: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     mesh = config.call(sharding.make_mesh, mesh or {}, "config.mesh")
     sharding.check_batch_size(batch_size, mesh)
@@ -86,6 +88,7 @@ def _train(
     checkpoint, log = {"every": "20%", **(checkpoint or {})}, {"every": "10 steps", **(log or {})}
     save_every, log_every = steps(checkpoint.pop("every")), steps(log.pop("every"))
     saver = config.call(Checkpointer, checkpoint, "config.checkpoint", workdir=workdir)
+    tracer = config.call(Profile, profile or {}, "config.profile", workdir=workdir)
     check_same_config(workdir / "config.json", settings)
     if saver.latest_step() is None:
         given = read_init(model_init, named_leaves(program.abstract_state.params)) if model_init else {}
@@ -101,18 +104,24 @@ def _train(
         batches.set_state(progress["data"] | counts)
     batches.start()  # reading goes on while the step compiles
     train_step = program.compile_step(batches.example, batch_size)
+    step_flops = lambda: model_flops(
+        settings, program, sharding.abstract_batch(batches.example, batch_size, mesh), steps
+    )
 
     first = int(state.step)
     writer = config.call(MetricWriter, log, "config.log", workdir=workdir, start_step=first)
-    clock = Clock(batches, progress["seconds"], progress["data_wait"])
+    clock = Throughput(batches, batch_size, step_flops, progress["seconds"], progress["data_wait"])
     stop = StopSignal()
     bar = tqdm(total=total, initial=first, desc="train", unit="step", mininterval=0.5 if sys.stderr.isatty() else 15,
                disable=not processes.is_first())  # fmt: skip
     before = None
-    with closing(saver), closing(writer), closing(batches), closing(bar):  # whatever ends it, what was saved is written
+    # whatever ends it, what was saved is written
+    with closing(saver), closing(writer), closing(batches), closing(bar), closing(tracer):
         for step in range(first + 1, total + 1):
-            batch = sharding.to_global(next(batches), mesh, batch_size)
-            state, metrics, norms = train_step(state, batch)
+            with tracer.step(step):
+                batch = sharding.to_global(next(batches), mesh, batch_size)
+                state, metrics, norms = train_step(state, batch)
+            tracer.after(step, metrics)
             if before:  # of the step before, so that the device never waits for the host
                 check_finite(*before, saver.latest_step())
             before = step, metrics, norms
@@ -120,9 +129,10 @@ def _train(
             save = step % save_every == 0 or step == total or stopped_by
             if save or step % log_every == 0:
                 check_finite(*before, saver.latest_step())
-                rate = batch_size * (step - first) / clock.seconds_since_start()
-                bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {rate:,.0f} examples/s", refresh=False)
-                writer.write(step, {**metrics, "examples": step * batch_size, "examples_per_second": rate})
+                speed = clock.metrics(step - first)
+                shown = f"loss {metrics['loss']:.3f}, {speed['examples_per_second']:,.0f} examples/s"
+                bar.set_postfix_str(f"{shown}, MFU {speed['mfu']:.0%}" if "mfu" in speed else shown, refresh=False)
+                writer.write(step, {**metrics, "examples": step * batch_size, **speed})
             bar.update()
             if save:
                 saver.save(step, state, {**clock.progress(), "data": position(batches)})
@@ -178,27 +188,6 @@ class Evaluation:
     def run(self, pretrained: Pretrained) -> evaluators.Result:
         result = self._evaluator(pretrained, pretrained.mesh)
         return result._replace(metrics={f"{self._prefix}/{name}": value for name, value in result.metrics.items()})
-
-
-class Clock:
-    """Seconds of training over all restarts, compiling and evaluating left out, and how many of them data was late."""
-
-    def __init__(self, batches: loader.Loader, seconds: float, data_wait: float):
-        self._batches, self._seconds, self._data_wait = batches, seconds, data_wait
-        self._start = time.perf_counter()
-
-    def seconds_since_start(self) -> float:
-        return time.perf_counter() - self._start
-
-    def progress(self) -> dict[str, float]:
-        seconds = self._seconds + self.seconds_since_start()
-        return {"seconds": seconds, "data_wait": self._data_wait + self._batches.wait_seconds}
-
-    @contextmanager
-    def paused(self):
-        start = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - start
 
 
 class StopSignal:

@@ -2,6 +2,7 @@
 
 import collections
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from vlm_jax import config
@@ -41,6 +42,11 @@ CHIPS = {
     "tpu7x": _chip(192, 7380, 2307, 600),  # cloud.google.com/tpu/docs/tpu7x; two devices to JAX
     "h100": _chip(80, 3350, 989, 450),  # nvidia.com/en-us/data-center/h100, SXM; links: NVLink
 }
+# What jax.Device.device_kind says.
+KINDS = {
+    "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e", "TPU7x": "tpu7x",
+}  # fmt: skip
 # XLA compiles for a GPU that is not there from this description of it (GpuTargetConfigProto); numbers of an H100 SXM.
 H100 = """
 gpu_device_info {
@@ -90,5 +96,16 @@ def slice_of(topology: str) -> tuple[list, Chip]:
             f"--topology={topology}: {reason}; expected e.g. v5e:16x16 or h100:1x1x8, and {needs}: "
             f"pip install 'vlm_jax[{extra}]'"
         ) from error
+    return devices, chip.shared(_devices_of_a_chip(devices))
+
+
+def chip_of(devices: Sequence) -> Chip | None:
+    """What each of some devices that are there can do; None if it is not known, as of CPUs."""
+    kind = devices[0].device_kind
+    name = KINDS.get(kind, "h100" if "H100" in kind else None)
+    return CHIPS[name].shared(_devices_of_a_chip(devices)) if name else None
+
+
+def _devices_of_a_chip(devices: Sequence) -> int:
     places = collections.Counter(tuple(device.coords) for device in devices if hasattr(device, "coords"))
-    return devices, chip.shared(max(places.values(), default=1))
+    return max(places.values(), default=1)
