@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from vlm_jax import models, objectives, optim, sharding
+from vlm_jax.compiler_options import compiler_options
 from vlm_jax.divergence import gradient_norms
 from vlm_jax.parameter_table import format_table, map_with_name
 
@@ -38,11 +39,16 @@ class Program(NamedTuple):
     table: str
     mesh: Mesh
 
-    def compile_step(self, example: Mapping[str, np.ndarray], batch_size: int) -> jax.stages.Compiled:
+    def lower_step(self, example: Mapping[str, np.ndarray], batch_size: int) -> jax.stages.Lowered:
         """`step` for global batches of examples like those of `example`, `[b, ...]`."""
         batch = sharding.abstract_batch(example, batch_size, self.mesh)
         with jax.set_mesh(self.mesh):  # kernels ask it where they run, models how batches are split
-            return self.step.lower(self.abstract_state, batch).compile()
+            return self.step.lower(self.abstract_state, batch)
+
+    def compile_step(self, example: Mapping[str, np.ndarray], batch_size: int) -> jax.stages.Compiled:
+        """As `lower_step`, compiled."""
+        options = compiler_options(self.mesh.devices.flat[0])
+        return self.lower_step(example, batch_size).compile(compiler_options=options)
 
 
 def build_program(

@@ -5,7 +5,7 @@ A partition rule is `(regex, spec)`; the first that matches a parameter's name w
 layer axis): `("fsdp", "tensor")` on `[layers, in, out]` shards `in` and `out`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -74,6 +74,21 @@ def split_batch(x: jax.Array) -> jax.Array:
     if not automatic or len(x) % (mesh.shape["data"] * mesh.shape["fsdp"]):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def look_up(embed: Callable, token_ids: jax.Array) -> jax.Array:
+    """`embed(token_ids)`, [B, L] -> [B, L, D], with the columns of its table over `fsdp` and the texts over the batch.
+
+    Every device looks up its columns for the texts of all `fsdp`, and they exchange these tokens: else XLA gathers the
+    whole table, and reduces its whole gradient.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(BATCH_AXES) <= set(mesh.auto_axes) or len(token_ids) % mesh.shape["data"]:
+        return embed(token_ids)
+    x = embed(jax.lax.with_sharding_constraint(token_ids, PartitionSpec("data")))
+    if x.shape[-1] % mesh.shape["fsdp"] == 0:
+        x = jax.lax.with_sharding_constraint(x, PartitionSpec("data", None, "fsdp"))
+    return split_batch(x)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, where: str = "config.batch_size") -> None:

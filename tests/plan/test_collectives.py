@@ -29,6 +29,12 @@ TPU = """HloModule jit_step, is_scheduled=true
   ROOT %tuple.1 = (bf16[512,128]{1,0:T(8,128)(2,1)}, bf16[1,128,128]{2,1,0:T(8,128)(2,1)S(1)}) tuple(%add.1, %all-gather.2)
 }
 
+%done (p.9: bf16[1,64,128]) -> bf16[1,128,128] {
+  %p.9 = bf16[1,64,128]{2,1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %all-gather.9 = bf16[1,128,128]{2,1,0:T(8,128)(2,1)S(1)} all-gather(%p.9), channel_id=7, dimensions={1}
+  ROOT %custom-call.9 = bf16[1,128,128]{2,1,0:T(8,128)(2,1)} custom-call(%p.9, %all-gather.9), custom_call_target="AsyncCollectiveDone"
+}
+
 %all-reduce-scatter.1 (p.4: bf16[128,128]) -> bf16[64,128] {
   %p.4 = bf16[128,128]{1,0:T(8,128)(2,1)} parameter(0)
   %all-reduce.1 = bf16[128,128]{1,0:T(8,128)(2,1)} all-reduce(%p.4), channel_id=1, replica_groups={{0,1},{2,3}}, to_apply=%add
@@ -46,6 +52,7 @@ TPU = """HloModule jit_step, is_scheduled=true
   %begin.1 = (bf16[1,64,128]{2,1,0:T(8,128)(2,1)S(1)}, bf16[1,128,128]{2,1,0:T(8,128)(2,1)S(1)}, u32[]{:S(2)}) fusion(%slice.1), kind=kCustom, calls=%begin
   %fusion.1 = (bf16[512,128]{1,0:T(8,128)(2,1)}, bf16[1,128,128]{2,1,0:T(8,128)(2,1)S(1)}) fusion(%slice.1, %x.1), kind=kLoop, calls=%async_collective_fusion.1
   %y.1 = bf16[512,128]{1,0:T(8,128)(2,1)} get-tuple-element(%fusion.1), index=0
+  %end.1 = bf16[1,128,128]{2,1,0:T(8,128)(2,1)} fusion(%begin.1), kind=kCustom, calls=%done
   ROOT %tuple.2 = (s32[]{:T(128)}, bf16[512,128]{1,0:T(8,128)(2,1)}, bf16[24,64,128]{2,1,0:T(8,128)(2,1)}) tuple(%i.1, %y.1, %w.1)
 }
 
@@ -165,3 +172,32 @@ def test_loops_known_to_xla():
     )
     counts = {times for _, step, times in hlo.parse(binary.as_text()).steps() if step.opcode == "parameter"}
     assert counts == {1, 7}
+
+
+def test_work_that_could_hide_it():
+    """An elementwise fusion beside a gather counts if it moves what the gather sends; a product always does."""
+    gathers = lambda text: next(
+        one.asynchronous
+        for one in collectives.collectives(hlo.parse(text), dict(data=2, fsdp=2))
+        if one.kind == "all-gather"
+    )
+    small = TPU.replace("bf16[512,128]", "bf16[8,128]")
+    product = small.replace("add(%p.3, %p.3)", "dot(%p.3, %p.3)")
+    assert gathers(TPU) and not gathers(small) and gathers(product)
+
+
+def test_slices_that_the_text_only_calls():
+    text = """HloModule m
+
+%slicing (p.1: bf16[64,128]) -> bf16[8,128] {
+  %p.1 = bf16[64,128]{1,0} parameter(0)
+  ROOT %slice.1 = bf16[8,128]{1,0} slice(%p.1), slice={[0:8], [0:128]}
+}
+
+ENTRY %main (x: bf16[64,128]) -> bf16[8,128] {
+  %x = bf16[64,128]{1,0} parameter(0)
+  %slice-start = ((bf16[64,128]{1,0}), bf16[8,128]{1,0:S(1)}, s32[]{:S(2)}) async-start(%x), calls=%slicing
+  ROOT %slice-done = bf16[8,128]{1,0:S(1)} async-done(%slice-start)
+}
+"""
+    assert hlo.hbm_bytes(hlo.parse(text)) == 8 * 128 * 2

@@ -33,7 +33,7 @@ def compiles(monkeypatch):
         seen.append((mesh["fsdp"], mesh["tensor"], remat, accumulate))
         activations = activations_of[remat] // accumulate
         memory = dict(parameters=64 // mesh["fsdp"] // mesh["tensor"], temporaries=activations)
-        known = 8, mesh, 1, memory, step.flops, 1.0, 0, [], chip, ""
+        known = 8, mesh, 1, memory, step.flops, 1.0, 0, [], [], chip, ""
         return train_step.Plan(*known, compiled=sum(memory.values()) <= chip.hbm)
 
     activations_of = dict(none=400, dots=90, full=40)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from vlm_jax.errors import UserError
 from vlm_jax.models import positions
 from vlm_jax.models.transformer import Around, Encoder, over_heads, room
+from vlm_jax.sharding import look_up
 
 
 class Decoded(NamedTuple):
@@ -75,7 +76,7 @@ class Decoder(Encoder, kw_only=True):
                 f"token_ids should be integers [B, L] with L <= {self.length}, the decoder's `length`; got "
                 f"{token_ids.dtype} {list(token_ids.shape)}: tokenize({self.length}) in the data ops, or change length"
             )
-        return self.token_embed(token_ids)
+        return look_up(self.token_embed, token_ids)
 
     def tied_logits(self, hidden):
         """hidden [..., D] -> logits fp32 [..., V], made with the token table."""

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from vlm_jax.errors import UserError
 from vlm_jax.models import positions
 from vlm_jax.models.transformer import Encoder
+from vlm_jax.sharding import look_up
 
 
 class TextTransformer(Encoder, kw_only=True):
@@ -65,7 +66,7 @@ class TextTransformer(Encoder, kw_only=True):
             dtype=self.dtype,
             name="token_embed",
         )
-        x = embed(token_ids)
+        x = look_up(embed, token_ids)
         if self.posemb == "learned":
             x = x + positions.learned(self, self.length, self.width)[:, : x.shape[1]].astype(self.dtype)
         elif self.posemb != "none":

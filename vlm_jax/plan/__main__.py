@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,12 +20,13 @@ def main(_: Sequence[str]) -> None:
         result = search.best(tried)
         print(json.dumps([one.json() for one in tried], indent=1) if _JSON.value else search.text(tried))
         sys.exit(0 if result else 1)
-    result = train_step.plan(settings, devices, chip)
+    result = train_step.plan(settings, devices, chip, _CODEGEN.value)
     if _JSON.value:
         print(json.dumps(result.json(), indent=1))
     else:
         print(train_step.text(result) + (f"\n\n{result.table}" if _TABLE.value else ""))
-    sys.exit(0 if result.fits else 1)
+    sys.stdout.flush()
+    os._exit(0 if result.fits else 1)  # not waiting for the code that a compiler's thread still makes
 
 
 if __name__ == "__main__":
@@ -33,6 +35,7 @@ if __name__ == "__main__":
     _TOPOLOGY = flags.DEFINE_string("topology", None, "Slice, e.g. v5e:16x16")
     _JSON = flags.DEFINE_bool("json", False, "Print JSON")
     _TABLE = flags.DEFINE_bool("table", False, "Print the parameters and their shardings too")
+    _CODEGEN = flags.DEFINE_bool("codegen", False, "Have TPU programs' machine code made too: minutes, the same plan")
     _SEARCH = flags.DEFINE_bool("search", False, "Look for the mesh, remat and accumulation that are fastest")
     flags.mark_flags_as_required(["config", "topology"])
     command.run(main)

@@ -1,14 +1,15 @@
 """What the chips of a compiled program say to each other: every collective, over which mesh axes, how many bytes."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from vlm_jax.plan.hlo import COLLECTIVES, Computation, Instruction, Program, size
+from vlm_jax.plan.hlo import COLLECTIVES, Computation, Instruction, Program, moved, moves_nothing, shapes, size
 
-WORK = ("fusion", "custom-call", "convolution", "dot", "while", "call")
+PRODUCTS = ("convolution", "dot")
+WORK = (*PRODUCTS, "custom-call", "call")
 
 
 class Collective(NamedTuple):
@@ -17,7 +18,7 @@ class Collective(NamedTuple):
     Attributes:
       kind: the operation of HLO.
       axes: mesh axes along which the members of a group differ.
-      asynchronous: whether other work runs between its start and its end.
+      asynchronous: whether work is scheduled between its start and its end that could hide it.
       count: how often a step runs it; those that XLA has combined are one.
       bytes: what a device sends in a step, by a ring: of an all-reduce of n bytes in groups of g, 2 n (g - 1) / g, of a
         reduce-scatter or all-to-all half of it; (g - 1) times its part in an all-gather; what it has in a permute.
@@ -42,8 +43,16 @@ def collectives(program: Program, mesh_shape: Mapping[str, int]) -> list[Collect
       mesh_shape: sizes of the mesh's axes; device i of the program is device i of the flattened mesh.
     """
     found: dict[tuple, Collective] = {}
+    for one, *_ in each(program, mesh_shape):
+        key = one.kind, one.axes, one.asynchronous
+        found[key] = _together(found[key], one) if key in found else one
+    return sorted(found.values(), key=lambda one: -one.bytes)
+
+
+def each(program: Program, mesh_shape: Mapping[str, int]) -> Iterator[tuple[Collective, list[tuple[int, ...]], int]]:
+    """Every collective by itself, the shapes of what a device gives to it, and how many join; arguments as above."""
     for caller, instruction, times in program.steps():
-        for computation, inner, asynchronous in _inside(program, caller, instruction):
+        for computation, inner in _inside(program, caller, instruction):
             groups = groups_of(inner.attributes, mesh_shape)
             axes, members = axes_of(groups, mesh_shape), groups.shape[-1]
             if not axes:
@@ -51,47 +60,83 @@ def collectives(program: Program, mesh_shape: Mapping[str, int]) -> list[Collect
             kind = inner.kind
             if kind == "all-reduce" and instruction.called().startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"  # how a TPU's program says it: each device keeps a slice
-            has = sum(size(computation.instructions[name].type) for name in inner.operands)
-            sent, largest = _bytes(kind, has, members)
+            given = [computation.instructions[name].type for name in inner.operands]
+            sent, largest = _bytes(kind, sum(map(size, given)), members)
+            asynchronous = _overlaps(program, caller, instruction, sent)
             where = re.search(r'op_name="([^"]*)"', inner.attributes + instruction.attributes)
-            new = Collective(kind, axes, asynchronous, times, times * sent, largest, where[1] if where else "")
-            key = kind, axes, asynchronous
-            found[key] = _together(found[key], new) if key in found else new
-    return sorted(found.values(), key=lambda one: -one.bytes)
+            one = Collective(kind, axes, asynchronous, times, times * sent, largest, where[1] if where else "")
+            yield one, [shape for type_ in given for shape in shapes(type_)], members
 
 
-def _inside(program: Program, caller: Computation, instruction: Instruction):
-    """(computation, collective, whether asynchronous) of an instruction: itself, or those in what it calls.
+def _inside(program: Program, caller: Computation, instruction: Instruction) -> Iterator[tuple]:
+    """(computation, collective) of an instruction: itself, or those that begin in what it calls.
 
     A TPU runs some beside fusions: a fusion with `AsyncCollectiveStart` begins one, those with another name or
-    marker that hold the same collective again carry it on and end it.
+    marker that hold the same collective again carry it on and end it. Others run on SparseCores, in `async-start`.
     """
     if instruction.kind in COLLECTIVES:
-        yield caller, instruction, _overlaps(caller, instruction)
+        yield caller, instruction
     elif instruction.opcode in ("fusion", "async-start"):
-        inner = program.computations[instruction.called()]
-        marks = {target[1] for i in inner.instructions.values() if (target := _target(i))}
+        marks = _marks(program, instruction)
         goes_on = instruction.called().startswith("async_collective_fusion") or "AsyncCollectiveDone" in marks
-        if "AsyncCollectiveStart" not in marks and goes_on:
+        if goes_on and "AsyncCollectiveStart" not in marks:
             return
-        asynchronous = instruction.opcode == "async-start" or "AsyncCollectiveStart" in marks
-        for one in inner.instructions.values():
-            if one.kind in COLLECTIVES:
-                yield inner, one, asynchronous
+        yield from ((inner, one) for inner, one in _nested(program, instruction) if one.kind in COLLECTIVES)
 
 
-def _overlaps(computation: Computation, start: Instruction) -> bool:
-    """Whether work is scheduled between the start of a collective and its end; the text of a program is in order."""
-    if not start.opcode.endswith("-start") or '"is_sync":true' in start.attributes:
-        return False
+def _nested(program: Program, instruction: Instruction) -> Iterator[tuple[Computation, Instruction]]:
+    """(computation, instruction) of all that an instruction calls."""
+    calls = r"\b(?:calls=|to_apply=|called_computations=\{)%?([\w.\-]+)"
+    for name in re.findall(calls, instruction.attributes):
+        for one in program.computations[name].instructions.values() if name in program.computations else ():
+            yield program.computations[name], one
+            yield from _nested(program, one)
+
+
+def _overlaps(program: Program, computation: Computation, start: Instruction, sent: int) -> bool:
+    """Whether work is scheduled between the start of a collective and its end; the text of a program is in order.
+
+    Work is a product, a kernel or a loop, or what moves no fewer bytes than the collective sends.
+    """
     order = list(computation.instructions.values())
     begun = order.index(start)
-    end = next((i for i, one in enumerate(order) if one.opcode.endswith("-done") and start.name in one.operands), begun)
-    return any(one.opcode in WORK for one in order[begun:end])
+    if start.opcode == "fusion":
+        if "AsyncCollectiveStart" not in _marks(program, start):
+            return False
+        channel = _channels(program, start)
+        ends = lambda one: "AsyncCollectiveDone" in _marks(program, one) and channel & _channels(program, one)
+    elif start.opcode.endswith("-start") and '"is_sync":true' not in start.attributes:
+        names = {start.name}
+        for place, one in enumerate(order):
+            if one.opcode == "async-update" and one.operands[0] in names:  # a SparseCore has waited for its operand
+                names.add(one.name)
+                begun = place
+        ends = lambda one: one.opcode.endswith("-done") and one.operands[0] in names
+    else:
+        return False
+    end = next((place for place, one in enumerate(order) if place > begun and ends(one)), begun)
+    return any(_works(program, computation, one, sent) for one in order[begun + 1 : end])
 
 
-def _target(instruction: Instruction):
-    return re.search(r'custom_call_target="(AsyncCollective\w+)"', instruction.attributes)
+def _works(program: Program, computation: Computation, instruction: Instruction, least: int) -> bool:
+    if instruction.opcode != "fusion":
+        return (instruction.opcode in WORK and not moves_nothing(instruction)) or instruction.opcode == "while"
+    products = any(one.opcode in PRODUCTS for _, one in _nested(program, instruction))
+    return products or moved(program, computation, instruction) >= max(least, 1)
+
+
+def _marks(program: Program, instruction: Instruction) -> set[str]:
+    """The markers in a fusion of a collective that begins or ends there."""
+    if instruction.opcode != "fusion":
+        return set()
+    inside = program.computations[instruction.called()].instructions.values()
+    found = [re.search(r'custom_call_target="(AsyncCollective\w+)"', one.attributes) for one in inside]
+    return {target[1] for target in found if target}
+
+
+def _channels(program: Program, instruction: Instruction) -> set[str]:
+    inside = [one for _, one in _nested(program, instruction) if one.kind in COLLECTIVES]
+    return {found[1] for one in inside if (found := re.search(r"channel_id=(\d+)", one.attributes))}
 
 
 def groups_of(attributes: str, mesh_shape: Mapping[str, int]) -> np.ndarray:

@@ -109,7 +109,7 @@ def parse(text: str) -> Program:
             instruction = _instruction(found[2], line[found.end() :])
             current[instruction.name] = instruction
             root = instruction.name if found[1] else root
-    return Program(computations, entry)
+    return Program({name: _slices_named(one, computations) for name, one in computations.items()}, entry)
 
 
 def arrays(type_: str) -> list[tuple[int, bool]]:
@@ -120,6 +120,11 @@ def arrays(type_: str) -> list[tuple[int, bool]]:
     found = re.findall(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?", type_)
     elements = lambda dims: math.prod(int(dim) for dim in dims.split(",") if dim)
     return [(_bits(kind) * elements(dims) // 8, "S(" not in layout) for kind, dims, layout in found]
+
+
+def shapes(type_: str) -> list[tuple[int, ...]]:
+    """The shape of each array of a type."""
+    return [tuple(map(int, dims.split(","))) if dims else () for dims in re.findall(r"[a-z]\w*\[([\d,]*)\]", type_)]
 
 
 def size(type_: str) -> int:
@@ -133,22 +138,24 @@ def hbm_bytes(program: Program) -> int:
     Of each fusion, kernel and copy its operands and results, once; of what is sliced or updated in place only that
     part. What collectives move through HBM, and what a kernel reads more than once, is left out: a lower bound.
     """
+    return sum(times * moved(program, computation, one) for computation, one, times in program.steps())
+
+
+def moved(program: Program, computation: Computation, instruction: Instruction) -> int:
+    """Bytes that one instruction reads from and writes to HBM, as `hbm_bytes` counts them."""
     total = 0
-    for computation, instruction, times in program.steps():
-        for place, operand in enumerate(instruction.operands):
-            held = arrays(computation.instructions[operand].type)
-            if all(in_hbm for _, in_hbm in held):
-                total += times * _read(program, computation, instruction, place)
-        held = arrays(instruction.type)
-        written = _written(program, computation, instruction)
-        total += times * sum(min(n, most) for n, (most, in_hbm) in zip(written, held, strict=False) if in_hbm)
-    return total
+    for place, operand in enumerate(instruction.operands):
+        held = arrays(computation.instructions[operand].type)
+        if all(in_hbm for _, in_hbm in held):
+            total += _read(program, computation, instruction, place)
+    written, held = _written(program, computation, instruction), arrays(instruction.type)
+    return total + sum(min(n, most) for n, (most, in_hbm) in zip(written, held, strict=False) if in_hbm)
 
 
 def _read(program: Program, computation: Computation, instruction: Instruction, place: int) -> int:
     """Bytes that an instruction reads of one operand."""
     whole = size(computation.instructions[instruction.operands[place]].type)
-    if _moves_nothing(instruction) or instruction.opcode.endswith("-done"):
+    if moves_nothing(instruction) or instruction.opcode.endswith("-done"):
         return 0
     if instruction.opcode in SLICES and place == 0:
         out = arrays(instruction.type)
@@ -176,7 +183,7 @@ def _written(program: Program, computation: Computation, instruction: Instructio
     if instruction.opcode == "fusion":
         inner = program.computations[instruction.called()]
         return _made(program, inner, inner.instructions[inner.root])
-    if _moves_nothing(instruction) or instruction.opcode.endswith("-start"):
+    if moves_nothing(instruction) or instruction.opcode.endswith("-start"):
         return []
     if instruction.opcode in ("dynamic-update-slice", "scatter"):
         return [size(computation.instructions[instruction.operands[-1 if instruction.opcode == "scatter" else 1]].type)]
@@ -192,10 +199,24 @@ def _made(program: Program, inner: Computation, root: Instruction) -> list[int]:
     return _written(program, inner, root) or [0] * len(arrays(root.type))
 
 
-def _moves_nothing(instruction: Instruction) -> bool:
+def moves_nothing(instruction: Instruction) -> bool:
+    """Whether an instruction stands for no work of the chip's own memory."""
     target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
     collective = instruction.opcode.removesuffix("-done").removesuffix("-start") in COLLECTIVES
     return collective or instruction.opcode in MOVES_NOTHING or bool(target and target[1] in MARKERS)
+
+
+def _slices_named(computation: Computation, computations: dict[str, Computation]) -> Computation:
+    """With `slice-start` and `slice-done` where the text has `async-start` of a slice; it has both."""
+    named = {}
+    for name, one in computation.instructions.items():
+        inner = computations.get(one.called()) if one.opcode == "async-start" else None
+        if inner and inner.instructions[inner.root].opcode == "slice":
+            one = one._replace(opcode="slice-start")
+        elif one.opcode == "async-done" and named[one.operands[0]].opcode == "slice-start":
+            one = one._replace(opcode="slice-done")
+        named[name] = one
+    return computation._replace(instructions=named)
 
 
 def _instruction(name: str, rest: str) -> Instruction:

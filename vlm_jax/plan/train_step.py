@@ -11,13 +11,17 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax import config, models, optim, sharding
+from vlm_jax.compiler_options import compiler_options
 from vlm_jax.data import ops
 from vlm_jax.data.examples import collate
 from vlm_jax.data.registry import SUBJECTS
 from vlm_jax.errors import UserError
+from vlm_jax.parameter_table import named_leaves
 from vlm_jax.plan import flops, hlo
 from vlm_jax.plan.chips import Chip
 from vlm_jax.plan.collectives import Collective, collectives
+from vlm_jax.plan.replicated import replicated
+from vlm_jax.plan.schedule import schedule
 from vlm_jax.program import Program, build_program
 
 EXAMPLES = 10**9  # of a data set that is not there: durations in epochs are as long as this makes them
@@ -36,6 +40,7 @@ class Plan(NamedTuple):
       model_flops: on a device, of the loss and its gradients alone.
       hbm_bytes: that the compiled step moves on a device, at least; see `plan.hlo.hbm_bytes`.
       collectives: of the compiled step.
+      replicated: what each device holds whole though it is split, in words; see `plan.replicated`.
       chip: what a device can do.
       table: the parameters and their shardings, to read.
       compiled: False where the compiler ran out of a device's memory: hbm_bytes and collectives are not known then.
@@ -49,6 +54,7 @@ class Plan(NamedTuple):
     model_flops: float
     hbm_bytes: int
     collectives: list[Collective]
+    replicated: list[str]
     chip: Chip
     table: str
     compiled: bool
@@ -94,18 +100,19 @@ class Traced(NamedTuple):
     model_flops: float
 
 
-def plan(settings: Mapping[str, Any], devices: Sequence[jax.Device], chip: Chip) -> Plan:
+def plan(settings: Mapping[str, Any], devices: Sequence[jax.Device], chip: Chip, codegen: bool = True) -> Plan:
     """Compiles the train step of a config for some devices.
 
     Args:
       settings: a config of `vlm_jax.train`.
       devices: of a slice, there or not.
       chip: what one of them can do.
+      codegen: see `compiled`.
 
     Raises:
       UserError: a config that does not fit the devices' mesh.
     """
-    return compiled(traced(settings, devices), chip)
+    return compiled(traced(settings, devices), chip, codegen)
 
 
 def traced(settings: Mapping[str, Any], devices: Sequence[jax.Device]) -> Traced:
@@ -128,8 +135,8 @@ def traced(settings: Mapping[str, Any], devices: Sequence[jax.Device]) -> Traced
     return Traced(program, example, batch_size, *(count / mesh.size for count in counts))
 
 
-def compiled(step: Traced, chip: Chip) -> Plan:
-    """Compiles a train step for the devices of its mesh."""
+def compiled(step: Traced, chip: Chip, codegen: bool = True) -> Plan:
+    """Compiles a train step for the devices of its mesh; without codegen, for TPUs, all but the machine code."""
     program = step.program
     mesh, state = program.mesh, program.abstract_state
     kinds = _held(step)
@@ -137,18 +144,30 @@ def compiled(step: Traced, chip: Chip) -> Plan:
     number = models.count(state.params)
     about = mesh.size, shape, number, kinds, step.flops, step.model_flops
     try:
-        binary = program.compile_step(step.example, step.batch_size)
+        written, total = _written(step, codegen)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         kinds["temporaries"] = _wanted(str(error), chip.hbm)
-        return Plan(*about, 0, [], chip, program.table, compiled=False)
+        return Plan(*about, 0, [], [], chip, program.table, compiled=False)
+    kinds["temporaries"] = max(total - sum(kinds.values()), 0)
+    parsed = hlo.parse(written)
+    params = {name: leaf.shape for name, leaf in named_leaves(state.params).items()}
+    image = step.example.get("image")
+    pictures = (step.batch_size, *image.shape[1:]) if image is not None and image.ndim == 4 else None
+    found = replicated(parsed, mesh.shape, params, pictures)
+    return Plan(*about, hlo.hbm_bytes(parsed), collectives(parsed, mesh.shape), found, chip, program.table, True)
+
+
+def _written(step: Traced, codegen: bool) -> tuple[str, int]:
+    """The text of the compiled step, and the bytes of a device that it takes in all."""
+    program, device = step.program, step.program.mesh.devices.flat[0]
+    if device.platform == "tpu":
+        return schedule(program.lower_step(step.example, step.batch_size), compiler_options(device), codegen)
+    binary = program.compile_step(step.example, step.batch_size)
     memory = binary.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    kinds["temporaries"] = memory.temp_size_in_bytes + max(held - sum(kinds.values()), 0)
-    text = hlo.parse(binary.as_text())
-    moved, said = hlo.hbm_bytes(text), collectives(text, mesh.shape)
-    return Plan(*about, moved, said, chip, program.table, compiled=True)
+    return binary.as_text(), held + memory.temp_size_in_bytes
 
 
 def example_of(op_string: str) -> dict[str, np.ndarray]:
@@ -218,7 +237,9 @@ def text(result: Plan) -> str:
     lines += ["", f"{'model':14}{result.model_flops / 1e12:8.2f} TFLOP a device"]
     lines.append(f"{'hardware':14}{result.flops / 1e12:8.2f} TFLOP a device, recomputation with it")
     if result.compiled:
-        lines += ["", *_traffic(result), "", "a step takes at least"]
+        lines += ["", *_traffic(result), "", *(f"REPLICATED: {line}" for line in result.replicated)]
+        lines += [] if result.replicated else ["nothing that is split is whole on a device"]
+        lines += ["", "a step takes at least"]
         lines += [f"{name:14}{seconds * 1e3:8.1f} ms" for name, seconds in result.bounds.items()]
         lines.append(f"{'best MFU':14}{result.mfu:8.1%}")
     lines += ["", "it fits" if result.fits else "it does not fit: more fsdp, remat, accumulate, or a smaller batch"]
