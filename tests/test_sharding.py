@@ -75,3 +75,23 @@ def test_activations_stay_split_over_the_batch():
     shapes = set(re.findall(r"f32\[([\d,]+)\]", program.compile_step(example, 56).as_text()))
     assert "7,12,32" in shapes
     assert not [shape for shape in shapes if shape.startswith("56,12")]
+
+
+def test_looking_up_leaves_the_table_where_it_is():
+    """The same tokens and gradients as of a plain look-up; no device has the table, or its gradient, whole."""
+    mesh = sharding.make_mesh(2, 4, 1)
+    table = jax.random.normal(jax.random.key(0), (96, 32))
+    ids = jax.random.randint(jax.random.key(1), (16, 6), 0, 96)
+    columns = jax.sharding.NamedSharding(mesh, P(None, "fsdp"))
+
+    def loss(embed):
+        return jax.value_and_grad(lambda table: jnp.sum(embed(table, ids) ** 2 * jnp.arange(1, 33)))
+
+    plain = loss(lambda table, ids: table[ids])(table)
+    look_up = loss(lambda table, ids: sharding.look_up(lambda ids: table[ids], ids))
+    with jax.set_mesh(mesh):
+        step = jax.jit(look_up, in_shardings=columns, out_shardings=(None, columns)).lower(table).compile()
+        looked_up = step(jax.device_put(table, columns))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), plain, looked_up)
+    assert "[96,8]" in step.as_text() and "[96,32]" not in step.as_text()
+    jax.tree.map(np.testing.assert_array_equal, plain, look_up(table))  # without a mesh
