@@ -12,13 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from tests.pictures import write_pictures
 from vlm_jax import processes
 from vlm_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-STEPS = 24
+STEPS = 12
 CONFIG = """
 from ml_collections import ConfigDict
 from configs import clip
@@ -128,7 +130,7 @@ def test_one_killed_stops_all_and_others_go_on(count, victim, then, config, whol
     for index, (code, _, errors) in enumerate(ended):
         assert code != 0
         if index != victim:
-            lost = rf"error: process {index} of {count}: a process of the run is lost .* they go on from the last chec"
+            lost = rf"error: process {index} of {count}: a process of the run is lost .* they go on from"
             assert re.search(lost, errors) or "another task died" in errors, errors[-2000:]
     before = max(losses(tmp_path))
     assert before < STEPS
@@ -142,7 +144,7 @@ def test_one_killed_stops_all_and_others_go_on(count, victim, then, config, whol
 
 def test_a_preempted_process_makes_all_save_one_step(config, whole, tmp_path):
     run = start(config, tmp_path, 2, 1)
-    wait_for(run, lambda: len(lines(tmp_path)) >= 2)
+    wait_for(run, (tmp_path / "config.json").exists)  # they have met; the first step is to come
     run[1].terminate()
     ended = finish(run)
     (step,) = {int(re.search(r"SIGTERM: saved step (\d+) of", errors)[1]) for _, _, errors in ended}
@@ -184,3 +186,34 @@ with processes.joined(None):
         assert "FOUND [[0, 2], [1, 2]]" in output, errors
         # each host has a folder of its own
         assert code == 2 and f"error: process {index} of 2: the processes see different checkpoints in" in errors
+
+
+def test_launch_scripts_of_the_readme(tmp_path, monkeypatch):
+    """They run, with commands that only say what they are given; the trainer knows their flags."""
+    section = (ROOT / "README.md").read_text().split("## Run on pods and clusters")[1].split("\n## ")[0]
+    scripts = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    (tmp_path / "bin").mkdir()
+    for name in ("gcloud", "srun", "scontrol", "python3"):
+        (tmp_path / "bin" / name).write_text('#!/bin/bash\nprintf "%s " "$0" "$@"; echo\n')
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name in ("python", "pip"):
+        (tmp_path / ".venv" / "bin" / name).write_text((tmp_path / "bin" / "srun").read_text())
+    for path in tmp_path.glob("**/bin/*"):
+        path.chmod(0o755)
+    env = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SHARED": "/shared"}
+    env |= {"SLURM_JOB_NAME": "siglip", "SLURM_JOB_ID": "1"}
+    said = []
+    for script in scripts:
+        given = ["bash", "-euc", script, "script", "configs/clip.py:smoke", "--config.mesh.fsdp=2"]
+        done = subprocess.run(given, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        said += re.findall(r"vlm_jax\.train (.*)", done.stdout)
+    assert ["--distributed=auto" in command for command in said] == [True, True, False]
+    for command in said:
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", flag_values=values)
+        for name in ("workdir", "distributed"):
+            flags.DEFINE_string(name, None, "", flag_values=values)
+        monkeypatch.setattr(sys, "argv", ["train", *command.split()])  # where config_flags look for overrides
+        values(sys.argv)
+        assert values.config.mesh.fsdp == 2 and values.workdir

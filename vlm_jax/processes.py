@@ -6,7 +6,9 @@ missing heartbeat, and end too, so that the scheduler can start all of them agai
 
 import json
 import os
+import re
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +20,7 @@ from jax.experimental import multihost_utils
 from vlm_jax.errors import UserError
 
 HEARTBEAT_SECONDS = 30  # without a sign of life, after which a process counts as dead
+LOST = re.compile("Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED")  # what a collective says of a dead peer
 
 
 @contextmanager
@@ -34,12 +37,7 @@ def joined(how: str | None) -> Iterator[None]:
         start(how)
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        reason = str(error).strip().splitlines()[0]
-        _leave(f"a process of the run is lost ({reason}). Start all of them again: they go on from the last checkpoint")
-    except UserError as error:
+    except Exception as error:
         if jax.process_count() == 1:
             raise
         _leave(error)
@@ -57,11 +55,20 @@ def start(how: str) -> None:
         raise UserError(f"--distributed={how} is not `auto` or `address:port,processes,index` ({error})") from error
 
 
-def _leave(message: object) -> None:
-    """Ends this process without waiting for the others, as an exit in order would."""
+def _leave(error: Exception) -> None:
+    """Ends this process without waiting for the others, as an exit in order would; they notice."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, UserError):
+        status, message = 2, error
+    elif isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(reason):
+        restart = "Start all of them again: they go on from the last checkpoint"
+        status, message = 1, f"a process of the run is lost ({reason}). {restart}"
+    else:
+        traceback.print_exc()
+        status, message = 1, reason
     print(f"error: process {jax.process_index()} of {jax.process_count()}: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(2)
+    os._exit(status)
 
 
 def is_first() -> bool:
