@@ -157,8 +157,10 @@ def test_a_preempted_process_makes_all_save_one_step(config, whole, tmp_path):
 
 
 def test_how_processes_meet_is_checked():
-    for how in ("localhost", "localhost:1234,two,0"):
-        with pytest.raises(UserError, match=f"--distributed={how} is not `auto` or `address:port,processes,index`"):
+    for how in ("localhost", "localhost:1234,two,0", "auto"):
+        with pytest.raises(
+            UserError, match=rf"--distributed={how} is not `address:port,processes,index`, or `auto` on"
+        ):
             processes.start(how)
 
 

@@ -7,6 +7,7 @@ missing heartbeat, and end too, so that the scheduler can start all of them agai
 import json
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ def joined(how: str | None) -> Iterator[None]:
       how: None: it is alone; "auto": a TPU slice, Slurm or Open MPI says; or "address:port,processes,index".
 
     Raises:
-      UserError: `how` is neither; not all of the processes came.
+      UserError: `how` is neither. Where not all of the processes come, JAX ends the others after five minutes.
     """
     if how:
         start(how)
@@ -46,13 +47,17 @@ def joined(how: str | None) -> Iterator[None]:
 def start(how: str) -> None:
     """`jax.distributed.initialize`, before anything asks for a device; `how` as of `joined`."""
     seconds = dict(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-    if how == "auto":
-        return jax.distributed.initialize(**seconds)
     try:
-        address, count, index = how.split(",")
-        jax.distributed.initialize(address, int(count), int(index), **seconds)
+        if how == "auto":
+            jax.distributed.initialize(**seconds)
+        else:
+            address, count, index = how.split(",")
+            jax.distributed.initialize(address, int(count), int(index), **seconds)
     except ValueError as error:
-        raise UserError(f"--distributed={how} is not `auto` or `address:port,processes,index` ({error})") from error
+        raise UserError(
+            f"--distributed={how} is not `address:port,processes,index`, or `auto` on a TPU slice or in a job of Slurm "
+            f"or Open MPI ({error})"
+        ) from error
 
 
 def _leave(error: Exception) -> None:
@@ -96,3 +101,27 @@ def exchange(value: Any) -> list:
     room = 1 << int(sizes.max()).bit_length()  # a power of two: few shapes are compiled
     rows = multihost_utils.process_allgather(np.pad(payload, (0, room - len(payload))))
     return [json.loads(bytes(row[:size])) for row, size in zip(np.asarray(rows), sizes, strict=True)]
+
+
+class StopSignal:
+    """Remembers SIGTERM (a preemption notice) and SIGINT, so that the loop can save and leave.
+
+    Of several processes any may be told; JAX's preemption service, which then has SIGTERM, makes them agree on a step.
+    """
+
+    def __init__(self):
+        self._name = None
+        self._several = jax.process_count() > 1
+        for number in (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._remember)
+
+    def at(self, step: int) -> str | None:
+        """The signal for which the run stops after this step; to be asked at every step."""
+        if self._several:
+            return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
+        return self._name
+
+    def _remember(self, number, _frame):
+        if self._several:
+            signal.raise_signal(signal.SIGTERM)
+        self._name = signal.Signals(number).name

@@ -5,7 +5,6 @@ checkpoint, loop, evaluate, report. The same command after any interruption give
 several hosts the same command runs on each of them with --distributed=auto.
 """
 
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -14,7 +13,6 @@ from typing import Any
 
 import jax
 from absl import flags
-from jax.experimental import multihost_utils
 from ml_collections import config_flags
 from tqdm import tqdm
 
@@ -111,7 +109,7 @@ def _train(
     first = int(state.step)
     writer = config.call(MetricWriter, log, "config.log", workdir=workdir, start_step=first)
     clock = Throughput(batches, batch_size, step_flops, progress["seconds"], progress["data_wait"])
-    stop = StopSignal()
+    stop = processes.StopSignal()
     bar = tqdm(total=total, initial=first, desc="train", unit="step", mininterval=0.5 if sys.stderr.isatty() else 15,
                disable=not processes.is_first())  # fmt: skip
     before = None
@@ -188,30 +186,6 @@ class Evaluation:
     def run(self, pretrained: Pretrained) -> evaluators.Result:
         result = self._evaluator(pretrained, pretrained.mesh)
         return result._replace(metrics={f"{self._prefix}/{name}": value for name, value in result.metrics.items()})
-
-
-class StopSignal:
-    """Remembers SIGTERM (a preemption notice) and SIGINT, so that the loop can save and leave.
-
-    Of several processes any may be told; JAX's preemption service, which then has SIGTERM, makes them agree on a step.
-    """
-
-    def __init__(self):
-        self._name = None
-        self._several = jax.process_count() > 1
-        for number in (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._remember)
-
-    def at(self, step: int) -> str | None:
-        """The signal for which the run stops after this step; to be asked at every step."""
-        if self._several:
-            return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
-        return self._name
-
-    def _remember(self, number, _frame):
-        if self._several:
-            signal.raise_signal(signal.SIGTERM)
-        self._name = signal.Signals(number).name
 
 
 def main(_: Sequence[str]) -> None:
