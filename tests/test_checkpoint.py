@@ -75,6 +75,35 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(how, tmp_path, caplog)
     assert (tmp_path / "checkpoints" / "damaged-2").is_dir()
 
 
+def test_a_step_may_be_damaged_twice(tmp_path):
+    for _ in range(2):
+        saver = checkpoint.Checkpointer(tmp_path, keep=3)
+        for step in (1, 2):
+            if step not in saver._manager.all_steps():
+                saver.save(step, state_of(step), {})
+        saver.wait()
+        (tmp_path / "checkpoints" / "2" / "progress" / "metadata").unlink()
+        assert int(saver.restore(abstract(state_of(0), sharding.make_mesh()))[0]["step"]) == 1
+        saver.close()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "damaged-2", "damaged-2-2"]
+
+
+def test_no_room_on_a_device_damages_no_checkpoint(tmp_path, monkeypatch):
+    saver = checkpoint.Checkpointer(tmp_path)
+    saver.save(1, state_of(1), {})
+    saver.wait()
+
+    def no_room(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.ocp.StandardCheckpointHandler, "restore", no_room)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+            saver.restore(abstract(state_of(0), sharding.make_mesh()))
+    assert int(saver.restore(abstract(state_of(0), sharding.make_mesh()))[0]["step"]) == 1
+    saver.close()
+
+
 def test_without_a_whole_checkpoint_the_run_does_not_begin_anew(tmp_path):
     saver = checkpoint.Checkpointer(tmp_path)
     saver.save(1, state_of(1), {})

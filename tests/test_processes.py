@@ -156,7 +156,9 @@ def test_a_preempted_process_makes_all_save_one_step(config, whole, tmp_path):
     assert results(tmp_path) == results(whole) and losses(tmp_path) == losses(whole)
 
 
-def test_how_processes_meet_is_checked():
+def test_how_processes_meet_is_checked(monkeypatch):
+    for name in ("SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST", "OMPI_MCA_orte_hnp_uri"):
+        monkeypatch.delenv(name, raising=False)
     for how in ("localhost", "localhost:1234,two,0", "auto"):
         with pytest.raises(
             UserError, match=rf"--distributed={how} is not `address:port,processes,index`, or `auto` on"
@@ -190,32 +192,83 @@ with processes.joined(None):
         assert code == 2 and f"error: process {index} of 2: the processes see different checkpoints in" in errors
 
 
-def test_launch_scripts_of_the_readme(tmp_path, monkeypatch):
-    """They run, with commands that only say what they are given; the trainer knows their flags."""
+@pytest.fixture
+def scripts(tmp_path):
+    """The scripts of the README, with a PATH whose commands only say what they are given; srun ends as $SRUN says."""
     section = (ROOT / "README.md").read_text().split("## Run on pods and clusters")[1].split("\n## ")[0]
-    scripts = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
-    (tmp_path / "bin").mkdir()
-    for name in ("gcloud", "srun", "scontrol", "python3"):
-        (tmp_path / "bin" / name).write_text('#!/bin/bash\nprintf "%s " "$0" "$@"; echo\n')
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    for name in ("python", "pip"):
-        (tmp_path / ".venv" / "bin" / name).write_text((tmp_path / "bin" / "srun").read_text())
+    say = '#!/bin/bash\nprintf "%s " "$(basename "$0")" "$@"; echo\n'
+    for name in ("bin/gcloud", "bin/git", "bin/scontrol", "bin/python3", ".venv/bin/python", ".venv/bin/pip"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(say)
+    (tmp_path / "bin" / "srun").write_text(say + "eval $SRUN\n")
     for path in tmp_path.glob("**/bin/*"):
         path.chmod(0o755)
-    env = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SHARED": "/shared"}
-    env |= {"SLURM_JOB_NAME": "siglip", "SLURM_JOB_ID": "1"}
-    said = []
-    for script in scripts:
-        given = ["bash", "-euc", script, "script", "configs/clip.py:smoke", "--config.mesh.fsdp=2"]
-        done = subprocess.run(given, cwd=tmp_path, env=env, capture_output=True, text=True)
+    env = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SHARED": "/shared", "SRUN": "true"}
+    env |= {"SLURM_JOB_NAME": "siglip", "SLURM_JOB_ID": "17"}
+
+    def run(script, **changes):
+        given = ["bash", "-c", script, "script", "configs/clip.py:smoke", "--config.mesh.fsdp=2"]
+        return subprocess.run(given, cwd=tmp_path, env=env | changes, capture_output=True, text=True)
+
+    return re.findall(r"```bash\n(.*?)```", section, re.DOTALL), run
+
+
+def test_launch_scripts_of_the_readme_give_flags_that_train_has(scripts, monkeypatch):
+    texts, run = scripts
+    for text, several in zip(texts, (True, True, False), strict=True):
+        done = run(text)
         assert done.returncode == 0, done.stderr
-        said += re.findall(r"vlm_jax\.train (.*)", done.stdout)
-    assert ["--distributed=auto" in command for command in said] == [True, True, False]
-    for command in said:
+        (given,) = re.findall(r"vlm_jax\.train (.*)", done.stdout)
+        assert ("--distributed=auto" in given) == several
         values = flags.FlagValues()
         config_flags.DEFINE_config_file("config", flag_values=values)
         for name in ("workdir", "distributed"):
             flags.DEFINE_string(name, None, "", flag_values=values)
-        monkeypatch.setattr(sys, "argv", ["train", *command.split()])  # where config_flags look for overrides
+        monkeypatch.setattr(sys, "argv", ["train", *given.split()])  # where config_flags look for overrides
         values(sys.argv)
         assert values.config.mesh.fsdp == 2 and values.workdir
+
+
+@pytest.mark.parametrize(
+    ("ends", "status", "again"),
+    [("true", 0, False), ("exit 2", 2, False), ("mkdir -p runs/siglip/checkpoints/8; exit 134", 134, True)],
+)
+def test_the_slurm_job_comes_again_as_long_as_it_gets_on(ends, status, again, scripts):
+    (_, script, _), run = scripts
+    done = run(script, SRUN=ends)
+    assert done.returncode == status
+    assert ("scontrol requeue 17" in done.stdout) == again
+
+
+def test_a_disk_that_is_full_on_one_host_is_named(tmp_path):
+    program = """
+import sys, resource
+import jax, jax.numpy as jnp
+from vlm_jax import checkpoint, processes, sharding
+checkpoint.WRITE_SECONDS = 5
+with processes.joined(sys.argv[1]):
+    place = sharding.batch_sharding(sharding.make_mesh())
+    state = {"a": jax.jit(lambda: jax.random.normal(jax.random.key(0), (64, 4096)), out_shardings=place)()}
+    saver = checkpoint.Checkpointer(sys.argv[2])
+    saver.save(1, state, {})
+    saver.wait()
+    if jax.process_index():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**20))
+    saver.save(2, state, {})
+    saver.wait()
+"""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    run = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, f"localhost:{port},2,{i}", str(tmp_path)], cwd=ROOT, text=True,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    first, second = finish(run, timeout=90)
+    assert first[0] != 0 and second[0] == 2, first[2] + second[2]
+    assert "error: process 1 of 2: no checkpoint can be written" in second[2]
+    assert "(File too large); that of step 1 is whole" in second[2]

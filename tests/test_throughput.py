@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import time
 from types import SimpleNamespace
 
 import jax
@@ -29,14 +28,15 @@ def test_mfu_and_memory_of_accelerators(monkeypatch):
     monkeypatch.setattr(throughput, "chip_of", lambda _: CHIPS["v5e"])
     memory = SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 3 * 2**30, "bytes_limit": 12 * 2**30})
     monkeypatch.setattr(jax, "local_devices", lambda: [memory])
+    now = [100.0]
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
     clock = Throughput(SimpleNamespace(wait_seconds=0.0), 16, lambda: 197e12 * 8 / 100, seconds=5.0)
-    time.sleep(0.02)
+    now[0] += 0.5
     numbers = clock.metrics(10)
-    # each step is 1/100 s of eight chips at their best
-    assert numbers["mfu"] == pytest.approx(numbers["examples_per_second"] / 16 / 100)
-    assert numbers["examples_per_second"] < 10 * 16 / 0.02
+    # 20 steps a second, each of which is 1/100 s of eight chips at their best
+    assert (numbers["mfu"], numbers["examples_per_second"]) == (pytest.approx(0.2), 320.0)
     assert (numbers["hbm_gib"], numbers["hbm_fraction"]) == (3.0, 0.25)
-    assert clock.progress()["seconds"] > 5.02
+    assert clock.progress()["seconds"] == 5.5
 
 
 def test_a_run_traces_the_steps_that_are_asked_for(tmp_path):

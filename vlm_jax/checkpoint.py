@@ -6,6 +6,7 @@ any mesh and any number of processes.
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -25,8 +26,12 @@ from vlm_jax.config import flatten
 from vlm_jax.errors import UserError
 from vlm_jax.parameter_table import named_leaves
 
-# Sections of a config that say where and how fast a run goes, not what comes out: they may change between restarts.
+# Of a config, what says where and how fast a run goes, not what it is after: it may change between restarts.
 FREE = ("mesh", "accumulate", "log", "checkpoint", "profile", "data.workers", "data.threads")
+
+
+NOT_DAMAGE = (jax.errors.JaxRuntimeError, MemoryError, PermissionError)  # says nothing of what is in a file
+WRITE_SECONDS = 300  # that processes wait for the slowest to have written
 
 
 class Checkpointer:
@@ -34,7 +39,7 @@ class Checkpointer:
 
     Args:
       workdir: the run's folder, on a file system that all processes share.
-      keep: how many checkpoints stay.
+      keep: how many checkpoints stay; with 1 there is none to fall back to.
 
     Raises:
       UserError: the processes do not see the same folder.
@@ -45,10 +50,15 @@ class Checkpointer:
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+                max_to_keep=keep,
+                enable_async_checkpointing=True,
+                async_options=ocp.options.AsyncOptions(timeout_secs=WRITE_SECONDS),
+                cleanup_tmp_directories=True,
             ),
         )
-        seen = processes.exchange([self._folder.is_dir(), self.latest_step()])
+        # a thread of orbax asks, too, about steps of before, and would disturb `processes.StopSignal`
+        self._manager.reached_preemption = lambda step: False
+        seen = processes.exchange([self._folder.is_dir(), sorted(self._manager.all_steps())])
         if any(other != seen[0] for other in seen):
             raise UserError(
                 f"the processes see different checkpoints in {self._folder}; give a --workdir that all share"
@@ -65,7 +75,7 @@ class Checkpointer:
         """
         if step == self.latest_step():
             return
-        progress = {**progress, "checksum": int(checksum(state))}
+        progress = {**progress, "checksum": checksum(state)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
         with self._writing():
             self._manager.save(step, args=args)
@@ -75,7 +85,7 @@ class Checkpointer:
 
         Args:
           abstract_state: tree of ShapeDtypeStructs with shardings: how the state is to be placed. Every process reads
-            its shards alone; dtypes may differ from what was saved.
+            its shards alone. Dtypes may differ from what was saved; its checksum is then left unchecked.
 
         Raises:
           UserError: the checkpoint holds another model or optimizer than the config; none is whole.
@@ -92,6 +102,7 @@ class Checkpointer:
                 return state, progress
             logging.warning("checkpoint %d is damaged (%s); taking the one before", step, damages[0])
             damaged.append(step)
+            state = None  # before another is read: devices may not hold two
         raise UserError(
             f"none of the checkpoints {damaged} in {self._folder} can be read; move them away to start anew"
         )
@@ -105,7 +116,7 @@ class Checkpointer:
             _check_fits(step, saved, named_leaves(abstract_state))
             state = handler.restore(path / "state", args=ocp.args.StandardRestore(abstract_state))
             progress = json.loads((path / "progress" / "metadata").read_text())
-        except UserError:
+        except (UserError, *NOT_DAMAGE):
             raise
         except Exception as error:  # orbax and tensorstore raise many kinds
             return None, {}, _reason(error)
@@ -116,10 +127,12 @@ class Checkpointer:
         return state, progress, None
 
     def _set_aside(self, steps: list[int]) -> None:
-        """Renames them to damaged-<step>, so that the run can save these steps again."""
+        """Renames them to damaged-<step>, so that the run can save these steps again; nothing deletes them."""
         if steps and processes.is_first():
             for step in steps:
-                (self._folder / str(step)).rename(self._folder / f"damaged-{step}")
+                names = itertools.chain([f"damaged-{step}"], (f"damaged-{step}-{n}" for n in itertools.count(2)))
+                new = next(name for name in names if not (self._folder / name).exists())
+                (self._folder / str(step)).rename(self._folder / new)
         if steps:
             processes.exchange(None)  # all wait for the first
             self._manager.reload()
@@ -136,13 +149,17 @@ class Checkpointer:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except jax.errors.JaxRuntimeError:  # another process is lost
-            raise
         except Exception as error:
+            waited = (jax.errors.JaxRuntimeError, TimeoutError)  # for other processes
+            cause = error
+            while isinstance(cause, waited) and cause.__context__:  # perhaps after an error of this one
+                cause = cause.__context__
+            if isinstance(cause, waited):
+                raise
             steps = ocp.utils.checkpoint_steps(self._folder)
             newest = f"that of step {max(steps)} is whole" if steps else "there is none before"
             raise UserError(
-                f"no checkpoint can be written to {self._folder} ({_reason(error)}); {newest}. Make room or give "
+                f"no checkpoint can be written to {self._folder} ({_reason(cause)}); {newest}. Make room or give "
                 "the processes the right to write there; the same command then continues"
             ) from error
 
@@ -192,6 +209,8 @@ def load_params(workdir: str | os.PathLike, shardings: Callable[[Any], Any] | No
         raise UserError(f"{workdir} holds no checkpoint; expected a workdir that `vlm_jax.train` wrote")
     try:
         params = _params(folder / str(max(steps)) / "state", shardings)
+    except NOT_DAMAGE:
+        raise
     except Exception as error:  # orbax and tensorstore raise many kinds
         raise UserError(
             f"checkpoint {max(steps)} in {folder} cannot be read ({_reason(error)}); move it away to use another"
@@ -213,6 +232,8 @@ def _params(path: Path, shardings: Callable[[Any], Any] | None) -> Any:
 
 def check_same_config(path: Path, settings: Mapping[str, Any]) -> None:
     """Writes config.json, or raises a UserError if the workdir holds a run of another config; `FREE` may differ."""
+    if any(other != settings for other in processes.exchange(settings)):
+        raise UserError("the processes were given different configs; give all of them the same flags")
     if not path.exists():
         if processes.is_first():
             write_json(path, settings)
@@ -230,9 +251,9 @@ def params_sha256(params: Any) -> str:
     """Hex digest of every parameter's name, dtype, shape and bytes, in the order of their names."""
     digest = hashlib.sha256()
     for name, leaf in sorted(named_leaves(params).items()):
-        array = processes.whole(leaf)
-        digest.update(f"{name}:{array.dtype}:{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
+        digest.update(f"{name}:{np.dtype(leaf.dtype)}:{tuple(leaf.shape)}".encode())
+        for piece in processes.pieces(leaf):
+            digest.update(np.ascontiguousarray(piece).tobytes())
     return digest.hexdigest()
 
 

@@ -1,20 +1,20 @@
 """Runs a command's main: flags parsed by absl, and what a user can mend said in one line."""
 
-import errno
 import sys
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, mendable
 
 
-def run(main: Callable[[Sequence[str]], None], several_hosts: bool = False) -> None:
+def run(main: Callable[[Sequence[str]], None], several_hosts: bool = False, preemptible: bool = False) -> None:
     """`absl.app.run(main)`, with errors of flags, config files and users as one line on stderr and exit status 2.
 
     Args:
       main: is given what is left of the arguments.
       several_hosts: adds the flag `--distributed`; main then runs with the other processes there.
+      preemptible: main asks `processes.StopSignal` whether to stop.
     """
     if several_hosts:
         flags.DEFINE_string("distributed", None, "On several hosts: auto, or address:port,processes,index")
@@ -24,16 +24,14 @@ def run(main: Callable[[Sequence[str]], None], several_hosts: bool = False) -> N
             if several_hosts:
                 from vlm_jax import processes  # which imports jax
 
-                with processes.joined(flags.FLAGS.distributed):
+                with processes.joined(flags.FLAGS.distributed, preemptible):
                     main(argv)
             else:
                 main(argv)
-        except UserError as error:
-            _fail(error)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        except Exception as error:
+            if not mendable(error):
                 raise
-            _fail(f"{error.strerror} ({error.filename})")
+            _fail(mendable(error))
 
     # orbax tells of every step of a save, and of what it raises, too; --verbosity=0 shows it
     logging.set_verbosity(logging.WARNING)

@@ -19,7 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from vlm_jax import command, config, models, sharding
+from vlm_jax import command, config, models, processes, sharding
 from vlm_jax.checkpoint import write_json
 from vlm_jax.data import loader
 from vlm_jax.data.examples import log_bad
@@ -64,7 +64,8 @@ def precompute(
     out.mkdir(parents=True, exist_ok=True)
     if (out / INDEX).is_file() and json.loads((out / INDEX).read_text()) != index:
         raise UserError(f"{out} holds embeddings of other settings, see its {INDEX}; give another folder")
-    write_json(out / INDEX, index)
+    if processes.is_first():
+        write_json(out / INDEX, index)
     names = shard_names(batches.num_examples, shard_size)
     mine = [k for k in range(len(names)) if k % jax.process_count() == jax.process_index()]
     todo = [k for k in mine if not (out / names[k]).is_file()]

@@ -18,41 +18,47 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, mendable
 
+PIECE_BYTES = 2**26
 HEARTBEAT_SECONDS = 30  # without a sign of life, after which a process counts as dead
 LOST = re.compile("Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED")  # what a collective says of a dead peer
 
 
 @contextmanager
-def joined(how: str | None) -> Iterator[None]:
+def joined(how: str | None, preemptible: bool = False) -> Iterator[None]:
     """Joins this process to the others of the run, for a command's main.
 
     Args:
       how: None: it is alone; "auto": a TPU slice, Slurm or Open MPI says; or "address:port,processes,index".
+      preemptible: SIGTERM does not end it, it asks `StopSignal`.
 
     Raises:
       UserError: `how` is neither. Where not all of the processes come, JAX ends the others after five minutes.
     """
     if how:
-        start(how)
+        start(how, preemptible)
     try:
         yield
     except Exception as error:
-        if jax.process_count() == 1:
+        if not jax.distributed.is_initialized():
             raise
         _leave(error)
 
 
-def start(how: str) -> None:
-    """`jax.distributed.initialize`, before anything asks for a device; `how` as of `joined`."""
-    seconds = dict(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+def start(how: str, preemptible: bool = False) -> None:
+    """`jax.distributed.initialize`, before anything asks for a device; arguments as of `joined`."""
+    jax.config.update("jax_enable_preemption_service", preemptible)
+    # who is done first may wait long for the others; if one of them dies, its heartbeat ends the waiting
+    seconds = dict(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=24 * 3600)
     try:
         if how == "auto":
             jax.distributed.initialize(**seconds)
         else:
             address, count, index = how.split(",")
-            jax.distributed.initialize(address, int(count), int(index), **seconds)
+            jax.distributed.initialize(
+                address, int(count), int(index), cluster_detection_method="deactivate", **seconds
+            )
     except ValueError as error:
         raise UserError(
             f"--distributed={how} is not `address:port,processes,index`, or `auto` on a TPU slice or in a job of Slurm "
@@ -63,8 +69,8 @@ def start(how: str) -> None:
 def _leave(error: Exception) -> None:
     """Ends this process without waiting for the others, as an exit in order would; they notice."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if isinstance(error, UserError):
-        status, message = 2, error
+    if mendable(error):
+        status, message = 2, mendable(error)
     elif isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(reason):
         restart = "Start all of them again: they go on from the last checkpoint"
         status, message = 1, f"a process of the run is lost ({reason}). {restart}"
@@ -92,6 +98,16 @@ def whole(x: Any) -> np.ndarray:
     return np.asarray(x if getattr(x, "is_fully_addressable", True) else multihost_utils.process_allgather(x, True))
 
 
+def pieces(x: Any) -> Iterator[np.ndarray]:
+    """As `whole`, in pieces along the first axis: a model may be larger than a device."""
+    if getattr(x, "is_fully_addressable", True) or not x.ndim:
+        yield whole(x)
+        return
+    rows = max(1, PIECE_BYTES * len(x) // max(x.nbytes, 1))
+    for start in range(0, len(x), rows):
+        yield whole(x[start : start + rows])
+
+
 def exchange(value: Any) -> list:
     """Every process's JSON-able value, in their order."""
     if jax.process_count() == 1:
@@ -104,7 +120,7 @@ def exchange(value: Any) -> list:
 
 
 class StopSignal:
-    """Remembers SIGTERM (a preemption notice) and SIGINT, so that the loop can save and leave.
+    """Remembers SIGTERM (a preemption notice) and SIGINT, so that a loop can save and leave.
 
     Of several processes any may be told; JAX's preemption service, which then has SIGTERM, makes them agree on a step.
     """
@@ -112,8 +128,11 @@ class StopSignal:
     def __init__(self):
         self._name = None
         self._several = jax.process_count() > 1
-        for number in (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._remember)
+        if self._several:
+            signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
+        else:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._remember)
 
     def at(self, step: int) -> str | None:
         """The signal for which the run stops after this step; to be asked at every step."""
@@ -121,7 +140,10 @@ class StopSignal:
             return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
         return self._name
 
+    def close(self) -> None:
+        """From now on the signals end the process."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def _remember(self, number, _frame):
-        if self._several:
-            signal.raise_signal(signal.SIGTERM)
         self._name = signal.Signals(number).name

@@ -43,6 +43,7 @@ class Throughput:
 
         `examples_per_second`, `data_wait_fraction`; on accelerators `mfu` (model FLOPs utilisation: Chowdhery et al.
         2022, arXiv:2204.02311, appendix B) and `hbm_gib`, `hbm_fraction`, the most that a device has held so far.
+        Those of this process: another may wait longer, or hold more.
         """
         seconds = time.perf_counter() - self._start
         rate = steps / seconds
@@ -80,6 +81,8 @@ class Profile:
 
     def __init__(self, workdir: Path, steps: str = ""):
         self._folder, self._tracing = workdir / "profile", False
+        if jax.process_count() > 1:
+            self._folder /= f"process_{jax.process_index()}"
         first, colon, end = steps.partition(":")
         if steps and not (colon and first.isdecimal() and end.isdecimal() and 0 < int(first) < int(end)):
             raise UserError(f"config.profile.steps is `{steps}`; expected first:end, e.g. 100:105 for steps 100 to 104")
@@ -91,7 +94,7 @@ class Profile:
         if number in self._steps and not self._tracing:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # every call of Python: slow, and most of the trace
-            jax.profiler.start_trace(self._folder, create_perfetto_trace=processes.is_first(), profiler_options=options)
+            jax.profiler.start_trace(self._folder, create_perfetto_trace=True, profiler_options=options)
             self._tracing = True
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             yield
@@ -104,6 +107,6 @@ class Profile:
 
     def close(self) -> None:
         if self._tracing:
-            jax.profiler.stop_trace()
             self._tracing = False
+            jax.profiler.stop_trace()
             processes.say(f"trace: {self._folder}")

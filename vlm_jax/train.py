@@ -142,6 +142,7 @@ def _train(
                         writer.write(step, evaluation.run(pretrained(state)).metrics)
         bar.close()
         saver.wait()
+        stop.close()
         progress = clock.progress()
         results = {
             "step": total,
@@ -197,4 +198,4 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints,
 flags.mark_flags_as_required(["config", "workdir"])
 
 if __name__ == "__main__":
-    command.run(main, several_hosts=True)
+    command.run(main, several_hosts=True, preemptible=True)
