@@ -39,7 +39,7 @@ def get_config(variant: str = "base", denoisers: str = "ul2") -> ConfigDict:
                 workers=32,
             ),
             model=_model(alone, tower, vocab_size, length, dtype="bfloat16"),
-            objective=_objective(denoisers),
+            objective=_objective(denoisers) | dict(chunk=64 if size == "20b" else 8),  # FSDP gathers the head for each
             optimizer=dict(name="adafactor", lr=1e-2, schedule=dict(name="rsqrt", warmup="10000 steps")),
             mesh=dict(data=-1, fsdp=1, tensor=1),
             checkpoint=dict(every="1%", keep=3),

@@ -5,8 +5,9 @@ import importlib
 import numpy as np
 import pytest
 
-from vlm_jax import config, models, optim, plan, sharding
+from vlm_jax import config, models, optim, sharding
 from vlm_jax.data import ops, tokenizers
+from vlm_jax.plan.train_step import example_of
 from vlm_jax.program import build_program
 
 MILLIONS = {  # parameters, of what its authors released; None of what nobody did
@@ -29,7 +30,7 @@ def test_builds(name, variant, millions):
     settings = config.plain(importlib.import_module(f"configs.{name}").get_config(variant))
     if settings["tokenizer"] == "emoji":
         ops.parse(settings["data"]["ops"], tokenizers.build("emoji"))
-    example = plan.example_of(settings["data"]["ops"])
+    example = example_of(settings["data"]["ops"])
     if settings["data"]["uri"].startswith("precomputed:"):
         example["image"] = np.zeros((1, 1280), np.float32)
     sections = {key: settings[key] for key in ("model", "objective", "optimizer")}

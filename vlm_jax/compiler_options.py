@@ -17,6 +17,7 @@ V5E = {
 # From v5p on, SparseCores communicate while the TensorCores compute.
 SPARSE_CORE = {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": True,  # over both sides of a torus
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
     "xla_tpu_enable_sparse_core_collective_offload_all_reduce": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": False,  # the two exclude each other

@@ -29,15 +29,27 @@ PLANS = (  # config, slice, fsdp, tensor, flags
     ("cappa.py:B/16", V5E, 8, 1, ()),
     ("cappa.py:L/14", V5E, 16, 1, ()),
     ("ul2.py:20b", V6E, 64, 4, ()),
+    ("clip.py:L/14", V5E, 16, 1, ("XLA's defaults",)),
+    ("clip.py:L/14", V5P, 16, 1, ("XLA's defaults",)),
+    ("clip.py:L/14", V6E, 16, 1, ("XLA's defaults",)),
     ("clip.py:L/14", V5E, 16, 1, ("--codegen",)),
+    ("clip.py:L/14", V6E, 16, 1, ("--codegen",)),
+    ("ul2.py:20b", V6E, 64, 4, ("--codegen",)),
 )
+PLAIN = """
+import runpy
+from vlm_jax.plan import train_step
+train_step.compiler_options = lambda device: {}
+runpy.run_module("vlm_jax.plan", run_name="__main__", alter_sys=True)
+"""
 KINDS = ("all-gather", "reduce-scatter")  # of FSDP
 
 
 def run(config, topology, fsdp, tensor, flags):
     """One plan in a process of its own: what it says, less the parameter table, and the seconds that it takes."""
-    command = [sys.executable, "-m", "vlm_jax.plan", f"--config=configs/{config}", f"--topology={topology}", "--json"]
-    command += [f"--config.mesh.fsdp={fsdp}", f"--config.mesh.tensor={tensor}", *flags]
+    program = ["-c", PLAIN] if "XLA's defaults" in flags else ["-m", "vlm_jax.plan", *flags]
+    command = [sys.executable, *program, f"--config=configs/{config}", f"--topology={topology}", "--json"]
+    command += [f"--config.mesh.fsdp={fsdp}", f"--config.mesh.tensor={tensor}"]
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - start
@@ -65,8 +77,7 @@ def table(rows):
     )  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for row in rows:
-        flags = "".join(f" `{flag}`" for flag in row["flags"])
-        cells = [f"{row['config']}{flags}", row["topology"], f"{row['fsdp']} x {row['tensor']}"]
+        cells = [" ".join([row["config"], *row["flags"]]), row["topology"], f"{row['fsdp']} x {row['tensor']}"]
         seconds = f"{row['wall_seconds']:.0f} / {row['cpu_seconds']:.0f}"
         if "failed" in row:
             said = f"exit status {row['failed']}"
@@ -81,6 +92,26 @@ def table(rows):
         else:
             cells += [""] * 4
         lines.append(f"| {' | '.join([*cells, seconds])} |")
+    return "\n".join(lines)
+
+
+def traffic(rows):
+    """What the chips of CLIP L/14 say to each other, as markdown: MB sent beside work and waited for."""
+    rows = [row for row in rows if row["config"] == "clip.py:L/14" and "--codegen" not in row["flags"]]
+    lines = [
+        f"| MB sent, beside work + waited for | {' | '.join(' '.join([r['topology'], *r['flags']]) for r in rows)} |"
+    ]
+    lines.append("|" + "---|" * (len(rows) + 1))
+    kinds = sorted({(one["kind"], *one["axes"]) for row in rows for one in row["collectives"]})
+    for kind, *axes in kinds:
+        cells = []
+        for row in rows:
+            sent = {True: 0.0, False: 0.0}
+            for one in row["collectives"]:
+                if (one["kind"], *one["axes"]) == (kind, *axes):
+                    sent[one["asynchronous"]] += one["bytes"] / 1e6
+            cells.append(f"{sent[True]:,.1f} + {sent[False]:,.1f}")
+        lines.append(f"| {kind} over {' x '.join(axes)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -99,7 +130,7 @@ def main():
             print(f"{plan}: {known[plan]['wall_seconds']:.0f} s", file=sys.stderr)
             rows = [known[plan] for plan in PLANS if plan in known]
             results.write_text(json.dumps(rows, indent=1) + "\n")
-    print(table(rows))
+    print(table(rows), traffic(rows), sep="\n\n")
 
 
 if __name__ == "__main__":

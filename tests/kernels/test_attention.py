@@ -85,6 +85,19 @@ def test_the_mesh_s_platform_decides():
     assert lowered.as_text().count("@tpu_custom_call") == 2
 
 
+@pytest.mark.parametrize("tensor", [1, 4])
+def test_a_device_s_heads_count(tensor):
+    """UL2 20B's attention, 16 heads of 256 with a bias by head: too much for one device, not for each of four."""
+    x, bias = struct((16, 512, 16, 256), jnp.bfloat16), struct((1, 16, 512, 512))
+    device = jax.sharding.AbstractDevice("TPU v6 lite", 1, "tpu")
+    axes = ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.sharding.AbstractMesh((1, 1, tensor), *axes, abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        choice = kernels.explain(x, x, x, bias=bias)
+    assert choice.implementation == ("tpu" if tensor == 4 else "xla")
+    assert tensor == 4 or "a bias with 512 queries on 512 keys of 16 heads" in choice.reason
+
+
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # from jax 0.12 on
 @pytest.mark.parametrize("name", ["length_64_196", "bias_and_mask", "dim_72"])
 def test_the_gpu_kernels_lower_for_cuda(name):

@@ -30,19 +30,18 @@ class Static(NamedTuple):
 
 def lacks(q, k, bias, mask):
     """What of these arguments the kernels cannot do, in words; None where they can."""
-    (_, lq, _, dim), lk = q.shape, k.shape[1]
+    (_, lq, _, dim), lk, heads = q.shape, k.shape[1], _heads_here(q)
     length = f"{lq} queries on {lk} keys"
     if max(lq, lk) > 8192:
         return f"{length} (8192 at most)"
     if is_long(q, k) and bias is not None:
-        return f"a bias with {length} of {q.shape[2]} heads (the logits do not fit on chip)"
+        return f"a bias with {length} of {heads} heads (the logits do not fit on chip)"
     if is_long(q, k) and mask is not None and mask.shape[1:3] != (1, 1):
-        return f"a mask by query or head with {length} of {q.shape[2]} heads (the logits do not fit on chip)"
+        return f"a mask by query or head with {length} of {heads} heads (the logits do not fit on chip)"
     tiles = -(-lk // 8) * 8 * -(-lq // LANES) * LANES * 4
-    if (
-        bias is not None and 4 * bias.shape[1] * tiles + _block_bytes(q, k) > 56 << 20
-    ):  # it and its gradient, two buffers each
-        return f"a bias of {bias.shape[1]} heads with {length} (its gradient does not fit on chip)"
+    biased = 0 if bias is None else min(bias.shape[1], heads)
+    if biased and 4 * biased * tiles + _block_bytes(q, k) > 56 << 20:  # it and its gradient, two buffers each
+        return f"a bias of {biased} heads with {length} (its gradient does not fit on chip)"
     if dim % 8 or (dim > LANES and dim % LANES):
         return f"head_dim {dim} (a multiple of 8 up to 128, or a multiple of 128)"
     if q.dtype not in (jnp.float32, jnp.bfloat16):
@@ -202,9 +201,16 @@ def is_long(q, k):
     return max(q.shape[1], k.shape[1]) > 1024 or _block_bytes(q, k) > 48 << 20
 
 
+def _heads_here(q):
+    """Heads of q [B, L, H, D] that a device has, as `_partitioned` splits them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    _, axes = _split(q.shape[2], mesh, _free(mesh), q)
+    return q.shape[2] // math.prod(mesh.shape[name] for name in axes)
+
+
 def _block_bytes(q, k):
     """Of the backward kernel's blocks: q, k, v, dout and three gradients of an example, two buffers each."""
-    lanes = -(-q.shape[2] * q.shape[3] // LANES) * LANES
+    lanes = -(-_heads_here(q) * q.shape[3] // LANES) * LANES
     return 14 * max(q.shape[1], k.shape[1]) * lanes * q.dtype.itemsize
 
 
@@ -278,10 +284,10 @@ def _partitioned(call, *arrays):
     yet. A bias shared by sharded examples (or heads) gets the sum of the devices' gradients.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    free = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual]
+    free = _free(mesh)
     if all(mesh.shape[name] == 1 for name in free):
         return local(call, *arrays)
-    batch, heads = _split(call, mesh, free, arrays[0])
+    batch, heads = _split(call.heads, mesh, free, arrays[0])
     places = [i for i, there in enumerate(call.present) if there]
 
     def spec(place, shape):
@@ -308,13 +314,18 @@ def _partitioned(call, *arrays):
     )(*arrays)  # fmt: skip
 
 
-def _split(call, mesh, free, q):
+def _free(mesh):
+    """Axes that are not manual yet."""
+    return [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual]
+
+
+def _split(heads, mesh, free, q):
     """(mesh axes of the batch, mesh axes of the heads). Explicit axes say it in q's type; automatic ones by name."""
     explicit = [name for name in free if mesh.axis_types[mesh.axis_names.index(name)] == AxisType.Explicit]
-    spec = tuple(jax.typeof(q).sharding.spec)
+    spec = tuple(jax.typeof(q).sharding.spec) if explicit else ()
     typed = [_names(spec[axis]) if axis < len(spec) else () for axis in (0, 2)]
     split = []
-    for size, names, axes in ((q.shape[0], BATCH_AXES, typed[0]), (call.heads, HEAD_AXES, typed[1])):
+    for size, names, axes in ((q.shape[0], BATCH_AXES, typed[0]), (heads, HEAD_AXES, typed[1])):
         axes = tuple(axes)
         for name in names:
             if (
