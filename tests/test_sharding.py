@@ -74,7 +74,8 @@ def test_activations_stay_split_over_the_batch():
     )  # fmt: skip
     shapes = set(re.findall(r"f32\[([\d,]+)\]", program.compile_step(example, 56).as_text()))
     assert "7,12,32" in shapes
-    assert not [shape for shape in shapes if shape.startswith("56,12")]
+    # of all texts a device has but the columns that it looks up
+    assert {shape for shape in shapes if shape.startswith("56,12")} <= {"56,12,4"}
 
 
 def test_looking_up_leaves_the_table_where_it_is():

@@ -95,6 +95,21 @@ def table(rows):
     return "\n".join(lines)
 
 
+def compact(rows):
+    """The plans of all configs as shipped, for the project's README."""
+    lines = [
+        "| config | slice | fsdp x tensor | GiB of a chip | best MFU | seconds a step, at least |",
+        "|" + "---|" * 6,
+    ]
+    for row in rows:
+        if not row["flags"]:
+            cells = [f"`{row['config']}`", row["topology"], f"{row['fsdp']} x {row['tensor']}"]
+            cells.append(f"{sum(row['memory'].values()) / 2**30:.1f} of {row['chip']['hbm'] / 2**30:.0f}")
+            cells += [f"{row['mfu']:.0%}", f"{row['seconds']:.3f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def traffic(rows):
     """What the chips of CLIP L/14 say to each other, as markdown: MB sent beside work and waited for."""
     rows = [row for row in rows if row["config"] == "clip.py:L/14" and "--codegen" not in row["flags"]]
@@ -130,7 +145,7 @@ def main():
             print(f"{plan}: {known[plan]['wall_seconds']:.0f} s", file=sys.stderr)
             rows = [known[plan] for plan in PLANS if plan in known]
             results.write_text(json.dumps(rows, indent=1) + "\n")
-    print(table(rows), traffic(rows), sep="\n\n")
+    print(table(rows), traffic(rows), compact(rows), sep="\n\n")
 
 
 if __name__ == "__main__":
