@@ -36,6 +36,7 @@ def cuda_module(fn, *args):
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 ENV = dict(
     JAX_PLATFORMS="cpu",
+    XLA_FLAGS="",  # libtpu reads them, too, and does not know those of the tests
     TPU_SKIP_MDS_QUERY="1",
     TPU_ACCELERATOR_TYPE="v5litepod-4",
     TPU_WORKER_HOSTNAMES="localhost",

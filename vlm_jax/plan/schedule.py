@@ -17,7 +17,7 @@ import jax
 
 
 def schedule(lowered: jax.stages.Lowered, options: Mapping[str, Any], codegen: bool) -> tuple[str, int]:
-    """(text of the scheduled program, bytes of a device that it takes in all).
+    """(text of the scheduled program, bytes of a device that it takes in all: without codegen, with what aligns them).
 
     Args:
       lowered: for TPUs.
@@ -33,9 +33,8 @@ def schedule(lowered: jax.stages.Lowered, options: Mapping[str, Any], codegen: b
         def compile_():
             try:
                 wanted = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-                lowered.compile(compiler_options={**options, **wanted})
-                ended.put(None)
-            except jax.errors.JaxRuntimeError as error:
+                ended.put(lowered.compile(compiler_options={**options, **wanted}).memory_analysis())
+            except Exception as error:  # raised below
                 ended.put(error)
 
         threading.Thread(target=compile_, daemon=True).start()
@@ -43,11 +42,19 @@ def schedule(lowered: jax.stages.Lowered, options: Mapping[str, Any], codegen: b
         while ended.empty() and (codegen or not text or text != before):
             time.sleep(0.5)
             before, text = text, _read(folder, "*after_optimizations_after_buffer_assignment.txt")
-        error = None if ended.empty() else ended.get()
-        if error:
-            raise error
-        total = re.search(r"Total bytes: (\d+)", _read(folder, "*memory-usage-report.txt"))
-        return _read(folder, "*after_optimizations_after_buffer_assignment.txt"), int(total[1])
+        outcome = None if ended.empty() else ended.get()
+        if isinstance(outcome, Exception):
+            raise outcome
+        text = _read(folder, "*after_optimizations_after_buffer_assignment.txt")
+        if outcome:
+            return text, in_all(outcome)
+        return text, int(re.search(r"Total bytes: (\d+)", _read(folder, "*memory-usage-report.txt"))[1])
+
+
+def in_all(memory: Any) -> int:
+    """Bytes of `memory_analysis()`, what is donated once."""
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return held + memory.temp_size_in_bytes
 
 
 def _read(folder: str, pattern: str) -> str:

@@ -21,7 +21,7 @@ from vlm_jax.plan import flops, hlo
 from vlm_jax.plan.chips import Chip
 from vlm_jax.plan.collectives import Collective, collectives
 from vlm_jax.plan.replicated import replicated
-from vlm_jax.plan.schedule import schedule
+from vlm_jax.plan.schedule import in_all, schedule
 from vlm_jax.program import Program, build_program
 
 EXAMPLES = 10**9  # of a data set that is not there: durations in epochs are as long as this makes them
@@ -165,9 +165,7 @@ def _written(step: Traced, codegen: bool) -> tuple[str, int]:
     if device.platform == "tpu":
         return schedule(program.lower_step(step.example, step.batch_size), compiler_options(device), codegen)
     binary = program.compile_step(step.example, step.batch_size)
-    memory = binary.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return binary.as_text(), held + memory.temp_size_in_bytes
+    return binary.as_text(), in_all(binary.memory_analysis())
 
 
 def example_of(op_string: str) -> dict[str, np.ndarray]:
