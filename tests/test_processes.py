@@ -16,8 +16,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from tests.pictures import write_pictures
-from vlm_jax import processes
-from vlm_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
