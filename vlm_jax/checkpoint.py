@@ -28,8 +28,6 @@ from vlm_jax.parameter_table import named_leaves
 
 # Of a config, what says where and how fast a run goes, not what it is after: it may change between restarts.
 FREE = ("mesh", "accumulate", "log", "checkpoint", "profile", "data.workers", "data.threads")
-
-
 NOT_DAMAGE = (jax.errors.JaxRuntimeError, MemoryError, PermissionError)  # says nothing of what is in a file
 WRITE_SECONDS = 300  # that processes wait for the slowest to have written
 

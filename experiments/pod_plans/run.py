@@ -1,4 +1,4 @@
-"""Plans every shipped config of a paper's size on a slice that could train it.
+"""Plans configs of the papers' sizes on slices that could train them.
 
     PYTHON_WITH_LIBTPU experiments/pod_plans/run.py
 
