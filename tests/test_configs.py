@@ -15,6 +15,7 @@ MILLIONS = {  # parameters, of what its authors released; None of what nobody di
     "siglip": {"B/16": 203.2, "So400m/14": 877.4, "smoke": None},
     "cap": {"B/16": None, "smoke": None},
     "cappa": {"L/14": None},
+    "filip": {"B/32": None, "smoke": None},
     "coca": {"B/32": 253.6, "smoke": None},
     "ul2": {"base": 247.6, "20b": None, "prefix-base": None, "smoke": None, "prefix-tiny": None},
     "ul2_cap": {"B/16": None, "smoke": None},

@@ -24,6 +24,7 @@ from vlm_jax.data.registry import BadExample
 from vlm_jax.errors import UserError
 from vlm_jax.models import generate, pooling
 from vlm_jax.models.generate import log_likelihood, log_likelihoods
+from vlm_jax.similarity import similarity
 
 
 @partial(jax.jit, static_argnames="model")
@@ -99,11 +100,14 @@ class Pretrained:
         return hasattr(self.model, "decoder") and not hasattr(self.model, "image")
 
     def embed_images(self, images: Sequence) -> np.ndarray:
-        """Pictures (PIL images, paths, encoded bytes, uint8 arrays [H, W, 3]) -> unit-norm float32 [n, D]."""
+        """Pictures (PIL images, paths, encoded bytes, uint8 arrays [H, W, 3]) -> unit-norm float32 [n, D].
+
+        Of a tower with pool "all", [n, N, D]: a vector for every token.
+        """
         return self.embed_image_batch(self._pictures(images))
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Texts -> unit-norm float32 [n, D]."""
+        """Texts -> unit-norm float32 [n, D]; of a tower with pool "all" [n, L, D], zeros for padding."""
         self._need("text")
         if insert.is_conditional(self.model):
             raise UserError("texts of this model depend on the picture, by its Meta-Net; use classify or class_logits")
@@ -132,7 +136,7 @@ class Pretrained:
             return self.caption_logits(self._pictures(images), texts)
         bias = float(self.params.get("logit_bias", 0.0))
         image, text = self.embed_images(images), self.embed_texts(texts)
-        return math.exp(float(self.params["logit_scale"])) * image @ text.T + bias
+        return math.exp(float(self.params["logit_scale"])) * similarity(image, text) + bias
 
     def caption_logits(self, images: Any, texts: Sequence[str]) -> np.ndarray:
         """log p(text | picture) of every preprocessed image [B, H, W, 3] with every text, float32 [B, m]."""
@@ -161,7 +165,7 @@ class Pretrained:
             with ThreadPoolExecutor(1) as pool:  # two programs to compile, at the same time
                 text = pool.submit(class_embeddings, self.embed_texts, labels, templates)
                 image, text = self.embed_image_batch(images), text.result()
-            return math.exp(float(self.params["logit_scale"])) * image @ text.T
+            return math.exp(float(self.params["logit_scale"])) * similarity(image, text)
         prompts = prompts_of(labels, templates)
         if self.is_captioner:
             logits = self.caption_logits(images, prompts)
@@ -371,13 +375,16 @@ def class_embeddings(
 ) -> np.ndarray:
     """Returns unit-norm class embeddings, float32 [C, D]: the normalised mean of the names' normalised prompts.
 
+    Of texts with a vector for every token all prompts' are kept, [C, templates, L, D].
+
     Args:
-      embed_texts: texts -> float [n, D].
+      embed_texts: texts -> float [n, D], or [n, L, D].
       names: C class names.
       templates: prompts; `{}` stands for the name.
     """
     embeddings = np.asarray(embed_texts(prompts_of(names, templates)), np.float32)
-    return unit(unit(embeddings.reshape(len(names), len(templates), -1)).mean(axis=1))
+    embeddings = embeddings.reshape(len(names), len(templates), *embeddings.shape[1:])
+    return embeddings if embeddings.ndim == 4 else unit(unit(embeddings).mean(axis=1))
 
 
 def prompts_of(names: Sequence[str], templates: Sequence[str]) -> list[str]:

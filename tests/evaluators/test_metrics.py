@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.evaluators import mean_per_class_accuracy, metrics, retrieval_recall, top_k_accuracy, truth_ranks
+from vlm_jax.similarity import similarity
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
@@ -74,7 +75,7 @@ def test_blocks_change_nothing(monkeypatch):
     rng = np.random.default_rng(2)
     images, texts = rng.integers(-2, 3, (9, 4)), rng.integers(-2, 3, (23, 4))  # many equal similarities
     image_of_text = rng.permutation(np.concatenate([np.arange(9), rng.integers(0, 9, 14)]))
-    matrix = metrics.similarity(images.astype(np.float32), texts.astype(np.float32))
+    matrix = similarity(images.astype(np.float32), texts.astype(np.float32))
     whole = metrics.retrieval_ranks(lambda i, t: matrix[i, t], 9, image_of_text)
     order = np.argsort(-matrix.T, axis=1, kind="stable")
     assert np.array_equal(whole["text_to_image"], (order == image_of_text[:, None]).argmax(1))
@@ -84,7 +85,7 @@ def test_blocks_change_nothing(monkeypatch):
 
     def scores(i, t):
         asked.append((i.stop - i.start, t.stop - t.start))
-        return metrics.similarity(images[i].astype(np.float32), texts[t].astype(np.float32))
+        return similarity(images[i].astype(np.float32), texts[t].astype(np.float32))
 
     monkeypatch.setattr(metrics, "ROWS", 4)
     monkeypatch.setattr(metrics, "COLUMNS", 5)
@@ -101,10 +102,10 @@ def test_similarity_is_rounded_once():
     rng = np.random.default_rng(3)
     a, b = rng.normal(size=(40, 129)).astype(np.float32), rng.normal(size=(50, 129)).astype(np.float32)
     exact = np.float32([[sum(map(fractions.Fraction, map(float, x.astype(float) * y))) for y in b[:4]] for x in a[:4]])
-    whole = metrics.similarity(a, b)
+    whole = similarity(a, b)
     assert np.array_equal(whole[:4, :4], exact), "products of two float32 are exact in float64"
     for i, j in ((0, 0), (7, 49), (39, 13)):
-        assert np.array_equal(metrics.similarity(a[i : i + 1], b[j : j + 3]), whole[i : i + 1, j : j + 3])
+        assert np.array_equal(similarity(a[i : i + 1], b[j : j + 3]), whole[i : i + 1, j : j + 3])
 
 
 def test_a_diverged_model_retrieves_nothing():

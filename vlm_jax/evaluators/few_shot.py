@@ -115,6 +115,10 @@ def few_shot(
         del mesh  # the model knows where it runs
         if pretrained.is_captioner:
             raise UserError("few_shot compares embeddings, which a captioner has none of; see `probe`")
+        if getattr(getattr(pretrained.model, "image", None), "pool", None) == "all":
+            raise UserError(
+                'few_shot compares one vector for each picture; this one has pool "all", one for each token'
+            )
         if pictures and jax.process_count() > 1:
             raise UserError("few_shot tunes on one host; on several there are the heads: " + ", ".join(HEADS))
         progress = progress or Progress()

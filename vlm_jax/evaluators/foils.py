@@ -17,6 +17,7 @@ from vlm_jax.evaluators.progress import Progress, memory_limit
 from vlm_jax.evaluators.records import read_fields
 from vlm_jax.evaluators.result import Result
 from vlm_jax.evaluators.stream import open_pass, stream
+from vlm_jax.similarity import similarity_of_pairs
 
 
 def foils(
@@ -116,8 +117,8 @@ def _scores(pretrained: Any, images: Any, texts: list[list[str | None]]) -> list
     filled = [[text or other or filler for text, other in zip(own, texts[0], strict=True)] for own in texts]
     if getattr(pretrained, "is_captioner", False):
         return [pretrained.score_batch(images, own)[0] for own in filled]
-    embedded = pretrained.embed_image_batch(images).astype(np.float64)
-    return [np.sum(embedded * pretrained.embed_texts(own), axis=1) for own in filled]
+    embedded = pretrained.embed_image_batch(images)
+    return [similarity_of_pairs(embedded, pretrained.embed_texts(own)) for own in filled]
 
 
 def _result(table: Any, kinds: Sequence[str], caption: list, foils: list[list]) -> Result:

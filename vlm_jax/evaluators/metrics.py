@@ -13,15 +13,6 @@ ROWS, COLUMNS = 1024, 4096  # of a block: 32 MB in float64
 Scores = Callable[[slice, slice], np.ndarray]
 
 
-def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Returns the inner products of float32 [n, D] and [m, D], float32 [n, m].
-
-    Added up in float64 and rounded once, so that a pair's number does not depend on the block that it is computed in,
-    and equal embeddings tie exactly.
-    """
-    return (a.astype(np.float64) @ b.astype(np.float64, copy=False).T).astype(np.float32)
-
-
 def truth_ranks(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Returns how many candidates stand before the true one, int [N]: 0 is right.
 

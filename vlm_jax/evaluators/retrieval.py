@@ -12,6 +12,7 @@ from vlm_jax.evaluators.progress import Progress, Table, memory_limit
 from vlm_jax.evaluators.result import Result
 from vlm_jax.evaluators.stream import look_up, open_pass, stream
 from vlm_jax.evaluators.zeroshot import evenly_spaced
+from vlm_jax.similarity import similarity
 
 NAMED = 5  # best captions shown with a picture
 
@@ -90,8 +91,11 @@ def retrieval(
 
 
 def _result(images: Table, texts: Table, ks: Sequence[int], gallery: int, look: Callable, fields: str) -> Result:
-    scores = lambda i, t: metrics.similarity(images.read("embedding", i), texts.read("embedding", t))
+    scores = lambda i, t: similarity(images.read("embedding", i), texts.read("embedding", t))
     ranks = metrics.retrieval_ranks(scores, len(images), texts.read("image"))
+    if images.read("embedding", slice(0, 1)).ndim == 3:  # what a text finds in a picture is another number
+        found = lambda i, t: similarity(texts.read("embedding", t), images.read("embedding", i)).T
+        ranks |= {"text_to_image": metrics.retrieval_ranks(found, len(images), texts.read("image"))["text_to_image"]}
     numbers = metrics.recall(ranks, ks) | {"images": float(len(images)), "texts": float(len(texts))}
     artifacts = {"ranks": ranks}
     if gallery:
@@ -102,8 +106,8 @@ def _result(images: Table, texts: Table, ks: Sequence[int], gallery: int, look: 
 def _gallery(images: Table, texts: Table, shown: np.ndarray, look: Callable, fields: str) -> dict[str, Any]:
     """Some pictures with their best captions; `truth` is the best of a picture's own, or its first."""
     queries = np.concatenate([images.read("embedding", slice(i, i + 1)) for i in shown])
-    scores = lambda i, t: metrics.similarity(queries[i], texts.read("embedding", t))
-    best, similarity = metrics.top_k(scores, len(shown), len(texts), NAMED)
+    scores = lambda i, t: similarity(queries[i], texts.read("embedding", t))
+    best, nearness = metrics.top_k(scores, len(shown), len(texts), NAMED)
     owner, nth = texts.read("image"), texts.read("nth")
     wanted = np.union1d(owner[best], shown)
     records = look(wanted, f'boxed({fields}, to="captions") | keep("captions")')
@@ -114,7 +118,7 @@ def _gallery(images: Table, texts: Table, shown: np.ndarray, look: Callable, fie
         own = np.flatnonzero(owner[row] == i)
         truth.append(texts_of_row[own[0]] if len(own) else captions[i][0])
     pictures = [record["thumbnail"] for record in look(shown, 'decode | thumbnail | keep("thumbnail")')]
-    return {"images": np.stack(pictures), "truth": truth, "names": names, "scores": similarity}
+    return {"images": np.stack(pictures), "truth": truth, "names": names, "scores": nearness}
 
 
 def _texts(values: list) -> list[str]:

@@ -18,6 +18,7 @@ from vlm_jax.evaluators.progress import Progress, Table, memory_limit
 from vlm_jax.evaluators.result import Result
 from vlm_jax.evaluators.stream import look_up, open_pass, stream
 from vlm_jax.pretrained import class_embeddings
+from vlm_jax.similarity import similarity
 
 NAMED = 5  # best names kept for each picture
 MIXED_UP = 24  # confusions kept
@@ -97,7 +98,7 @@ def zeroshot(
                     logits = pretrained.class_logits(batch.image, names, templates)[among]
                 else:
                     embedded = pretrained.embed_image_batch(batch.image)[among]
-                    logits = metrics.similarity(embedded, text) if hosts.first else None
+                    logits = similarity(embedded, text) if hosts.first else None
                 if hosts.first:
                     examples.append(position=batch.position[among], **_row(logits, truth[among]))
             progress.save(batches=batch.done, examples=some, left_out=left_out)

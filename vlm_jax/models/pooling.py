@@ -16,7 +16,8 @@ class Encoded:
     """What a tower returns.
 
     Attributes:
-      pooled: [B, out_dim] (without a head: what the pool gives), compute dtype; None for pool "none".
+      pooled: [B, out_dim] (without a head: what the pool gives), compute dtype; [B, L, out_dim] for pool "all", zero
+        where a token is left out; None for pool "none".
       tokens: [B, L, D] after the final norm, before any head; a cls token comes first.
       mask: bool [B, L], False where a token is padding that attention does not see; None where all are seen.
     """
@@ -32,11 +33,12 @@ def pool(name, tokens, mask=None, position=None):
     Args:
       name: the pool.
       tokens: [B, L, D].
-      mask: bool [B, L], False where a token is left out of "gap", "mean", "max", "concat"; or None.
+      mask: bool [B, L], False where a token is left out of "gap", "mean", "max", "concat", "all"; or None.
       position: int [B], the token that "eos" and "argmax" return.
 
     Returns:
-      [B, D], or [B, L * D] for "concat"; in the dtype of tokens. A text with no token left pools to 0.
+      [B, D], [B, L * D] for "concat", or [B, L, D] for "all"; in the dtype of tokens. A text with no token left pools
+      to 0.
     """
     if name not in POOLS:
         raise UserError(f"pool is `{name}`; expected one of: map, none, {', '.join(POOLS)}")
@@ -60,9 +62,12 @@ def _max(tokens, mask, position):
     return jnp.where(jnp.any(mask, axis=1)[:, None], highest, 0)
 
 
+def _all(tokens, mask, position):
+    return tokens if mask is None else jnp.where(mask[..., None], tokens, 0)
+
+
 def _concat(tokens, mask, position):
-    kept = tokens if mask is None else jnp.where(mask[..., None], tokens, 0)
-    return kept.reshape(tokens.shape[0], -1)
+    return _all(tokens, mask, position).reshape(tokens.shape[0], -1)
 
 
 def _first(tokens, mask, position):
@@ -82,6 +87,7 @@ POOLS: dict[str, Callable] = {
     "mean": _mean,
     "max": _max,
     "concat": _concat,
+    "all": _all,
     "tok": _first,
     "first": _first,
     "last": _last,

@@ -341,4 +341,6 @@ class Encoder(nn.Module, kw_only=True):
             x = jnp.tanh(nn.Dense(self.rep_dim, dtype=self.dtype, name="rep")(x))
         if self.out_dim:
             x = nn.Dense(self.out_dim, use_bias=self.head_bias, dtype=self.dtype, name="head")(x)
+        if self.pool == "all":
+            x = pool("all", x, pool_mask)  # biases of the heads are no tokens
         return Encoded(x, tokens, mask)

@@ -15,8 +15,8 @@ class Embeddings:
     """What two towers return; None where an input was None.
 
     Attributes:
-      image: fp32 [B, D], unit norm.
-      text: fp32 [B, D], unit norm.
+      image: fp32 [B, D], unit norm; of a tower with pool "all", [B, N, D], zeros for padding.
+      text: fp32 [B, D], unit norm; likewise [B, L, D].
       image_tokens: [B, N, D_image], before pool and head.
       text_tokens: [B, L, D_text], before pool and head.
       scale: fp32 scalar, the factor on cosines: exp(logit_scale); None for one tower alone.

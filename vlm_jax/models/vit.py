@@ -26,7 +26,7 @@ class ViT(Encoder, kw_only=True):
       patch: side of a patch in pixels.
       image_size: (height, width) in pixels or one int, checked; None takes whatever the parameters are made for.
         Packed patches need it: the position table is resampled from this size to each picture's.
-      pool: "gap" (the mean of all tokens, cls included), "map", "tok", "concat", "max" or "none".
+      pool: "gap" (the mean of all tokens, cls included), "map", "tok", "concat", "max", "all" or "none".
       posemb: "learned", "sincos2d" or "none".
       cls: whether a cls token comes first; None: exactly where pool is "tok".
       cls_position: whether the learned positions have a row for it, the first (OpenAI's CLIP).

@@ -22,7 +22,8 @@ class Similarity(NamedTuple):
 
     Attributes:
       features: what is kept of the model's `Embeddings`: pytree, leading axis B.
-      scores: features -> [B, B], images in rows, texts in columns.
+      scores: features -> (of images, of texts), each [B, B], images in rows, texts in columns: what an image finds in
+        texts, and what a text finds in images.
       embeddings: features -> (images [B, D], texts [B, D]) whose inner products the scores are; None where they are not
         inner products.
     """
@@ -38,13 +39,46 @@ def cosine() -> Similarity:
     def scores(features):
         image, text = features["image"], features["text"]
         dtype = jnp.promote_types(image.dtype, jnp.float32)
-        return jnp.matmul(image.astype(dtype), text.astype(dtype).T, precision=jax.lax.Precision.HIGHEST)
+        cosines = jnp.matmul(image.astype(dtype), text.astype(dtype).T, precision=jax.lax.Precision.HIGHEST)
+        return cosines, cosines
 
-    features = lambda embeddings: {"image": embeddings.image, "text": embeddings.text}
-    return Similarity(features, scores, lambda features: (features["image"], features["text"]))
+    return Similarity(of_both, scores, lambda features: (features["image"], features["text"]))
 
 
-SIMILARITIES = {"cosine": cosine}
+def token_wise(*, chunk: int = 64) -> Similarity:
+    """Of every token its best match in the other modality, on average (FILIP, arXiv:2111.07783, section 3.1).
+
+        of images: mean_k max_r <v_ik, t_jr>        of texts: mean_r max_k <v_ik, t_jr>
+
+    Embeddings [B, N, D] and [B, L, D] are of towers with pool "all": v_ik is patch k of image i, t_jr word r of text j,
+    zeros for padding, which takes no part. `chunk` texts at a time, so that the products of all tokens are never there.
+    """
+
+    def scores(features):
+        images, texts = features["image"], features["text"]
+        is_patch, is_token = (jnp.any(x != 0, axis=-1) for x in (images, texts))
+        mean = lambda x, real: jnp.sum(x * real, axis=-1) / jnp.maximum(jnp.sum(real, axis=-1), 1)
+
+        @jax.checkpoint
+        def with_text(text):
+            tokens, real = text
+            products = jnp.einsum("bkd,rd->bkr", images, tokens, precision=jax.lax.Precision.HIGHEST)
+            best_token = jnp.max(products, axis=2, where=real, initial=-1)
+            best_patch = jnp.max(products, axis=1, where=is_patch[..., None], initial=-1)
+            return mean(best_token, is_patch), mean(best_patch, real)
+
+        of_images, of_texts = jax.lax.map(with_text, (texts, is_token), batch_size=chunk)
+        return of_images.T, of_texts.T
+
+    return Similarity(of_both, scores)
+
+
+def of_both(embeddings: Any) -> dict[str, jax.Array]:
+    """What most similarities keep of `Embeddings`."""
+    return {"image": embeddings.image, "text": embeddings.text}
+
+
+SIMILARITIES = {"cosine": cosine, "token_wise": token_wise}
 
 
 def positives(targets: str, batch: Mapping[str, Any], size: int) -> jax.Array:
@@ -80,7 +114,7 @@ class Penalty(NamedTuple):
     """How logits and positives become a loss.
 
     Attributes:
-      plain: (logits [B, B], positives bool [B, B]) -> scalar.
+      plain: (logits of images [B, B], logits of texts [B, B], positives bool [B, B]) -> scalar.
       of_pairs: (`Pairs`) -> (scalar, results of images, results of texts with `best_positive` and `best_negative`).
     """
 
@@ -159,15 +193,18 @@ def softmax(*, label_smoothing: float = 0.0) -> Callable:
             total += pairs.mean(value)
         return 0.5 * total, *results
 
-    plain = lambda logits, positives: 0.5 * sum(cross_entropy(logits, positives, axis) for axis in (1, 0))
+    def plain(of_images, of_texts, positives):
+        return 0.5 * (cross_entropy(of_images, positives, 1) + cross_entropy(of_texts, positives, 0))
+
     return Penalty(plain, of_pairs)
 
 
 def sigmoid() -> Callable:
     """-1/B sum_ij log sigmoid(s_ij x_ij), s = +1 for positives, else -1 (SigLIP, arXiv:2303.15343, Section 3.2)."""
 
-    def plain(logits, positives):
-        return -jnp.mean(jnp.sum(jax.nn.log_sigmoid(jnp.where(positives, logits, -logits)), axis=1))
+    def plain(of_images, of_texts, positives):
+        of_pairs = lambda logits: jax.nn.log_sigmoid(jnp.where(positives, logits, -logits))
+        return -0.5 * jnp.mean(jnp.sum(of_pairs(of_images) + of_pairs(of_texts), axis=1))
 
     def of_pairs(pairs):
         images, texts = pairs.statistics(penalty="sigmoid")
@@ -195,7 +232,7 @@ def contrastive(
     Args:
       model: linen module, `apply({"params": p}, images, token_ids, train=...) -> Embeddings`.
       penalty: "softmax", "sigmoid", or a dict with the name and options, `dict(name="softmax", label_smoothing=0.1)`.
-      similarity: "cosine".
+      similarity: "cosine" or "token_wise", for towers with pool "all".
       targets: "identity", or a batch key such as "concept": pictures and texts of equal value are positives.
       max_scale: the scale is at most this (100 in CLIP, Section 2.5); gradients that lower it still pass.
       mask: a batch key, bool [B]: the other examples are nobody's negatives, and neither loss nor metrics see them.
@@ -226,12 +263,10 @@ def contrastive(
             value, *results = penalty.of_pairs(pairs)
             accuracies = [pairs.mean(result.best_positive > result.best_negative) for result in results]
         else:
-            logits = scale * similarity.scores(features)
-            if bias is not None:
-                logits += bias
-            matches = positives(targets, batch, logits.shape[0])
-            value = penalty.plain(logits, matches)
-            accuracies = [accuracy(logits, matches, axis) for axis in (1, 0)]
+            logits = [scale * scores + (0 if bias is None else bias) for scores in similarity.scores(features)]
+            matches = positives(targets, batch, len(logits[0]))
+            value = penalty.plain(*logits, matches)
+            accuracies = [accuracy(one, matches, axis) for one, axis in zip(logits, (1, 0), strict=True)]
         names = "accuracy_image_to_text", "accuracy_text_to_image"
         return value, metrics | dict(zip(names, accuracies, strict=True)) | {"loss": value}
 

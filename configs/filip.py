@@ -1,0 +1,24 @@
+"""FILIP: CLIP that compares patches with words (Yao et al. 2022, arXiv:2111.07783).
+
+    python -m vlm_jax.train --config=configs/filip.py:tiny --workdir=runs/filip_tiny   # embedded data, 2 CPU cores
+
+    python -m vlm_jax.train --config=configs/filip.py:B/32 --workdir=runs/filip_b32 \\
+        --config.data.uri='wds:/data/laion/{00000..41455}.tar' --config.mesh.fsdp=8
+
+Everything but the similarity is CLIP's; tokens are compared in 256 dimensions (section 3.1).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import clip
+
+
+def get_config(variant: str = "B/32") -> ConfigDict:
+    config = clip.get_config(variant)
+    for tower in (config.model.image, config.model.text):
+        tower.pool = "all"
+    if variant in clip.TOWERS:
+        config.model.image.out_dim = config.model.text.out_dim = 256
+        config.model.text.pad_mask = True
+    config.objective.similarity = "token_wise"
+    return config

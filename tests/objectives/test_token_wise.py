@@ -1,0 +1,122 @@
+"""FILIP's similarity against loops over all tokens, its objective, and a model of it in use."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vlm_jax
+from configs import filip
+from vlm_jax import evaluators, objectives
+from vlm_jax.models import Embeddings, build
+from vlm_jax.objectives.contrastive import token_wise
+from vlm_jax.similarity import similarity, similarity_of_pairs
+from vlm_jax.train import train
+
+
+def tokens(seed, count, length, padded=()):
+    """Unit vectors [count, length, 5]; of those in `padded` the last two are padding."""
+    z = np.random.default_rng(seed).normal(size=(count, length, 5)).astype(np.float32)
+    z /= np.linalg.norm(z, axis=-1, keepdims=True)
+    z[list(padded), -2:] = 0
+    return z
+
+
+IMAGES, TEXTS = tokens(0, 6, 4), tokens(1, 6, 3, padded=(1, 4))
+
+
+def by_hand(a, b):
+    """mean over a's tokens of the best product with b's, [n, m]; in loops, over the tokens that are there."""
+    real = lambda z: z[np.any(z != 0, axis=-1)].astype(np.float64)
+    return np.array([[np.mean([max(p @ q for q in real(y)) for p in real(x)]) for y in b] for x in a])
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 64])
+def test_scores_are_the_equations(chunk):
+    scores = token_wise(chunk=chunk).scores
+    of_images, of_texts = jax.jit(scores)({"image": IMAGES, "text": TEXTS})
+    np.testing.assert_allclose(of_images, by_hand(IMAGES, TEXTS), atol=1e-6)
+    np.testing.assert_allclose(of_texts, by_hand(TEXTS, IMAGES).T, atol=1e-6)
+    np.testing.assert_allclose(similarity(IMAGES, TEXTS), by_hand(IMAGES, TEXTS), atol=1e-6)
+    np.testing.assert_allclose(similarity_of_pairs(IMAGES, TEXTS), np.diag(by_hand(IMAGES, TEXTS)), atol=1e-6)
+
+
+def test_chunks_have_the_gradients_of_the_whole():
+    def dense(image, text):
+        products = jnp.einsum("ikd,jrd->ijkr", image, text, precision="highest")
+        products = jnp.where(jnp.any(text != 0, -1)[None, :, None], products, -1)
+        count = jnp.sum(jnp.any(text != 0, -1), -1)
+        of_texts = jnp.sum(jnp.where(jnp.any(text != 0, -1), jnp.max(products, 2), 0), -1) / count
+        return jnp.mean(jnp.max(products, 3), 2), of_texts
+
+    chunked = lambda image, text: token_wise(chunk=2).scores({"image": image, "text": text})
+    of = lambda scores: lambda *z: sum(jnp.sum(jnp.sin(3 * s + i)) for i, s in enumerate(scores(*z)))
+    for want, got in zip(*(jax.grad(of(scores), (0, 1))(IMAGES, TEXTS) for scores in (dense, chunked)), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_prompts_are_averaged_and_blocks_change_nothing(monkeypatch):
+    prompts = np.stack([TEXTS, TEXTS[::-1]], axis=1)
+    want = (by_hand(IMAGES, TEXTS) + by_hand(IMAGES, TEXTS[::-1])) / 2
+    np.testing.assert_allclose(similarity(IMAGES, prompts), want, atol=1e-6)
+    whole = similarity(IMAGES, TEXTS)
+    monkeypatch.setattr("vlm_jax.similarity.BLOCK", 1)
+    np.testing.assert_array_equal(similarity(IMAGES, TEXTS), whole)
+
+
+@pytest.mark.parametrize("penalty", ["softmax", "sigmoid"])
+def test_images_and_texts_each_have_their_own_logits(penalty):
+    class Lookup:
+        def apply(self, variables, images, token_ids, **options):
+            return Embeddings(images, token_ids, None, None, jnp.float32(7.0), jnp.float32(-2.0))
+
+    objective = objectives.build(dict(name="contrastive", penalty=penalty, similarity="token_wise"), Lookup())
+    batch = {"image": IMAGES, "token_ids": TEXTS}
+    loss, metrics = objective.loss({}, objective.encode({}, batch, None), batch)
+    logits = [7 * by_hand(IMAGES, TEXTS) - 2, 7 * by_hand(TEXTS, IMAGES) - 2]  # a query a row
+    if penalty == "softmax":
+        want = np.mean([np.log(np.exp(x).sum(1)) - np.diag(x) for x in logits])
+    else:
+        sign = 2 * np.eye(6) - 1
+        want = np.mean([np.log1p(np.exp(-sign * x)).sum(1) for x in logits])
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    best = [np.mean(np.argmax(x, axis=1) == np.arange(6)) for x in logits]
+    np.testing.assert_allclose([metrics["accuracy_image_to_text"], metrics["accuracy_text_to_image"]], best)
+
+
+def test_pool_all_projects_every_token_and_leaves_padding_zero():
+    tower = dict(width=16, depth=1, heads=2, out_dim=8, pool="all")
+    model = build(
+        dict(image=dict(patch=8, **tower), text=dict(vocab_size=9, length=4, pad_mask=True, **tower), bias_init=None)
+    )
+    images, token_ids = jax.random.normal(jax.random.key(0), (2, 16, 24, 3)), jnp.array([[3, 4, 5, 6], [7, 8, 0, 0]])
+    params = model.init(jax.random.key(1), images, token_ids)["params"]
+    params["text"]["head"]["bias"] += 1.0
+    out = model.apply({"params": params}, images, token_ids)
+    assert out.image.shape == (2, 6, 8) and out.text.shape == (2, 4, 8)
+    np.testing.assert_allclose(jnp.linalg.norm(out.image, axis=-1), 1, atol=1e-5)
+    np.testing.assert_allclose(jnp.linalg.norm(out.text, axis=-1), [[1, 1, 1, 1], [1, 1, 0, 0]], atol=1e-5)
+    head = params["text"]["head"]
+    want = out.text_tokens @ head["kernel"] + head["bias"]
+    np.testing.assert_allclose(out.text[0], want[0] / jnp.linalg.norm(want[0], axis=-1, keepdims=True), atol=1e-5)
+
+
+def test_a_trained_model_is_evaluated_by_its_own_similarity(tmp_path):
+    config = filip.get_config("smoke")
+    config.update(dict(duration="2 steps", evals={}))
+    train(config, tmp_path)
+    model = vlm_jax.load(tmp_path)
+    pictures, names = [np.full((32, 32, 3), c, np.uint8) for c in (0, 99, 200)], ["cat", "red apple"]
+    images, texts = model.embed_images(pictures), model.embed_texts(names)
+    assert images.shape == (3, 16, 128) and texts.shape == (2, 8, 128)
+    logits = np.exp(float(model.params["logit_scale"])) * by_hand(images, texts)
+    np.testing.assert_allclose(model.logits(pictures, names), logits, rtol=1e-5)
+    data = dict(uri="tfds:emoji", split="unseen_style", where=dict(style=["noto"], subgroup=["animal-mammal"]))
+    found = evaluators.build(dict(type="zeroshot", classes="emoji:seen", label="concept", gallery=2, **data))(model)
+    # a model of two steps names no better than by chance, but every picture has been ranked among all names
+    ranks = found.artifacts["predictions"]["rank_of_label"]
+    assert len(ranks) == found.metrics["examples"] > 5 and found.metrics["top5"] == np.mean(ranks < 5)
+    both = evaluators.build(dict(type="retrieval", captions="name/en", gallery=2, **data))(model)
+    assert len(both.artifacts["ranks"]["text_to_image"]) == len(ranks)
+    with pytest.raises(vlm_jax.errors.UserError, match="one vector for each picture"):
+        evaluators.build(dict(type="few_shot", methods=["gda"], classes="emoji:seen", label="concept", shots=1, **data))(model)
