@@ -1,0 +1,74 @@
+"""CLIP against FILIP at matched cost: names, and words pointed at in collages. See README.md."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+import vlm_jax
+from configs import clip, filip
+from vlm_jax import attention_maps, config
+from vlm_jax.data import loader
+from vlm_jax.evaluators import classes
+from vlm_jax.train import train
+
+MODELS = {"CLIP": clip, "FILIP": filip}
+SEEDS = (0, 1, 2)
+COLLAGES = 500
+
+
+def settings(name, seed):
+    """The config of a run: all alike but the pool and the similarity."""
+    settings = config.plain(MODELS[name].get_config("tiny"))
+    if name == "CLIP":
+        settings["model"]["image"]["pool"] = "gap"  # of each patch there is then an embedding, as FILIP has
+    zoomed = settings["data"]["ops"].replace("(10.0, 0.06, (0.82, 1.22))", "(10.0, 0.25, (0.4, 1.0))")
+    assert zoomed != settings["data"]["ops"]
+    settings["data"]["ops"] = zoomed
+    evals = {"unseen_style": settings["evals"]["unseen_style"] | {"every": None}}
+    return settings | dict(seed=seed, duration="100k examples", evals=evals)
+
+
+def collages(count):
+    """Four pictures of different concepts of the unseen style to a collage: uint8 [count, 64, 64, 3], names [count][4]."""
+    names = classes.read("emoji:seen")
+    ops = 'decode | crop_to_content | resize(32) | keep("image", "concept")'
+    batches = loader.eval_batches(uri="tfds:emoji", split="unseen_style", ops=ops, batch_size=64)
+    batches = [batches[i][0] for i in range(len(batches))]
+    images, concepts = (np.concatenate([b[key][b["mask"]] for b in batches]) for key in ("image", "concept"))
+    seen = np.flatnonzero(np.isin(concepts, list(names)))
+    rng = np.random.default_rng(0)
+    chosen = []
+    while len(chosen) < count:
+        four = rng.choice(seen, 4, replace=False)
+        if len(set(concepts[four])) == 4:
+            chosen.append(four)
+    grids = images[np.array(chosen)].reshape(count, 2, 2, 32, 32, 3)
+    pictures = grids.transpose(0, 1, 3, 2, 4, 5).reshape(count, 64, 64, 3)
+    return pictures, [[names[int(concepts[i])] for i in four] for four in chosen]
+
+
+def pointing(model, pictures, names, step=20):
+    """The share of names whose best patch lies in their own quarter of the collage; chance is 1 / 4."""
+    right = []
+    for i in range(0, len(pictures), step):
+        some = names[i : i + step]
+        maps = attention_maps.word_patch(model, pictures[i : i + step], [name for four in some for name in four])
+        n, _, height, width = maps.shape
+        own = maps.reshape(n, n, 4, height, width)[np.arange(n), np.arange(n)]  # [n, 4, h, w]
+        best = own.reshape(n, 4, -1).argmax(-1)
+        quarter = 2 * (best // width >= height / 2) + (best % width >= width / 2)
+        right.append(quarter == np.arange(4))
+    return float(np.mean(np.concatenate(right)))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, default=Path("runs/token_wise"))
+    options = parser.parse_args()
+    results = {}
+    for seed in SEEDS:
+        for name in MODELS:
+            workdir = options.runs / f"{name}_{seed}"
+            if not (workdir / "results.json").exists():
+                train(settings(name, seed), workdir)
