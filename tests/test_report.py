@@ -110,8 +110,8 @@ def test_artifacts_return_as_they_were_saved(workdir):
 
 
 def test_series_ends_at_a_broken_line_and_drops_single_points(workdir):
-    series = report._series(workdir / "metrics.jsonl")
-    assert series == {
+    found = report.series(workdir)
+    assert found == {
         "loss": ([1, 2], [5.0, 4.0]), "lr": ([1, 2], [0.1, 0.2]),
         "seen/top1": ([2, 3], [0.25, 0.5]), "new/top1": ([2, 3], [0.5, 0.5]),
     }  # fmt: skip

@@ -9,7 +9,7 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -62,9 +62,29 @@ def load_artifacts(workdir: str | pathlib.Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def series(workdir: str | pathlib.Path) -> dict[str, tuple[list[float], list[float]]]:
+    """Returns metric -> (steps, values) of a run's metrics.jsonl, for `figures.curves`.
+
+    Counts and evaluations that ran once are left out; a line that a kill cut short ends the file.
+    """
+    found: dict[str, tuple[list, list]] = {}
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        for name, value in entry.items():
+            if not _is_count(name):
+                steps, values = found.setdefault(name, ([], []))
+                steps.append(entry["step"])
+                values.append(value)
+    return {name: line for name, line in found.items() if len(line[0]) > 1 or "/" not in name}
+
+
 def write(workdir: str | pathlib.Path) -> pathlib.Path:
     """Writes the report of the run in `workdir` and returns the path of its index.html."""
-    from vlm_jax import report_figures as figures
+    from vlm_jax import figures
 
     workdir = pathlib.Path(workdir).absolute()
     folder = workdir / "report"
@@ -74,20 +94,24 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
     order = list(dict.fromkeys(key.partition("/")[0] for key in results))
     place = lambda name: order.index(name) if name in order else len(order)
     sections = [_results_tables(results), _run_table(results)]
-    if series := _series(workdir / "metrics.jsonl"):
-        figures.curves(series, folder / "curves.png")
+    if lines := series(workdir):
+        figures.curves(lines).save(folder / "curves.png")
         sections.append(_figure("Training", "curves.png", "curves over training steps", ""))
     for name, artifacts in sorted(evaluations.items(), key=lambda item: place(item[0])):
         slug = re.sub(r"[^\w.-]", "_", name)
         if "gallery/images" in artifacts:
-            figures.gallery(artifacts, folder / f"{slug}_gallery.png")
+            figures.gallery(*(artifacts[f"gallery/{key}"] for key in ("images", "names", "scores", "truth"))).save(
+                folder / f"{slug}_gallery.png"
+            )
             about = (
                 "Pictures at even distances through the split, each with its best names or what was written, and their "
                 "scores. A tick marks the right name; where it is missing, it stands below after a cross."
             )
             sections.append(_figure(f"{name}: best names", f"{slug}_gallery.png", f"{name} gallery", about))
         if artifacts.get("confusions"):
-            figures.confusions(artifacts, folder / f"{slug}_confusions.png")
+            figures.confusions(
+                artifacts["confusions"], *(artifacts.get(f"class_pictures/{key}", ()) for key in ("names", "images"))
+            ).save(folder / f"{slug}_confusions.png")
             about = (
                 "Left the right class, right what it was taken for, each with the split's first picture of the class. "
                 "The most frequent first, among equals the surest."
@@ -174,23 +198,6 @@ def _run_table(results: Mapping[str, Any]) -> str:
 def _figure(heading: str, path: str, alt: str, about: str) -> str:
     text = f"<p>{html.escape(about)}</p>\n" if about else ""
     return f'<h2>{html.escape(heading)}</h2>\n{text}<img src="{path}" alt="{html.escape(alt)}">'
-
-
-def _series(path: pathlib.Path) -> dict[str, tuple[Sequence[float], Sequence[float]]]:
-    """Returns metric -> (steps, values) of a metrics.jsonl; a line that a kill cut short ends the file."""
-    series: dict[str, tuple[list, list]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        for name, value in entry.items():
-            if not _is_count(name):
-                steps, values = series.setdefault(name, ([], []))
-                steps.append(entry["step"])
-                values.append(value)
-    # An evaluation that ran once is in the table; one point is no curve.
-    return {name: line for name, line in series.items() if len(line[0]) > 1 or "/" not in name}
 
 
 def _is_count(name: str) -> bool:

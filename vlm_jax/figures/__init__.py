@@ -1,0 +1,31 @@
+"""Pictures of what a model does, one style, readable in grey.
+
+    from vlm_jax import figures
+    figures.similarity(pictures, texts, clip.logits(pictures, texts))  # the last line of a notebook's cell shows it
+    figures.maps(pictures, attention_maps.attention(clip, pictures)).save("attention.png")
+
+Every function takes numbers and pictures, never a model, and returns a `Picture`: a matplotlib figure that shows itself
+in a notebook, without pyplot. Pictures are uint8 arrays [n, H, W, 3] or a list of such [H, W, 3] or of PIL images.
+"""
+
+from vlm_jax.figures.calibration import calibration
+from vlm_jax.figures.classes import confusion_matrix, confusions, gallery
+from vlm_jax.figures.curves import curves
+from vlm_jax.figures.pairs import retrieval, similarity
+from vlm_jax.figures.patches import maps, word_patch
+from vlm_jax.figures.space import embedding_space
+from vlm_jax.figures.style import Picture
+
+__all__ = [
+    "Picture",
+    "calibration",
+    "confusion_matrix",
+    "confusions",
+    "curves",
+    "embedding_space",
+    "gallery",
+    "maps",
+    "retrieval",
+    "similarity",
+    "word_patch",
+]

@@ -1,0 +1,104 @@
+"""How all pictures look: ink on white, and marks, hatches and line styles wherever a colour says something."""
+
+import io
+import os
+import pathlib
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from vlm_jax.errors import UserError
+
+RC = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "hatch.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "savefig.dpi": 110,
+    "text.parse_math": False,  # a class may be called "$"
+}
+INK, GREY, BAR, BLUE = "#1a1a1a", "#666666", "#dcdcdc", "#b9cfe4"
+SHARES, HEAT = "Blues", "cividis"  # both monotone in luminance: dark is much in the first, little in the second
+
+styled = matplotlib.rc_context(RC)
+
+
+class Picture(Figure):
+    """A figure that shows itself in a notebook. Settings of the reader's matplotlib do not change it."""
+
+    def save(self, path: str | os.PathLike) -> pathlib.Path:
+        """Writes a PNG and returns its path; the folder is made."""
+        path = pathlib.Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(self._repr_png_())
+        return path
+
+    @styled
+    def _repr_png_(self) -> bytes:
+        data = io.BytesIO()
+        self.savefig(data, format="png")
+        return data.getvalue()
+
+
+def grid(count: int, columns: int) -> tuple[int, int]:
+    """Rows and columns, at most so many, for `count` panels."""
+    columns = min(columns, count)
+    return -(-count // columns), columns
+
+
+def pixels(images: Sequence[Any]) -> list[np.ndarray]:
+    """Pictures as uint8 [H, W, 3] each."""
+    if not len(images):
+        raise UserError("a figure of pictures needs at least one; got none")
+    return [pixel(image) for image in images]
+
+
+def pixel(image: Any) -> np.ndarray:
+    """A picture, PIL or uint8 [H, W, 3], as uint8 [H, W, 3]; transparent PIL images stand on white."""
+    if isinstance(image, Image.Image):
+        image = image.convert("RGBA")
+        image = np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+        raise UserError(f"a picture should be a PIL image or uint8 [H, W, 3]; got {image.dtype} {list(image.shape)}")
+    return image
+
+
+def show(axes: Any, image: np.ndarray) -> None:
+    """Draws a picture without axes."""
+    axes.imshow(image)
+    axes.axis("off")
+
+
+def short(text: str, width: int = 29) -> str:
+    """At most `width` characters."""
+    return text if len(text) <= width else text[: width - 1].rstrip() + "…"
+
+
+def wrapped(text: str, width: int, lines: int) -> str:
+    """At most `lines` lines of `width` characters."""
+    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …")) or text
+
+
+def ink_on(shade: float) -> str:
+    """The colour of text on `SHARES` at a shade in [0, 1]."""
+    return "white" if shade > 0.6 else INK
+
+
+def check(condition: bool, expected: str, *arrays: Any) -> None:
+    """Raises a UserError that says what was expected and which shapes came."""
+    if not condition:
+        raise UserError(f"expected {expected}; got {', '.join(str(list(np.shape(array))) for array in arrays)}")
