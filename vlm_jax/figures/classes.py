@@ -46,7 +46,7 @@ def _names(axes: Any, names: Sequence[str], truth: str | None, lengths: np.ndarr
         weight = "bold" if right else "normal"
         text = f"✓ {short(name)}" if right else short(name)
         axes.text(0.015, -j, text, va="center", color=INK, weight=weight, fontsize=8)
-        axes.text(1.16, -j, f"{score:.2f}", va="center", ha="right", color=GREY, fontsize=7)
+        axes.text(1.16, -j, f"{score:z.2f}", va="center", ha="right", color=GREY, fontsize=7)
     if truth is not None and truth not in names:
         axes.text(0.015, -len(names), f"✗ {short(truth, 40)}", va="center", color=INK, fontsize=8, style="italic")
     axes.set_xlim(0, 1.16)

@@ -29,7 +29,7 @@ def similarity(images: Sequence[Any], texts: Sequence[str], scores: Any) -> Pict
     decimals = 2 if np.abs(scores).max() < 10 else 1 if np.abs(scores).max() < 100 else 0
     for (i, j), score in np.ndenumerate(scores):
         ink = style.ink_on((score - low) / (high - low))
-        axes.text(j + 0.5, i + 0.5, f"{score:.{decimals}f}", ha="center", va="center", fontsize=8, color=ink)
+        axes.text(j + 0.5, i + 0.5, f"{score:z.{decimals}f}", ha="center", va="center", fontsize=8, color=ink)
     for i, best in enumerate(scores.argmax(axis=1)):
         axes.add_patch(Rectangle((best + 0.04, i + 0.04), 0.92, 0.92, fill=False, edgecolor=INK, linewidth=1.8))
     for i, image in enumerate(images):
@@ -80,7 +80,7 @@ def retrieval(queries: Sequence[Any], results: Sequence[Sequence[Any]], scores: 
                 axes.grid(False)
                 axes.spines[:].set(visible=True, color=INK, linewidth=2.5)
             picture.text((left + (cell - 0.1) / 2) / width, 1 - (1.45 * i + 1.2) / height,
-                         f"{'✓ ' if right[i, j] else ''}{scores[i, j]:.2f}", ha="center", va="top", fontsize=8,
+                         f"{'✓ ' if right[i, j] else ''}{scores[i, j]:z.2f}", ha="center", va="top", fontsize=8,
                          color=INK if right[i, j] else GREY, weight="bold" if right[i, j] else "normal")  # fmt: skip
     return picture
 

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.collections import LineCollection
+from matplotlib.patheffects import withStroke
 
 from vlm_jax.figures import style
-from vlm_jax.figures.style import GREY, INK, Picture
+from vlm_jax.figures.style import INK, Picture
 
 NAMED = 12
 
@@ -51,13 +52,14 @@ def embedding_space(image: Any, text: Any, names: Sequence[str] | None = None) -
     Args:
       image: float [n, D].
       text: float [m, D]; where m = n, text i belongs to picture i and a line joins them.
-      names: of the texts, m; a dozen of them are written, evenly spaced.
+      names: of the texts, m; a dozen of them at most are written, where there is room.
     """
     plane = principal_plane(image, text)
-    picture = Picture(figsize=(6.8, 5.6), layout="constrained")
+    width, height = np.ptp(np.concatenate([plane.image, plane.text]), axis=0)
+    picture = Picture(figsize=(7.2, np.clip(1.2 + 6 * height / max(width, 1e-12), 3.4, 7)), layout="constrained")
     axes = picture.add_subplot()
     if len(plane.image) == len(plane.text):
-        axes.add_collection(LineCollection(np.stack([plane.image, plane.text], 1), colors="#c8c8c8", linewidths=0.6))
+        axes.add_collection(LineCollection(np.stack([plane.image, plane.text], 1), colors="#d4d4d4", linewidths=0.5))
     axes.scatter(*plane.image.T, s=16, marker="o", facecolors="white", edgecolors="#3b6ea5", linewidths=0.9,
                  label="pictures", zorder=3)  # fmt: skip
     axes.scatter(*plane.text.T, s=18, marker="^", color=INK, linewidths=0, label="texts", zorder=3)
@@ -66,9 +68,11 @@ def embedding_space(image: Any, text: Any, names: Sequence[str] | None = None) -
     axes.plot(*means.T, "-P", color=INK, markerfacecolor="white", markersize=10, linewidth=1.6, zorder=5, label="means")
     if names is not None:
         style.check(len(names) == len(plane.text), f"{len(plane.text)} names", names)
-        for i in np.unique(np.linspace(0, len(names) - 1, min(NAMED, len(names))).round().astype(int)):
-            axes.annotate(style.short(names[i], 24), plane.text[i], (3, 3), textcoords="offset points", fontsize=8,
-                          color=GREY, zorder=6)  # fmt: skip
+        names = [style.short(name, 24) for name in names]
+        for i in _labelled(plane.text, names, width / 6):
+            label = axes.annotate(names[i], plane.text[i], (4, 4), textcoords="offset points",
+                                  fontsize=8, color=INK, zorder=6)  # fmt: skip
+            label.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
     first, second = 100 * plane.explained
     axes.set_title(f"gap between the means {plane.gap:.2f}")
     axes.set_xlabel(f"first principal component ({first:.0f} % of the variance)")
@@ -76,3 +80,20 @@ def embedding_space(image: Any, text: Any, names: Sequence[str] | None = None) -
     axes.set_aspect("equal", "datalim")
     axes.legend(loc="best")
     return picture
+
+
+def _labelled(points: np.ndarray, names: Sequence[str], inch: float) -> list[int]:
+    """Indices of points [n, 2] whose names fit beside them: each the farthest from those before it.
+
+    Args: the points, their names, and how long an inch is on the paper.
+    """
+    chosen, distance, written = [], np.full(len(points), np.inf), np.empty((0, 4))
+    while len(chosen) < NAMED and distance.max(initial=0) > 0:
+        i = int(distance.argmax())
+        distance = np.minimum(distance, np.linalg.norm(points - points[i], axis=1))
+        left, low = points[i]
+        box = np.array([left, low, left + (0.1 + 0.075 * len(names[i])) * inch, low + 0.16 * inch])
+        if not np.any(np.all((written[:, :2] < box[2:]) & (box[:2] < written[:, 2:]), axis=1)):
+            chosen.append(i)
+            written = np.concatenate([written, box[None]])
+    return chosen

@@ -95,7 +95,7 @@ def wrapped(text: str, width: int, lines: int) -> str:
 
 def ink_on(shade: float) -> str:
     """The colour of text on `SHARES` at a shade in [0, 1]."""
-    return "white" if shade > 0.6 else INK
+    return "white" if shade > 0.7 else INK
 
 
 def check(condition: bool, expected: str, *arrays: Any) -> None:

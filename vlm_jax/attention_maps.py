@@ -1,0 +1,208 @@
+"""Where an image tower looks, and which of its patches are like a text. Numbers; `figures.maps` and `word_patch` draw
+them.
+
+    attention_maps.attention(clip, pictures)               # float32 [n, h, w]
+    attention_maps.word_patch(clip, pictures, ["a hat"])   # float32 [n, 1, h, w]
+
+The model runs as it is. Its modules are watched (`flax.linen.intercept_methods`), the softmax, which kernels do not
+give back, is computed again from queries and keys, and nothing that the model computes from it changes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlm_jax.errors import UserError
+from vlm_jax.models.coca import QueryPool
+from vlm_jax.models.layers import Attention
+from vlm_jax.models.transformer import Block
+from vlm_jax.pretrained import Pretrained
+
+
+def attention(pretrained: Pretrained, images: Sequence) -> np.ndarray:
+    """How much the output of the image tower looks at each patch, float32 [n, h, w].
+
+    - Where attention pools the tokens (SigLIP's MAP head, CoCa's pooler): the weights of its first query, the mean over
+      heads.
+    - Where the output is the cls token: its row of the last block's weights, the mean over heads.
+    - Otherwise (the mean of the tokens, a captioner's tokens): attention rollout (Abnar and Zuidema 2020,
+      arXiv:2005.00928, section 3), the product over blocks of (weights + identity) / 2, the mean over tokens that look.
+
+    What goes to a cls token, registers or prompts is left out, so that a map need not add up to 1.
+
+    Args:
+      pretrained: a model with a ViT.
+      images: as for `Pretrained.embed_images`.
+
+    Raises:
+      UserError: the image tower has no patches; packed pictures have patches of different grids.
+    """
+    pictures, grid = _pictures(pretrained, images)
+    return pretrained._run(partial(_attention, grid=grid), pictures)
+
+
+def word_patch(pretrained: Pretrained, images: Sequence, texts: Sequence[str]) -> np.ndarray:
+    """The cosine of each patch of each picture with each text, float32 [n, m, h, w]; see `patch_embeddings`."""
+    pretrained._need("text")
+    patches = patch_embeddings(pretrained, images)
+    return np.einsum("nhwd,md->nmhw", patches, pretrained.embed_texts(texts), dtype=np.float32)
+
+
+def patch_embeddings(pretrained: Pretrained, images: Sequence) -> np.ndarray:
+    """Each patch in the space that pictures and texts share, unit norm, float32 [n, h, w, D].
+
+    Patch tokens take, one at a time, the way that the tower's output takes after its blocks:
+
+    - mean ("gap") or max: the head. Of a mean without a cls token and tanh, the mean over patches of what the head
+      gives is the picture's embedding, before its norm.
+    - "concat": the head, with zeros for the other L - 1 tokens and this one times L, so that the same holds.
+    - attention ("map", CoCa): the pool, seeing this token alone, and the head.
+    - cls token ("tok"): the head, after a last block in which each token attends to itself alone, as in MaskCLIP (Zhou
+      et al. 2022, arXiv:2112.01071, section 3.3).
+
+    Args, raises: see `attention`; and for a captioner, which has no embeddings.
+    """
+    if pretrained.is_captioner:
+        raise UserError("a captioner embeds no pictures; its patches are like no text")
+    pictures, grid = _pictures(pretrained, images)
+    if not hasattr(pretrained.model, "pool") and pretrained.model.image.pool == "none":
+        raise UserError('the image tower has pool "none": its patches have no way into the space of the texts')
+    return pretrained._run(partial(_patch_embeddings, grid=grid), pictures)
+
+
+def _pictures(pretrained: Pretrained, images: Sequence) -> tuple[Any, tuple[int, int]]:
+    """Preprocessed pictures, and rows and columns of their patches."""
+    pretrained._need("image")
+    patch = getattr(pretrained.model.image, "patch", None)
+    if patch is None:
+        raise UserError(f"the image tower, a {type(pretrained.model.image).__name__}, has no patches; a ViT has")
+    pictures = pretrained._pictures(images)
+    if not isinstance(pictures, Mapping):
+        return pictures, (pictures.shape[1] // patch, pictures.shape[2] // patch)
+    grids = np.unique(pictures["grid"], axis=0)
+    if len(grids) > 1:
+        raise UserError(f"the pictures have patches of different grids, {grids.tolist()}; give them one at a time")
+    return pictures, tuple(grids[0].tolist())
+
+
+def _watched(model: nn.Module, params: Any, images: Any, look: Callable) -> Any:
+    """What the model makes of images while `look(call, args, kwargs, module, method)` stands around its methods.
+
+    Around insertions, too (`adapt.insert`): `look` sees what they have added.
+    """
+    model = model.clone(image=model.image.clone(remat="none"))  # what is seen has to leave the block
+
+    def watch(call, args, kwargs, context):
+        return look(call, args, kwargs, context.module, context.method_name)
+
+    def run(module, images):
+        with nn.intercept_methods(watch):
+            return module(images, None) if hasattr(module, "text") else module.encode(images)
+
+    return model.apply({"params": params}, images, method=run)
+
+
+@partial(jax.jit, static_argnames=("model", "grid"))
+def _attention(model: nn.Module, params: Any, images: Any, grid: tuple[int, int]) -> jax.Array:
+    """fp32 [B, h, w]."""
+    tower, patches = model.image, grid[0] * grid[1]
+    first = _tokens_before(tower)
+    own = (
+        slice(None, patches) if isinstance(images, Mapping) else slice(-patches - first, None)
+    )  # neither pad nor prompt
+    has_pool = tower.pool == "map" or isinstance(getattr(model, "pool", None), QueryPool)
+    from_cls = tower.pool in ("tok", "first") and not has_pool
+    projected, pooled, blocks = {}, [], []
+
+    def reduced(weights):
+        weights = weights.mean(axis=1)
+        return weights[:, own][:, :1] if from_cls else weights
+
+    def look(call, args, kwargs, module, method):
+        path = module.path
+        if method == "__call__" and len(path) > 1 and path[-2:] in (("attn", "query"), ("attn", "key")):
+            projected[path[-1]] = call(*args, **kwargs)
+            return projected[path[-1]]
+        result = call(*args, **kwargs)
+        if isinstance(module, Attention) and method == "__call__" and path[-1] == "attn":
+            projected["weights"] = _weights(module, projected, *args, **kwargs)
+            if path in (("image", "map_pool", "attn"), ("pool", "attn")):
+                pooled.append(projected["weights"][:, :, 0].mean(axis=1))
+        elif isinstance(module, Block) and method == "__call__" and path[0] == "image" and not has_pool:
+            blocks.append(reduced(projected["weights"]))
+            return result[0], blocks[-1]  # in the place of a cache: a scan stacks what blocks return
+        elif method == "stack" and path == ("image",) and tower.scan and not has_pool:
+            blocks[:] = result[1]
+        return result
+
+    _watched(model, params, images, look)
+    if has_pool:
+        seen = pooled[0]
+    elif from_cls:
+        seen = blocks[-1][:, 0]
+    else:
+        seen = _rollout(blocks)[:, own].mean(axis=1)
+    return seen[:, own][:, first:].reshape(-1, *grid)
+
+
+def _tokens_before(tower: nn.Module) -> int:
+    """How many tokens of a ViT stand before its patches: the cls token and registers."""
+    has_cls = tower.pool == "tok" if tower.cls is None else tower.cls
+    return 1 + tower.registers if has_cls else 0
+
+
+def _weights(module: Attention, projected: Mapping, x, kv=None, mask=None, *, logits_bias=None, **_) -> jax.Array:
+    """The softmax that `Attention` has computed in a kernel, fp32 [B, heads, Lq, Lk]."""
+    del x, kv
+    query, key = (projected[name].reshape(*projected[name].shape[:2], module.heads, -1) for name in ("query", "key"))
+    scale = query.shape[-1] ** -0.5 if module.scale is None else module.scale
+    logits = scale * jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+    logits = logits if logits_bias is None else logits + logits_bias
+    logits = logits if mask is None else jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(logits, axis=-1)
+
+
+def _rollout(blocks: Sequence[jax.Array]) -> jax.Array:
+    """The weights of all blocks, first to last, each [B, L, L], as one: which token of the input each looks at."""
+    total = jnp.eye(blocks[0].shape[-1])
+    for weights in blocks:
+        total = 0.5 * (jnp.matmul(weights, total, precision="highest") + total)
+    return total
+
+
+@partial(jax.jit, static_argnames=("model", "grid"))
+def _patch_embeddings(model: nn.Module, params: Any, images: Any, grid: tuple[int, int]) -> jax.Array:
+    """fp32 [B, h, w, D], unit norm."""
+    tower, patches, packed = model.image, grid[0] * grid[1], isinstance(images, Mapping)
+    is_cls = tower.pool in ("tok", "first")
+
+    def one_by_one(tokens):
+        """[B, L, D] -> [B N, 1, D], or [B N, L, D] for "concat": each patch for a picture."""
+        own = tokens[:, :patches] if packed else tokens[:, -patches:]
+        if tower.pool != "concat":
+            return own.reshape(-1, 1, own.shape[-1])
+        length = tokens.shape[1]
+        alone = length * jnp.eye(length, dtype=own.dtype)[-patches:, :, None]
+        return (alone * own[:, :, None]).reshape(-1, length, own.shape[-1])
+
+    def look(call, args, kwargs, module, method):
+        path = module.path
+        if isinstance(module, Block) and method == "__call__" and path[0] == "image" and is_cls:
+            x, around, layer, cache = args
+            alone = jnp.eye(x.shape[1], dtype=bool) | (layer < tower.depth - 1)
+            return call(x, around._replace(mask=alone[None, None]), layer, cache)
+        if method == "summarise" and path == ("image",) and tower.pool != "none":
+            return call(one_by_one(args[0]))
+        if isinstance(module, QueryPool) and method == "__call__":
+            return call(one_by_one(args[0]))
+        if path == ("pool", "attn") and method == "__call__":
+            return call(args[0][:, :1], *args[1:])  # of the queries the first is the picture
+        return call(*args, **kwargs)
+
+    embeddings = _watched(model, params, images, look).image
+    return embeddings.reshape(-1, *grid, embeddings.shape[-1])
