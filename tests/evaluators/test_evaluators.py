@@ -1,6 +1,7 @@
 """Evaluators on pictures of plain colours, named by a model that reads colours and colour words."""
 
 import json
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ class ColourModel:
 
     preprocess = "resize(4) | to_float"
     tokenizer = None
+    params = MappingProxyType({"logit_scale": 0.0})
     batches = 0
 
     def embed_image_batch(self, images):
