@@ -20,13 +20,20 @@ SHARES = re.compile(
 )
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1100px; margin: 2.5em auto; padding: 0 1.5em; }
-h1 { font-size: 1.7em; margin: 0; } h2 { font-size: 1.2em; margin: 2.2em 0 .4em; } p { margin: .3em 0; color: #555; }
-img { max-width: 100%; height: auto; } pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 13px; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1100px; margin: 2.5em auto; padding: 0 1.5em; }
+h1 { font-size: 1.7em; margin: 0; } h2 { font-size: 1.3em; margin: 2.2em 0 .4em; }
+h3 { font-size: 1.05em; margin: 1.8em 0 .2em; } p { margin: .3em 0 .6em; color: #555; max-width: 46em; }
+img { max-width: 100%; height: auto; display: block; } .wide { overflow-x: auto; }
+pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 13px; }
 table { border-collapse: collapse; margin: .6em 0; font-variant-numeric: tabular-nums; }
 th { text-align: right; font-weight: 600; border-bottom: 2px solid #1a1a1a; padding: .25em .9em; }
 td { text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; padding: .25em .9em; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; } code { font-size: 13px; overflow-wrap: anywhere; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+code { font-size: 13px; overflow-wrap: anywhere; white-space: normal; }
+@media (max-width: 700px) {
+  body { margin: 1.2em auto; padding: 0 1em; }
+  .wide img { max-width: none; zoom: .8; }
+}
 """
 
 
@@ -84,7 +91,8 @@ def series(workdir: str | pathlib.Path) -> dict[str, tuple[list[float], list[flo
 
 def write(workdir: str | pathlib.Path) -> pathlib.Path:
     """Writes the report of the run in `workdir` and returns the path of its index.html."""
-    from vlm_jax import figures
+    from vlm_jax.figures import curves
+    from vlm_jax.figures.evaluation import pictures_of
 
     workdir = pathlib.Path(workdir).absolute()
     folder = workdir / "report"
@@ -95,35 +103,24 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
     place = lambda name: order.index(name) if name in order else len(order)
     sections = [_results_tables(results), _run_table(results)]
     if lines := series(workdir):
-        figures.curves(lines).save(folder / "curves.png")
-        sections.append(_figure("Training", "curves.png", "curves over training steps", ""))
+        picture = curves(lines)
+        picture.save(folder / "curves.png")
+        sections.append("<h2>Training</h2>\n" + _figure(picture, "curves.png", "curves over training steps"))
     for name, artifacts in sorted(evaluations.items(), key=lambda item: place(item[0])):
-        slug = re.sub(r"[^\w.-]", "_", name)
-        if "gallery/images" in artifacts:
-            figures.gallery(*(artifacts[f"gallery/{key}"] for key in ("images", "names", "scores", "truth"))).save(
-                folder / f"{slug}_gallery.png"
-            )
-            about = (
-                "Pictures at even distances through the split, each with its best names or what was written, and their "
-                "scores. A tick marks the right name; where it is missing, it stands below after a cross."
-            )
-            sections.append(_figure(f"{name}: best names", f"{slug}_gallery.png", f"{name} gallery", about))
-        if artifacts.get("confusions"):
-            figures.confusions(
-                artifacts["confusions"], *(artifacts.get(f"class_pictures/{key}", ()) for key in ("names", "images"))
-            ).save(folder / f"{slug}_confusions.png")
-            about = (
-                "Left the right class, right what it was taken for, each with the split's first picture of the class. "
-                "The most frequent first, among equals the surest."
-            )
-            sections.append(_figure(f"{name}: worst confusions", f"{slug}_confusions.png", f"{name} confusions", about))
+        slug, shown = re.sub(r"[^\w.-]", "_", name), []
+        for kind, heading, about, picture in pictures_of(artifacts):
+            file = picture.save(folder / f"{slug}_{kind}.png").name
+            shown.append(f"<h3>{heading}</h3>\n<p>{about}</p>\n" + _figure(picture, file, f"{name}: {heading.lower()}"))
+        if shown:
+            sections.append("\n".join([f"<h2>{html.escape(name)}</h2>", *shown]))
     if settings := _read_json(workdir / "config.json"):
         text = html.escape(json.dumps(settings, indent=2, ensure_ascii=False))
         sections.append(f"<h2>Config</h2>\n<pre>{text}</pre>")
     title = html.escape(workdir.name)
     page = (
         '<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width">\n<title>{title}</title>\n<style>{STYLE}</style></head>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{STYLE}</style></head>\n"
         f"<body>\n<h1>{title}</h1>\n" + "\n".join(filter(None, sections)) + "\n</body>\n</html>\n"
     )
     (folder / "index.html").write_text(page, encoding="utf-8")
@@ -176,7 +173,7 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         + "</tr>\n"
         for name, row in rows.items()
     )
-    return f"<table><tr>{head}</tr>\n{body}</table>"
+    return f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>'
 
 
 def _spoken(metric: str) -> str:
@@ -192,12 +189,13 @@ def _run_table(results: Mapping[str, Any]) -> str:
         f"<td><code>{html.escape(format_value(key, value))}</code></td></tr>\n"
         for key, value in facts.items()
     )
-    return f"<h2>Run</h2>\n<table>{rows}</table>"
+    return f'<h2>Run</h2>\n<div class="wide"><table>{rows}</table></div>'
 
 
-def _figure(heading: str, path: str, alt: str, about: str) -> str:
-    text = f"<p>{html.escape(about)}</p>\n" if about else ""
-    return f'<h2>{html.escape(heading)}</h2>\n{text}<img src="{path}" alt="{html.escape(alt)}">'
+def _figure(picture: Any, path: str, alt: str) -> str:
+    """On a phone a wide picture keeps a size at which it can be read, and scrolls."""
+    image = f'<img src="{path}" alt="{html.escape(alt)}">'
+    return f'<div class="wide">{image}</div>' if picture.get_figwidth() > 6 else image
 
 
 def _is_count(name: str) -> bool:

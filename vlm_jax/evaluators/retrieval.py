@@ -11,10 +11,11 @@ from vlm_jax.evaluators.ops import boxed, thumbnail  # noqa: F401 (registered as
 from vlm_jax.evaluators.progress import Progress, Table, memory_limit
 from vlm_jax.evaluators.result import Result
 from vlm_jax.evaluators.stream import look_up, open_pass, stream
-from vlm_jax.evaluators.zeroshot import evenly_spaced
+from vlm_jax.evaluators.zeroshot import COMPARED, EMBEDDED, evenly_spaced
 from vlm_jax.similarity import similarity
 
 NAMED = 5  # best captions shown with a picture
+QUERIES, FOUND = 8, 6  # captions shown with their best pictures, and how many of these
 
 
 def retrieval(
@@ -33,6 +34,8 @@ def retrieval(
     """Returns an evaluator `(pretrained, mesh=None, progress=None) -> Result`.
 
     Metrics: `image_to_text/recall@k`, `text_to_image/recall@k`, `images`, `texts`, `left_out` (pictures without text).
+    Artifacts: the ranks; if there is a gallery, also what some pictures and some captions find, and of some pictures
+    the embeddings, with those of their captions, and the similarities.
     A picture may have several captions; any of them is right. (The usual Flickr30k and COCO protocol has five for each
     picture.) Similarities are made and ranked in blocks, never the whole matrix.
 
@@ -98,27 +101,62 @@ def _result(images: Table, texts: Table, ks: Sequence[int], gallery: int, look: 
         ranks |= {"text_to_image": metrics.retrieval_ranks(found, len(images), texts.read("image"))["text_to_image"]}
     numbers = metrics.recall(ranks, ks) | {"images": float(len(images)), "texts": float(len(texts))}
     artifacts = {"ranks": ranks}
+    pictures = lambda i: np.stack([r["thumbnail"] for r in look(i, 'decode | thumbnail | keep("thumbnail")')])
+    boxes = f'boxed({fields}, to="captions") | keep("captions")'
+    captions = lambda i: [_texts(r["captions"][()]) for r in look(i, boxes)]
     if gallery:
-        artifacts["gallery"] = _gallery(images, texts, evenly_spaced(len(images), gallery), look, fields)
+        shown = evenly_spaced(len(images), gallery)
+        artifacts["gallery"] = _gallery(images, texts, shown, pictures, captions)
+        artifacts["found"] = _found(images, texts, pictures, captions)
+        artifacts |= _embedded(images, texts, pictures, captions)
     return Result(numbers, artifacts)
 
 
-def _gallery(images: Table, texts: Table, shown: np.ndarray, look: Callable, fields: str) -> dict[str, Any]:
+def _found(images: Table, texts: Table, pictures: Callable, captions: Callable) -> dict[str, Any]:
+    """Some captions with their best pictures."""
+    asked = evenly_spaced(len(texts), QUERIES)
+    queries, owner, nth = _rows(texts, asked), texts.read("image")[asked], texts.read("nth")[asked]
+    scores = lambda t, i: similarity(queries[t], images.read("embedding", i))
+    best, nearness = metrics.top_k(scores, len(asked), len(images), FOUND)
+    shown, index = np.unique(best, return_inverse=True)
+    return {
+        "queries": [own[n] for own, n in zip(captions(owner), nth, strict=True)],
+        "images": pictures(shown)[index.reshape(best.shape)],
+        "scores": nearness,
+        "right": best == owner[:, None],
+    }
+
+
+def _embedded(images: Table, texts: Table, pictures: Callable, captions: Callable) -> dict[str, Any]:
+    """Some pictures in one space with the first caption of each, and a few, each with the captions of all."""
+    some = evenly_spaced(len(images), EMBEDDED)
+    first = np.unique(texts.read("image"), return_index=True)[1][some]
+    image, text, names = _rows(images, some), _rows(texts, first), [own[0] for own in captions(some)]
+    few = evenly_spaced(len(some), COMPARED)
+    compared = {"images": pictures(some[few]), "texts": [names[i] for i in few]}
+    compared["scores"] = similarity(image[few], text[few])
+    space = {"space": {"image": image, "text": text, "names": names}} if image.ndim == 2 else {}
+    return {**space, "similarity": compared}
+
+
+def _rows(table: Table, index: np.ndarray) -> np.ndarray:
+    return np.concatenate([table.read("embedding", slice(i, i + 1)) for i in index])
+
+
+def _gallery(images: Table, texts: Table, shown: np.ndarray, pictures: Callable, captions: Callable) -> dict[str, Any]:
     """Some pictures with their best captions; `truth` is the best of a picture's own, or its first."""
-    queries = np.concatenate([images.read("embedding", slice(i, i + 1)) for i in shown])
+    queries = _rows(images, shown)
     scores = lambda i, t: similarity(queries[i], texts.read("embedding", t))
     best, nearness = metrics.top_k(scores, len(shown), len(texts), NAMED)
     owner, nth = texts.read("image"), texts.read("nth")
     wanted = np.union1d(owner[best], shown)
-    records = look(wanted, f'boxed({fields}, to="captions") | keep("captions")')
-    captions = {i: _texts(record["captions"][()]) for i, record in zip(wanted, records, strict=True)}
-    names = [[captions[owner[text]][nth[text]] for text in row] for row in best]
+    named = dict(zip(wanted, captions(wanted), strict=True))
+    names = [[named[owner[text]][nth[text]] for text in row] for row in best]
     truth = []
     for i, row, texts_of_row in zip(shown, best, names, strict=True):
         own = np.flatnonzero(owner[row] == i)
-        truth.append(texts_of_row[own[0]] if len(own) else captions[i][0])
-    pictures = [record["thumbnail"] for record in look(shown, 'decode | thumbnail | keep("thumbnail")')]
-    return {"images": np.stack(pictures), "truth": truth, "names": names, "scores": nearness}
+        truth.append(texts_of_row[own[0]] if len(own) else named[i][0])
+    return {"images": pictures(shown), "truth": truth, "names": names, "scores": nearness}
 
 
 def _texts(values: list) -> list[str]:

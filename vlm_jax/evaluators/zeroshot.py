@@ -3,12 +3,12 @@ for captioners is the likeliest (arXiv:2306.07915, section 4.3)."""
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from vlm_jax.data import loader
 from vlm_jax.data.sources import open_source
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators import classes as class_names
@@ -22,6 +22,8 @@ from vlm_jax.similarity import similarity
 
 NAMED = 5  # best names kept for each picture
 MIXED_UP = 24  # confusions kept
+EMBEDDED = 300  # pictures of which the embedding is kept
+COMPARED = 10  # of those, each with the names of all
 PROMPTS = 2048  # embedded between two looks at the clock
 
 
@@ -40,7 +42,9 @@ def zeroshot(
 ) -> Callable[..., Result]:
     """Returns an evaluator `(pretrained, mesh=None, progress=None) -> Result`.
 
-    Metrics: `top1`, `top5` (left out below six classes), `mean_per_class`, `examples`, `left_out`.
+    Metrics: `top1`, `top5` (left out below six classes), `mean_per_class`, `examples`, `left_out`. Artifacts: what was
+    named and how surely (the probability that `Pretrained.classify` gives), confusions, a gallery, and of some pictures
+    the embeddings, with those of their names, and the similarities.
 
     Args:
       uri: the data set, as for `sources.open_source`.
@@ -54,7 +58,7 @@ def zeroshot(
       ops: op string from record to `image`; the model's own preprocessing by default.
       batch_size: pictures at a time; the numbers do not depend on it.
       gallery: how many pictures to show with their best names, evenly spaced over the split.
-      memory_share: of the free memory, for what is kept of each picture (70 bytes); beyond it, a file.
+      memory_share: of the free memory, for what is kept of each picture (74 bytes); beyond it, a file.
     """
     about = f"data set `{uri}`, split `{split}`" if split else f"data set `{uri}`"
     if label is None or classes is None:
@@ -79,7 +83,9 @@ def zeroshot(
         )
         counts = {"classes": 0, "batches": 0, "examples": 0, "left_out": 0} | hosts.from_first(counts)
         table, examples = progress.table("classes", limit / 2), progress.table("examples", limit / 2)
+        embeddings, chosen = progress.table("embeddings", limit / 2), evenly_spaced(batches.num_examples, EMBEDDED)
         by_pairs = getattr(pretrained, "compares_pairs", False)
+        scale = 1.0 if by_pairs else math.exp(float(pretrained.params["logit_scale"]))
         step = max(PROMPTS // len(templates), 1)
         for start in range(counts["classes"], 0 if by_pairs else len(names), step):
             embedded = class_embeddings(pretrained.embed_texts, names[start : start + step], templates)
@@ -100,26 +106,41 @@ def zeroshot(
                     embedded = pretrained.embed_image_batch(batch.image)[among]
                     logits = similarity(embedded, text) if hosts.first else None
                 if hosts.first:
-                    examples.append(position=batch.position[among], **_row(logits, truth[among]))
+                    position, labels = batch.position[among], truth[among]
+                    examples.append(position=position, **_row(logits, labels, scale))
+                    if not by_pairs:
+                        few = np.isin(position, chosen)
+                        embeddings.append(position=position[few], truth=labels[few], embedding=embedded[few])
             progress.save(batches=batch.done, examples=some, left_out=left_out)
         if not some:
             raise UserError(f"{about}: no picture's `{label}` is among the classes {', '.join(names):.60}")
-        result = _result(examples, names, batches, gallery) if hosts.first else Result({}, {})
+        result = Result({}, {})
+        if hosts.first:
+            pictures = lambda positions: np.stack(
+                [row["thumbnail"] for row in look_up(batches, 'decode | thumbnail | keep("thumbnail")', positions)]
+            )
+            result = _result(examples, names, pictures, gallery)
+            if len(embeddings):
+                result.artifacts.update(_embedded(embeddings, names, text, pictures if gallery else None))
         numbers = result.metrics | {"left_out": float(left_out)}
         return result._replace(metrics=hosts.from_first(numbers))
 
     return evaluate
 
 
-def _row(logits: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
-    """What is kept of each picture: its class, that class's rank, the best names, their scores, and the class's own."""
+def _row(logits: np.ndarray, truth: np.ndarray, scale: float) -> dict[str, np.ndarray]:
+    """What is kept of each picture: its class, that class's rank, the best names, their scores, the class's own score,
+    and the probability of the best."""
     best, scores = metrics.top_k(lambda i, c: logits[i, c], *logits.shape, NAMED)
     ranks = metrics.truth_ranks(logits, truth)
     own = np.take_along_axis(logits, truth[:, None], axis=1)[:, 0]
-    return {"truth": truth, "rank": ranks, "best": best.astype(np.int32), "scores": scores, "own": own}
+    below = scale * (logits - scores[:, :1]).astype(np.float64)
+    confidence = (1 / np.exp(below).sum(axis=1)).astype(np.float32)
+    best = best.astype(np.int32)
+    return {"truth": truth, "rank": ranks, "best": best, "scores": scores, "own": own, "confidence": confidence}
 
 
-def _result(examples: Table, names: list[str], batches: loader.EvalBatches, gallery: int) -> Result:
+def _result(examples: Table, names: list[str], pictures: Callable, gallery: int) -> Result:
     labels, ranks, best, scores = map(examples.read, ("truth", "rank", "best", "scores"))
     mean, per_class = metrics.mean_per_class_accuracy(ranks == 0, labels, len(names))
     numbers = {"top1": float(np.mean(ranks == 0))}
@@ -128,26 +149,38 @@ def _result(examples: Table, names: list[str], batches: loader.EvalBatches, gall
     numbers |= {"mean_per_class": mean, "examples": float(len(labels))}
 
     position = examples.read("position")
-    pictures = lambda rows: np.stack(
-        [row["thumbnail"] for row in look_up(batches, 'decode | thumbnail | keep("thumbnail")', position[rows])]
-    )
     margins = scores[:, 0] - examples.read("own")
     worst = metrics.confusions(best[:, 0], labels, margins)[:MIXED_UP]
     confusions = [(names[true], names[wrong], count) for true, wrong, count in worst]
     predictions = {"position": position, "label": labels, "predicted": best[:, 0], "rank_of_label": ranks}
+    predictions["confidence"] = examples.read("confidence")
     artifacts = {"classes": names, "per_class": per_class, "confusions": confusions, "predictions": predictions}
     first = dict(zip(*np.unique(labels, return_index=True), strict=True))
     if mixed_up := {names[i]: first[i] for pair in worst for i in pair[:2] if i in first}:
-        artifacts["class_pictures"] = {"names": list(mixed_up), "images": pictures(list(mixed_up.values()))}
+        artifacts["class_pictures"] = {"names": list(mixed_up), "images": pictures(position[list(mixed_up.values())])}
     if gallery:
         shown = evenly_spaced(len(labels), gallery)
         artifacts["gallery"] = {
-            "images": pictures(shown),
+            "images": pictures(position[shown]),
             "truth": [names[i] for i in labels[shown]],
             "names": [[names[i] for i in row] for row in best[shown]],
             "scores": scores[shown],
         }
     return Result(numbers, artifacts)
+
+
+def _embedded(embeddings: Table, names: list[str], text: np.ndarray, pictures: Callable | None) -> dict[str, Any]:
+    """Some pictures in one space with their names, and a few of different classes, each with the names of all."""
+    position, labels, image = map(embeddings.read, ("position", "truth", "embedding"))
+    found = {}
+    if image.ndim == 2:  # one vector for each, no tokens
+        found["space"] = {"image": image, "text": text[labels].astype(np.float32), "names": [names[i] for i in labels]}
+    if pictures is None:
+        return found
+    few = evenly_spaced(len(labels), COMPARED)
+    few = few[np.sort(np.unique(labels[few], return_index=True)[1])]
+    compared = {"images": pictures(position[few]), "texts": [names[i] for i in labels[few]]}
+    return found | {"similarity": compared | {"scores": similarity(image[few], text[labels[few]])}}
 
 
 def evenly_spaced(length: int, count: int) -> np.ndarray:

@@ -31,7 +31,9 @@ def similarity(images: Sequence[Any], texts: Sequence[str], scores: Any) -> Pict
         ink = style.ink_on((score - low) / (high - low))
         axes.text(j + 0.5, i + 0.5, f"{score:z.{decimals}f}", ha="center", va="center", fontsize=8, color=ink)
     for i, best in enumerate(scores.argmax(axis=1)):
-        axes.add_patch(Rectangle((best + 0.04, i + 0.04), 0.92, 0.92, fill=False, edgecolor=INK, linewidth=1.8))
+        for edge, margin, line in ((INK, 0.04, 1.8), ("white", 0.09, 1.0)):  # to be seen on light and on dark
+            corner, side = (best + margin, i + margin), 1 - 2 * margin
+            axes.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=edge, linewidth=line))
     for i, image in enumerate(images):
         inset = axes.inset_axes((-1.05, i + 0.03, 0.94, 0.94), transform=axes.transData)
         style.show(inset, image)

@@ -59,17 +59,19 @@ def embedding_space(image: Any, text: Any, names: Sequence[str] | None = None) -
     picture = Picture(figsize=(7.2, np.clip(1.2 + 6 * height / max(width, 1e-12), 3.4, 7)), layout="constrained")
     axes = picture.add_subplot()
     if len(plane.image) == len(plane.text):
-        axes.add_collection(LineCollection(np.stack([plane.image, plane.text], 1), colors="#d4d4d4", linewidths=0.5))
+        axes.add_collection(LineCollection(np.stack([plane.image, plane.text], 1), colors="#c4c4c4", linewidths=0.6))
     axes.scatter(*plane.image.T, s=16, marker="o", facecolors="white", edgecolors="#3b6ea5", linewidths=0.9,
                  label="pictures", zorder=3)  # fmt: skip
     axes.scatter(*plane.text.T, s=18, marker="^", color=INK, linewidths=0, label="texts", zorder=3)
     means = np.stack([plane.image.mean(axis=0), plane.text.mean(axis=0)])
     axes.plot(*means.T, "-", color="white", linewidth=4, zorder=4)
-    axes.plot(*means.T, "-P", color=INK, markerfacecolor="white", markersize=10, linewidth=1.6, zorder=5, label="means")
+    axes.plot(*means.T, "-", color=INK, linewidth=1.6, zorder=5, label="between their means")
+    axes.plot(*means[0], "o", color="white", markeredgecolor="#3b6ea5", markersize=11, markeredgewidth=2.4, zorder=5)
+    axes.plot(*means[1], "^", color=INK, markeredgecolor="white", markersize=13, markeredgewidth=1.2, zorder=5)
     if names is not None:
         style.check(len(names) == len(plane.text), f"{len(plane.text)} names", names)
         names = [style.short(name, 24) for name in names]
-        for i in _labelled(plane.text, names, width / 6):
+        for i in _labelled(plane.text, names, means, width / 6):
             label = axes.annotate(names[i], plane.text[i], (4, 4), textcoords="offset points",
                                   fontsize=8, color=INK, zorder=6)  # fmt: skip
             label.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
@@ -82,12 +84,13 @@ def embedding_space(image: Any, text: Any, names: Sequence[str] | None = None) -
     return picture
 
 
-def _labelled(points: np.ndarray, names: Sequence[str], inch: float) -> list[int]:
-    """Indices of points [n, 2] whose names fit beside them: each the farthest from those before it.
+def _labelled(points: np.ndarray, names: Sequence[str], marks: np.ndarray, inch: float) -> list[int]:
+    """Indices of points [n, 2] whose names fit beside them, each the farthest from those before it.
 
-    Args: the points, their names, and how long an inch is on the paper.
+    Args: the points, their names, marks [m, 2] to be left free, and how long an inch of the paper is.
     """
-    chosen, distance, written = [], np.full(len(points), np.inf), np.empty((0, 4))
+    written = np.concatenate([marks - 0.12 * inch, marks + 0.12 * inch], axis=1)
+    chosen, distance = [], np.full(len(points), np.inf)
     while len(chosen) < NAMED and distance.max(initial=0) > 0:
         i = int(distance.argmax())
         distance = np.minimum(distance, np.linalg.norm(points - points[i], axis=1))
