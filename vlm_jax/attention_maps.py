@@ -50,7 +50,10 @@ def word_patch(pretrained: Pretrained, images: Sequence, texts: Sequence[str]) -
     """The cosine of each patch of each picture with each text, float32 [n, m, h, w]; see `patch_embeddings`."""
     pretrained._need("text")
     patches = patch_embeddings(pretrained, images)
-    return np.einsum("nhwd,md->nmhw", patches, pretrained.embed_texts(texts), dtype=np.float32)
+    words = pretrained.embed_texts(texts)
+    if words.ndim == 3:
+        words = words.sum(axis=1) / np.maximum(np.any(words != 0, axis=2).sum(axis=1), 1)[:, None]
+    return np.einsum("nhwd,md->nmhw", patches, words, dtype=np.float32)
 
 
 def patch_embeddings(pretrained: Pretrained, images: Sequence) -> np.ndarray:
@@ -62,6 +65,7 @@ def patch_embeddings(pretrained: Pretrained, images: Sequence) -> np.ndarray:
       gives is the picture's embedding, before its norm.
     - "concat": the head, with zeros for the other L - 1 tokens and this one times L, so that the same holds.
     - attention ("map", CoCa): the pool, seeing this token alone, and the head.
+    - every token ("all"): as it is. A text is then the mean of its words.
     - cls token ("tok"): the head, after a last block in which each token attends to itself alone, as in MaskCLIP (Zhou
       et al. 2022, arXiv:2112.01071, section 3.3).
 
@@ -70,6 +74,8 @@ def patch_embeddings(pretrained: Pretrained, images: Sequence) -> np.ndarray:
     if pretrained.is_captioner:
         raise UserError("a captioner embeds no pictures; its patches are like no text")
     pictures, grid = _pictures(pretrained, images)
+    if pretrained.model.image.pool == "all":
+        return pretrained.embed_image_batch(pictures).reshape(len(images), *grid, -1)
     if not hasattr(pretrained.model, "pool") and pretrained.model.image.pool == "none":
         raise UserError('the image tower has pool "none": its patches have no way into the space of the texts')
     return pretrained._run(partial(_patch_embeddings, grid=grid), pictures)

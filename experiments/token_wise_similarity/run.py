@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 
-import vlm_jax
 from configs import clip, filip
 from vlm_jax import attention_maps, config
 from vlm_jax.data import loader
@@ -30,7 +29,7 @@ def settings(name, seed):
 
 
 def collages(count):
-    """Four pictures of different concepts of the unseen style to a collage: uint8 [count, 64, 64, 3], names [count][4]."""
+    """Four pictures of different concepts of the unseen style each: uint8 [count, 64, 64, 3], names [count][4]."""
     names = classes.read("emoji:seen")
     ops = 'decode | crop_to_content | resize(32) | keep("image", "concept")'
     batches = loader.eval_batches(uri="tfds:emoji", split="unseen_style", ops=ops, batch_size=64)

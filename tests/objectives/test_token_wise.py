@@ -7,7 +7,7 @@ import pytest
 
 import vlm_jax
 from configs import filip
-from vlm_jax import evaluators, objectives
+from vlm_jax import attention_maps, evaluators, objectives
 from vlm_jax.models import Embeddings, build
 from vlm_jax.objectives.contrastive import token_wise
 from vlm_jax.similarity import similarity, similarity_of_pairs
@@ -111,6 +111,9 @@ def test_a_trained_model_is_evaluated_by_its_own_similarity(tmp_path):
     assert images.shape == (3, 16, 128) and texts.shape == (2, 8, 128)
     logits = np.exp(float(model.params["logit_scale"])) * by_hand(images, texts)
     np.testing.assert_allclose(model.logits(pictures, names), logits, rtol=1e-5)
+    maps = attention_maps.word_patch(model, pictures, names)  # of the mean word
+    words = [text[np.any(text != 0, axis=1)].mean(0) for text in texts]
+    np.testing.assert_allclose(maps.reshape(3, 2, 16), np.einsum("nkd,md->nmk", images, words), atol=1e-6)
     data = dict(uri="tfds:emoji", split="unseen_style", where=dict(style=["noto"], subgroup=["animal-mammal"]))
     found = evaluators.build(dict(type="zeroshot", classes="emoji:seen", label="concept", gallery=2, **data))(model)
     # a model of two steps names no better than by chance, but every picture has been ranked among all names
@@ -119,4 +122,5 @@ def test_a_trained_model_is_evaluated_by_its_own_similarity(tmp_path):
     both = evaluators.build(dict(type="retrieval", captions="name/en", gallery=2, **data))(model)
     assert len(both.artifacts["ranks"]["text_to_image"]) == len(ranks)
     with pytest.raises(vlm_jax.errors.UserError, match="one vector for each picture"):
-        evaluators.build(dict(type="few_shot", methods=["gda"], classes="emoji:seen", label="concept", shots=1, **data))(model)
+        few = dict(type="few_shot", methods=["gda"], classes="emoji:seen", label="concept", shots=1)
+        evaluators.build(few | data)(model)
