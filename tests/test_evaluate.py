@@ -19,7 +19,7 @@ from PIL import Image
 
 import vlm_jax
 from configs import clip
-from vlm_jax import checkpoint, config, models, sharding
+from vlm_jax import checkpoint, command_flags, config, models, sharding
 from vlm_jax import evaluate as command
 from vlm_jax.data import loader
 from vlm_jax.errors import UserError
@@ -181,13 +181,11 @@ for name, sizes, order in (("apart", (4, 1, 1), (0, 2, 1, 3)), ("tensor", (1, 2,
 
 PROGRAM = """
 import time
-from absl import flags
 from vlm_jax import command, evaluate, pretrained
 from vlm_jax.evaluators import progress, zeroshot
 progress.SAVE_SECONDS, zeroshot.PROMPTS, embed = 0, 4, pretrained.Pretrained.embed_image_batch
 pretrained.Pretrained.embed_image_batch = lambda self, images: time.sleep({pause}) or embed(self, images)
-evaluate.define_flags(flags.FLAGS)
-command.run(evaluate.main)
+command.run("evaluate", evaluate.main)
 """
 
 
@@ -315,7 +313,7 @@ def test_embeddings_beyond_the_memory_share_change_nothing(pretrained, pictures,
 )
 def test_mistakes_are_named(argv, message, workdir, pictures, tmp_path):
     values = flags.FlagValues()
-    command.define_flags(values)
+    command_flags.define("evaluate", values)
     values(["evaluate", f"--model={workdir}", f"--data={pictures}", f"--out={tmp_path}", *argv.split()])
     with pytest.raises(UserError) as error:
         command.main([], values)

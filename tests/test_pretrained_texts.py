@@ -13,8 +13,7 @@ import pytest
 import sentencepiece
 
 import vlm_jax
-from vlm_jax import models, sharding
-from vlm_jax.convert import inspect
+from vlm_jax import convert, models, sharding
 from vlm_jax.data import tokenizers
 from vlm_jax.models.generate import log_likelihood
 from vlm_jax.parameter_table import named_leaves
@@ -93,7 +92,7 @@ def test_tables_that_files_hold_several_times(t5, tmp_path):
         path.unlink()
         write_safetensors(path, {n: Tensor(a.shape, a.dtype, lambda i, a=a: a[i]) for n, a in arrays.items()})
         same(vlm_jax.load(tmp_path / "hf"), t5)
-    text = inspect(tmp_path / "hf")
+    text = convert.text(convert.describe(tmp_path / "hf"))
     assert "encoder  " in text and "decoder/token_embed/embedding" in text and "(NOTHING TAKES IT)" not in text
 
 

@@ -1,56 +1,170 @@
-"""Runs a command's main: flags parsed by absl, and what a user can mend said in one line."""
+"""Runs a command: its flags, its answer as a table or JSON, its errors in one line, and what is seen while it works."""
 
+import contextlib
+import importlib
+import json
+import os
 import sys
-from collections.abc import Callable, Sequence
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 from absl import app, flags, logging
+from tqdm import tqdm
 
-from vlm_jax.errors import UserError, mendable
+from vlm_jax import command_help
+from vlm_jax.command_flags import COMMANDS, define
+from vlm_jax.errors import UserError, told
+
+WIPED = "\r\033[K"  # a terminal's line
+LONG = 5  # seconds after which a log, which is no terminal, says what is being waited for
 
 
-def run(main: Callable[[Sequence[str]], None], several_hosts: bool = False, preemptible: bool = False) -> None:
-    """`absl.app.run(main)`, with errors of flags, config files and users as one line on stderr and exit status 2.
+class Answer(NamedTuple):
+    """What a command has found.
+
+    Attributes:
+      results: all of it, JSON-able: an object.
+      text: what a person reads of it.
+      status: the process's exit status.
+    """
+
+    results: dict[str, Any]
+    text: str
+    status: int = 0
+
+
+Main = Callable[[Sequence[str], flags.FlagValues], Answer | None]
+
+
+def run(name: str, main: Main | None = None) -> None:
+    """Runs a command with the flags of `sys.argv`, and ends the process if it fails.
+
+    What a user can mend is one line on stderr and exit status 2, any other error one line and status 1; the flag
+    `--debug` adds the traceback. With `--json` nothing but the answer is on stdout.
 
     Args:
-      main: is given what is left of the arguments.
-      several_hosts: adds the flag `--distributed`; main then runs with the other processes there.
-      preemptible: main asks `processes.StopSignal` whether to stop.
+      name: a key of `COMMANDS`.
+      main: given what is left of the arguments and the flags; None is that of the command's module, imported here.
+        Only the first of several processes has an answer.
     """
-    if several_hosts:
-        flags.DEFINE_string("distributed", None, "On several hosts: auto, or address:port,processes,index")
-
-    def quiet_main(argv):
-        try:
-            if several_hosts:
-                from vlm_jax import processes  # which imports jax
-
-                with processes.joined(flags.FLAGS.distributed, preemptible):
-                    main(argv)
-            else:
-                main(argv)
-        except Exception as error:
-            if not mendable(error):
-                raise
-            _fail(mendable(error))
-
+    if {"--help", "--helpshort", "-h"} & set(sys.argv[1:]):
+        show(command_help.help_of(name))
+        return
+    define(name, flags.FLAGS)
     # orbax tells of every step of a save, and of what it raises, too; --verbosity=0 shows it
     logging.set_verbosity(logging.WARNING)
     shown = lambda record: "orbax" not in record.pathname or logging.get_verbosity() >= logging.INFO
     logging.get_absl_logger().addFilter(shown)
-    app.run(quiet_main, flags_parser=_parse)
-
-
-def read_config(flag: flags.FlagHolder) -> dict:
-    """The config of a `config_flags` flag; absl keeps the error of a file that is not there until it is used."""
     try:
-        return flag.value.to_dict()
+        app.run(partial(_answer, name, main), flags_parser=partial(_parse, name))
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in sys.argv:  # the flags may not have been read
+            traceback.print_exc()
+        for one in _bars():  # the message has a line of its own
+            one.close()
+        if sys.stderr.isatty():
+            print(WIPED, end="", file=sys.stderr)
+        line, status = told(error)
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(status)
+
+
+def read_config(values: flags.FlagValues) -> dict:
+    """The config of the flag `--config`; absl keeps the error of a file that is not there until it is used."""
+    try:
+        return values.config.to_dict()
     except OSError as error:
-        raise UserError(f"--{flag.name}: {str(error).splitlines()[-1].strip()}") from error
+        raise UserError(f"--config: {str(error).splitlines()[-1].strip()}") from error
 
 
-def _parse(argv: Sequence[str]) -> Sequence[str]:
+def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Rows of cells as aligned lines; the first `left` columns begin at the same place, the others end there."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [str.ljust] * left + [str.rjust] * (len(widths) - left)
+    cells = lambda row: (side(cell, width) for side, cell, width in zip(sides, row, widths, strict=True))
+    return "\n".join("  ".join(cells(row)).rstrip() for row in rows)
+
+
+def show(text: str) -> None:
+    """Prints what a user asked for; whoever was reading may have gone, as `head` does."""
     try:
-        return flags.FLAGS(list(argv))
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def bar(*args: Any, **options: Any) -> tqdm:
+    """A progress bar on stderr of what takes more than a second; in a log, which is no terminal, every 15 seconds."""
+    return tqdm(*args, mininterval=0.5 if sys.stderr.isatty() else 15, delay=1, **options)
+
+
+@contextlib.contextmanager
+def doing(what: str, seen: bool = True) -> Iterator[None]:
+    """Says on stderr what goes on: on a terminal a line that counts seconds until it is done, or the bars there are.
+
+    In a log it is a line, once, of what takes more than `LONG` seconds.
+
+    Args:
+      what: "compiling the train step".
+      seen: False says nothing.
+    """
+    ended, began = threading.Event(), time.monotonic()
+
+    def tell():
+        if not sys.stderr.isatty():
+            if not ended.wait(LONG) and not _bars():
+                print(f"{what} ...", file=sys.stderr, flush=True)
+            return
+        while not ended.wait(0.5):
+            for one in (bars := _bars()):
+                one.refresh()
+            if not bars:
+                print(f"{WIPED}{what}: {time.monotonic() - began:.0f} s", end="\r", file=sys.stderr, flush=True)
+        print(WIPED, end="", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    if seen:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if seen:
+            thread.join()
+
+
+def _bars() -> list[tqdm]:
+    """Those on the screen."""
+    return [one for one in tqdm._instances.copy() if hasattr(one, "start_t")]
+
+
+def _answer(name: str, main: Main | None, argv: Sequence[str]) -> int:
+    """Runs the main with the other processes, if there are, shows its answer and returns the exit status."""
+    values, command = flags.FLAGS, COMMANDS[name]
+    with contextlib.redirect_stdout(sys.stderr) if values.json else contextlib.nullcontext():
+        with doing("starting"):
+            main = main or importlib.import_module(command_help.module_of(name)).main
+        if "distributed" in values:
+            from vlm_jax import processes  # which imports jax
+
+            with processes.joined(values.distributed, command.preemptible):
+                answer = main(argv, values)
+        else:
+            answer = main(argv, values)
+    if answer is None:
+        return 0
+    show(json.dumps(answer.results) if values.json else answer.text)
+    return answer.status
+
+
+def _parse(name: str, argv: Sequence[str]) -> Sequence[str]:
+    """Reads the flags, and returns what is left of the arguments."""
+    try:
+        left = flags.FLAGS(list(argv))
     except (UserError, flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         message = str(error)
         if isinstance(error, KeyError | AttributeError):  # an override of what the config does not hold
@@ -59,9 +173,11 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
         elif "Traceback" in message:  # of a config file; its last line is what went wrong
             lines = [line.strip() for line in message.splitlines() if line.strip()]
             message = f"{lines[0]} {lines[-1]}"
-        _fail(message)
-
-
-def _fail(error: object) -> None:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(2)
+        raise UserError(message) from error
+    command = COMMANDS[name]
+    missing = [f"--{flag.name}" for flag in command.all() if flag.needed and flags.FLAGS[flag.name].value is None]
+    if missing:
+        raise UserError(f"{name} needs {', '.join(missing)}; vlm-jax {name} --help has an example")
+    if left[1:] and not command.arguments:
+        raise UserError(f"{name} takes flags, --name=value, and not `{left[1]}`; see vlm-jax {name} --help")
+    return left

@@ -1,7 +1,7 @@
 """Converts checkpoints between projects, and says what a file is.
 
-    python -m vlm_jax.convert SRC DST --format=hf|open_clip|big_vision|t5x|native
-    python -m vlm_jax.convert --inspect SRC
+    vlm-jax convert --inspect pkg:vlm_jax/data/emoji/clip
+    vlm-jax convert pkg:vlm_jax/data/emoji/clip runs/emoji_clip --format=native
 
 SRC is whatever `vlm_jax.load` takes; DST a folder to make, or an .npz for big_vision. Nothing is executed, one tensor
 is in memory at a time, and the arrays arrive bit for bit. What a format has no words for is an error.
@@ -19,6 +19,7 @@ from absl import flags
 
 from vlm_jax import command
 from vlm_jax.errors import UserError
+from vlm_jax.flag_values import given
 from vlm_jax.zoo import formats, hub, key_map, save
 
 
@@ -32,6 +33,7 @@ def convert(
     tokenize: str | None = None,
     activation: str | None = None,
     image_size: Sequence[int] | None = None,
+    show: bool = False,
 ) -> None:
     """Writes the checkpoint `source` to `destination` in another format.
 
@@ -42,96 +44,109 @@ def convert(
       preprocess, tokenizer, tokenize, activation: as for `vlm_jax.load`, where the files do not tell; without them the
         result does not tell either.
       image_size: (height, width) in pixels, of files whose position table does not tell.
+      show: shows a progress bar.
     """
     released = formats.understand(hub.local(source), activation)
     given = dict(preprocess=preprocess, tokenizer=tokenizer, tokenize=tokenize)
     released = dataclasses.replace(released, **{key: value for key, value in given.items() if value is not None})
     if image_size is not None:
         released = released.with_image_size(tuple(image_size))
-    save.write(save.content_of(released), destination, format)
+    content, seen = save.content_of(released), set()
+    total = sum(4 * math.prod(leaf.shape) for leaf in content.shapes.values())
+    with command.bar(total=total, desc="convert", unit="B", unit_scale=True, disable=not show) as bar:
+
+        def read(name, index):
+            array = content.read(name, index)
+            if (name, str(index)) not in seen:  # a tensor of several parts is read for each
+                seen.add((name, str(index)))
+                bar.update(array.nbytes)
+            return array
+
+        save.write(dataclasses.replace(content, read=read), destination, format)
 
 
-def inspect(source: str | os.PathLike, activation: str | None = None) -> str:
-    """What a checkpoint is, as text: format, model, preprocessing, tokenizer, licence, and where every tensor goes."""
+def describe(source: str | os.PathLike, activation: str | None = None) -> dict[str, Any]:
+    """What a checkpoint is: format, model, preprocessing, tokenizer, licence, and where every tensor goes.
+
+    JSON-able; what the files do not tell, and what is not there, is None. `problem` says why it cannot be loaded.
+    """
     released = formats.understand(hub.local(source), activation)
     goes: dict[str, list[str]] = {}
     for entry in released.entries:
         if key_map.array_shape(entry.ours, released.shapes) is not None:
             part = f" {entry.part[0] + 1}/{entry.part[1]}" if entry.part[1] > 1 else ""
             goes.setdefault(entry.theirs, []).append(entry.ours + part)
-    rows = [("tensor", "shape", "dtype", "parameter")]
+    tensors = []
     for name, tensor in released.tensors.items():
-        if name in goes:
-            where = goes[name][0] if len(goes[name]) == 1 else f"{goes[name][0]} ... {goes[name][-1]}"
-        else:
-            ignored = any(fnmatch.fnmatchcase(name, pattern) for pattern in released.ignored)
-            where = "(left out)" if ignored else "(NOTHING TAKES IT)"
-        rows.append((name, "x".join(map(str, tensor.shape)) or "scalar", str(tensor.dtype), where))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    count = sum(math.prod(leaf.shape) for leaf in released.shapes.values())
-    unknown = "unknown: pass {0}= to load"
+        ignored = any(fnmatch.fnmatchcase(name, pattern) for pattern in released.ignored)
+        tensors.append(
+            {
+                "name": name,
+                "shape": list(tensor.shape),
+                "dtype": str(tensor.dtype),
+                "parameters": goes.get(name, []),
+                "ignored": ignored and name not in goes,
+            }
+        )
+    try:
+        problem = released.match() and None
+    except UserError as error:
+        problem = str(error)
+    return {
+        "file": str(released.path),
+        "format": released.format,
+        "parameters": sum(math.prod(leaf.shape) for leaf in released.shapes.values()),
+        "model": released.model,
+        "preprocess": released.preprocess,
+        "tokenizer": released.tokenizer,
+        "tokenize": released.tokenize,
+        "licence": released.licence,
+        "problem": problem,
+        "tensors": tensors,
+    }
+
+
+def text(about: Mapping[str, Any]) -> str:
+    """What `describe` has found, to read."""
+    model, unknown = about["model"], "unknown: pass {0}= to load"
+    sides = {"preprocess": model.get("image"), **dict.fromkeys(("tokenizer", "tokenize"), formats.of_texts(model))}
     parts = {"image": "image tower", "text": "text tower", "encoder": "encoder", "decoder": "decoder"}
     facts = {
-        "file": released.path,
-        "format": released.format,
-        "parameters": f"{count:,}",
-        **{part: _spell(released.model[side]) for side, part in parts.items() if side in released.model},
-        "preprocess": released.preprocess or (unknown.format("preprocess") if released.model.get("image") else "none"),
-        "tokenizer": released.tokenizer
-        or (unknown.format("tokenizer") if formats.of_texts(released.model) else "none"),
-        "tokenize": released.tokenize or (unknown.format("tokenize") if formats.of_texts(released.model) else "none"),
-        "licence": released.licence or "not stated",
+        "file": about["file"],
+        "format": about["format"],
+        "parameters": f"{about['parameters']:,}",
+        **{part: _spell(model[side]) for side, part in parts.items() if side in model},
+        **{key: about[key] or (unknown.format(key) if side else "none") for key, side in sides.items()},
+        "licence": about["licence"] or "not stated",
     }
-    width = max(map(len, facts))
-    text = "\n".join([*(f"{key.ljust(width)}  {value}" for key, value in facts.items()), "", *lines])
-    try:
-        released.match()
-    except UserError as error:
-        text += f"\n\n{error}"
-    return text
+    rows = [("tensor", "shape", "dtype", "parameter")]
+    for tensor in about["tensors"]:
+        goes = tensor["parameters"]
+        where = " ... ".join(dict.fromkeys([*goes[:1], *goes[-1:]]))
+        where = where or ("(left out)" if tensor["ignored"] else "(NOTHING TAKES IT)")
+        rows.append((tensor["name"], "x".join(map(str, tensor["shape"])) or "scalar", tensor["dtype"], where))
+    blocks = [command.table(list(facts.items()), left=2), command.table(rows, left=4), about["problem"]]
+    return "\n\n".join(filter(None, blocks))
 
 
 def _spell(section: Mapping[str, Any] | None) -> str:
     return "none" if section is None else ", ".join(f"{key}={json.dumps(value)}" for key, value in section.items())
 
 
-def _pixels(sides: Sequence[str]) -> list[int]:
-    if len(sides) != 2 or not all(side.isdecimal() for side in sides):
-        raise UserError(f"--image_size={','.join(sides)} cannot be read; expected height,width in pixels")
-    return [int(side) for side in sides]
-
-
-def main(argv: Sequence[str]) -> None:
-    if _INSPECT.value:
+def main(argv: Sequence[str], values: flags.FlagValues) -> command.Answer:
+    sources = given(values, ("preprocess", "tokenizer", "tokenize", "activation", "image_size"))
+    if values.inspect:
         if len(argv) != 2:
             raise UserError("expected one checkpoint: vlm-jax convert --inspect SRC")
-        print(inspect(argv[1], _ACTIVATION.value))
-        return
+        with command.doing(f"reading {argv[1]}"):
+            about = describe(argv[1], values.activation)
+        return command.Answer(about, text(about))
     if len(argv) != 3:
         raise UserError("expected a source and a destination: vlm-jax convert SRC DST --format=native")
-    convert(
-        argv[1],
-        argv[2],
-        _FORMAT.value,
-        preprocess=_PREPROCESS.value,
-        tokenizer=_TOKENIZER.value,
-        tokenize=_TOKENIZE.value,
-        activation=_ACTIVATION.value,
-        image_size=_pixels(_IMAGE_SIZE.value) if _IMAGE_SIZE.value else None,
-    )
-    print(f"wrote {argv[2]}")
+    with command.doing(f"reading {argv[1]}"):
+        convert(argv[1], argv[2], values.format, **sources, show=True)
+    return command.Answer({"wrote": argv[2], "format": values.format}, f"wrote {argv[2]}")
 
-
-_INSPECT = flags.DEFINE_bool("inspect", False, "Print what SRC is, and convert nothing")
-_FORMAT = flags.DEFINE_enum("format", "native", list(save.WRITERS), "Layout to write")
-_PREPROCESS = flags.DEFINE_string("preprocess", None, "Op string for pictures, where the files do not tell")
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer spec, where the files hold none")
-_TOKENIZE = flags.DEFINE_string("tokenize", None, "Op string for texts, where the files do not tell")
-_ACTIVATION = flags.DEFINE_string(
-    "activation", None, "Of bare CLIP weights (quick_gelu, gelu) and T5X (gelu_tanh, silu)"
-)
-_IMAGE_SIZE = flags.DEFINE_list("image_size", [], "Height,width in pixels, where the files do not tell")
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run("convert", main)

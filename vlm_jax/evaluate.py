@@ -1,11 +1,9 @@
-"""Evaluates a model on a data set, on one device or a mesh, on one host or several.
+"""Evaluates a model on a data set: names, captions, retrieval, probes.
 
-    python -m vlm_jax.evaluate --model=runs/demo --task=zeroshot --data=tfds:emoji --split=unseen_style \\
-        --classes=emoji:seen --out=runs/eval
-    python -m vlm_jax.evaluate --model=MODEL --task=retrieval --data=jsonl:/data/flickr/test.jsonl \\
-        --captions=captions --out=runs/flickr
-    python -m vlm_jax.evaluate --model=MODEL --task=probe --data=tfds:emoji --split=unseen_style --label=concept \\
-        --option=shots=1 --out=runs/probe
+    vlm-jax evaluate --model=pkg:vlm_jax/data/emoji/clip --task=zeroshot --data=tfds:emoji --split=unseen_style \\
+        --classes=emoji:seen --out=runs/zeroshot
+    vlm-jax evaluate --model=pkg:vlm_jax/data/emoji/clip --task=probe --data=tfds:emoji --split=unseen_style \\
+        --label=concept --option=shots=1 --out=runs/probe
 
 prints a table and leaves results.json, artifacts/ and report/index.html in --out. The same command after any
 interruption continues after the last complete chunk and gives the same results, bit for bit. On several hosts the same
@@ -24,10 +22,11 @@ from absl import flags
 import vlm_jax
 from vlm_jax import command, config, evaluators, processes, report, sharding
 from vlm_jax.checkpoint import params_sha256, write_json
+from vlm_jax.command_flags import LOADING
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators.hosts import Hosts
 from vlm_jax.evaluators.progress import Progress
-from vlm_jax.model_flags import MODEL, define_model_flags, definers, given
+from vlm_jax.flag_values import given
 from vlm_jax.pretrained import Pretrained
 
 TASKS = ("zeroshot", "retrieval", "probe", "few_shot", "captions", "foils")
@@ -142,42 +141,26 @@ DATA = (
 )  # fmt: skip
 
 
-def main(_: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
+def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer | None:
     section = given(values, DATA)
     section |= {"uri": section.pop("data")} | given(values, ["option"]).get("option", {})
     evaluator = _evaluator(values.task, section)  # what is wrong with the data is said before the model is loaded
     mesh = config.call(sharding.make_mesh, given(values, ("mesh",)).get("mesh", {}), "--mesh", devices=None)
-    pretrained = vlm_jax.load(values.model, mesh=mesh, **given(values, MODEL))
-    results = _evaluate(pretrained, values.task, evaluator, section, values.out, values.model, show=True)
+    with command.doing(f"loading {values.model}", processes.is_first()):
+        pretrained = vlm_jax.load(values.model, mesh=mesh, **given(values, [flag.name for flag in LOADING]))
+    with command.doing(f"evaluating {values.task}", processes.is_first()):
+        results = _evaluate(pretrained, values.task, evaluator, section, values.out, values.model, show=True)
     if processes.is_first():
-        print(_table(results))
-        print(f"report: {Path(values.out).absolute() / 'report' / 'index.html'}")
+        page = str(Path(values.out).absolute() / "report" / "index.html")
+        return command.Answer(results | {"report": page}, f"{_table(results)}\nreport: {page}")
 
 
 def _table(results: Mapping[str, Any]) -> str:
     """What was evaluated, and a line for each metric."""
-    numbers = {name.partition("/")[2]: value for name, value in results.items() if "/" in name}
     about = ", ".join(f"{name} {value}" for name, value in results.items() if "/" not in name)
-    width = max(map(len, numbers)) + 2
-    return "\n".join([about, *(f"  {name:{width}}{report.format_value(name, numbers[name]):>9}" for name in numbers)])
-
-
-def define_flags(values: flags.FlagValues) -> None:
-    """Defines the command's flags; not done by an import, since the program that imports has its own."""
-    define_model_flags(values)
-    text, several, listed = definers(values)
-    several("option", help="Any other argument of the task's evaluator: name=value; repeatable")
-    text("task", help=", ".join(TASKS))
-    text("out", help="Folder for results.json, artifacts and report")
-    flags.mark_flags_as_required(["model", "task", "data", "out"], values)
-    flags.DEFINE_float("memory_share", None, "Of the free memory, for embeddings (0.25)", flag_values=values)
-    flags.DEFINE_integer("gallery", None, "Pictures in the report (24)", flag_values=values)
-    listed("captions", help="retrieval, captions: the fields with captions")
-    text("template", help="retrieval: a prompt, {} for the caption")
-    listed("ks", help="retrieval: how many candidates may be named, e.g. 1,5,10")
-    listed("mesh", help="data=2,fsdp=4,tensor=1; by default data has all devices")
+    numbers = {name.partition("/")[2]: value for name, value in results.items() if "/" in name}
+    return f"{about}\n{command.table([[name, report.format_value(name, numbers[name])] for name in numbers])}"
 
 
 if __name__ == "__main__":
-    define_flags(flags.FLAGS)
-    command.run(main, several_hosts=True)
+    command.run("evaluate", main)

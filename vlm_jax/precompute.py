@@ -1,10 +1,10 @@
-"""Embeds the pictures of a data set once, for a run whose image tower is locked (LiT, arXiv:2111.07991, section 3.3).
+"""Embeds the pictures of a data set once, for runs whose image tower is locked.
 
-    python -m vlm_jax.precompute --config=configs/lit.py:tiny --data=tfds:emoji --split=train --out=runs/lit_images
+    vlm-jax precompute --config=configs/lit.py:tiny --data=tfds:emoji --split=train --out=runs/lit_images
 
-The tower is the config's `model.image` with the parameters that `model_init` names, pictures are prepared by its
-`preprocess`. The run then reads `--config.data.uri=precomputed:runs/lit_images`. Killed, it goes on with the same
-command; hosts share the shards.
+The tower (LiT, arXiv:2111.07991, section 3.3) is the config's `model.image` with the parameters that `model_init`
+names, pictures are prepared by its `preprocess`. The run then reads `--config.data.uri=precomputed:runs/lit_images`.
+Killed, it goes on with the same command; hosts share the shards.
 """
 
 import json
@@ -16,8 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
-from tqdm import tqdm
 
 from vlm_jax import command, config, models, processes, sharding
 from vlm_jax.checkpoint import write_json
@@ -37,8 +35,8 @@ def precompute(
     split: str | None = None,
     batch_size: int = 64,
     shard_size: int = 4096,
-) -> None:
-    """Writes what the image tower of a config returns, pooled, for all pictures of a data set.
+) -> dict[str, Any]:
+    """Writes what the image tower of a config returns, pooled, for all pictures of a data set, and returns its index.
 
     Args:
       settings: a config of `vlm_jax.train` with `model_init`.
@@ -70,12 +68,13 @@ def precompute(
     mine = [k for k in range(len(names)) if k % jax.process_count() == jax.process_index()]
     todo = [k for k in mine if not (out / names[k]).is_file()]
     if not todo:
-        return
-    embed = _embedder(settings, given["image"], batches[0][0]["image"])
+        return index
+    with command.doing(f"loading {given['image']}"):
+        embed = _embedder(settings, given["image"], batches[0][0]["image"])
     per_shard = shard_size // batch_size
     parts = {k: range(k * per_shard, min((k + 1) * per_shard, len(batches))) for k in mine}
     total, left = (sum(len(parts[k]) for k in some) for some in (mine, todo))
-    with tqdm(total=total, initial=total - left, desc="embed", unit="batch") as bar:
+    with command.doing("embedding"), command.bar(total=total, initial=total - left, desc="embed", unit="batch") as bar:
         for k in todo:
             rows: list[np.ndarray | None] = []
             for number in parts[k]:
@@ -85,6 +84,7 @@ def precompute(
                 rows += [row if real else None for row, real in zip(embeddings, batch["mask"], strict=True)]
                 bar.update()
             write_shard(out / names[k], rows[: batches.num_examples - k * shard_size])
+    return index
 
 
 def _embedder(settings: Mapping[str, Any], spec: str, images: np.ndarray):
@@ -114,17 +114,13 @@ def _embedder(settings: Mapping[str, Any], spec: str, images: np.ndarray):
     return run
 
 
-def main(_: Sequence[str]) -> None:
-    precompute(
-        command.read_config(_CONFIG), _OUT.value, uri=_DATA.value, split=_SPLIT.value, batch_size=_BATCH_SIZE.value
-    )
+def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer | None:
+    section = dict(uri=values.data, split=values.split, batch_size=values.batch_size)
+    index = precompute(command.read_config(values), values.out, **section)
+    if processes.is_first():
+        text = f"{index['records']:,} records; read them by --config.data.uri=precomputed:{values.out}"
+        return command.Answer({"out": str(Path(values.out).absolute()), **index}, text)
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/lit.py:tiny", lock_config=True)
-    _DATA = flags.DEFINE_string("data", None, "Data set, e.g. tfds:emoji")
-    _SPLIT = flags.DEFINE_string("split", None, "Its split")
-    _OUT = flags.DEFINE_string("out", None, "Folder of the embeddings")
-    _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures at a time")
-    flags.mark_flags_as_required(["config", "data", "out"])
-    command.run(main, several_hosts=True)
+    command.run("precompute", main)

@@ -1,20 +1,21 @@
-"""Trains any model with any objective: python -m vlm_jax.train --config=configs/clip.py:tiny --workdir=runs/tiny
+"""Trains any model with any objective, or continues a run that was interrupted.
+
+    vlm-jax train --config=configs/clip.py:tiny --workdir=runs/demo
+    vlm-jax train --config=configs/clip.py:smoke --workdir=runs/smoke --config.optimizer.lr=1e-3
 
 Top to bottom: read the data, build the program from the config, place it on the mesh, continue from the newest
 checkpoint, loop, evaluate, report. The same command after any interruption gives the same result, bit for bit. On
 several hosts the same command runs on each of them with --distributed=auto.
 """
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import config_flags
-from tqdm import tqdm
 
 from vlm_jax import command, config, evaluators, optim, processes, report, sharding
 from vlm_jax.checkpoint import Checkpointer, check_same_config, params_sha256, write_json
@@ -67,17 +68,20 @@ def _train(
 ) -> dict[str, Any]:
     mesh = config.call(sharding.make_mesh, mesh or {}, "config.mesh")
     sharding.check_batch_size(batch_size, mesh)
-    tokenizer = tokenizers.build(tokenizer)
-    batches = config.call(
-        loader.train_loader, data, "config.data", batch_size=batch_size, seed=seed, tokenizer=tokenizer,
-        rows=sharding.rows_of_process(mesh, batch_size),
-    )  # fmt: skip
+    doing = partial(command.doing, seen=processes.is_first())
+    with doing("opening the data set"):
+        tokenizer = tokenizers.build(tokenizer)
+        batches = config.call(
+            loader.train_loader, data, "config.data", batch_size=batch_size, seed=seed, tokenizer=tokenizer,
+            rows=sharding.rows_of_process(mesh, batch_size),
+        )  # fmt: skip
     total = optim.duration_to_steps(duration, batch_size, batches.num_examples)
     steps = lambda length: optim.duration_to_steps(length, batch_size, batches.num_examples, total)
-    program = build_program(
-        batches.example, mesh, steps, model=model, objective=objective, optimizer=optimizer,
-        partition=partition, accumulate=accumulate, ema=ema, seed=seed,
-    )  # fmt: skip
+    with doing("building the model"):
+        program = build_program(
+            batches.example, mesh, steps, model=model, objective=objective, optimizer=optimizer,
+            partition=partition, accumulate=accumulate, ema=ema, seed=seed,
+        )  # fmt: skip
     evals = [Evaluation(name, section, steps) for name, section in (evals or {}).items()]
     pretrained = lambda state: Pretrained(
         program.model, state.params if state.ema is None else state.ema, tokenizer, preprocess, tokenize, settings, mesh
@@ -89,19 +93,22 @@ def _train(
     tracer = config.call(Profile, profile or {}, "config.profile", workdir=workdir)
     check_same_config(workdir / "config.json", settings)
     if saver.latest_step() is None:
-        given = read_init(model_init, named_leaves(program.abstract_state.params)) if model_init else {}
-        with jax.set_mesh(mesh):
-            state = program.init(jax.random.key(seed), given)
+        with doing("making the parameters"):
+            given = read_init(model_init, named_leaves(program.abstract_state.params)) if model_init else {}
+            with jax.set_mesh(mesh):
+                state = program.init(jax.random.key(seed), given)
         progress = {"seconds": 0.0, "data_wait": 0.0, "data": None}
         processes.say(program.table)
     else:
-        state, progress = saver.restore(program.abstract_state)
+        with doing("reading the checkpoint"):
+            state, progress = saver.restore(program.abstract_state)
         processes.say(f"continuing from step {int(state.step)} of {total}")
     if progress["data"]:
         counts = {} if processes.is_first() else {"read": 0, "bad": 0}  # of all processes, the first goes on with them
         batches.set_state(progress["data"] | counts)
     batches.start()  # reading goes on while the step compiles
-    train_step = program.compile_step(batches.example, batch_size)
+    with doing("compiling the train step"):
+        train_step = program.compile_step(batches.example, batch_size)
     step_flops = lambda: model_flops(
         settings, program, sharding.abstract_batch(batches.example, batch_size, mesh), steps
     )
@@ -110,8 +117,7 @@ def _train(
     writer = config.call(MetricWriter, log, "config.log", workdir=workdir, start_step=first)
     clock = Throughput(batches, batch_size, step_flops, progress["seconds"], progress["data_wait"])
     stop = processes.StopSignal()
-    bar = tqdm(total=total, initial=first, desc="train", unit="step", mininterval=0.5 if sys.stderr.isatty() else 15,
-               disable=not processes.is_first())  # fmt: skip
+    bar = command.bar(total=total, initial=first, desc="train", unit="step", disable=not processes.is_first())
     before = None
     # whatever ends it, what was saved is written
     with closing(saver), closing(writer), closing(batches), closing(bar), closing(tracer):
@@ -138,10 +144,12 @@ def _train(
                 raise SystemExit(f"{stopped_by}: saved step {step} of {total}; the same command continues from there")
             for evaluation in evals:
                 if evaluation.every and step % evaluation.every == 0 and step < total:
-                    with clock.paused():
+                    bar.set_postfix_str(f"evaluating {evaluation.name}")
+                    with clock.paused(), doing("evaluating"):
                         writer.write(step, evaluation.run(pretrained(state)).metrics)
         bar.close()
-        saver.wait()
+        with doing("writing the checkpoint"):
+            saver.wait()
         stop.close()
         progress = clock.progress()
         results = {
@@ -153,14 +161,16 @@ def _train(
             "data/bad_examples": position(batches)["bad"],
         }
         for evaluation in evals:
-            result = evaluation.run(pretrained(state))
+            with doing(f"evaluating {evaluation.name}"):
+                result = evaluation.run(pretrained(state))
             if processes.is_first():
                 report.save_artifacts(workdir, evaluation.name, result.artifacts)
             writer.write(total, result.metrics)
             results |= result.metrics
     if processes.is_first():
         write_json(workdir / "results.json", results)
-        print(f"report: {report.write(workdir)}")
+        with doing("writing the report"):
+            report.write(workdir)
     return results
 
 
@@ -189,13 +199,13 @@ class Evaluation:
         return result._replace(metrics={f"{self._prefix}/{name}": value for name, value in result.metrics.items()})
 
 
-def main(_: Sequence[str]) -> None:
-    train(command.read_config(_CONFIG), _WORKDIR.value)
+def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer | None:
+    results = train(command.read_config(values), values.workdir)
+    if processes.is_first():
+        page = str(Path(values.workdir).absolute() / "report" / "index.html")
+        rows = [[name, report.format_value(name, results[name])] for name in results if name != "params_sha256"]
+        return command.Answer(results | {"report": page}, f"{command.table(rows)}\nreport: {page}")
 
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/clip.py:tiny", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, results, report")
-flags.mark_flags_as_required(["config", "workdir"])
 
 if __name__ == "__main__":
-    command.run(main, several_hosts=True, preemptible=True)
+    command.run("train", main)

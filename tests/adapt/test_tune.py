@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import vlm_jax
-from vlm_jax import models
+from vlm_jax import command_flags, models
 from vlm_jax.adapt import __main__ as adapt_command
 from vlm_jax.adapt import coupled, insert
 from vlm_jax.adapt.files import save_adapter
@@ -294,13 +294,13 @@ def test_what_is_wrong_is_named(base, pictures, tmp_path):
         coupled.Coupled().insertions(conv, 0)
 
 
-def test_the_command(base, tmp_path, monkeypatch, capsys):
+def test_the_command(base, tmp_path, monkeypatch):
     """From flags to a table, results, and a file that `load(...)` takes."""
     monkeypatch.setattr(vlm_jax, "load", lambda spec, **_: base, raising=False)
     from absl import flags
 
     values = flags.FlagValues()
-    adapt_command.define_flags(values)
+    command_flags.define("adapt", values)
     given = [
         "--model=m",
         "--method=zero_shot,gda,lora",
@@ -315,10 +315,10 @@ def test_the_command(base, tmp_path, monkeypatch, capsys):
     ]
     given += ["--train_where=concept=0,570,571,572", "--shots=2", "--seeds=2", "--base_to_new"]
     values(["adapt", *given])
-    adapt_command.main([], values)
-    out = capsys.readouterr().out
-    assert "zero_shot" in out and "harmonic_mean" in out and "+-" in out
+    answer = adapt_command.main([], values)
+    assert "zero_shot" in answer.text and "harmonic_mean" in answer.text and "+-" in answer.text
     numbers = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert answer.results == numbers | {"adapters": str(tmp_path / "o")}
     assert {"lora/top1", "lora/new/top1", "lora/harmonic_mean", "gda/top1"} <= numbers.keys()
     assert "gda/new/top1" not in numbers
     assert base.with_adapter(tmp_path / "o" / "lora_1.safetensors").classes == ("grinning face", "a")

@@ -124,7 +124,7 @@ def test_a_failure_leaves_nothing(siglip, tmp_path, monkeypatch):
 
 
 def test_inspect_tells_what_a_file_is(tmp_path):
-    text = convert.inspect(GOLDEN / "siglip_scan.npz")
+    text = convert.text(convert.describe(GOLDEN / "siglip_scan.npz"))
     assert "format       big_vision" in text and "licence      not stated" in text
     assert "preprocess   unknown: pass preprocess= to load" in text
     row = next(line for line in text.splitlines() if "encoderblock/LayerNorm_0/bias" in line and line.startswith("img"))
@@ -135,7 +135,7 @@ def test_inspect_tells_what_a_file_is(tmp_path):
     arrays = dict(np.load(GOLDEN / "siglip_loop.npz"))
     del arrays["params/img/embedding/bias"]
     np.savez(tmp_path / "odd.npz", **arrays, **{"params/img/more": np.zeros(3)})
-    text = convert.inspect(tmp_path / "odd.npz")
+    text = convert.text(convert.describe(tmp_path / "odd.npz"))
     assert "img/more" in text and "(NOTHING TAKES IT)" in text
     assert "no tensor for: image/patch_embed/bias (from img/embedding/bias)" in text
 

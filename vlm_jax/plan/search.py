@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from tqdm import tqdm
 
-from vlm_jax import config
+from vlm_jax import command, config
 from vlm_jax.errors import UserError
 from vlm_jax.plan import train_step
 from vlm_jax.plan.chips import Chip
@@ -64,7 +63,7 @@ def search(settings: Mapping[str, Any], devices: Sequence[jax.Device], chip: Chi
     settings = config.plain(settings)
     tried, fastest = [], float("inf")
     products = {}  # by remat and accumulate: seconds of the products alone, nearly the same on all meshes
-    progress = tqdm(list(meshes(len(devices))), unit="mesh", desc="plan")
+    progress = command.bar(list(meshes(len(devices))), unit="mesh", desc="plan")
     for mesh in progress:
         temporaries = {}  # by remat, of one micro-batch
         for remat, accumulate in ladder(settings):

@@ -1,6 +1,6 @@
-"""Builds the prepared files from the npm tarballs: the same bytes every time.
+"""Remakes the embedded data set from npm tarballs: the same bytes every time.
 
-    python -m vlm_jax.data.emoji.build --tarballs=DIR --out=DIR
+    vlm-jax data.emoji.build --tarballs=runs/tarballs --out=runs/emoji
 
 fetches with `npm pack` what DIR lacks, checks every tarball's sha256, renders with resvg_py (extra `emoji`) and writes
 
@@ -12,16 +12,18 @@ fetches with `npm pack` what DIR lacks, checks every tarball's sha256, renders w
 
 from __future__ import annotations
 
-import argparse
 import collections
 import hashlib
 import json
 import shutil
 import subprocess
-import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
+from absl import flags
+
+from vlm_jax import command
 from vlm_jax.data.emoji import PREPARED, packs, splits
 from vlm_jax.errors import UserError
 
@@ -34,7 +36,8 @@ def fetch(directory: Path, tarballs: tuple[packs.Tarball, ...]) -> None:
         return
     if shutil.which("npm") is None:
         raise UserError(f"{directory} lacks {', '.join(missing)} and npm is not installed; fetch them with `npm pack`")
-    done = subprocess.run(["npm", "pack", *missing], cwd=directory, capture_output=True, text=True)
+    with command.doing(f"npm pack of {len(missing)} packages"):
+        done = subprocess.run(["npm", "pack", *missing], cwd=directory, capture_output=True, text=True)
     if done.returncode:
         reasons = [line for line in done.stderr.splitlines() if line.startswith("npm error")][:2]
         raise UserError(f"`npm pack {' '.join(missing)}` failed: {'; '.join(reasons)}; is the registry reachable?")
@@ -76,7 +79,8 @@ def build(tarballs: Path, out: Path, *, words=packs.WORDS, pack_tarballs=packs.P
     tarballs, out, pack_tarballs = Path(tarballs).resolve(), Path(out), tuple(pack_tarballs)
     if out.exists() and any(out.iterdir()) and not (out / "dataset_info.json").is_file():
         raise UserError(f"{out} holds other files than a prepared data set; name an empty or a new folder")
-    collected = builder_lib.collect(tarballs, words, pack_tarballs)
+    with command.doing("drawing the pictures"):
+        collected = builder_lib.collect(tarballs, words, pack_tarballs)
     with tempfile.TemporaryDirectory() as data_dir:
         builder = builder_lib.Emoji(words=words, pack_tarballs=pack_tarballs, data_dir=data_dir)
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=tarballs))
@@ -84,8 +88,9 @@ def build(tarballs: Path, out: Path, *, words=packs.WORDS, pack_tarballs=packs.P
             shutil.rmtree(out)
         shutil.copytree(builder.data_dir, out)
     (out / "LICENSE").unlink()  # one line by TFDS; the NOTICE beside the code says it all
-    for path in sorted(out.glob("*.array_record-*")):
-        repack(path)
+    with command.doing("packing"):
+        for path in sorted(out.glob("*.array_record-*")):
+            repack(path)
     write_json(
         out / "concepts.json",
         [
@@ -122,19 +127,14 @@ def report(collected) -> dict:
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tarballs", type=Path, required=True, help="folder of the npm tarballs; fetched if missing")
-    parser.add_argument("--out", type=Path, default=PREPARED, help="folder to replace with the prepared files")
-    args = parser.parse_args()
-    try:
-        fetch(args.tarballs, (packs.WORDS, *packs.PACKS))
-        build(args.tarballs, args.out)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer:
+    tarballs, out = Path(values.tarballs), Path(values.out or PREPARED)
+    fetch(tarballs, (packs.WORDS, *packs.PACKS))
+    build(tarballs, out)
+    found = json.loads((out / "report.json").read_text())
+    rows = [[split, f"{sum(by_style.values()):,}"] for split, by_style in found["pictures"].items()]
+    return command.Answer({"out": str(out), **found}, f"{command.table(rows)}\nwritten to {out}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run("data.emoji.build", main)

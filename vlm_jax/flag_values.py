@@ -1,16 +1,12 @@
-"""Flags that the commands on models share: what is loaded, on what data, and how their values are read."""
+"""The values of flags as the functions behind the commands take them."""
 
 import ast
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from absl import flags
 
 from vlm_jax.errors import UserError
-
-# Those that become arguments of `vlm_jax.load`.
-MODEL = ("preprocess", "tokenizer", "tokenize", "activation", "image_size", "resample", "dtype")
 
 
 def given(values: flags.FlagValues, names: Sequence[str]) -> dict[str, Any]:
@@ -26,32 +22,6 @@ def given(values: flags.FlagValues, names: Sequence[str]) -> dict[str, Any]:
                 spelled = ",".join(value) if isinstance(value, list) else value
                 raise UserError(f"--{name}={spelled:.60} cannot be read; expected {expected}") from None
     return found
-
-
-def definers(values: flags.FlagValues) -> tuple:
-    """Functions (name, help) that define a text, a repeatable text and a list, None by default."""
-    kinds = (flags.DEFINE_string, flags.DEFINE_multi_string, flags.DEFINE_list)
-    return tuple(partial(define, default=None, flag_values=values) for define in kinds)
-
-
-def define_model_flags(values: flags.FlagValues) -> None:
-    """Defines `model`, `MODEL`, and those of any data set: `data`, `split`, `where`, `label`, `classes`, ..."""
-    text, several, listed = definers(values)
-    text("model", help="What vlm_jax.load reads: a workdir, a folder, a file, hf:org/name")
-    text("data", help="Data set: tfds:, wds:, jsonl:, csv:, folder:")
-    text("split", help="The data set's split")
-    several("where", help="Which records count: field=value,value; repeatable")
-    flags.DEFINE_integer("batch_size", 256, "Pictures at a time over all devices", flag_values=values)
-    text("classes", help="imagenet, emoji:seen, emoji:subgroups, a file, a list; by default the data set's own")
-    several("templates", help="imagenet80, a file, a prompt with {}; repeatable")
-    text("label", help="The field with the label")
-    text("preprocess", help="Where the model's files do not tell: op string, or openai, siglip, ...")
-    text("tokenizer", help="Where the model's files do not tell: clip, json:/path, ...")
-    text("tokenize", help="Where the model's files do not tell: e.g. tokenize(77)")
-    text("activation", help="Of bare CLIP weights: quick_gelu or gelu")
-    listed("image_size", help="Another size than the model's: 384 or 384,288; needs --resample")
-    text("resample", help="How learned positions get to it: linear, bicubic, bicubic_sharp")
-    text("dtype", help="Compute dtype (float32)")
 
 
 def _where(conditions: Sequence[str]) -> dict[str, list]:
