@@ -99,18 +99,17 @@ def _pictures(pretrained: Pretrained, images: Sequence) -> tuple[Any, tuple[int,
 def _watched(model: nn.Module, params: Any, images: Any, look: Callable) -> Any:
     """What the model makes of images while `look(call, args, kwargs, module, method)` stands around its methods.
 
-    Around insertions, too (`adapt.insert`): `look` sees what they have added.
+    It is around insertions, too (`adapt.insert`), and sees what they have added.
     """
     model = model.clone(image=model.image.clone(remat="none"))  # what is seen has to leave the block
 
     def watch(call, args, kwargs, context):
         return look(call, args, kwargs, context.module, context.method_name)
 
-    def run(module, images):
-        with nn.intercept_methods(watch):
-            return module(images, None) if hasattr(module, "text") else module.encode(images)
-
-    return model.apply({"params": params}, images, method=run)
+    with nn.intercept_methods(watch):
+        if hasattr(model, "text"):
+            return model.apply({"params": params}, images, None)
+        return model.apply({"params": params}, images, method="encode")
 
 
 @partial(jax.jit, static_argnames=("model", "grid"))
@@ -118,9 +117,7 @@ def _attention(model: nn.Module, params: Any, images: Any, grid: tuple[int, int]
     """fp32 [B, h, w]."""
     tower, patches = model.image, grid[0] * grid[1]
     first = _tokens_before(tower)
-    own = (
-        slice(None, patches) if isinstance(images, Mapping) else slice(-patches - first, None)
-    )  # neither pad nor prompt
+    own = slice(None, patches) if isinstance(images, Mapping) else slice(-patches - first, None)  # no pad, no prompts
     has_pool = tower.pool == "map" or isinstance(getattr(model, "pool", None), QueryPool)
     from_cls = tower.pool in ("tok", "first") and not has_pool
     projected, pooled, blocks = {}, [], []

@@ -87,6 +87,26 @@ def test_zeroshot_gallery_shows_what_was_seen(section):
     assert "gallery" not in evaluators.build(section | {"gallery": 0})(ColourModel()).artifacts
 
 
+def test_zeroshot_keeps_how_sure_it_was_and_some_embeddings(section):
+    model = ColourModel()
+    artifacts = evaluators.build(section | {"batch_size": 4})(model).artifacts
+    space, similarity = artifacts["space"], artifacts["similarity"]
+    assert space["names"][:8] == [*COLOURS, "red"] and len(space["names"]) == 21
+    np.testing.assert_allclose(space["text"], model.embed_texts(space["names"]), atol=1e-6)
+    np.testing.assert_allclose(space["image"][6], np.full(3, 3**-0.5), atol=1e-6)
+    cosines = space["image"] @ model.embed_texts(list(COLOURS)).T
+    softmax = np.exp(cosines) / np.exp(cosines).sum(1, keepdims=True)
+    np.testing.assert_allclose(artifacts["predictions"]["confidence"], softmax.max(1), atol=1e-6)
+    assert similarity["texts"] == ["red", "blue", "cyan", "grey"], (
+        "pictures 0, 2, 4, 13; others are of the same classes"
+    )
+    assert similarity["images"].shape == (4, 96, 96, 3)
+    assert similarity["images"][2, 48, 48].tolist() == [0, 255, 255]
+    expected = [[1, 0, 0, 3**-0.5], [0, 1, 0.5**0.5, 3**-0.5]]
+    np.testing.assert_allclose(similarity["scores"][:2], expected, atol=1e-6)
+    assert "similarity" not in evaluators.build(section | {"gallery": 0})(model).artifacts
+
+
 def test_labels_may_be_names_and_where_filters(section):
     settings = {"label": "shown", "where": {"style": ["plain"]}, "templates": ["{}", "a photo of {}"]}
     result = evaluators.build(section | settings)(ColourModel())
@@ -125,6 +145,22 @@ def test_retrieval_with_several_captions(pictures, batch_size):
     assert result.metrics["image_to_text/recall@1"] == 1.0
     everything = evaluators.build(section | {"where": None})(ColourModel()).metrics
     assert everything["text_to_image/recall@1"] < everything["text_to_image/recall@5"] == 1.0
+
+
+def test_retrieval_shows_what_texts_find(pictures):
+    section = {"type": "retrieval", "uri": pictures, "captions": ["captions", "shown"], "where": {"style": "plain"}}
+    artifacts = evaluators.build(section)(ColourModel()).artifacts
+    found = artifacts["found"]
+    assert found["queries"] == [
+        "some red", "green", "some blue", "yellow", "yellow", "cyan", "magenta", "grey",
+    ]  # fmt: skip
+    assert found["images"].shape == (8, 6, 96, 96, 3) and found["scores"].shape == found["right"].shape == (8, 6)
+    assert found["right"][:, 0].all() and not found["right"][:, 1:].any()
+    assert found["images"][1, 0, 48, 48].tolist() == [0, 255, 0], "the green one"
+    assert artifacts["space"]["names"] == artifacts["similarity"]["texts"]
+    assert artifacts["space"]["names"][:3] == ["some red", "green", "some blue"], "the first of each"
+    cosines = artifacts["space"]["image"] @ artifacts["space"]["text"].T
+    np.testing.assert_allclose(artifacts["similarity"]["scores"], cosines, atol=1e-6)
 
 
 def test_pixel_neighbour_names_after_the_nearest_picture(pictures):
