@@ -1,10 +1,4 @@
-"""CLIP, Cap, CapPa and a mixture of denoisers at matched data and compute: naming, captions, probes and foils.
-
-    PYTHONPATH=. python experiments/captioning_vs_contrastive/run.py [--seeds=0,1,2] [--runs=runs/captioning]
-
-Trains what is not trained yet (a run that is there is taken as it is), evaluates all, writes results.json and
-comparison.png beside this file, prints the README's table.
-"""
+"""Trains and evaluates CLIP, Cap, CapPa and UL2-Cap. See README.md here."""
 
 import argparse
 import json
@@ -12,16 +6,13 @@ import pathlib
 import subprocess
 import sys
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
 import vlm_jax
+from experiments import study
 from vlm_jax import evaluators
 
-HERE = pathlib.Path(__file__).parent
+SEEDS = (0, 1, 2)
 MODELS = {"CLIP": "clip", "Cap": "cap", "CapPa": "cappa", "UL2-Cap": "ul2_cap"}
 STYLE = dict(uri="tfds:emoji", split="unseen_style")
 CONTENT = "crop_to_content | resize(32)"
@@ -66,50 +57,49 @@ def measure(name, seed, runs):
     return found
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/captioning"))
-    options = parser.parse_args()
-    seeds = [int(seed) for seed in options.seeds.split(",")]
-    path = HERE / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    for seed in seeds:
-        for name in MODELS:
-            if f"{name} {seed}" not in results:
-                results[f"{name} {seed}"] = measure(name, seed, options.runs)
-                path.write_text(json.dumps(results, indent=1) + "\n")
-    write(results, seeds)
-
-
-def write(results, seeds):
-    """The table and comparison.png: means over seeds, and their range."""
-    numbers = {
+def numbers(results):
+    """{row: {model: values of the seeds}}; no value where a model has no such evaluation."""
+    return {
         row: {
-            name: [of[evaluation][metric] for seed in seeds if evaluation in (of := results[f"{name} {seed}"])]
+            name: [of[evaluation][metric] for seed in SEEDS if evaluation in (of := results[f"{name} {seed}"])]
             for name in MODELS
         }
         for row, (evaluation, metric) in ROWS.items()
     }
+
+
+def table(results):
     show = lambda values: f"{np.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})" if values else ""
-    lines = [f"| | {' | '.join(MODELS)} |", "|---" * (len(MODELS) + 1) + "|"]
-    lines += [f"| {row} | {' | '.join(show(values) for values in of.values())} |" for row, of in numbers.items()]
-    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    return study.markdown(["", *MODELS], [[row, *map(show, of.values())] for row, of in numbers(results).items()])
+
+
+def plot(results):
+    figure, axes = study.subplots(size=(9, 6.5))
     places = np.arange(len(ROWS))[::-1]
     for i, name in enumerate(MODELS):
-        for place, of in zip(places, numbers.values(), strict=True):
+        for place, of in zip(places, numbers(results).values(), strict=True):
             if of[name]:
-                label = name if place == places[0] else None
-                at = place + 0.2 * (1.5 - i)
-                axes.barh(at, np.mean(of[name]), 0.18, color=f"C{i}", label=label)
-                axes.plot(of[name], [at] * len(of[name]), "k.", markersize=3)
+                label, at = name if place == places[0] else None, place + 0.2 * (1.5 - i)
+                axes.barh(at, np.mean(of[name]), 0.2, color=study.SHADES[i], label=label, **study.BAR)
+                axes.plot(of[name], [at] * len(of[name]), **study.DOT)
     axes.set_yticks(places, list(ROWS))
-    axes.set_xlabel(f"share right; dots are seeds {', '.join(map(str, seeds))}")
-    axes.axvline(0.5, color="0.7", linewidth=0.8, zorder=0)
+    axes.set_xlabel(f"share right, mean of seeds {', '.join(map(str, SEEDS))}, which are the dots")
+    axes.axvline(0.5, color=study.INK, linestyle=":", linewidth=1, zorder=0)
     axes.set_xlim(0, 1)
-    axes.legend()
-    figure.savefig(HERE / "comparison.png", dpi=150)
-    print("\n".join(lines))
+    axes.legend(loc="upper right")
+    return figure
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/captioning"))
+    runs, results = parser.parse_args().runs, study.read("captioning_vs_contrastive", {})
+    for seed in SEEDS:
+        for name in MODELS:
+            if f"{name} {seed}" not in results:
+                results[f"{name} {seed}"] = measure(name, seed, runs)
+                study.save("captioning_vs_contrastive", results)
+    study.publish("captioning_vs_contrastive", table, plot)
 
 
 if __name__ == "__main__":

@@ -1,35 +1,25 @@
-"""Every way to adapt to a few pictures, at matched shots: other pictures, other styles, other classes.
-
-    PYTHONPATH=. python experiments/few_shot/run.py [--model=runs/captioning/clip_0]
-
-The model is configs/clip.py:tiny; it is trained if it is not there. Writes results.json (a protocol and method that
-are in it are not run again) and few_shot.png beside this file, prints the README's tables.
-"""
+"""Adapts the demo's model to a few pictures in every way that there is. See README.md here."""
 
 import argparse
-import json
 import math
 import pathlib
 import subprocess
 import sys
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
 import vlm_jax
+from experiments import study
 from vlm_jax import evaluators
 from vlm_jax.adapt import heads
 from vlm_jax.adapt.methods import HEADS, METHODS
 from vlm_jax.data import emoji
 from vlm_jax.data.sources import open_source
 
-HERE = pathlib.Path(__file__).parent
 SHOTS = (2, 4, 8, 16)  # of one shot Gaussians have no covariance
 KINDS = dict(uri="tfds:emoji", split="unseen_style", label="subgroup", classes="emoji:subgroups", seeds=3)
 ELSEWHERE = {"near style": dict(split="near_style"), "unseen concepts": dict(split="unseen_concepts")}
+NAMES = {"unseen style": "unseen style, of 732", "unseen concepts": "unseen concepts, of 129"}
 OPTIONS = {"cocoop": dict(batch_size=8, learning_rate=1e-2)}  # 49 texts for each picture: the rest would take an hour
 NEW = ("zero_shot", "prolip", "lora", "adapter", "coop", "cocoop", "vpt_deep", "maple", "upt", "full")
 PROTOCOLS = {
@@ -65,20 +55,68 @@ def retrieval_fusion(pretrained):
     return found
 
 
+def table(results):
+    def cell(protocol, method, name):
+        own = results.get(f"{protocol} {method}", {})
+        spread = name.replace("top1", "spread").replace("harmonic_mean", "harmonic_spread")
+        return f"{100 * own[name]:.1f} ± {100 * own[spread]:.1f}" if name in own else ""
+
+    def block(protocol, methods, columns, title):
+        rows = [[method, *(cell(protocol, method, name) for name in columns.values())] for method in methods]
+        return study.markdown([title, *columns], rows)
+
+    tests = {"unseen style": "top1"} | {name: f"{name}/top1" for name in ELSEWHERE}
+    show = lambda values: (
+        f"{100 * np.mean(values):.1f}" + (f" ± {100 * np.std(values, ddof=1):.1f}" if values[1:] else "")
+    )
+    fusion = {"zero_shot": "class names", "reco": "RECO"}
+    names = [
+        [row, *(show(results["retrieval fusion"][f"{key}/{test}"]) for test in NAMES)] for key, row in fusion.items()
+    ]
+    return "\n\n".join((
+        block("16 shots", METHODS, tests, "top-1, %, 16 shots"),
+        block("base to new", NEW, {"base": "top1", "new": "new/top1", "harmonic mean": "harmonic_mean"}, "top-1, %"),
+        study.markdown(["top-1, %, by", *NAMES.values()], names),
+    ))  # fmt: skip
+
+
+def plot(results):
+    figure, (left, right) = study.subplots(1, 2, size=(12, 4.8), width_ratios=(1, 1.2))
+    for i, (method, marker) in enumerate(zip(HEADS, "ovs^Dx*", strict=True)):
+        at = [results[f"{shots} shots {method}"] for shots in SHOTS]
+        top1, spread = ([100 * own[name] for own in at] for name in ("top1", "spread"))
+        face = dict(markerfacecolor="white") if i % 2 else {}
+        line = dict(
+            color=study.INK if i % 2 else study.SHADES[0], linestyle=("-", "--", ":", "-.")[i % 4], linewidth=1.2
+        )
+        left.plot(SHOTS, top1, marker=marker, label=method, **line, **face)
+        left.errorbar(SHOTS, top1, spread, color=study.GREY, linestyle="", linewidth=1, capsize=2, zorder=1)
+    left.set_xscale("log", base=2)
+    left.set_xticks(SHOTS, SHOTS)
+    left.set_xlabel("pictures of each class")
+    left.set_ylabel("top-1 among 49, unseen style, %")
+    left.legend()
+    order = sorted(METHODS, key=lambda method: results[f"16 shots {method}"]["top1"])
+    own = [results[f"16 shots {method}"] for method in order]
+    colors = [study.SHADES[2 if method in HEADS else 0] for method in order]
+    spread = dict(xerr=[100 * n["spread"] for n in own], capsize=2, error_kw=dict(ecolor=study.INK))
+    right.barh(order, [100 * n["top1"] for n in own], color=colors, **spread, **study.BAR)
+    right.set_xlabel("top-1 at 16 shots, %; light: heads on cached features")
+    return figure
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=pathlib.Path, default=pathlib.Path("runs/captioning/clip_0"))
     options = parser.parse_args()
     if not (options.model / "results.json").exists():
         config = ["--config=configs/clip.py:tiny", f"--workdir={options.model}"]
         subprocess.run([sys.executable, "-m", "vlm_jax.train", *config], check=True)
     pretrained = vlm_jax.load(options.model)
-    path = HERE / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    save = lambda: path.write_text(json.dumps(results, indent=1) + "\n")
+    results = study.read("few_shot", {})
     if "retrieval fusion" not in results:
         results["retrieval fusion"] = retrieval_fusion(pretrained)
-        save()
+        study.save("few_shot", results)
     for protocol, (methods, section) in PROTOCOLS.items():
         for group in (HEADS, *({method} for method in METHODS if method not in HEADS)):
             todo = [m for m in methods if m in group and f"{protocol} {m}" not in results]
@@ -90,46 +128,8 @@ def main():
                 own = {name.partition("/")[2]: x for name, x in numbers.items() if name.startswith(f"{method}/")}
                 results[f"{protocol} {method}"] = own
                 print(protocol, method, own, flush=True)
-            save()
-    write(results)
-
-
-def write(results):
-    """The tables, and few_shot.png."""
-
-    def cell(protocol, method, name):
-        own = results.get(f"{protocol} {method}", {})
-        spread = name.replace("top1", "spread").replace("harmonic_mean", "harmonic_spread")
-        return f"{100 * own[name]:.1f} ± {100 * own[spread]:.1f}" if name in own else ""
-
-    def table(protocol, methods, columns):
-        print(f"\n| | {' | '.join(columns)} |\n" + "|---" * (len(columns) + 1) + "|")
-        for method in methods:
-            print(f"| {method} | " + " | ".join(cell(protocol, method, name) for name in columns.values()) + " |")
-
-    tests = {"unseen style": "top1"} | {name: f"{name}/top1" for name in ELSEWHERE}
-    table("16 shots", METHODS, tests)
-    table("base to new", NEW, {"base": "top1", "new": "new/top1", "harmonic mean": "harmonic_mean"})
-    print()
-    for name, values in results["retrieval fusion"].items():
-        print(f"{name}: {100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=len(values) > 1):.1f}")
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", width_ratios=(1, 1.2))
-    for method, marker in zip(HEADS, "ovs^Dx*", strict=True):
-        at = [results[f"{shots} shots {method}"] for shots in SHOTS]
-        top1, spread = ([100 * own[name] for own in at] for name in ("top1", "spread"))
-        left.errorbar(SHOTS, top1, spread, marker=marker, label=method, capsize=2)
-    left.set_xscale("log", base=2)
-    left.set_xticks(SHOTS, SHOTS)
-    left.set_xlabel("pictures of each class")
-    left.set_ylabel("top-1 among 49, unseen style, %")
-    left.legend()
-    order = sorted(METHODS, key=lambda method: results[f"16 shots {method}"]["top1"])
-    own = [results[f"16 shots {method}"] for method in order]
-    colors = ["0.6" if method in HEADS else "C0" for method in order]
-    right.barh(order, [100 * n["top1"] for n in own], xerr=[100 * n["spread"] for n in own], color=colors, capsize=2)
-    right.set_xlabel("top-1 at 16 shots, %; grey: heads on cached features")
-    figure.savefig(HERE / "few_shot.png", dpi=150)
+            study.save("few_shot", results)
+    study.publish("few_shot", table, plot)
 
 
 if __name__ == "__main__":

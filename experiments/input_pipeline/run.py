@@ -1,33 +1,23 @@
-"""Images a second of the input pipeline: JPEGs 480x360 (60 kB) -> RandomResizedCrop(224) -> normalise -> CLIP tokens.
+"""Times the input pipeline and, where torch is installed, a DataLoader beside it. See README.md here."""
 
-    python experiments/input_pipeline/measure.py --workers=2
-
-Writes tar shards of synthetic JPEGs to a temporary folder and reads them with `vlm_jax.data.loader` and, where torch is
-installed, with a torch DataLoader whose steps are those of open_clip's training transform. The two take turns, so that
-a busy machine is unfair to neither. Expected on 2 cores: at least 400 images a second with 2 workers.
-"""
-
+import argparse
+import contextlib
+import importlib.util
 import io
 import math
-import os
-import sys
 import tarfile
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
 from PIL import Image
 
+from experiments import study
 from vlm_jax.data import image_ops, loader, sources, tokenizers
 
-WORKERS = flags.DEFINE_list("workers", ["2"], "Numbers of worker processes to measure.")
-SECONDS = flags.DEFINE_float("seconds", 8, "Length of one measurement, start of the workers left out.")
-REPEATS = flags.DEFINE_integer("repeats", 3, "Measurements of each.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images of a batch.")
-IMAGES = flags.DEFINE_integer("images", 1024, "Different images in the shards.")
-
+BATCH_SIZE, IMAGES = 64, 1024
+WANTED = 400  # images a second, two workers on two cores
 OPS = "decode | random_resized_crop(224, scale=(0.9, 1.0)) | normalize('clip') | caption('txt') | tokenize(77)"
 
 
@@ -55,27 +45,34 @@ def write_shards(folder: Path, images: int, shards: int = 4) -> str:
     return f"wds:{folder}/{{00000..{shards - 1:05d}}}.tar"
 
 
-def rate(batches, batch_size: int, workers: int, seconds: float) -> float:
+def rate(batches, workers: int, seconds: float) -> float:
     """Images a second, once the workers run and what they computed ahead is used up."""
     for _ in range(4 * max(workers, 1)):
         next(batches)
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         next(batches)
-        count += batch_size
+        count += BATCH_SIZE
     return count / (time.perf_counter() - start)
 
 
-def ours(uri: str, workers: int) -> float:
-    batches = loader.train_loader(
-        uri=uri,
-        ops=OPS,
-        batch_size=BATCH_SIZE.value,
-        tokenizer=tokenizers.build("clip"),
-        workers=workers,
-    )
+def cpu_ms(batches) -> float:
+    """Process time of an image, in milliseconds: the median of three batches made in this process."""
+    next(batches)
+    found = []
+    for _ in range(3):
+        start = time.process_time()
+        next(batches)
+        found.append(1000 * (time.process_time() - start) / BATCH_SIZE)
+    return float(np.median(found))
+
+
+def ours(uri: str, workers: int):
+    """Batches without end."""
+    tokenizer = tokenizers.build("clip")
+    batches = loader.train_loader(uri=uri, ops=OPS, batch_size=BATCH_SIZE, tokenizer=tokenizer, workers=workers)
     try:
-        return rate(batches, BATCH_SIZE.value, workers, SECONDS.value)
+        yield from batches
     finally:
         batches.close()
 
@@ -118,52 +115,100 @@ def random_box(width: int, height: int) -> tuple[int, int, int, int]:
     return 0, 0, width, height
 
 
-def torchs(uri: str, workers: int) -> float:
+def torchs(uri: str, workers: int):
+    """Batches without end."""
     from torch.utils.data import DataLoader
 
     context = "spawn" if workers else None  # as Grain's; this process has threads
     data = DataLoader(
         TorchDataset(uri),
-        BATCH_SIZE.value,
+        BATCH_SIZE,
         shuffle=True,
         drop_last=True,
         num_workers=workers,
         persistent_workers=workers > 0,
         multiprocessing_context=context,
     )
-
-    def forever():
-        while True:
-            yield from data
-
-    return rate(forever(), BATCH_SIZE.value, workers, SECONDS.value)
+    while True:
+        yield from data
 
 
-def main(argv):
-    del argv
-    contestants = {"vlm_jax": ours}
-    try:
-        import torch
-
-        contestants[f"torch {torch.__version__} DataLoader"] = torchs
-    except ImportError:
+def measure(workers, repeats, seconds):
+    """A sitting: {loader: images a second} and {loader: CPU milliseconds of an image}."""
+    loaders, packages = {"vlm_jax": ours}, ["numpy", "pillow"]
+    if importlib.util.find_spec("torch"):
+        loaders["torch"] = torchs
+        packages.append("torch")
+    else:
         print("torch is not installed: no comparison (pip install torch)")
+    where, rates = study.machine(*packages), {name: [] for name in loaders}
     with tempfile.TemporaryDirectory() as folder:
-        uri = write_shards(Path(folder), IMAGES.value)
-        source = sources.open_source(uri)
-        size = np.mean([len(source[i]["image"]) for i in range(64)])
-        setting = f"{len(source)} JPEGs 480x360 of {size / 1000:.0f} kB, batches of {BATCH_SIZE.value}"
-        print(f"{setting}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start")
-        print("\n| loader | workers | images/s: median | smallest | largest |\n|---|---|---|---|---|")
-        for workers in map(int, WORKERS.value):
-            rates = {name: [] for name in contestants}
-            for _ in range(REPEATS.value):
-                for name, measure in contestants.items():
-                    rates[name].append(measure(uri, workers))
-            for name, values in rates.items():
-                print(f"| {name} | {workers} | {np.median(values):.0f} | {min(values):.0f} | {max(values):.0f} |")
-                sys.stdout.flush()
+        uri = write_shards(Path(folder), IMAGES)
+        for _ in range(repeats):
+            for name, batches in loaders.items():
+                with contextlib.closing(batches(uri, workers)) as running:
+                    rates[name].append(rate(running, workers, seconds))
+        cpu = {}
+        for name, batches in loaders.items():
+            with contextlib.closing(batches(uri, 0)) as running:
+                cpu[name] = cpu_ms(running)
+    summary = dict(median=np.median, smallest=min, largest=max)
+    shown = {name: {key: float(of(values)) for key, of in summary.items()} for name, values in rates.items()}
+    return dict(machine=where, workers=workers, rates=shown, cpu_ms=cpu)
+
+
+def of(sitting, measured, loader, key=None, digits=0):
+    """A cell; empty where it was not measured."""
+    found = sitting.get(measured, {}).get(loader)
+    found = found.get(key) if key and found else found
+    return "" if found is None else f"{found:,.{digits}f}"
+
+
+def table(results):
+    rates = [sitting for sitting in results if "rates" in sitting]
+    rows = [
+        [
+            sitting["name"], *(of(sitting, "rates", "vlm_jax", key) for key in ("median", "smallest", "largest")),
+            of(sitting, "rates", "torch", "median"), f"{sitting['rates']['vlm_jax']['median'] / WANTED:.2f}",
+        ]
+        for sitting in rates
+    ]  # fmt: skip
+    head = "images a second", "vlm_jax: median", "smallest", "largest", "torch: median", f"vlm_jax of {WANTED}"
+    times = [sitting for sitting in results if "cpu_ms" in sitting]
+    lines = [[name, *(of(sitting, "cpu_ms", name, digits=2) for sitting in times)] for name in ("vlm_jax", "torch")]
+    names = ["CPU ms an image", *(sitting["name"] for sitting in times)]
+    return f"{study.markdown(head, rows)}\n\n{study.markdown(names, lines)}"
+
+
+def plot(results):
+    figure, axes = study.subplots(1, 2, size=(10, 3.4))
+    for ax, measured in zip(axes, ("rates", "cpu_ms"), strict=True):
+        sittings = [sitting for sitting in results if measured in sitting]
+        for i, name in enumerate(("vlm_jax", "torch")):
+            values = [sitting[measured].get(name, 0) for sitting in sittings]
+            if measured == "rates":
+                values = [value and value["median"] for value in values]
+            places = np.arange(len(sittings)) + 0.4 * (i - 0.5)
+            ax.barh(places, values, 0.38, color=study.SHADES[2 * i], label=name, **study.BAR)
+        ax.set_yticks(range(len(sittings)), [sitting["name"] for sitting in sittings])
+        ax.invert_yaxis()
+    axes[0].axvline(WANTED, color=study.INK, linestyle="--", linewidth=1, label="wanted, at least")
+    axes[0].set_xlabel("images a second, two workers, median")
+    axes[1].set_xlabel("CPU milliseconds of an image")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
+    return figure
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=8, help="of one measurement, start of the workers left out")
+    parser.add_argument("--sitting", default="new", help="its name in the table; a sitting of that name is replaced")
+    options = parser.parse_args()
+    study.sit("input_pipeline", options.sitting, measure(options.workers, options.repeats, options.seconds))
+    study.publish("input_pipeline", table, plot)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

@@ -1,25 +1,16 @@
-"""From a CLIP B/32 folder (safetensors) to the first prediction, as a whole process: vlm_jax beside Transformers.
-
-    python experiments/load_time/measure.py
-
-Needs torch and transformers (`pip install 'vlm_jax[parity]'`) and no network: it writes the checkpoint itself, random
-weights at full size with CLIP's own vocabulary. The two programs below take turns, each in a fresh interpreter; the
-first turn of each, which fills the disk's cache, is not counted. Prints a table, writes results.json beside this file.
-Expected: at most 0.6 of Transformers' time and 0.7 of its peak memory.
-"""
+"""Times whole processes, vlm_jax and Transformers, from a CLIP folder to a prediction. See README.md here."""
 
 import argparse
-import importlib.metadata
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
+from experiments import study
+
+WANTED = {"seconds": 0.6, "peak_gb": 0.7}  # of Transformers', at most
 PROGRAMS = {
     "vlm_jax": """
 import sys
@@ -94,13 +85,13 @@ def run(program: str, *arguments: str) -> dict:
     return dict(output=output, seconds=seconds, cpu_seconds=cpu_seconds, peak_gb=usage.ru_maxrss * unit / 1e9)
 
 
-def measure(folder: str, repeats: int, programs: list[str]) -> dict[str, list[dict]]:
+def measure(folder: str, repeats: int) -> dict[str, list[dict]]:
     """The runs of each program; they alternate, and must agree on the probabilities."""
     picture = os.path.join(folder, "picture.jpg")
     run(MAKE_CHECKPOINT, folder, picture)
-    runs = {name: [] for name in programs}
+    runs = {name: [] for name in PROGRAMS}
     for turn in range(repeats + 1):
-        for name in programs:
+        for name in PROGRAMS:
             result = run(PROGRAMS[name], folder, picture, *LABELS)
             result["probabilities"] = [float(word) for word in result.pop("output").split()]
             if turn:
@@ -112,50 +103,59 @@ def measure(folder: str, repeats: int, programs: list[str]) -> dict[str, list[di
     return runs
 
 
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def medians(sitting, program):
+    keys = "seconds", "cpu_seconds", "peak_gb"
+    return {key: statistics.median(run[key] for run in sitting["runs"][program]) for key in keys}
+
+
+def ratios(sitting):
+    ours, theirs = (medians(sitting, program) for program in PROGRAMS)
+    return {key: ours[key] / theirs[key] for key in ours}
+
+
+def table(results):
+    rows = []
+    for sitting in results:
+        of = ratios(sitting)
+        for program, runs in sitting["runs"].items():
+            seconds, middle = [run["seconds"] for run in runs], medians(sitting, program)
+            found = middle["seconds"], min(seconds), max(seconds), middle["cpu_seconds"], middle["peak_gb"]
+            version = sitting["machine"]["packages"][program] if program != "vlm_jax" else ""
+            shares = [f"{of[key]:.2f}" if program == "vlm_jax" else "" for key in WANTED]
+            rows.append([sitting["name"], f"{program} {version}".strip(), *(f"{x:.2f}" for x in found), *shares])
+    head = "sitting", "program", "seconds: median", "smallest", "largest", "CPU seconds", "peak GB"
+    return study.markdown([*head, "of Transformers' time", "of its memory"], rows)
+
+
+def plot(results):
+    figure, axes = study.subplots(1, 2, size=(9, 0.8 + 0.7 * len(results)), sharey=True)
+    for ax, key, label in zip(axes, WANTED, ("seconds, dots are runs", "peak memory, GB"), strict=True):
+        for place, sitting in enumerate(results):
+            for i, program in enumerate(sitting["runs"]):
+                at, values = place + 0.4 * (i - 0.5), [run[key] for run in sitting["runs"][program]]
+                name = program if not place else None
+                ax.barh(at, medians(sitting, program)[key], 0.38, color=study.SHADES[2 * i], label=name, **study.BAR)
+                ax.plot(values, [at] * len(values), **study.DOT)
+            wanted = WANTED[key] * medians(sitting, "transformers")[key]
+            label_ = "wanted, at most" if not place else None
+            ax.vlines(wanted, place - 0.4, place + 0.4, color=study.INK, linestyle="--", linewidth=1.5, label=label_)
+        ax.set_xlabel(label)
+    axes[0].set_yticks(range(len(results)), [f"sitting {sitting['name']}" for sitting in results])
+    axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
+    return figure
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7, help="runs of each that count")
-    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.json"))
-    args = parser.parse_args()
-
-    load = [os.getloadavg()[0]]
+    parser.add_argument("--sitting", default="new", help="its name in the table; a sitting of that name is replaced")
+    options = parser.parse_args()
+    where = study.machine("vlm_jax", "jax", "jaxlib", "transformers", "torch", "numpy", "safetensors")
     with tempfile.TemporaryDirectory() as folder:
-        runs = measure(folder, args.repeats, args.programs)
-    load.append(os.getloadavg()[0])
-    median = {
-        name: {key: statistics.median(r[key] for r in results) for key in ("seconds", "cpu_seconds", "peak_gb")}
-        for name, results in runs.items()
-    }
-    print(f"{os.cpu_count()} cores, load {load[0]:.1f} at the start, {load[1]:.1f} at the end\n")
-    print("| program | runs | seconds: median | smallest | largest | CPU seconds | peak GB |")
-    print("|---|---|---|---|---|---|---|")
-    for name, results in runs.items():
-        seconds, middle = [r["seconds"] for r in results], median[name]
-        print(
-            f"| {name} | {len(results)} | {middle['seconds']:.2f} | {min(seconds):.2f} | {max(seconds):.2f} "
-            f"| {middle['cpu_seconds']:.2f} | {middle['peak_gb']:.2f} |"
-        )
-    results = dict(runs=runs, median=median, load=load)
-    if len(runs) == len(PROGRAMS):
-        ratio = {key: median["vlm_jax"][key] / median["transformers"][key] for key in median["vlm_jax"]}
-        print(f"\nvlm_jax / transformers: time {ratio['seconds']:.2f}, peak memory {ratio['peak_gb']:.2f}")
-        results["ratio"] = ratio
-    packages = ("vlm_jax", "jax", "jaxlib", "transformers", "torch", "torchvision", "numpy", "safetensors")
-    results["machine"] = dict(
-        cores=os.cpu_count(),
-        platform=platform.platform(),
-        python=platform.python_version(),
-        packages={name: version(name) for name in packages},
-    )
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
+        runs = measure(folder, options.repeats)
+    study.sit("load_time", options.sitting, dict(machine=where, runs=runs))
+    study.publish("load_time", table, plot)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,21 @@
-"""Which towers to lock: pretrained and locked (L), pretrained and trained (U), from scratch (u), image and text.
-
-    pip install 'vlm_jax[lit]'
-    PYTHONPATH=. python experiments/locked_image_tuning/run.py [--runs=runs/locked_image_tuning]
-
-Runs what is not in results.json yet, writes it and towers.png beside this file, prints the README's tables.
-"""
+"""Trains pairs of towers, locked, pretrained or from scratch, and ridge regression. See README.md here."""
 
 import argparse
-import json
 import pathlib
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
 import vlm_jax
 from configs import lit
+from experiments import study
 from vlm_jax import config
 from vlm_jax.data import emoji
 from vlm_jax.data.sources import open_source
 from vlm_jax.precompute import precompute
 from vlm_jax.train import train
 
-HERE = pathlib.Path(__file__).parent
 TESTS = {"unseen style": ("unseen_style", False), "unseen concepts": ("unseen_concepts", True)}
+CHANCES = "unseen style, of 732", "unseen concepts, of 129"
 SMALL = dict(px=64, duration="6k examples")
 RUNS = {  # name: (letters, side of EfficientNet's pictures, examples, seeds)
     "Lu, 224 px": ("Lu", dict(px=224), (0, 1, 2)),
@@ -92,54 +82,55 @@ def ridge(px, runs):
     return found
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/locked_image_tuning"))
-    runs = parser.parse_args().runs.absolute()
-    path = HERE / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    save = lambda: path.write_text(json.dumps(results, indent=1) + "\n")
-    if "ridge" not in results:
-        results["ridge"] = ridge(224, runs)
-        save()
-    for name, (letters, sizes, seeds) in RUNS.items():
-        for seed in seeds:
-            if f"{name} {seed}" in results:
-                continue
-            trained = train(
-                settings_of(letters, runs=runs, **sizes) | {"seed": seed}, runs / f"{letters}_{sizes['px']}_{seed}"
-            )
-            numbers = {test: trained[f"{split}/top1"] for test, (split, _) in TESTS.items()}
-            results[f"{name} {seed}"] = numbers | {"seconds": trained["train/seconds"]}
-            save()
-    write(results)
-
-
-def write(results):
-    """The tables, and towers.png."""
-    print(f"| | {' | '.join(TESTS)} |\n|---|---|---|")
+def table(results):
     show = lambda values: (
         f"{100 * np.mean(values):.1f}"
         + (f" ({100 * min(values):.1f}-{100 * max(values):.1f})" if len(values) > 1 else "")
     )
-    print(f"| ridge, 224 px | {' | '.join(show([results['ridge'][test]]) for test in TESTS)} |")
+    rows = {"ridge, 224 px": [show([results["ridge"][test]]) for test in TESTS]}
     for name, (_, _, seeds) in RUNS.items():
-        of = [results[f"{name} {seed}"] for seed in seeds]
-        print(f"| {name} | {' | '.join(show([one[test] for one in of]) for test in TESTS)} |")
+        rows[name] = [show([results[f"{name} {seed}"][test] for seed in seeds]) for test in TESTS]
+    small = [name for name, (_, sizes, _) in RUNS.items() if sizes is SMALL]
+    seconds = lambda name: f"{results[f'{name} 0']['seconds']:.0f}"
+    large = study.markdown(["", *CHANCES], [[name, *cells] for name, cells in rows.items() if name not in small])
+    head = "64 px, 6,000 examples", *TESTS, "seconds of training"
+    return f"{large}\n\n{study.markdown(head, [[name, *rows[name], seconds(name)] for name in small])}"
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+
+def plot(results):
+    figure, axes = study.subplots(1, 2, size=(9, 3.4), sharey=True)
     for ax, (text, what) in zip(axes, (("u", "text tower from scratch"), ("U", "text tower pretrained")), strict=True):
         letters = [f"{image}{text}" for image in "LUu"]
-        for k, test in enumerate(TESTS):
+        for i, test in enumerate(TESTS):
             values = [100 * results[f"{name} 0"][test] for name in letters]
-            places = np.arange(3) + 0.4 * (k - 0.5)
-            bars = ax.bar(places, values, 0.38, label=f"{test}", color=("C0", "0.7")[k])
-            ax.bar_label(bars, fmt="%.1f")
+            bars = ax.bar(
+                np.arange(3) + 0.4 * (i - 0.5), values, 0.38, label=test, color=study.SHADES[2 * i], **study.BAR
+            )
+            ax.bar_label(bars, fmt="%.1f", padding=2)
         ax.set_xticks(range(3), letters)
-        ax.set_title(what, fontsize=10)
+        ax.set_title(what)
     axes[0].set_ylabel("top-1, %, after 6,000 examples")
     axes[0].legend()
-    figure.savefig(HERE / "towers.png", dpi=150)
+    return figure
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/locked_image_tuning"))
+    runs, results = parser.parse_args().runs.absolute(), study.read("locked_image_tuning", {})
+    if "ridge" not in results:
+        results["ridge"] = ridge(224, runs)
+        study.save("locked_image_tuning", results)
+    for name, (letters, sizes, seeds) in RUNS.items():
+        for seed in seeds:
+            if f"{name} {seed}" in results:
+                continue
+            workdir = runs / f"{letters}_{sizes['px']}_{seed}"
+            trained = train(settings_of(letters, runs=runs, **sizes) | {"seed": seed}, workdir)
+            numbers = {test: trained[f"{split}/top1"] for test, (split, _) in TESTS.items()}
+            results[f"{name} {seed}"] = numbers | {"seconds": trained["train/seconds"]}
+            study.save("locked_image_tuning", results)
+    study.publish("locked_image_tuning", table, plot)
 
 
 if __name__ == "__main__":

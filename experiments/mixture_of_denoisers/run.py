@@ -1,27 +1,17 @@
-"""Span corruption, prefixes, and UL2's mixture of both, at matched cost: filling in and continuing held-out texts.
-
-    PYTHONPATH=. python experiments/mixture_of_denoisers/run.py [--seeds=0,1,2] [--runs=runs/denoisers]
-
-Trains what is not trained yet (a run that is there is taken as it is), evaluates all, writes results.json and
-comparison.png beside this file, prints the README's table.
-"""
+"""Trains and evaluates span corruption, prefixes and the mixture of both. See README.md here."""
 
 import argparse
-import json
 import pathlib
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
 import vlm_jax
 from configs import ul2
+from experiments import study
 from vlm_jax import config, evaluators
 from vlm_jax.train import train
 
-HERE = pathlib.Path(__file__).parent
+SEEDS = (0, 1, 2)
 MODELS = {
     "encoder-decoder, spans": ("tiny", "t5"),
     "encoder-decoder, prefixes": ("tiny", "prefix"),
@@ -58,43 +48,48 @@ def measure(name, seed, runs):
     return found
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/denoisers"))
-    options = parser.parse_args()
-    seeds = [int(seed) for seed in options.seeds.split(",")]
-    path = HERE / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    for seed in seeds:
-        for name in MODELS:
-            if f"{name} {seed}" not in results:
-                results[f"{name} {seed}"] = measure(name, seed, options.runs)
-                path.write_text(json.dumps(results, indent=1) + "\n")
-    write(results, seeds)
+def numbers(results):
+    """{model: {task: values of the seeds}}."""
+    of = lambda name, task: [results[f"{name} {seed}"][task] for seed in SEEDS]
+    return {name: {task: of(name, task) for task in TASKS} for name in MODELS}
 
 
-def write(results, seeds):
-    """The table and comparison.png: geometric means over seeds, and their range."""
-    numbers = {name: {task: [results[f"{name} {seed}"][task] for seed in seeds] for task in TASKS} for name in MODELS}
-    mean = lambda values: np.exp(np.mean(np.log(values)))
+def mean(values):
+    return np.exp(np.mean(np.log(values)))
+
+
+def table(results):
     digits = lambda value: f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
     show = lambda values: f"{digits(mean(values))} ({digits(min(values))}-{digits(max(values))})"
-    lines = [f"| perplexity | {' | '.join(TASKS)} |", "|---" * (len(TASKS) + 1) + "|"]
-    lines += [f"| {name} | {' | '.join(map(show, of.values()))} |" for name, of in numbers.items()]
-    figure, axes = plt.subplots(1, len(TASKS), figsize=(13, 3), sharey=True, layout="constrained")
+    rows = [[name, *map(show, of.values())] for name, of in numbers(results).items()]
+    return study.markdown(["perplexity", *TASKS], rows)
+
+
+def plot(results):
+    figure, axes = study.subplots(1, len(TASKS), size=(12, 3), sharey=True)
     places = np.arange(len(MODELS))[::-1]
     for ax, task in zip(axes, TASKS, strict=True):
-        for place, of in zip(places, numbers.values(), strict=True):
-            ax.barh(place, mean(of[task]), color=("C2", "C1", "C0")[place % 3])
-            ax.plot(of[task], [place] * len(seeds), "k.", markersize=3)
-        ax.set_title(task, fontsize=10)
+        for place, of in zip(places, numbers(results).values(), strict=True):
+            ax.barh(place, mean(of[task]), color=study.SHADES[2 - place % 3], **study.BAR)
+            ax.plot(of[task], [place] * len(SEEDS), **study.DOT)
+        ax.set_title(task)
         ax.set_xscale("log")
         ax.set_xlim(10, 10**6)
-        ax.set_xlabel("perplexity")
+        ax.set_xlabel("perplexity, dots are seeds")
     axes[0].set_yticks(places, list(MODELS))
-    figure.savefig(HERE / "comparison.png", dpi=150)
-    print("\n".join(lines))
+    return figure
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/denoisers"))
+    runs, results = parser.parse_args().runs, study.read("mixture_of_denoisers", {})
+    for seed in SEEDS:
+        for name in MODELS:
+            if f"{name} {seed}" not in results:
+                results[f"{name} {seed}"] = measure(name, seed, runs)
+                study.save("mixture_of_denoisers", results)
+    study.publish("mixture_of_denoisers", table, plot)
 
 
 if __name__ == "__main__":

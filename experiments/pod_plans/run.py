@@ -1,9 +1,4 @@
-"""Plans configs of the papers' sizes on slices that could train them.
-
-    PYTHON_WITH_LIBTPU experiments/pod_plans/run.py
-
-See README.md here.
-"""
+"""Plans configs of the papers' sizes on slices that could train them. See README.md here."""
 
 import argparse
 import json
@@ -11,9 +6,11 @@ import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-HERE = Path(__file__).parent
+import numpy as np
+
+from experiments import study
+
 V5E, V5P, V6E = "v5e:16x16", "v5p:4x8x8", "v6e:16x16"
 PLANS = (  # config, slice, fsdp, tensor, flags
     ("clip.py:B/32", V5E, 8, 1, ()),
@@ -69,19 +66,22 @@ def beside(row):
     return sum(one["bytes"] for one in fsdp if one["asynchronous"]) / total if total else 1.0
 
 
-def table(rows):
-    """The rows as markdown."""
-    heads = (
+def name(row):
+    return " ".join([row["config"], *row["flags"]])
+
+
+def plans(rows):
+    """All of a plan, as markdown."""
+    head = (
         "config", "slice", "fsdp x tensor", "GiB: parameters, optimizer, batch, temporaries", "of", "fits",
         "largest bound, ms", "best MFU", "FSDP bytes beside work", "replicated", "wall / CPU s",
     )  # fmt: skip
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    lines = []
     for row in rows:
-        cells = [" ".join([row["config"], *row["flags"]]), row["topology"], f"{row['fsdp']} x {row['tensor']}"]
+        cells = [name(row), row["topology"], f"{row['fsdp']} x {row['tensor']}"]
         seconds = f"{row['wall_seconds']:.0f} / {row['cpu_seconds']:.0f}"
         if "failed" in row:
-            said = f"exit status {row['failed']}"
-            lines.append(f"| {' | '.join([*cells, said, *[''] * 6, seconds])} |")
+            lines.append([*cells, f"exit status {row['failed']}", *[""] * 6, seconds])
             continue
         cells.append(" + ".join(f"{number / 2**30:.2f}" for number in row["memory"].values()))
         cells += [f"{row['chip']['hbm'] / 2**30:.0f}", "yes" if row["fits"] else "no"]
@@ -91,34 +91,27 @@ def table(rows):
             cells.append("nothing" if not row["replicated"] else "; ".join(row["replicated"]))
         else:
             cells += [""] * 4
-        lines.append(f"| {' | '.join([*cells, seconds])} |")
-    return "\n".join(lines)
+        lines.append([*cells, seconds])
+    return study.markdown(head, lines)
 
 
 def compact(rows):
     """The plans of all configs as shipped, for the project's README."""
-    lines = [
-        "| config | slice | fsdp x tensor | GiB of a chip | best MFU | seconds a step, at least |",
-        "|" + "---|" * 6,
-    ]
+    lines = []
     for row in rows:
         if not row["flags"]:
-            cells = [f"`{row['config']}`", row["topology"], f"{row['fsdp']} x {row['tensor']}"]
-            cells.append(f"{sum(row['memory'].values()) / 2**30:.1f} of {row['chip']['hbm'] / 2**30:.0f}")
-            cells += [f"{row['mfu']:.0%}", f"{row['seconds']:.3f}"]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            gib = f"{sum(row['memory'].values()) / 2**30:.1f} of {row['chip']['hbm'] / 2**30:.0f}"
+            where = f"`{row['config']}`", row["topology"], f"{row['fsdp']} x {row['tensor']}"
+            lines.append([*where, gib, f"{row['mfu']:.0%}", f"{row['seconds']:.3f}"])
+    head = "config", "slice", "fsdp x tensor", "GiB of a chip", "best MFU", "seconds a step, at least"
+    return study.markdown(head, lines)
 
 
 def traffic(rows):
     """What the chips of CLIP L/14 say to each other, as markdown: MB sent beside work and waited for."""
     rows = [row for row in rows if row["config"] == "clip.py:L/14" and "--codegen" not in row["flags"]]
-    lines = [
-        f"| MB sent, beside work + waited for | {' | '.join(' '.join([r['topology'], *r['flags']]) for r in rows)} |"
-    ]
-    lines.append("|" + "---|" * (len(rows) + 1))
-    kinds = sorted({(one["kind"], *one["axes"]) for row in rows for one in row["collectives"]})
-    for kind, *axes in kinds:
+    lines = []
+    for kind, *axes in sorted({(one["kind"], *one["axes"]) for row in rows for one in row["collectives"]}):
         cells = []
         for row in rows:
             sent = {True: 0.0, False: 0.0}
@@ -126,26 +119,51 @@ def traffic(rows):
                 if (one["kind"], *one["axes"]) == (kind, *axes):
                     sent[one["asynchronous"]] += one["bytes"] / 1e6
             cells.append(f"{sent[True]:,.1f} + {sent[False]:,.1f}")
-        lines.append(f"| {kind} over {' x '.join(axes)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([f"{kind} over {' x '.join(axes)}", *cells])
+    return study.markdown(
+        ["MB sent, beside work + waited for", *(" ".join([row["topology"], *row["flags"]]) for row in rows)], lines
+    )
+
+
+def table(results):
+    return f"{plans(results)}\n\n{traffic(results)}"
+
+
+def plot(results):
+    rows = [row for row in results if row.get("compiled") and "--codegen" not in row["flags"]]
+    figure, (left, right) = study.subplots(1, 2, size=(11, 5), sharey=True)
+    places = np.arange(len(rows))
+    share = lambda key: np.array([100 * row["memory"][key] / row["chip"]["hbm"] for row in rows])
+    before = np.zeros(len(rows))
+    for shade, key in zip(study.SHADES, rows[0]["memory"], strict=True):
+        left.barh(places, share(key), left=before, color=shade, label=key, **study.BAR)
+        before += share(key)
+    left.set_xlim(0, 100)
+    left.set_xlabel("% of a chip's memory")
+    left.legend(loc="lower right")
+    fsdp = right.barh(places, [100 * beside(row) for row in rows], color=study.SHADES[2], **study.BAR)
+    mfu = right.plot([100 * row["mfu"] for row in rows], places, **study.DOT)[0]
+    right.set_xlim(0, 103)
+    right.set_xlabel("%")
+    right.legend([fsdp, mfu], ["FSDP's bytes beside work", "best MFU"], loc="lower left")
+    left.set_yticks(places, [f"{name(row)}  {row['topology']}" for row in rows])
+    left.invert_yaxis()
+    return figure
 
 
 def main():
-    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--table", action="store_true", help="print that of results.json, plan nothing")
-    arguments.add_argument("--only", default="", help="plan what has this in its name, and keep the other results")
-    given = arguments.parse_args()
-    results = HERE / "results.json"
-    rows = json.loads(results.read_text()) if results.exists() else []
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="plan what has this in its name, and keep the other results")
+    only = parser.parse_args().only
     key = lambda row: (row["config"], row["topology"], row["fsdp"], row["tensor"], tuple(row["flags"]))
-    known = {key(row): row for row in rows}
-    for plan in () if given.table else PLANS:
-        if given.only in " ".join(map(str, plan)):
+    known = {key(row): row for row in study.read("pod_plans", [])}
+    for plan in PLANS:
+        if only in " ".join(map(str, plan)):
             known[plan] = run(*plan)
             print(f"{plan}: {known[plan]['wall_seconds']:.0f} s", file=sys.stderr)
-            rows = [known[plan] for plan in PLANS if plan in known]
-            results.write_text(json.dumps(rows, indent=1) + "\n")
-    print(table(rows), traffic(rows), compact(rows), sep="\n\n")
+            study.save("pod_plans", [known[plan] for plan in PLANS if plan in known])
+    study.publish("pod_plans", table, plot)
+    print(compact(study.read("pod_plans")))
 
 
 if __name__ == "__main__":
