@@ -66,9 +66,7 @@ def loss_curve(mesh, penalty, accumulate=1, steps=20, size=16):
     return np.array(losses), state
 
 
-@pytest.mark.parametrize(
-    "penalty, shapes", [("softmax", ((8, 1, 1), (2, 4, 1), (2, 2, 2))), ("sigmoid", ((2, 2, 2),))]
-)
+@pytest.mark.parametrize("penalty, shapes", [("softmax", ((8, 1, 1), (2, 4, 1), (2, 2, 2))), ("sigmoid", ((2, 2, 2),))])
 def test_same_curve_on_every_mesh(penalty, shapes):
     one = sharding.make_mesh(devices=jax.devices()[:1])
     expected, _ = loss_curve(one, penalty)

@@ -1,11 +1,14 @@
 """CLIP against FILIP at matched cost: names, and words pointed at in collages. See README.md."""
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
 
+import vlm_jax
 from configs import clip, filip
+from experiments import study
 from vlm_jax import attention_maps, config
 from vlm_jax.data import loader
 from vlm_jax.evaluators import classes
@@ -13,6 +16,7 @@ from vlm_jax.train import train
 
 MODELS = {"CLIP": clip, "FILIP": filip}
 SEEDS = (0, 1, 2)
+MEASURES = {"names": "unseen style, top-1 of 732 names", "pointing": "words that point at their picture"}
 COLLAGES = 500
 
 
@@ -61,13 +65,50 @@ def pointing(model, pictures, names, step=20):
     return float(np.mean(np.concatenate(right)))
 
 
+def measure(name, seed, runs):
+    workdir = runs / f"{name}_{seed}"
+    if not (workdir / "results.json").exists():
+        train(settings(name, seed), workdir)
+    named = json.loads((workdir / "results.json").read_text())["unseen_style/top1"]
+    return {"names": named, "pointing": pointing(vlm_jax.load(workdir), *collages(COLLAGES))}
+
+
+def numbers(results):
+    """{model: {measure: percents of the seeds}}."""
+    of = lambda name, what: [100 * results[f"{name} {seed}"][what] for seed in SEEDS]
+    return {name: {what: of(name, what) for what in MEASURES} for name in MODELS}
+
+
+def table(results):
+    show = lambda values: f"{np.mean(values):.1f} ({min(values):.1f}-{max(values):.1f})"
+    rows = [[name, *map(show, of.values())] for name, of in numbers(results).items()]
+    return study.markdown(["%", *MEASURES.values()], rows)
+
+
+def plot(results):
+    figure, axes = study.subplots(1, len(MEASURES), size=(7, 2.4))
+    for ax, (what, title) in zip(axes, MEASURES.items(), strict=True):
+        for place, (name, of) in enumerate(numbers(results).items()):
+            ax.bar(name, np.mean(of[what]), color=study.SHADES[2 * place], width=0.6, **study.BAR)
+            ax.plot([place] * len(SEEDS), of[what], **study.DOT)
+        ax.set_title(title)
+        ax.set_ylabel("%, dots are seeds")
+    axes[1].axhline(25, color=study.INK, linestyle="--", linewidth=0.8)
+    axes[1].text(1.45, 26, "chance", ha="right")
+    return figure
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs/token_wise"))
-    options = parser.parse_args()
-    results = {}
+    runs, results = parser.parse_args().runs, study.read("token_wise_similarity", {})
     for seed in SEEDS:
         for name in MODELS:
-            workdir = options.runs / f"{name}_{seed}"
-            if not (workdir / "results.json").exists():
-                train(settings(name, seed), workdir)
+            if f"{name} {seed}" not in results:
+                results[f"{name} {seed}"] = measure(name, seed, runs)
+                study.save("token_wise_similarity", results)
+    study.publish("token_wise_similarity", table, plot)
+
+
+if __name__ == "__main__":
+    main()
