@@ -25,6 +25,19 @@ def artifacts():
             "names": [NAMES[:5]] * 4,
             "scores": np.tile(np.array([0.9, 0.4, 0.1, -0.1, -0.2], np.float32), (4, 1)),
         },
+        "predictions": {
+            "label": np.array([0, 0, 1, 2]),
+            "predicted": np.array([0, 1, 1, 3]),
+            "confidence": np.array([0.9, 0.6, 0.8, 0.7], np.float32),
+        },
+        "similarity": {"images": images[:2], "texts": NAMES[:2], "scores": np.eye(2, dtype=np.float32)},
+        "space": {"image": np.eye(4, dtype=np.float32), "text": -np.eye(4, dtype=np.float32), "names": NAMES[:4]},
+        "found": {
+            "queries": NAMES[:2],
+            "images": images[None, :2].repeat(2, 0),
+            "scores": np.eye(2, dtype=np.float32),
+            "right": np.eye(2, dtype=bool),
+        },
     }
 
 
@@ -85,7 +98,8 @@ def test_report_of_a_whole_run(workdir):
     assert page.rows[2] == ["new", "10.8 %", "", "", ""]
     assert page.rows[3:5] == [["", "image → text recall@5"], ["captions", "50.0 %"]], "nothing in common: its own table"
     assert ["data wait fraction", "3.1 %"] in page.rows and ["seconds", "12.5"] in page.rows
-    assert page.images == ["curves.png", "seen_gallery.png", "seen_confusions.png", "new_one_confusions.png"]
+    kinds = ["gallery", "found", "similarity", "confusions", "matrix", "calibration", "space"]
+    assert page.images == ["curves.png", *(f"seen_{kind}.png" for kind in kinds), "new_one_confusions.png"]
     assert all("/" not in link for link in page.links), "a folder that needs nothing else"
     for name in page.images:
         with Image.open(path.parent / name) as image:
