@@ -2,6 +2,7 @@
 
 import io
 
+import matplotlib
 import numpy as np
 import pytest
 from matplotlib.text import Text
@@ -126,3 +127,11 @@ def test_saving_makes_the_folder_and_writes_what_notebooks_show(tmp_path):
     assert path == tmp_path / "new" / "calibration.png"
     with Image.open(path) as saved, Image.open(io.BytesIO(picture._repr_png_())) as shown:
         assert saved.format == shown.format == "PNG" and saved.size == shown.size
+
+
+def test_the_reader_s_style_changes_nothing():
+    draw = lambda: np.asarray(Image.open(io.BytesIO(figures.calibration([0.5, 0.9], [True, False])._repr_png_())))
+    expected = draw()
+    with matplotlib.rc_context({"axes.facecolor": "black", "text.color": "white", "font.size": 20}):
+        np.testing.assert_array_equal(draw(), expected)
+        assert matplotlib.rcParams["font.size"] == 20, "and is left as it was"

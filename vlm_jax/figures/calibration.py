@@ -48,7 +48,7 @@ def calibration_bins(confidence: Any, correct: Any, bins: int = 15) -> Bins:
     return Bins(np.linspace(0, 1, bins + 1), counts, right, sure, float(error))
 
 
-@style.styled
+@style.styled()
 def calibration(confidence: Any, correct: Any, bins: int = 15) -> Picture:
     """A reliability diagram: the share that is right by confidence, and how many examples have which.
 

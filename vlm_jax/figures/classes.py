@@ -9,7 +9,7 @@ from vlm_jax.figures import style
 from vlm_jax.figures.style import BAR, BLUE, GREY, INK, SHARES, Picture, short
 
 
-@style.styled
+@style.styled()
 def gallery(
     images: Sequence[Any], names: Sequence[Sequence[str]], scores: Any, truth: Sequence[str] | None = None
 ) -> Picture:
@@ -54,7 +54,7 @@ def _names(axes: Any, names: Sequence[str], truth: str | None, lengths: np.ndarr
     axes.axis("off")
 
 
-@style.styled
+@style.styled()
 def confusions(
     pairs: Sequence[tuple[str, str, int]], names: Sequence[str] = (), images: Sequence[Any] = (), most: int = 18
 ) -> Picture:
@@ -119,7 +119,7 @@ def confusion_counts(truth: Any, predicted: Any, most: int) -> tuple[np.ndarray,
     return shown, counts[:-1]
 
 
-@style.styled
+@style.styled()
 def confusion_matrix(truth: Any, predicted: Any, names: Sequence[str], most: int = 20) -> Picture:
     """The classes of the most frequent mistakes: rows the right class, columns what was named.
 

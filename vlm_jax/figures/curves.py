@@ -10,7 +10,7 @@ LINES = ["-", "--", ":", "-."]
 FIRST = ("loss", "lr", "examples_per_second")  # the panels that a reader looks for first
 
 
-@style.styled
+@style.styled()
 def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Picture:
     """One panel for each training metric, and one for each evaluation metric with a line for each evaluation.
 

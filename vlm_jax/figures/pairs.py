@@ -10,7 +10,7 @@ from vlm_jax.figures import style
 from vlm_jax.figures.style import GREY, INK, SHARES, Picture
 
 
-@style.styled
+@style.styled()
 def similarity(images: Sequence[Any], texts: Sequence[str], scores: Any) -> Picture:
     """A matrix of scores, pictures down the side and texts along the top; a frame at each picture's best text.
 
@@ -48,7 +48,7 @@ def similarity(images: Sequence[Any], texts: Sequence[str], scores: Any) -> Pict
     return picture
 
 
-@style.styled
+@style.styled()
 def retrieval(queries: Sequence[Any], results: Sequence[Sequence[Any]], scores: Any, right: Any) -> Picture:
     """A row for each query: the text or picture, then what it finds, best first; a frame and a tick at what is right.
 

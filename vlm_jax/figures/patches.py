@@ -13,7 +13,7 @@ from vlm_jax.figures import style
 from vlm_jax.figures.style import HEAT, Picture
 
 
-@style.styled
+@style.styled()
 def maps(images: Sequence[Any], maps: Any, titles: Sequence[str] | None = None) -> Picture:
     """Pictures, each beside itself under its map; each map from its own least to its own greatest value.
 
@@ -41,7 +41,7 @@ def maps(images: Sequence[Any], maps: Any, titles: Sequence[str] | None = None) 
     return picture
 
 
-@style.styled
+@style.styled()
 def word_patch(image: Any, words: Sequence[str], maps: Any) -> Picture:
     """A picture, then itself under the map of each word; one scale for all of them.
 

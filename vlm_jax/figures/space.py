@@ -45,7 +45,7 @@ def principal_plane(image: Any, text: Any) -> Plane:
     return Plane(points[: len(image)], points[len(image) :], explained, gap)
 
 
-@style.styled
+@style.styled()
 def embedding_space(image: Any, text: Any, names: Sequence[str] | None = None) -> Picture:
     """Embeddings of pictures and texts in the plane of their first two principal components, and the gap between them.
 

@@ -1,10 +1,11 @@
 """How all pictures look: ink on white, and marks, hatches and line styles wherever a colour says something."""
 
+import contextlib
 import io
 import os
 import pathlib
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import matplotlib
@@ -27,17 +28,24 @@ RC = {
     "hatch.linewidth": 0.6,
     "legend.frameon": False,
     "legend.fontsize": 8,
-    "savefig.dpi": 110,
+    "figure.dpi": 110,
     "text.parse_math": False,  # a class may be called "$"
 }
 INK, GREY, BAR, BLUE = "#1a1a1a", "#666666", "#dcdcdc", "#b9cfe4"
 SHARES, HEAT = "Blues", "cividis"  # both monotone in luminance: dark is much in the first, little in the second
 
-styled = matplotlib.rc_context(RC)
+
+@contextlib.contextmanager
+def styled() -> Iterator[None]:
+    """Within, matplotlib draws in this style alone, whatever the reader has set."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(RC)
+        yield
 
 
 class Picture(Figure):
-    """A figure that shows itself in a notebook. Settings of the reader's matplotlib do not change it."""
+    """A figure that shows itself in a notebook."""
 
     def save(self, path: str | os.PathLike) -> pathlib.Path:
         """Writes a PNG and returns its path; the folder is made."""
@@ -46,7 +54,7 @@ class Picture(Figure):
         path.write_bytes(self._repr_png_())
         return path
 
-    @styled
+    @styled()
     def _repr_png_(self) -> bytes:
         data = io.BytesIO()
         self.savefig(data, format="png")
