@@ -1,9 +1,12 @@
 """Attention and patches of an image tower against what its parameters say, computed by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from configs import clip
 from vlm_jax import UserError, attention_maps, config, models
@@ -216,3 +219,14 @@ def test_attention_of_packed_patches_leaves_the_padding_out():
     packed = Pretrained(plain.model, plain.params, None, "normalize | pack_patches(8, 9)", None)
     for found in (attention_maps.attention, attention_maps.patch_embeddings):
         np.testing.assert_allclose(found(packed, PICTURES), found(plain, PICTURES), atol=1e-5)
+
+
+def test_maps_lie_on_what_the_tower_sees(towers):
+    model = dataclasses.replace(
+        towers["gap"], preprocess="central_crop(16, 20) | resize(17, 30, method='bilinear') | normalize"
+    )
+    pictures = attention_maps.seen(model, PICTURES)
+    assert pictures.dtype == np.uint8 and pictures.shape == (3, 16, 24, 3), "whole patches of 8"
+    crop = Image.fromarray(PICTURES[1][:, 2:22]).resize((30, 17), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(pictures[1], np.asarray(crop)[:16, :24])
+    np.testing.assert_array_equal(attention_maps.seen(towers["gap"], [Image.fromarray(PICTURES[0])])[0], PICTURES[0])

@@ -3,11 +3,14 @@ them.
 
     attention_maps.attention(clip, pictures)               # float32 [n, h, w]
     attention_maps.word_patch(clip, pictures, ["a hat"])   # float32 [n, 1, h, w]
+    attention_maps.seen(clip, pictures)                    # the pictures that these maps lie on
 
 The model runs as it is. Its modules are watched (`flax.linen.intercept_methods`), the softmax, which kernels do not
 give back, is computed again from queries and keys, and nothing that the model computes from it changes.
 """
 
+import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -44,6 +47,17 @@ def attention(pretrained: Pretrained, images: Sequence) -> np.ndarray:
     """
     pictures, grid = _pictures(pretrained, images)
     return pretrained._run(partial(_attention, grid=grid), pictures)
+
+
+def seen(pretrained: Pretrained, images: Sequence) -> np.ndarray:
+    """What the image tower gets to see, before it is normalised: uint8 [n, H, W, 3], with h x w whole patches.
+
+    Maps lie on these pictures: preprocessing may have cropped or stretched those that were given.
+    """
+    _, (h, w) = _pictures(pretrained, images)
+    drawn = re.sub(r"\|?\s*\b(normalize|to_float)\b.*", "", pretrained.preprocess, flags=re.DOTALL)
+    side = pretrained.model.image.patch
+    return dataclasses.replace(pretrained, preprocess=drawn)._pictures(images)[:, : h * side, : w * side]
 
 
 def word_patch(pretrained: Pretrained, images: Sequence, texts: Sequence[str]) -> np.ndarray:

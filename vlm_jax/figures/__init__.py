@@ -2,7 +2,7 @@
 
     from vlm_jax import figures
     figures.similarity(pictures, texts, clip.logits(pictures, texts))  # the last line of a notebook's cell shows it
-    figures.maps(pictures, attention_maps.attention(clip, pictures)).save("attention.png")
+    figures.maps(attention_maps.seen(clip, pictures), attention_maps.attention(clip, pictures)).save("attention.png")
 
 Every function takes numbers and pictures, never a model, and returns a `Picture`: a matplotlib figure that shows itself
 in a notebook, without pyplot. Pictures are uint8 arrays [n, H, W, 3] or a list of such [H, W, 3] or of PIL images.

@@ -18,7 +18,7 @@ def maps(images: Sequence[Any], maps: Any, titles: Sequence[str] | None = None) 
     """Pictures, each beside itself under its map; each map from its own least to its own greatest value.
 
     Args:
-      images: n pictures.
+      images: n pictures, cropped as the model sees them (`attention_maps.seen`).
       maps: float [n, h, w], such as `attention_maps.attention` gives.
       titles: n texts, or None.
     """
@@ -46,7 +46,7 @@ def word_patch(image: Any, words: Sequence[str], maps: Any) -> Picture:
     """A picture, then itself under the map of each word; one scale for all of them.
 
     Args:
-      image: a picture.
+      image: a picture, cropped as the model sees it (`attention_maps.seen`).
       words: m words or texts.
       maps: float [m, h, w], such as `attention_maps.word_patch(model, [image], words)[0]`.
     """
