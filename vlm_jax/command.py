@@ -138,8 +138,9 @@ def doing(what: str, seen: bool = True) -> Iterator[None]:
 
 
 def _bars() -> list[tqdm]:
-    """Those on the screen."""
-    return [one for one in tqdm._instances.copy() if hasattr(one, "start_t")]
+    """Those on the screen; tqdm has no public list of them."""
+    with tqdm.get_lock():
+        return [one for one in tqdm._instances if hasattr(one, "start_t")]
 
 
 def _answer(name: str, main: Main | None, argv: Sequence[str]) -> int:

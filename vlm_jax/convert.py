@@ -47,8 +47,8 @@ def convert(
       show: shows a progress bar.
     """
     released = formats.understand(hub.local(source), activation)
-    given = dict(preprocess=preprocess, tokenizer=tokenizer, tokenize=tokenize)
-    released = dataclasses.replace(released, **{key: value for key, value in given.items() if value is not None})
+    own = dict(preprocess=preprocess, tokenizer=tokenizer, tokenize=tokenize)
+    released = dataclasses.replace(released, **{key: value for key, value in own.items() if value is not None})
     if image_size is not None:
         released = released.with_image_size(tuple(image_size))
     content, seen = save.content_of(released), set()
@@ -88,8 +88,9 @@ def describe(source: str | os.PathLike, activation: str | None = None) -> dict[s
                 "ignored": ignored and name not in goes,
             }
         )
+    problem = None
     try:
-        problem = released.match() and None
+        released.match()
     except UserError as error:
         problem = str(error)
     return {
