@@ -61,6 +61,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device has all of it."""
     return NamedSharding(mesh, PartitionSpec())
 
 
