@@ -1,6 +1,7 @@
 # make demo   trains and evaluates a small CLIP on the embedded data set; report in runs/demo/report/index.html
 # make test   runs the test suite
 # make parity  the same models in Transformers and here, live (installs torch)
+# make docs   every command and snippet of README.md and docs/
 # make lint   ruff check and ruff format
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,7 @@ WORKDIR ?= runs/demo
 TESTS ?= tests
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test parity lint format lock clean
+.PHONY: demo test parity docs lint format lock clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m vlm_jax.train --config=$(CONFIG) --workdir=$(WORKDIR)
@@ -20,6 +21,9 @@ test: $(VENV)/installed-test
 
 parity: $(VENV)/installed-parity
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n 2 -rs tests/parity
+
+docs: $(VENV)/installed-docs
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n 2 --dist loadgroup -rs tests/docs
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .
@@ -40,6 +44,10 @@ $(VENV)/installed-test: $(VENV)/installed
 
 $(VENV)/installed-parity: $(VENV)/installed-test
 	$(PIP) --constraint $(LOCK) --editable '.[test,parity]'
+	touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed-test
+	$(PIP) --constraint $(LOCK) --editable '.[test,hf,lit,tpu]'
 	touch $@
 
 # The versions that demo and test install; `make test LOCK=/dev/null VENV=.venv-newest` takes the newest instead.

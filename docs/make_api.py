@@ -12,15 +12,15 @@ from typing import Any
 PAGE = Path(__file__).with_name("api.md")
 HEAD = """# API
 
-Every public name, from its docstring: `python docs/make_api.py` writes this page. Shapes are `[batch, length, ...]` in the
-letters B (batch), L (length), H (heads), D (width), N (patches), V (vocabulary), C (classes). What a user can mend raises
+Every public name, from its docstring: `python docs/make_api.py` writes this page. Letters of shapes are B (batch), L
+(length), H (heads), D (width), N (patches), V (vocabulary), C (classes). What a user can mend raises
 `vlm_jax.UserError`, whose one line names the thing and the fix.
 """
 SECTIONS = {  # title: modules, each with its public names or some of them
     "Models, ready to use": ["vlm_jax: load Pretrained save_pretrained UserError"],
     "Commands": [
         "vlm_jax.train: train", "vlm_jax.evaluate: evaluate", "vlm_jax.adapt.__main__: adapt",
-        "vlm_jax.convert: convert inspect", "vlm_jax.precompute: precompute", "vlm_jax.plan.train_step: plan Plan",
+        "vlm_jax.convert: convert describe", "vlm_jax.precompute: precompute", "vlm_jax.plan.train_step: plan Plan",
     ],
     "Models": ["vlm_jax.models"],
     "Objectives": ["vlm_jax.objectives", "vlm_jax.objectives.contrastive", "vlm_jax.objectives.captioning",

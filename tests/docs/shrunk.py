@@ -30,7 +30,8 @@ TABLE = (  # what the command matches; the flags that it is given; why
     ),
     (
         r"\btrain .*(clip|siglip|cap|cappa|coca|ul2_cap)\.py:tiny",
-        "--config.evals.pixel_neighbour.split=unseen_style[800:832] --config.evals.pixel_neighbour.train_split=train[:256]",
+        "--config.evals.pixel_neighbour.split=unseen_style[800:832]"
+        " --config.evals.pixel_neighbour.train_split=train[:256]",
         "a minute of comparing pixels",
     ),
     (r"\btrain .*lit\.py:tiny", "--config.batch_size=32", "as many pictures as precompute is given"),
@@ -58,7 +59,7 @@ TABLE = (  # what the command matches; the flags that it is given; why
         "weeks of training; one block a tower",
     ),
     (r"\btrain .*--workdir=/mnt/shared", "--workdir=runs/shared", "a disk of the reader's"),
-    (r"^-m pytest\b", "--collect-only -p no:xdist -p no:cacheprovider", "the suite has its own run"),
+    (r"^-m pytest\b", "--collect-only -n0 --ignore-glob=tests/*/*", "the suite has its own run"),
     (r"^experiments/", "--variant=smoke --seeds=0", "half an hour of training"),
 )
 DEVICES = ((r"mesh\S*=8\b", 8), (r"mesh\S*=16\b", 16))  # what matches has so many CPU devices for the chips it names
