@@ -1,20 +1,21 @@
-"""Writes table.md: cycles of our attention kernels and of JAX's, per shape, and the matrix unit's bound.
-
-    python experiments/kernel_schedules/run.py [--chip v5e]
-
-Needs the [tpu] extra (libtpu), no TPU; about ten minutes on two cores. Run from the repository's root.
-"""
+"""Cycles of our attention kernels and of JAX's, by `tpu_cycles.py`. See README.md here."""
 
 import argparse
-import json
-import pathlib
-import subprocess
-import sys
 
+import numpy as np
+
+from experiments import study
+from experiments.kernel_schedules import tpu_cycles
 from experiments.kernel_schedules.cases import BATCH, SHAPES
 
-HERE = pathlib.Path(__file__).parent
-COLUMNS = ("ours_forward", "flash_forward", "splash_forward", "ours_forward_backward", "flash_forward_backward")
+CASES = ("ours_forward", "flash_forward", "splash_forward", "ours_forward_backward", "flash_forward_backward")
+WANTED = {  # ours over flash_attention, at most
+    "ViT-B/16 196": 0.45,
+    "ViT-L/14 257": 0.45,
+    "text 77": 0.45,
+    "So400m/14 729": 0.75,
+    "long 2048": 1.0,
+}
 
 
 def bound(lq, lk, heads, dim, causal):
@@ -22,30 +23,66 @@ def bound(lq, lk, heads, dim, causal):
     return BATCH * heads * 4 * lq * lk * dim / (4 * 128 * 128 * 2)
 
 
+def cycles(results, case, shape):
+    return results[case][shape].get("cycles")
+
+
+def ratio(results, shape, passes):
+    """Ours over flash_attention's; None where either does not run."""
+    ours, flash = (cycles(results, f"{whose}_{passes}", shape) for whose in ("ours", "flash"))
+    return ours / flash if ours and flash else None
+
+
+def table(results):
+    show = lambda n: f"{n:,.0f}" if n else "does not run"
+    rows = []
+    for shape, sizes in SHAPES.items():
+        forward, both = [
+            f"{x:.2f}x" if (x := ratio(results, shape, p)) else "" for p in ("forward", "forward_backward")
+        ]
+        ours, flash, splash, ours2, flash2 = (show(cycles(results, case, shape)) for case in CASES)
+        wanted = f"{WANTED[shape]}x" if shape in WANTED else ""
+        rows.append([shape, ours, flash, splash, forward, show(bound(*sizes)), ours2, flash2, both, wanted])
+    head = (
+        "shape",
+        "ours fwd",
+        "flash fwd",
+        "splash fwd",
+        "ratio",
+        "bound",
+        "ours fwd + bwd",
+        "flash fwd + bwd",
+        "ratio",
+    )
+    return study.markdown([*head, "wanted"], rows)
+
+
+def plot(results):
+    figure, axes = study.subplots(size=(8, 4))
+    places = np.arange(len(SHAPES))
+    for i, (passes, label) in enumerate((("forward", "forward"), ("forward_backward", "forward + backward"))):
+        values = [ratio(results, shape, passes) or 0 for shape in SHAPES]
+        at = places + 0.38 * (i - 0.5)
+        bars = axes.barh(at, values, 0.36, color=study.SHADES[2 * i], label=label, **study.BAR)
+        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+    for place, shape in enumerate(SHAPES):
+        if shape in WANTED:
+            label = "wanted, at most" if not place else None
+            axes.vlines(WANTED[shape], place - 0.4, place + 0.4, color=study.INK, linewidth=2, label=label)
+    axes.set_yticks(places, list(SHAPES))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.1)
+    axes.set_xlabel("cycles of ours, flash_attention = 1")
+    axes.legend(loc="lower center")
+    return figure
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--chip", default="v5e")
-    chip = parser.parse_args().chip
-    cycles = {}
-    for column in COLUMNS:
-        command = [sys.executable, str(HERE / "tpu_cycles.py"), f"experiments.kernel_schedules.cases:{column}"]
-        found = subprocess.run([*command, "--chip", chip, "--json"], capture_output=True, text=True, check=True)
-        cycles[column] = json.loads(found.stdout)
-    count = lambda column, name: cycles[column][name].get("cycles")
-    show = lambda n: f"{n:,.0f}" if n else "does not run"
-    ratio = lambda a, b: f"{a / b:.2f}x" if a and b else ""
-    lines = [f"Cycles on {chip}, batch {BATCH}, bf16.", ""]
-    lines.append(
-        "| shape | ours fwd | flash fwd | splash fwd | ratio | bound | ours fwd + bwd | flash fwd + bwd | ratio |"
-    )
-    lines.append("|---|---|---|---|---|---|---|---|---|")
-    for name, shape in SHAPES.items():
-        ours, flash, splash, ours2, flash2 = (count(column, name) for column in COLUMNS)
-        cells = [show(ours), show(flash), show(splash), ratio(ours, flash), show(bound(*shape))]
-        cells += [show(ours2), show(flash2), ratio(ours2, flash2)]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    (HERE / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    chip, target = parser.parse_args().chip, "experiments.kernel_schedules.cases"
+    study.save("kernel_schedules", {case: tpu_cycles.measure(f"{target}:{case}", chip) for case in CASES})
+    study.publish("kernel_schedules", table, plot)
 
 
 if __name__ == "__main__":

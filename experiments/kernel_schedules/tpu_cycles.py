@@ -1,6 +1,6 @@
 """Cycles of a TPU kernel from the compiler's own static schedule; needs jax and libtpu, no TPU.
 
-    python tpu_cycles.py MODULE:FUNCTION [--chip v5e] [--json]
+    python -m experiments.kernel_schedules.tpu_cycles MODULE:FUNCTION [--chip v5e] [--only REGEX]
 
 FUNCTION() returns {name: (fn, args)}: `args` are jax.ShapeDtypeStruct (or arrays, whose shape and dtype count). Each
 `fn` is compiled ahead of time for one chip; for every custom call in it the VLIW bundles of the final schedule are
@@ -120,17 +120,12 @@ if __name__ == "__main__":
     parser.add_argument("--chip", default="v5e")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--only", help="regular expression: cases to measure")
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     sys.path.insert(0, os.getcwd())
     if options.case:
         os.environ.update(ENV)
         compile_one(options.target, options.case, options.chip)
         sys.exit()
-    table = measure(options.target, options.chip, options.only)
-    if options.json:
-        print(json.dumps(table, indent=1))
-    else:
-        for name, row in table.items():
-            shown = row.get("error") or f"cycles {row['cycles']:>12,}  temp {row['temp_bytes']:>12,}  {row['kernels']}"
-            print(f"{name:40s} {shown}")
+    for name, row in measure(options.target, options.chip, options.only).items():
+        shown = row.get("error") or f"cycles {row['cycles']:>12,}  temp {row['temp_bytes']:>12,}  {row['kernels']}"
+        print(f"{name:40s} {shown}")

@@ -1,6 +1,6 @@
 """Compiles ViT train steps for 16 v5e chips with the attention kernels inside; reports the copies around them.
 
-    PYTHONPATH=. python experiments/kernel_schedules/train_step.py B/16 | So400m/14 | B/16-heads | one
+    python -m experiments.kernel_schedules.train_step B/16 | So400m/14 | B/16-heads | one
 
 Needs the [tpu] extra (libtpu), no TPU. Two blocks of each tower; `B/16-heads` divides the heads over 4 chips, `one` is
 a single chip without scan, whose copies are the block's own.

@@ -1,6 +1,6 @@
 """Prints, per shape and pass, the cycles of candidate block sizes: what `kernels/attention/tuning.py` is made from.
 
-    PYTHONPATH=. python experiments/kernel_schedules/tune.py [--chip v5e]
+    python -m experiments.kernel_schedules.tune [--chip v5e]
 
 Needs the [tpu] extra (libtpu), no TPU; about an hour on two cores.
 """
