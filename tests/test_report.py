@@ -32,6 +32,7 @@ def artifacts():
         },
         "similarity": {"images": images[:2], "texts": NAMES[:2], "scores": np.eye(2, dtype=np.float32)},
         "space": {"image": np.eye(4, dtype=np.float32), "text": -np.eye(4, dtype=np.float32), "names": NAMES[:4]},
+        "attention": {"images": images, "maps": np.arange(16.0).reshape(4, 2, 2), "titles": NAMES[:4]},
         "found": {
             "queries": NAMES[:2],
             "images": images[None, :2].repeat(2, 0),
@@ -98,7 +99,7 @@ def test_report_of_a_whole_run(workdir):
     assert page.rows[2] == ["new", "10.8 %", "", "", ""]
     assert page.rows[3:5] == [["", "image → text recall@5"], ["captions", "50.0 %"]], "nothing in common: its own table"
     assert ["data wait fraction", "3.1 %"] in page.rows and ["seconds", "12.5"] in page.rows
-    kinds = ["gallery", "found", "similarity", "confusions", "matrix", "calibration", "space"]
+    kinds = ["gallery", "attention", "found", "similarity", "confusions", "matrix", "calibration", "space"]
     assert page.images == ["curves.png", *(f"seen_{kind}.png" for kind in kinds), "new_one_confusions.png"]
     assert all("/" not in link for link in page.links), "a folder that needs nothing else"
     for name in page.images:

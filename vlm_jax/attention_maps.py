@@ -49,6 +49,11 @@ def attention(pretrained: Pretrained, images: Sequence) -> np.ndarray:
     return pretrained._run(partial(_attention, grid=grid), pictures)
 
 
+def has_patches(pretrained: Pretrained) -> bool:
+    """Whether there is an image tower with patches, a ViT."""
+    return hasattr(getattr(pretrained.model, "image", None), "patch")
+
+
 def seen(pretrained: Pretrained, images: Sequence) -> np.ndarray:
     """What the image tower gets to see, before it is normalised: uint8 [n, H, W, 3], with h x w whole patches.
 
@@ -98,10 +103,9 @@ def patch_embeddings(pretrained: Pretrained, images: Sequence) -> np.ndarray:
 def _pictures(pretrained: Pretrained, images: Sequence) -> tuple[Any, tuple[int, int]]:
     """Preprocessed pictures, and rows and columns of their patches."""
     pretrained._need("image")
-    patch = getattr(pretrained.model.image, "patch", None)
-    if patch is None:
+    if not has_patches(pretrained):
         raise UserError(f"the image tower, a {type(pretrained.model.image).__name__}, has no patches; a ViT has")
-    pictures = pretrained._pictures(images)
+    pictures, patch = pretrained._pictures(images), pretrained.model.image.patch
     if not isinstance(pictures, Mapping):
         return pictures, (pictures.shape[1] // patch, pictures.shape[2] // patch)
     grids = np.unique(pictures["grid"], axis=0)

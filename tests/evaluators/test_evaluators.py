@@ -24,6 +24,7 @@ class ColourModel:
 
     preprocess = "resize(4) | to_float"
     tokenizer = None
+    model = None
     params = MappingProxyType({"logit_scale": 0.0})
     batches = 0
 
@@ -105,6 +106,14 @@ def test_zeroshot_keeps_how_sure_it_was_and_some_embeddings(section):
     expected = [[1, 0, 0, 3**-0.5], [0, 1, 0.5**0.5, 3**-0.5]]
     np.testing.assert_allclose(similarity["scores"][:2], expected, atol=1e-6)
     assert "similarity" not in evaluators.build(section | {"gallery": 0})(model).artifacts
+
+
+def test_zeroshot_keeps_where_a_vit_looks(section, two_tower):
+    found = evaluators.build(section | {"gallery": 2})(two_tower).artifacts["attention"]
+    assert found["titles"] == ["red", "grey"] and found["images"].shape == (2, 32, 32, 3)
+    assert found["images"][0].reshape(-1, 3).max(0).tolist() == [255, 0, 0]
+    assert found["maps"].shape == (2, 4, 4)
+    np.testing.assert_allclose(found["maps"].sum((1, 2)), 1, atol=1e-5)
 
 
 def test_labels_may_be_names_and_where_filters(section):

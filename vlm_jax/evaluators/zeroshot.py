@@ -1,6 +1,7 @@
 """Zero-shot classification: the class whose name, put into prompts, embeds nearest (arXiv:2103.00020, section 3.1), or
 for captioners is the likeliest (arXiv:2306.07915, section 4.3)."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax import attention_maps
 from vlm_jax.data.sources import open_source
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators import classes as class_names
@@ -24,6 +26,7 @@ NAMED = 5  # best names kept for each picture
 MIXED_UP = 24  # confusions kept
 EMBEDDED = 300  # pictures of which the embedding is kept
 COMPARED = 10  # of those, each with the names of all
+LOOKED_AT = 6  # pictures with a map of the attention, where there is a gallery
 PROMPTS = 2048  # embedded between two looks at the clock
 
 
@@ -44,7 +47,7 @@ def zeroshot(
 
     Metrics: `top1`, `top5` (left out below six classes), `mean_per_class`, `examples`, `left_out`. Artifacts: what was
     named and how surely (the probability that `Pretrained.classify` gives), confusions, a gallery, and of some pictures
-    the embeddings, with those of their names, and the similarities.
+    the embeddings, with those of their names, the similarities, and where the image tower looks.
 
     Args:
       uri: the data set, as for `sources.open_source`.
@@ -122,6 +125,10 @@ def zeroshot(
             result = _result(examples, names, pictures, gallery)
             if len(embeddings):
                 result.artifacts.update(_embedded(embeddings, names, text, pictures if gallery else None))
+        rows = evenly_spaced(some, min(gallery, LOOKED_AT))
+        shown = [examples.read(column)[rows].tolist() for column in ("position", "truth")] if hosts.first else None
+        if maps := _maps(pretrained, ops or pretrained.preprocess, batches, names, *hosts.from_first(shown)):
+            result.artifacts["attention"] = maps
         numbers = result.metrics | {"left_out": float(left_out)}
         return result._replace(metrics=hosts.from_first(numbers))
 
@@ -181,6 +188,18 @@ def _embedded(embeddings: Table, names: list[str], text: np.ndarray, pictures: C
     few = few[np.sort(np.unique(labels[few], return_index=True)[1])]
     compared = {"images": pictures(position[few]), "texts": [names[i] for i in labels[few]]}
     return found | {"similarity": compared | {"scores": similarity(image[few], text[labels[few]])}}
+
+
+def _maps(
+    pretrained: Any, string: str, batches: Any, names: list[str], positions: list[int], labels: list[int]
+) -> dict[str, Any] | None:
+    """Where the image tower looks in some pictures; on several hosts each has to call this."""
+    if not positions or not attention_maps.has_patches(pretrained) or "pack_patches" in string:
+        return None
+    model = dataclasses.replace(pretrained, preprocess=string)
+    images = [row["image"] for row in look_up(batches, 'decode | keep("image")', positions)]
+    found = {"images": attention_maps.seen(model, images), "maps": attention_maps.attention(model, images)}
+    return found | {"titles": [names[i] for i in labels]}
 
 
 def evenly_spaced(length: int, count: int) -> np.ndarray:

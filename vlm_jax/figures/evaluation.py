@@ -8,6 +8,7 @@ import numpy as np
 from vlm_jax.figures.calibration import calibration
 from vlm_jax.figures.classes import confusion_matrix, confusions, gallery
 from vlm_jax.figures.pairs import retrieval, similarity
+from vlm_jax.figures.patches import maps
 from vlm_jax.figures.space import embedding_space
 from vlm_jax.figures.style import Picture
 
@@ -43,6 +44,12 @@ def pictures_of(artifacts: Mapping[str, Any]) -> Iterator[Shown]:
         )
         heading = "What pictures find" if "found/queries" in artifacts else "Best names"
         yield Shown("gallery", heading, about, gallery(*found))
+    if found := given("attention", "images", "maps", "titles"):
+        about = (
+            "Pictures at even distances as the model sees them, and how much its output looks at each patch: weights "
+            "of the attention that pools patches, or of the cls token, or else of all blocks, rolled out."
+        )
+        yield Shown("attention", "Where it looks", about, maps(*found))
     if found := given("found", "queries", "images", "scores", "right"):
         about = "Texts at even distances, each with the pictures nearest to it; a frame and a tick mark the text's own."
         yield Shown("found", "What texts find", about, retrieval(*found))
