@@ -109,8 +109,9 @@ def confusion_counts(truth: Any, predicted: Any, most: int) -> tuple[np.ndarray,
     errors = np.bincount(truth[wrong], minlength=count) + np.bincount(predicted[wrong], minlength=count)
     pairs, times = np.unique(np.sort(np.stack([truth, predicted], 1)[wrong], axis=1), axis=0, return_counts=True)
     worst = pairs[np.lexsort((-errors[pairs].sum(1), -times))]
-    often = np.argsort(-np.bincount(truth, minlength=count), kind="stable")
-    order = [*worst.ravel().tolist(), *(c for c in often.tolist() if c in set(truth.tolist()))]
+    examples = np.bincount(truth, minlength=count)
+    often = np.argsort(-examples, kind="stable")[: np.count_nonzero(examples)]
+    order = [*worst.ravel().tolist(), *often.tolist()]
     shown = np.array(list(dict.fromkeys(order))[:most])
     column = np.full(count, len(shown))
     column[shown] = np.arange(len(shown))

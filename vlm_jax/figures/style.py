@@ -10,12 +10,17 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from PIL import Image
 
 from vlm_jax.errors import UserError
 
+# The first has no Chinese, Japanese and Korean; matplotlib takes those from the next that is installed, if one is.
+FONTS = ("DejaVu Sans", "Noto Sans CJK JP", "Source Han Sans", "WenQuanYi Micro Hei", "Hiragino Sans", "Yu Gothic",
+         "Microsoft YaHei", "Malgun Gothic", "Arial Unicode MS")  # fmt: skip
 RC = {
+    "font.family": [name for name in FONTS if name in font_manager.get_font_names()],
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
