@@ -55,6 +55,7 @@ def workdir(tmp_path):
     (workdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 4, "lo')
     results = {
         "step": 3, "params_sha256": "abc", "train/seconds": 12.5, "train/data_wait_fraction": 0.031,
+        "data/bad_examples": 3,
         "seen/top1": 0.612, "seen/top5": 0.831, "seen/examples": 732.0, "seen/pixel_top1": 0.474,
         "new/top1": 0.108, "captions/image_to_text/recall@5": 0.5,
     }  # fmt: skip
@@ -98,7 +99,8 @@ def test_report_of_a_whole_run(workdir):
     assert page.rows[1] == ["seen", "61.2 %", "47.4 %", "83.1 %", "732"]
     assert page.rows[2] == ["new", "10.8 %", "", "", ""]
     assert page.rows[3:5] == [["", "image → text recall@5"], ["captions", "50.0 %"]], "nothing in common: its own table"
-    assert ["data wait fraction", "3.1 %"] in page.rows and ["seconds", "12.5"] in page.rows
+    facts = ["data wait fraction", "3.1 %"], ["seconds", "12.5"], ["bad examples", "3"]
+    assert all(fact in page.rows for fact in facts)
     kinds = ["gallery", "attention", "found", "similarity", "confusions", "matrix", "calibration", "space"]
     assert page.images == ["curves.png", *(f"seen_{kind}.png" for kind in kinds), "new_one_confusions.png"]
     assert all("/" not in link for link in page.links), "a folder that needs nothing else"

@@ -18,6 +18,7 @@ COUNTS = re.compile(r"step|(train_|pixel_)?examples|left_out|images|texts|\w+_pa
 SHARES = re.compile(
     r"top\d+|recall@\d+|mean_per_class|accuracy|fraction|exact_match|(^|/)(object|attribute|order|chance)$"
 )
+OF_THE_RUN = ("train", "data")  # before the slash in results.json; other names there are evaluations
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1100px; margin: 2.5em auto; padding: 0 1.5em; }
@@ -145,7 +146,7 @@ def _results_tables(results: Mapping[str, Any]) -> str:
     rows: dict[str, dict[str, Any]] = {}
     for key, value in results.items():
         name, _, metric = key.partition("/")
-        if metric and name != "train":
+        if metric and name not in OF_THE_RUN:
             rows.setdefault(name, {})[metric] = value
     tables: list[dict[str, dict[str, Any]]] = []
     for name, row in rows.items():
@@ -181,11 +182,11 @@ def _spoken(metric: str) -> str:
 
 
 def _run_table(results: Mapping[str, Any]) -> str:
-    facts = {key: value for key, value in results.items() if "/" not in key or key.startswith("train/")}
+    facts = {key: value for key, value in results.items() if "/" not in key or key.split("/")[0] in OF_THE_RUN}
     if not facts:
         return ""
     rows = "".join(
-        f"<tr><td>{html.escape(_spoken(key.removeprefix('train/')))}</td>"
+        f"<tr><td>{html.escape(_spoken(key.split('/', 1)[-1]))}</td>"
         f"<td><code>{html.escape(format_value(key, value))}</code></td></tr>\n"
         for key, value in facts.items()
     )
