@@ -31,9 +31,10 @@ TABLE = (  # what the command matches; the flags that it is given; why
     (
         r"\btrain .*(clip|siglip|cap|cappa|coca|ul2_cap)\.py:tiny",
         "--config.evals.pixel_neighbour.split=unseen_style[800:832]"
-        " --config.evals.pixel_neighbour.train_split=train[:256]",
+        " --config.evals.pixel_neighbour.train_split=train[3600:3856]",
         "a minute of comparing pixels",
     ),
+    (r"\btrain .*/(clip|siglip)\.py:tiny", "--config.evals.unseen_style.every=100%", "once, not four times"),
     (r"\btrain .*lit\.py:tiny", "--config.batch_size=32", "as many pictures as precompute is given"),
     (r"\badapt .*(lora|coop)", "--seeds=1", "a minute of training for each draw"),
     (r"\bprecompute ", "--split=train[:64]", "minutes of embedding"),
@@ -59,6 +60,11 @@ TABLE = (  # what the command matches; the flags that it is given; why
         "weeks of training; one block a tower",
     ),
     (r"\btrain .*--workdir=/mnt/shared", "--workdir=runs/shared", "a disk of the reader's"),
+    (
+        r"\bplan .*--search",
+        "--topology=v5e:2x2 --config.model.image.variant=mu/32 --config.model.text.variant=mu",
+        "many minutes of compiling",
+    ),
     (r"^-m pytest\b", "--collect-only -n0 --ignore-glob=tests/*/*", "the suite has its own run"),
     (r"^experiments/", "--variant=smoke --seeds=0", "half an hour of training"),
 )

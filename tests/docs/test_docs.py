@@ -114,7 +114,8 @@ def test_block(block, shared, pages, monkeypatch):
         )  # fmt: skip
         fails = block.kind == "bash fails"
         assert (done.returncode != 0) == fails, f"{done.stdout}{done.stderr}"
-        printed = done.stderr if fails else done.stdout
+        error = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        printed = "\n".join(error) if fails else done.stdout
     if block.output is not None:
         options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
         assert doctest.OutputChecker().check_output(block.output, printed, options), (
