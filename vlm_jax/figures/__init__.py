@@ -5,12 +5,13 @@
     figures.maps(attention_maps.seen(clip, pictures), attention_maps.attention(clip, pictures)).save("attention.png")
 
 Every function takes numbers and pictures, never a model, and returns a `Picture`: a matplotlib figure that shows itself
-in a notebook, without pyplot. Pictures are uint8 arrays [n, H, W, 3] or a list of such [H, W, 3] or of PIL images.
+in a notebook, without pyplot. Pictures are those that a model takes: PIL images, paths, encoded bytes, uint8 arrays.
 """
 
 from vlm_jax.figures.calibration import calibration
 from vlm_jax.figures.classes import confusion_matrix, confusions, gallery
 from vlm_jax.figures.curves import curves
+from vlm_jax.figures.memory import memory
 from vlm_jax.figures.pairs import retrieval, similarity
 from vlm_jax.figures.patches import maps, word_patch
 from vlm_jax.figures.space import embedding_space
@@ -25,6 +26,7 @@ __all__ = [
     "embedding_space",
     "gallery",
     "maps",
+    "memory",
     "retrieval",
     "similarity",
     "word_patch",

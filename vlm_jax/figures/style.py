@@ -80,13 +80,16 @@ def pixels(images: Sequence[Any]) -> list[np.ndarray]:
 
 
 def pixel(image: Any) -> np.ndarray:
-    """A picture, PIL or uint8 [H, W, 3], as uint8 [H, W, 3]; transparent PIL images stand on white."""
+    """A picture, as `Pretrained.embed_images` takes it, as uint8 [H, W, 3]; what is transparent stands on white."""
+    if isinstance(image, str | os.PathLike | bytes):
+        image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
     if isinstance(image, Image.Image):
         image = image.convert("RGBA")
         image = np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-        raise UserError(f"a picture should be a PIL image or uint8 [H, W, 3]; got {image.dtype} {list(image.shape)}")
+        seen = f"{image.dtype} {list(image.shape)}"
+        raise UserError(f"a picture should be a PIL image, a path, encoded bytes or uint8 [H, W, 3]; got {seen}")
     return image
 
 
