@@ -15,6 +15,8 @@ from typing import Any
 
 import jax
 
+SCHEDULED, USED = "*after_optimizations_after_buffer_assignment.txt", "*memory-usage-report.txt"
+
 
 def schedule(lowered: jax.stages.Lowered, options: Mapping[str, Any], codegen: bool) -> tuple[str, int]:
     """(text of the scheduled program, bytes of a device that it takes in all: without codegen, with what aligns them).
@@ -38,23 +40,27 @@ def schedule(lowered: jax.stages.Lowered, options: Mapping[str, Any], codegen: b
                 ended.put(error)
 
         threading.Thread(target=compile_, daemon=True).start()
-        before, text = None, ""
-        while ended.empty() and (codegen or not text or text != before):
+        text = report = ""
+        while ended.empty() and (codegen or not (_is_whole(text) and report)):
             time.sleep(0.5)
-            before, text = text, _read(folder, "*after_optimizations_after_buffer_assignment.txt")
+            text, report = _read(folder, SCHEDULED), re.search(r"Total bytes: (\d+)", _read(folder, USED))
         outcome = None if ended.empty() else ended.get()
         if isinstance(outcome, Exception):
             raise outcome
-        text = _read(folder, "*after_optimizations_after_buffer_assignment.txt")
         if outcome:
-            return text, in_all(outcome)
-        return text, int(re.search(r"Total bytes: (\d+)", _read(folder, "*memory-usage-report.txt"))[1])
+            return _read(folder, SCHEDULED), in_all(outcome)
+        return text, int(report[1])
 
 
 def in_all(memory: Any) -> int:
     """Bytes of `memory_analysis()`, what is donated once."""
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return held + memory.temp_size_in_bytes
+
+
+def _is_whole(text: str) -> bool:
+    """Whether all of a program is written: what is called stands before the computation that begins."""
+    return "\nENTRY " in text and text.rstrip().endswith("}")
 
 
 def _read(folder: str, pattern: str) -> str:
