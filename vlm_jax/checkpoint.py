@@ -30,6 +30,8 @@ from vlm_jax.parameter_table import named_leaves
 FREE = ("mesh", "accumulate", "log", "checkpoint", "profile", "data.workers", "data.threads")
 NOT_DAMAGE = (jax.errors.JaxRuntimeError, MemoryError, PermissionError)  # says nothing of what is in a file
 WRITE_SECONDS = 300  # that processes wait for the slowest to have written
+# orbax warns of files that it does not need; in a notebook that is all that a reader sees
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno != logging.WARNING)
 
 
 class Checkpointer:
