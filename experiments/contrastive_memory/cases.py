@@ -1,6 +1,6 @@
 """The TPU kernel at 4,096 x 4,096 x 1,152 in bf16, for `kernel_schedules/tpu_cycles.py`.
 
-    PYTHONPATH=. python experiments/kernel_schedules/tpu_cycles.py experiments.contrastive_memory.cases:softmax
+    python -m experiments.kernel_schedules.tpu_cycles experiments.contrastive_memory.cases:softmax
 
 Four matrix units of 128 x 128 need 294,912 cycles for the forward pass and 1,179,648 with the backward pass, which
 computes the logits anew.

@@ -1,12 +1,8 @@
-"""Memory and time of a contrastive loss and its gradients, against the batch.
-
-    python experiments/contrastive_memory/measure.py
-
-See README.md here.
-"""
+"""Measures memory and time of contrastive losses and their gradients, against the batch. See README.md here."""
 
 import argparse
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -15,12 +11,17 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-HERE = Path(__file__).parent
+from experiments import study  # nothing large: the peak of a process begins with its parent's
+
 PROGRAMS = ("naive softmax", "blockwise softmax", "naive sigmoid", "blockwise sigmoid")
-ON_POD = ("naive softmax", "gathered softmax", "ring softmax", "naive sigmoid", "rotated sigmoid", "ring sigmoid")
-CHIPS, POD_WIDTH = 256, 1152
+BATCHES, WIDTH = (1024, 2048, 4096, 8192, 16384), 512
+ON_POD = (
+    "naive softmax", "gathered softmax", "ring softmax", "looped softmax",
+    "naive sigmoid", "rotated sigmoid", "ring sigmoid", "looped sigmoid",
+)  # fmt: skip
+CHIPS, POD_BATCHES, POD_WIDTH = 256, (32768, 262144, 1048576), 1152
+KERNEL_BOUND = {"forward": 294_912, "forward + backward": 1_179_648}  # cycles of the matrix units: cases.py
 POD = dict(
     JAX_PLATFORMS="cpu",
     TPU_SKIP_MDS_QUERY="1",
@@ -34,7 +35,7 @@ def losses():
 
     naive: the papers' pseudo-code. gathered: open_clip's `ClipLoss(local_loss=True, gather_with_grad=True)`, logits
     [B / n, B] on each of n devices, twice. rotated: open_clip's `SigLipLoss`, texts passed on, a block [B / n, B / n]
-    at a time, differentiated by the framework. blockwise and ring: this project's.
+    at a time, differentiated by the framework. This project's: blockwise, ring, looped (a ring without the TPU kernel).
     """
     import jax
     import jax.numpy as jnp
@@ -98,6 +99,8 @@ def losses():
         "blockwise sigmoid": lambda *a: sigmoid(*a, implementation="blockwise"),
         "ring softmax": softmax,
         "ring sigmoid": sigmoid,
+        "looped softmax": functools.partial(softmax, implementation="blockwise"),
+        "looped sigmoid": functools.partial(sigmoid, implementation="blockwise"),
     }
 
 
@@ -170,91 +173,164 @@ def pod(program, batch, width, dtype):
     print("ROW " + json.dumps(row))
 
 
-def run(kind, program, batch, width, python=sys.executable, **options):
+def run(kind, program, batch, width, **options):
     """The row of a child process; None where it failed."""
     options = [f"--{name}={value}" for name, value in options.items()]
-    command = [python, __file__, f"--{kind}={program}", f"--width={width}", f"--batches={batch}", *options]
-    done = subprocess.run(command, capture_output=True, text=True)
+    module = ["-m", "experiments.contrastive_memory.run"]
+    command = [sys.executable, *module, f"--{kind}={program}", f"--width={width}", f"--batch={batch}", *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     rows = [line for line in done.stdout.splitlines() if line.startswith("ROW ")]
-    if not rows:
-        print(kind, program, batch, "failed:", done.stderr.strip().splitlines()[-1][:300], flush=True)
-        return None
-    return json.loads(rows[-1][4:])
+    print(kind, program, batch, rows[-1] if rows else f"failed: {done.stderr.strip().splitlines()[-1]}", flush=True)
+    return json.loads(rows[-1][4:]) if rows else None
 
 
-def plot(rows, path):
-    import matplotlib
+def on_cpu(rounds, repeats):
+    """Rows of all programs; at each batch they take turns, `rounds` of them at the largest."""
+    rows = []
+    for batch in BATCHES:
+        turns = {program: [] for program in PROGRAMS}
+        for _ in range(rounds if batch == BATCHES[-1] else 1):
+            for program in PROGRAMS:
+                turns[program].append(run("child", program, batch, WIDTH, repeats=repeats))
+        for found in turns.values():
+            rows.append(found[0] | {"seconds": statistics.median(row["seconds"] for row in found)})
+    return rows
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
-    colours = {"softmax": "tab:blue", "sigmoid": "tab:orange"}
+def on_pod():
+    rows = []
+    for batch in POD_BATCHES:
+        for program in ON_POD:
+            if program.startswith("looped") and batch != POD_BATCHES[-1]:
+                continue
+            for dtype in ("float32", "bfloat16") if program.startswith(("ring", "looped")) else ("float32",):
+                rows.append(run("pod", program, batch, POD_WIDTH, dtype=dtype))
+    return [row for row in rows if row]
+
+
+def step():
+    """What `vlm_jax.plan` says of CLIP B/32 at a batch of 32,768 on v5e:8x8."""
+    command = [sys.executable, "-m", "vlm_jax.plan", "--config=configs/clip.py:B/32", "--topology=v5e:8x8", "--json"]
+    done = subprocess.run([*command, "--config.mesh.fsdp=8"], stdout=subprocess.PIPE, text=True, check=True)
+    plan = json.loads(done.stdout)
+    permutes = [one for one in plan["collectives"] if one["kind"] == "collective-permute"]
+    sent = lambda beside: sum(one["bytes"] for one in permutes if one["asynchronous"] == beside)
+    return dict(memory=plan["memory"], fits=plan["fits"], sent_beside_work=sent(True), sent_waited_for=sent(False))
+
+
+def table(results):
+    cpu = {(row["program"], row["batch"]): row for row in results["cpu"]}
+    mb = lambda value, digits=0: f"{value / 2**20:,.{digits}f}"
+    cell = lambda row: f"{mb(row['program_bytes'])} / {row['seconds']:.{2 if row['batch'] > 1024 else 3}f}"
+    rows = [[f"{batch:,}", *(cell(cpu[program, batch]) for program in PROGRAMS)] for batch in BATCHES]
+    blocks = [study.markdown(["MB / seconds at a batch of", *PROGRAMS], rows)]
+
+    rows = []
+    for penalty in ("softmax", "sigmoid"):
+        naive, ours = (cpu[f"{form} {penalty}", BATCHES[-1]] for form in ("naive", "blockwise"))
+        part = lambda key, naive=naive, ours=ours: f"1/{naive[key] / ours[key]:.1f}"
+        grows = f"{mb(ours['step_bytes'])} and {mb(naive['step_bytes'])} MB"
+        shares = part("program_bytes"), part("step_bytes"), grows, part("peak_bytes")
+        rows.append([penalty, f"{ours['seconds'] / naive['seconds']:.2f}", *shares])
+    head = "time", "program's memory", "growth of the process", "which is", "its peak, Python and JAX included"
+    blocks.append(study.markdown([f"blockwise of naive, at {BATCHES[-1]:,}", *head], rows))
+
+    pod, rows = {}, []
+    for row in results["pod"]:
+        pod.setdefault((row["program"], row["dtype"]), {})[row["batch"]] = row
+    for (program, dtype), of in pod.items():
+        ours = program.startswith(("ring", "looped"))
+        digits = 1 if ours else 0
+        fit = lambda row, digits=digits: mb(row["temp_bytes"], digits) + ("" if row["fits"] else ", does not fit")
+        last = [row for row in of.values() if row["fits"]][-1]
+        sends = f"{last['asynchronous']} / {last['waiting']}" if last["asynchronous"] or last["waiting"] else ""
+        cells = [fit(of[batch]) if batch in of else "" for batch in POD_BATCHES]
+        rows.append([f"{program}, {dtype}" if ours else program, *cells, sends])
+    head = [f"{batch:,}" for batch in POD_BATCHES]
+    blocks.append(study.markdown(["MB of temporaries", *head, "permutes: asynchronous / waiting"], rows))
+
+    rows = []
+    for penalty, of in results["kernel"].items():
+        rows.append(
+            [penalty, *(f"{of[p]['cycles']:,} ({of[p]['cycles'] / KERNEL_BOUND[p]:.2f}x)" for p in KERNEL_BOUND)]
+        )
+    rows.append(["bound", *(f"{bound:,}" for bound in KERNEL_BOUND.values())])
+    blocks.append(study.markdown(["cycles of the TPU kernel", *KERNEL_BOUND], rows))
+
+    of = results["step"]
+    row = [*(mb(value) for value in of["memory"].values()), "yes" if of["fits"] else "no"]
+    sends = f"{mb(of['sent_beside_work'], 1)} + {mb(of['sent_waited_for'], 1)}"
+    head = "MB of a chip", *of["memory"], "fits", "the ring sends: beside work + waited for"
+    blocks.append(study.markdown(head, [["CLIP B/32", *row, sends]]))
+    return "\n\n".join(blocks)
+
+
+def plot(results):
+    figure, axes = study.subplots(1, 3, size=(13, 4))
     panels = (
-        ("program_bytes", 2**20, "arguments + results + temporaries, MB", "one CPU device"),
-        ("seconds", 1, "seconds, forward + backward", "2-core CPU"),
-        ("temp_bytes", 2**20, "temporaries per chip, MB", "v5e:16x16, D = 1152 (x: does not fit)"),
+        ("cpu", "program_bytes", 2**20, "arguments + results + temporaries, MB", "One CPU device"),
+        ("cpu", "seconds", 1, "seconds, forward + backward", "Two CPU cores"),
+        ("pod", "temp_bytes", 2**20, "temporaries of a chip, MB", "v5e:16x16, D = 1152, cross: does not fit"),
     )
-    styles = dict(naive="--", gathered="-.", rotated="-.", blockwise="-", ring="-")
-    for i, (axis, (key, unit, label, title)) in enumerate(zip(axes, panels, strict=True)):
-        here = [row for row in rows if ("chips" in row) == (i == 2) and row.get("dtype") != "bfloat16"]
-        for program in dict.fromkeys(row["program"] for row in here):
+    strokes = dict(naive="--", gathered=":", rotated=":", blockwise="-", ring="-")
+    for axis, (where, key, unit, label, title) in zip(axes, panels, strict=True):
+        lines = {}
+        for row in results[where]:
+            if row.get("dtype") != "bfloat16" and not row["program"].startswith("looped"):
+                lines.setdefault(row["program"], []).append((row["batch"], row[key] / unit, row.get("fits", True)))
+        for program, points in lines.items():
             form, penalty = program.split()
-            points = sorted((r["batch"], r[key] / unit, r.get("fits", True)) for r in here if r["program"] == program)
-            batch, value, fits = zip(*points, strict=True)
-            axis.plot(batch, value, styles[form], color=colours[penalty], label=program)
-            for marker, shown in ((".", True), ("x", False)):
-                at = [j for j, fit in enumerate(fits) if fit == shown]
-                axis.plot([batch[j] for j in at], [value[j] for j in at], marker, color=colours[penalty])
+            softmax = penalty == "softmax"
+            style = dict(color=study.INK, zorder=3) if softmax else dict(color=study.SHADES[1], linewidth=3)
+            batch, value, fits = zip(*sorted(points), strict=True)
+            axis.plot(batch, value, strokes[form], label=program, **style)
+            for fit, marker in ((True, "o" if softmax else "s"), (False, "X")):
+                at = [i for i, found in enumerate(fits) if found == fit]
+                x, y = [batch[i] for i in at], [value[i] for i in at]
+                axis.plot(x, y, marker, color=style["color"], markersize=(4 if softmax else 6) if fit else 9, zorder=3)
         axis.set(xscale="log", yscale="log", xlabel="batch", ylabel=label, title=title)
         axis.set_xscale("log", base=2)
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.savefig(path, dpi=120)
+        if where == "pod":
+            axis.set_ylim(bottom=0.01)  # room for the legend
+            axis.axhline(256, color=study.GREY, linewidth=1, label="wanted, at most")
+        axis.legend(fontsize=8)
+    return figure
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--child")
-    parser.add_argument("--pod")
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--batches", default="1024,2048,4096,8192,16384")
-    parser.add_argument("--pod-batches", default="32768,262144,1048576")
+    for name in ("--child", "--pod", "--dtype"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    for name in ("--batch", "--width"):
+        parser.add_argument(name, type=int, help=argparse.SUPPRESS)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each program at the largest batch")
-    parser.add_argument("--pod-python", help="a Python with jax and libtpu: adds the pod's rows")
+    parser.add_argument(
+        "--parts", default="cpu,pod,kernel,step", help="what is measured again; all but cpu need libtpu"
+    )
     options = parser.parse_args()
-    batches = [int(batch) for batch in options.batches.split(",") if batch]
     if options.child:
-        return child(options.child, batches[0], options.width, options.repeats)
+        return child(options.child, options.batch, options.width, options.repeats)
     if options.pod:
-        return pod(options.pod, batches[0], options.width, options.dtype)
-    results = HERE / "results.json"
-    of = lambda row: (row["program"], row["batch"], row.get("dtype"))  # only the pod's rows have a dtype
-    rows = {of(row): row for row in json.loads(results.read_text())} if results.exists() else {}
-    for batch in batches:
-        turns = {program: [] for program in PROGRAMS}
-        for _ in range(options.rounds if batch == batches[-1] else 1):
-            for program in PROGRAMS:
-                turns[program].append(run("child", program, batch, options.width, repeats=options.repeats))
-        for found in turns.values():
-            row = found[0] | {"seconds": statistics.median(row["seconds"] for row in found)}
-            rows[of(row)] = row
-            print(json.dumps(row), flush=True)
-    if options.pod_python:
-        for batch in map(int, options.pod_batches.split(",")):
-            for program in ON_POD:
-                for dtype in ("float32", "bfloat16") if program.startswith("ring") else ("float32",):
-                    row = run("pod", program, batch, POD_WIDTH, options.pod_python, dtype=dtype)
-                    if row:
-                        rows[of(row)] = row
-                        print(json.dumps(row), flush=True)
-    rows = list(rows.values())
-    results.write_text(json.dumps(rows, indent=1) + "\n")
-    plot(rows, HERE / "contrastive_memory.png")
+        return pod(options.pod, options.batch, options.width, options.dtype)
+    parts, results = options.parts.split(","), study.read("contrastive_memory", {})
+    if not importlib.util.find_spec("libtpu"):
+        print("libtpu is not installed: the CPU alone (pip install 'vlm_jax[tpu]')")
+        parts = ["cpu"]
+    if "cpu" in parts:
+        results["cpu"] = on_cpu(options.rounds, options.repeats)
+    if "pod" in parts:
+        results["pod"] = on_pod()
+    if "step" in parts:
+        results["step"] = step()
+    if "kernel" in parts:
+        from experiments.kernel_schedules import tpu_cycles
+
+        target = "experiments.contrastive_memory.cases"
+        results["kernel"] = {name: tpu_cycles.measure(f"{target}:{name}", "v5e") for name in ("softmax", "sigmoid")}
+    study.save("contrastive_memory", results)
+    study.publish("contrastive_memory", table, plot)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE.parents[1]))
     main()

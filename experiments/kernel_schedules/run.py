@@ -64,7 +64,7 @@ def plot(results):
         values = [ratio(results, shape, passes) or 0 for shape in SHAPES]
         at = places + 0.38 * (i - 0.5)
         bars = axes.barh(at, values, 0.36, color=study.SHADES[2 * i], label=label, **study.BAR)
-        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+        axes.bar_label(bars, fmt="%.2f", padding=-26, fontsize=8, color="white" if not i else study.INK)
     for place, shape in enumerate(SHAPES):
         if shape in WANTED:
             label = "wanted, at most" if not place else None
@@ -73,7 +73,7 @@ def plot(results):
     axes.invert_yaxis()
     axes.set_xlim(0, 1.1)
     axes.set_xlabel("cycles of ours, flash_attention = 1")
-    axes.legend(loc="lower center")
+    axes.legend(loc="upper right")
     return figure
 
 
