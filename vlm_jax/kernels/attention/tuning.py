@@ -1,6 +1,6 @@
 """Block sizes of the TPU kernels: data, and the rule for what the data does not cover.
 
-Cycles of candidates: `python experiments/kernel_schedules/tune.py` (needs the [tpu] extra, no TPU): the compiler's
+Cycles of candidates: `python -m experiments.kernel_schedules.tune` (needs the [tpu] extra, no TPU): the compiler's
 static schedule for v5e, batch 8, bf16, at lengths that towers have (77, 197, 257, 729). The rows were chosen from a
 part of its grid, some forty candidates; other chips use them too.
 """
