@@ -117,8 +117,10 @@ def random_box(width: int, height: int) -> tuple[int, int, int, int]:
 
 def torchs(uri: str, workers: int):
     """Batches without end."""
+    import torch
     from torch.utils.data import DataLoader
 
+    torch.set_num_threads(1)  # as in its workers: threads that wait for each other cost CPU time, too
     context = "spawn" if workers else None  # as Grain's; this process has threads
     data = DataLoader(
         TorchDataset(uri),
