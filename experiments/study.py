@@ -69,7 +69,8 @@ def digest(results):
 def publish(name, table, plot):
     """Puts `table(results)` in the place of the tables of the README's results; writes `plot(results)` to plot.png."""
     import matplotlib
-    from vlm_jax.report_figures import RC
+
+    from vlm_jax.figures.style import RC
 
     results, readme = read(name), HERE / name / "README.md"
     head, mark, text = readme.read_text().partition("\n## Result\n")
