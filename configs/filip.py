@@ -19,6 +19,6 @@ def get_config(variant: str = "B/32") -> ConfigDict:
         tower.pool = "all"
     if variant in clip.TOWERS:
         config.model.image.out_dim = config.model.text.out_dim = 256
-        config.model.text.pad_mask = True
+        config.model.text.pool_exclude = (0,)  # padding, and "!", whose id it shares
     config.objective.similarity = "token_wise"
     return config

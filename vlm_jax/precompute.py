@@ -92,6 +92,8 @@ def _embedder(settings: Mapping[str, Any], spec: str, images: np.ndarray):
     model = models.build(
         dict(image=settings["model"]["image"], text=None, dtype=settings["model"].get("dtype", "float32"))
     )
+    if getattr(model.image, "pool", None) == "all":
+        raise UserError('config.model.image.pool is "all"; what is embedded once is one vector for each picture')
     mesh = sharding.make_mesh(devices=jax.local_devices())
     sharding.check_batch_size(len(images), mesh, "--batch_size")
     shapes = jax.eval_shape(model.init, jax.random.key(0), images[:1], None)["params"]

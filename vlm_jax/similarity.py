@@ -2,7 +2,7 @@
 
 import numpy as np
 
-BLOCK = 1 << 24  # products of tokens held at a time: 128 MB
+ROWS, BLOCK = 16, 1 << 23  # of a, and products of tokens, held at a time: 64 MB
 
 
 def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -16,16 +16,20 @@ def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         best match in b, on average (FILIP, section 3.1), which is not what b's tokens find in a.
       b: float [m, D]; or [m, M, D], or [m, prompts, M, D], whose similarities are averaged (FILIP, section 3.2).
     """
-    a, b = a.astype(np.float64, copy=False), b.astype(np.float64, copy=False)
     if a.ndim == 2:
-        return (a @ b.T).astype(np.float32)
-    if b.ndim == 4:
-        return similarity(a, b.reshape(-1, *b.shape[2:])).reshape(len(a), *b.shape[:2]).mean(axis=2)
-    rows = max(BLOCK // (a.shape[1] * b.shape[0] * b.shape[1]), 1)
-    blocks = (a[i : i + rows] for i in range(0, len(a), rows))
-    products = (np.moveaxis(np.tensordot(block, b, (2, 2)), 1, 2) for block in blocks)  # [rows, m, N, M]
-    blocks = (a[i : i + rows, None] for i in range(0, len(a), rows))
-    return np.concatenate([_best_matches(*each, b) for each in zip(products, blocks, strict=True)]).astype(np.float32)
+        return (a.astype(np.float64, copy=False) @ b.astype(np.float64, copy=False).T).astype(np.float32)
+    prompts = b if b.ndim == 4 else b[:, None]
+    prompts = prompts[:, :, : np.max(np.nonzero(np.any(prompts != 0, axis=(0, 1, 3)))[0], initial=0) + 1]
+    columns = max(BLOCK // (ROWS * a.shape[1] * prompts[0, ..., 0].size), 1)
+    found = np.empty((len(a), len(b)), np.float32)
+    for j in range(0, len(b), columns):
+        some = prompts[j : j + columns].astype(np.float64)
+        for i in range(0, len(a), ROWS):
+            rows = a[i : i + ROWS].astype(np.float64)
+            products = np.moveaxis(np.tensordot(rows, some, (2, 3)), 1, 3)  # [rows, columns, prompts, N, M]
+            matches = _best_matches(products, rows[:, None, None], some)
+            found[i : i + ROWS, j : j + columns] = matches.mean(axis=2)
+    return found
 
 
 def similarity_of_pairs(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -95,7 +95,9 @@ def zeroshot(
             if hosts.first:
                 table.append(embedding=embedded)
             progress.save(classes=start + len(embedded))
-        text = table.read("embedding").astype(np.float64) if hosts.first and not by_pairs else None
+        text = table.read("embedding") if hosts.first and not by_pairs else None
+        if text is not None and text.ndim == 2:
+            text = text.astype(np.float64)  # once
 
         some, left_out = counts["examples"], counts["left_out"]
         for batch in stream(batches, hosts, ["label"], counts["batches"], progress.show):

@@ -10,7 +10,7 @@ from vlm_jax.figures.style import INK, Picture
 SHADES = (("#2f5d8a", None), ("#7fa6cb", "///"), ("#c9c9c9", "..."), ("#ececec", "\\\\\\"))
 
 
-@style.styled
+@style.styled()
 def memory(plans: Mapping[str, Mapping[str, int]], room: int) -> Picture:
     """A bar for each plan, of what it holds, one part after the other; a line where the device ends.
 

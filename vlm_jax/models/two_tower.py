@@ -87,6 +87,10 @@ class TwoTower(nn.Module):
         if token_ids is not None:
             encoded = self.text(token_ids, train=train)
             text, text_tokens = unit(_pooled("text", encoded)), encoded.tokens
+        if image is not None and text is not None and image.ndim != text.ndim:
+            raise UserError(
+                'one tower has pool "all", a vector for every token, the other has one vector; give both "all"'
+            )
         if image is not None and text is not None and image.shape[-1] != text.shape[-1]:
             raise UserError(
                 f"image embeddings have {image.shape[-1]} dimensions, text embeddings {text.shape[-1]}; "

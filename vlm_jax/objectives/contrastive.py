@@ -42,7 +42,7 @@ def cosine() -> Similarity:
         cosines = jnp.matmul(image.astype(dtype), text.astype(dtype).T, precision=jax.lax.Precision.HIGHEST)
         return cosines, cosines
 
-    return Similarity(of_both, scores, lambda features: (features["image"], features["text"]))
+    return Similarity(vectors, scores, lambda features: (features["image"], features["text"]))
 
 
 def token_wise(*, chunk: int = 64) -> Similarity:
@@ -70,11 +70,20 @@ def token_wise(*, chunk: int = 64) -> Similarity:
         of_images, of_texts = jax.lax.map(with_text, (texts, is_token), batch_size=chunk)
         return of_images.T, of_texts.T
 
-    return Similarity(of_both, scores)
+    return Similarity(tokens, scores)
 
 
-def of_both(embeddings: Any) -> dict[str, jax.Array]:
-    """What most similarities keep of `Embeddings`."""
+def vectors(embeddings: Any) -> dict[str, jax.Array]:
+    """Of `Embeddings` both towers', a vector each."""
+    if embeddings.image.ndim != 2:
+        raise UserError(f'{WHERE}.similarity compares one vector each; give towers another pool than "all"')
+    return {"image": embeddings.image, "text": embeddings.text}
+
+
+def tokens(embeddings: Any) -> dict[str, jax.Array]:
+    """Of `Embeddings` both towers', a vector for every token."""
+    if embeddings.image.ndim != 3:
+        raise UserError(f'{WHERE}.similarity compares tokens; give image and text pool "all"')
     return {"image": embeddings.image, "text": embeddings.text}
 
 
@@ -245,6 +254,8 @@ def contrastive(
     `accuracy_text_to_image`, `scale`, and `bias` where the model has one.
     """
     similarity = config.part(SIMILARITIES, similarity, f"{WHERE}.similarity")
+    if similarity.embeddings is None and (mask is not None or implementation is not None):
+        raise UserError(f"{WHERE}.mask and implementation are of the similarity `cosine`, which kernels know")
     penalty = config.part(PENALTIES, penalty, f"{WHERE}.penalty")
 
     def encode(params, batch, rng):
