@@ -22,19 +22,20 @@ SHARDS = "--config.data.uri=wds:{data}/data/laion/{{00000..00001}}.tar "
 IMAGE, TEXT = "--config.model.image.variant=mu/32 ", "--config.model.text.variant=mu --config.model.text.out_dim=32 "
 C4 = "--config.tokenizer=sentencepiece:{data}/c4_en.model "
 TABLE = (  # what the command matches; the flags that it is given; why
+    (r"\btrain .*/(\w*cap|cappa|clip|coca|lit)\.py:tiny", "--config.duration='4 steps'", "minutes of training"),
     (
-        r"\btrain .*(clip|siglip|cap|cappa|coca|ul2_cap|lit)\.py:tiny",
-        "--config.duration='4 steps' --config.evals.unseen_style.split=unseen_style[800:832]"
+        r"\btrain .*/(\w*cap|cappa|clip|coca|filip|lit)\.py:(tiny|smoke)",
+        "--config.evals.unseen_style.split=unseen_style[800:832]"
         " --config.evals.unseen_concepts.split=unseen_concepts[300:332]",
-        "minutes of training and evaluating",
+        "minutes of evaluating",
     ),
     (
-        r"\btrain .*(clip|siglip|cap|cappa|coca|ul2_cap)\.py:tiny",
+        r"\btrain .*/(\w*cap|cappa|clip|coca|filip)\.py:(tiny|smoke)",
         "--config.evals.pixel_neighbour.split=unseen_style[800:832]"
         " --config.evals.pixel_neighbour.train_split=train[3600:3856]",
         "a minute of comparing pixels",
     ),
-    (r"\btrain .*/(clip|siglip)\.py:tiny", "--config.evals.unseen_style.every=100%", "once, not four times"),
+    (r"\btrain .*/(clip|filip)\.py:(tiny|smoke)", "--config.evals.unseen_style.every=100%", "once, not four times"),
     (r"\btrain .*lit\.py:tiny", "--config.batch_size=32", "as many pictures as precompute is given"),
     (r"\badapt .*(lora|coop)", "--seeds=1", "a minute of training for each draw"),
     (r"\bprecompute ", "--split=train[:64]", "minutes of embedding"),
@@ -56,8 +57,15 @@ TABLE = (  # what the command matches; the flags that it is given; why
     ),
     (
         r"\btrain .*ul2\.py:base",
-        TWO_STEPS + C4 + "--config.model.encoder.depth=1 --config.model.decoder.depth=1",
-        "weeks of training; one block a tower",
+        TWO_STEPS + C4 + "--config.model.encoder.variant=small --config.model.decoder.variant=small"
+        ' --config.data.ops=\'caption("text") | denoise(32, 32, 32128) | keep("input_ids", "token_ids", "denoiser")\''
+        " --config.model.decoder.length=32 --config.batch_size=8",
+        "weeks of training; T5's smallest, texts of 32 tokens",
+    ),
+    (
+        r"\btrain .*ul2\.py:(prefix-)?smoke",
+        "--config.duration='8 steps' --config.evals.unseen_concepts.split=unseen_concepts[:64]",
+        "a minute of evaluating seven denoisers",
     ),
     (r"\btrain .*--workdir=/mnt/shared", "--workdir=runs/shared", "a disk of the reader's"),
     (
