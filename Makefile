@@ -2,6 +2,7 @@
 # make test   runs the test suite
 # make parity  the same models in Transformers and here, live (installs torch)
 # make docs   every command and snippet of README.md and docs/
+# make notebooks  executes colab/ as it is; STORE=--store writes the outputs into the files instead
 # make lint   ruff check and ruff format
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,9 +10,10 @@ LOCK ?= requirements.lock
 CONFIG ?= configs/clip.py:tiny
 WORKDIR ?= runs/demo
 TESTS ?= tests
+STORE ?=
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test parity docs lint format lock clean
+.PHONY: demo test parity docs notebooks lint format lock clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m vlm_jax.train --config=$(CONFIG) --workdir=$(WORKDIR)
@@ -24,6 +26,13 @@ parity: $(VENV)/installed-parity
 
 docs: $(VENV)/installed-docs
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n 2 --dist loadgroup -rs tests/docs
+
+notebooks: $(VENV)/installed-docs
+ifeq ($(STORE),)
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n 0 tests/notebooks
+else
+	$(VENV)/bin/python colab/execute.py $(STORE)
+endif
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .
@@ -47,7 +56,7 @@ $(VENV)/installed-parity: $(VENV)/installed-test
 	touch $@
 
 $(VENV)/installed-docs: $(VENV)/installed-test
-	$(PIP) --constraint $(LOCK) --editable '.[test,hf,lit,tpu]'
+	$(PIP) --constraint $(LOCK) --editable '.[test,hf,lit,tpu,colab]'
 	touch $@
 
 # The versions that demo and test install; `make test LOCK=/dev/null VENV=.venv-newest` takes the newest instead.

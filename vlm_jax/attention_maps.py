@@ -45,8 +45,12 @@ def attention(pretrained: Pretrained, images: Sequence) -> np.ndarray:
     Raises:
       UserError: the image tower has no patches; packed pictures have patches of different grids.
     """
-    pictures, grid = _pictures(pretrained, images)
-    return pretrained._run(partial(_attention, grid=grid), pictures)
+    return attention_batch(pretrained, pretrained._pictures(images))
+
+
+def attention_batch(pretrained: Pretrained, images: Any) -> np.ndarray:
+    """The same of preprocessed images [B, H, W, 3]."""
+    return pretrained._run(partial(_attention, grid=_grid(pretrained, images)), images)
 
 
 def has_patches(pretrained: Pretrained) -> bool:
@@ -59,10 +63,19 @@ def seen(pretrained: Pretrained, images: Sequence) -> np.ndarray:
 
     Maps lie on these pictures: preprocessing may have cropped or stretched those that were given.
     """
-    _, (h, w) = _pictures(pretrained, images)
-    drawn = re.sub(r"\|?\s*\b(normalize|to_float)\b.*", "", pretrained.preprocess, flags=re.DOTALL)
-    side = pretrained.model.image.patch
-    return dataclasses.replace(pretrained, preprocess=drawn)._pictures(images)[:, : h * side, : w * side]
+    drawn = dataclasses.replace(pretrained, preprocess=before_normalize(pretrained.preprocess))._pictures(images)
+    return whole_patches(pretrained, drawn)
+
+
+def before_normalize(preprocess: str) -> str:
+    """The ops of a preprocessing that still give a picture, uint8."""
+    return re.sub(r"\|?\s*\b(normalize|to_float)\b.*", "", preprocess, flags=re.DOTALL)
+
+
+def whole_patches(pretrained: Pretrained, images: np.ndarray) -> np.ndarray:
+    """[n, H, W, 3] without the rows and columns that are left over of whole patches."""
+    h, w = (pretrained.model.image.patch * side for side in _grid(pretrained, images))
+    return images[:, :h, :w]
 
 
 def word_patch(pretrained: Pretrained, images: Sequence, texts: Sequence[str]) -> np.ndarray:
@@ -92,7 +105,8 @@ def patch_embeddings(pretrained: Pretrained, images: Sequence) -> np.ndarray:
     """
     if pretrained.is_captioner:
         raise UserError("a captioner embeds no pictures; its patches are like no text")
-    pictures, grid = _pictures(pretrained, images)
+    pictures = pretrained._pictures(images)
+    grid = _grid(pretrained, pictures)
     if pretrained.model.image.pool == "all":
         return pretrained.embed_image_batch(pictures).reshape(len(images), *grid, -1)
     if not hasattr(pretrained.model, "pool") and pretrained.model.image.pool == "none":
@@ -100,18 +114,18 @@ def patch_embeddings(pretrained: Pretrained, images: Sequence) -> np.ndarray:
     return pretrained._run(partial(_patch_embeddings, grid=grid), pictures)
 
 
-def _pictures(pretrained: Pretrained, images: Sequence) -> tuple[Any, tuple[int, int]]:
-    """Preprocessed pictures, and rows and columns of their patches."""
+def _grid(pretrained: Pretrained, images: Any) -> tuple[int, int]:
+    """Rows and columns of the patches of preprocessed images."""
     pretrained._need("image")
-    if not has_patches(pretrained):
+    patch = getattr(pretrained.model.image, "patch", None)
+    if patch is None:
         raise UserError(f"the image tower, a {type(pretrained.model.image).__name__}, has no patches; a ViT has")
-    pictures, patch = pretrained._pictures(images), pretrained.model.image.patch
-    if not isinstance(pictures, Mapping):
-        return pictures, (pictures.shape[1] // patch, pictures.shape[2] // patch)
-    grids = np.unique(pictures["grid"], axis=0)
+    if not isinstance(images, Mapping):
+        return images.shape[1] // patch, images.shape[2] // patch
+    grids = np.unique(images["grid"], axis=0)
     if len(grids) > 1:
         raise UserError(f"the pictures have patches of different grids, {grids.tolist()}; give them one at a time")
-    return pictures, tuple(grids[0].tolist())
+    return tuple(grids[0].tolist())
 
 
 def _watched(model: nn.Module, params: Any, images: Any, look: Callable) -> Any:

@@ -1,7 +1,6 @@
 """Zero-shot classification: the class whose name, put into prompts, embeds nearest (arXiv:2103.00020, section 3.1), or
 for captioners is the likeliest (arXiv:2306.07915, section 4.3)."""
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -88,13 +87,13 @@ def zeroshot(
         table, examples = progress.table("classes", limit / 2), progress.table("examples", limit / 2)
         embeddings, chosen = progress.table("embeddings", limit / 2), evenly_spaced(batches.num_examples, EMBEDDED)
         by_pairs = getattr(pretrained, "compares_pairs", False)
-        scale = 1.0 if by_pairs else math.exp(float(pretrained.params["logit_scale"]))
         step = max(PROMPTS // len(templates), 1)
         for start in range(counts["classes"], 0 if by_pairs else len(names), step):
             embedded = class_embeddings(pretrained.embed_texts, names[start : start + step], templates)
             if hosts.first:
                 table.append(embedding=embedded)
             progress.save(classes=start + len(embedded))
+        scale = 1.0 if by_pairs else math.exp(float(pretrained.params["logit_scale"]))
         text = table.read("embedding") if hosts.first and not by_pairs else None
         if text is not None and text.ndim == 2:
             text = text.astype(np.float64)  # once
@@ -198,10 +197,10 @@ def _maps(
     """Where the image tower looks in some pictures; on several hosts each has to call this."""
     if not positions or not attention_maps.has_patches(pretrained) or "pack_patches" in string:
         return None
-    model = dataclasses.replace(pretrained, preprocess=string)
-    images = [row["image"] for row in look_up(batches, 'decode | keep("image")', positions)]
-    found = {"images": attention_maps.seen(model, images), "maps": attention_maps.attention(model, images)}
-    return found | {"titles": [names[i] for i in labels]}
+    look = lambda ops: np.stack([r["image"] for r in look_up(batches, f'decode | {ops} | keep("image")', positions)])
+    drawn = attention_maps.whole_patches(pretrained, look(attention_maps.before_normalize(string)))
+    maps = attention_maps.attention_batch(pretrained, look(string))
+    return {"images": drawn, "maps": maps, "titles": [names[i] for i in labels]}
 
 
 def evenly_spaced(length: int, count: int) -> np.ndarray:

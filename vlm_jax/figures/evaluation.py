@@ -33,9 +33,13 @@ def pictures_of(artifacts: Mapping[str, Any]) -> Iterator[Shown]:
     """Draws whatever an evaluation's artifacts (as `report.load_artifacts` returns them) are enough for."""
 
     def given(group, *names):
-        """artifacts["group/name"] of each name, or nothing where one is missing."""
+        """artifacts["group/name"] of each name, or nothing where one is missing, or not finite: the model diverged."""
         keys = [f"{group}/{name}" for name in names]
-        return [artifacts[key] for key in keys] if artifacts.keys() >= set(keys) else None
+        if not artifacts.keys() >= set(keys):
+            return None
+        found = [artifacts[key] for key in keys]
+        numbers = (array for array in found if isinstance(array, np.ndarray) and array.dtype.kind == "f")
+        return found if all(np.isfinite(array).all() for array in numbers) else None
 
     if found := given("gallery", "images", "names", "scores", "truth"):
         about = (
