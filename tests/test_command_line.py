@@ -16,7 +16,7 @@ from vlm_jax.command_flags import COMMANDS, LOADING
 from vlm_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-CLIP = "pkg:vlm_jax/data/emoji/clip"
+CLIP = "pkg:vlm_jax/zoo/clip_tiny"
 
 
 def vlm_jax_command(*argv, program="from vlm_jax.__main__ import main; main()"):

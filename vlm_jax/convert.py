@@ -1,7 +1,7 @@
 """Converts checkpoints between projects, and says what a file is.
 
-    vlm-jax convert --inspect pkg:vlm_jax/data/emoji/clip
-    vlm-jax convert pkg:vlm_jax/data/emoji/clip runs/emoji_clip --format=native
+    vlm-jax convert --inspect pkg:vlm_jax/zoo/clip_tiny
+    vlm-jax convert pkg:vlm_jax/zoo/clip_tiny runs/emoji_clip --format=native
 
 SRC is whatever `vlm_jax.load` takes; DST a folder to make, or an .npz for big_vision. Nothing is executed, one tensor
 is in memory at a time, and the arrays arrive bit for bit. What a format has no words for is an error.

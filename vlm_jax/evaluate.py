@@ -1,8 +1,8 @@
 """Evaluates a model on a data set: names, captions, retrieval, probes.
 
-    vlm-jax evaluate --model=pkg:vlm_jax/data/emoji/clip --task=zeroshot --data=tfds:emoji --split=unseen_style \\
+    vlm-jax evaluate --model=pkg:vlm_jax/zoo/clip_tiny --task=zeroshot --data=tfds:emoji --split=unseen_style \\
         --classes=emoji:seen --out=runs/zeroshot
-    vlm-jax evaluate --model=pkg:vlm_jax/data/emoji/clip --task=probe --data=tfds:emoji --split=unseen_style \\
+    vlm-jax evaluate --model=pkg:vlm_jax/zoo/clip_tiny --task=probe --data=tfds:emoji --split=unseen_style \\
         --label=concept --option=shots=1 --out=runs/probe
 
 prints a table and leaves results.json, artifacts/ and report/index.html in --out. The same command after any

@@ -1,11 +1,11 @@
 """Adapts a model to a few labelled pictures, and says how well over several draws of them.
 
-    vlm-jax adapt --model=pkg:vlm_jax/data/emoji/clip --method=zero_shot,gda,lora --data=tfds:emoji \\
+    vlm-jax adapt --model=pkg:vlm_jax/zoo/clip_tiny --method=zero_shot,gda,lora --data=tfds:emoji \\
         --split=unseen_style --classes=emoji:subgroups --label=subgroup --shots=16 --out=runs/adapted
 
 prints a table and leaves results.json and one small file a seed in --out, which hold only what was trained:
 
-    clip = vlm_jax.load("pkg:vlm_jax/data/emoji/clip").with_adapter("runs/adapted/lora_0.safetensors")
+    clip = vlm_jax.load("pkg:vlm_jax/zoo/clip_tiny").with_adapter("runs/adapted/lora_0.safetensors")
     clip.classify(pictures)
 
 Methods are compared that are given with commas between; all of them: vlm_jax/adapt/methods.py. Pictures to
