@@ -84,7 +84,7 @@ def word_patch(pretrained: Pretrained, images: Sequence, texts: Sequence[str]) -
     patches = patch_embeddings(pretrained, images)
     words = pretrained.embed_texts(texts)
     if words.ndim == 3:
-        words = words.sum(axis=1) / np.maximum(np.any(words != 0, axis=2).sum(axis=1), 1)[:, None]
+        words = words.sum(axis=1) / np.float32(np.maximum(np.any(words != 0, axis=2).sum(axis=1), 1))[:, None]
     return np.einsum("nhwd,md->nmhw", patches, words, dtype=np.float32)
 
 

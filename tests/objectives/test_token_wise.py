@@ -1,5 +1,8 @@
 """FILIP's similarity against loops over all tokens, its objective, and a model of it in use."""
 
+from contextlib import nullcontext
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,7 @@ import pytest
 
 import vlm_jax
 from configs import filip
-from vlm_jax import attention_maps, evaluators, objectives
+from vlm_jax import attention_maps, evaluators, objectives, sharding
 from vlm_jax.models import Embeddings, build
 from vlm_jax.objectives.contrastive import token_wise
 from vlm_jax.similarity import similarity, similarity_of_pairs
@@ -124,3 +127,44 @@ def test_a_trained_model_is_evaluated_by_its_own_similarity(tmp_path):
     with pytest.raises(vlm_jax.errors.UserError, match="one vector for each picture"):
         few = dict(type="few_shot", methods=["gda"], classes="emoji:seen", label="concept", shots=1)
         evaluators.build(few | data)(model)
+
+
+def test_a_mesh_and_accumulation_change_nothing():
+    tower = dict(width=16, depth=1, heads=2, out_dim=8, pool="all")
+    model = build(dict(image=dict(patch=8, **tower), text=dict(vocab_size=9, length=4, pad_mask=True, **tower)))
+    rng = np.random.default_rng(0)
+    batch = {"image": rng.normal(size=(16, 16, 16, 3)).astype(np.float32), "token_ids": rng.integers(0, 9, (16, 4))}
+    params = model.init(jax.random.key(1), batch["image"], batch["token_ids"])["params"]
+    mesh = sharding.make_mesh(2, 2, 2)
+    found = []
+    for where, accumulate in ((None, 1), (mesh, 1), (mesh, 2)):
+        objective = objectives.build(dict(name="contrastive", similarity="token_wise"), model, where)
+        step = jax.jit(partial(objectives.value_and_grad, objective, accumulate=accumulate))
+        with jax.set_mesh(mesh) if where else nullcontext():
+            given = sharding.to_global(batch, mesh, 16) if where else batch
+            loss, metrics, grads, _ = step(params, given, jax.random.key(0))
+        found.append((loss, metrics["accuracy_image_to_text"], grads))
+    for other in found[1:]:
+        for want, got in zip(*map(jax.tree.leaves, (found[0], other)), strict=True):
+            np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "section, message",
+    [
+        (dict(similarity="token_wise"), 'give image and text pool "all"'),
+        (dict(similarity="cosine", pool="all"), 'another pool than "all"'),
+        (dict(similarity="token_wise", pool="all", mask="real"), "mask and implementation are of the similarity"),
+        (dict(similarity="token_wise", image_pool="all"), 'give both "all"|give both it'),
+    ],
+)
+def test_pools_that_do_not_fit_are_named(section, message):
+    pool = section.pop("pool", "gap")
+    tower = dict(width=16, depth=1, heads=2, out_dim=8)
+    image = dict(patch=8, pool=section.pop("image_pool", pool), **tower)
+    text = dict(vocab_size=9, length=4, pool={"gap": "mean"}.get(pool, pool), **tower)
+    batch = {"image": np.zeros((2, 16, 16, 3), np.float32), "token_ids": np.ones((2, 4), np.int32)}
+    model = build(dict(image=image, text=text))
+    with pytest.raises(vlm_jax.UserError, match=message):
+        params = model.init(jax.random.key(0), batch["image"], batch["token_ids"])["params"]
+        objectives.build(dict(name="contrastive", **section), model).encode(params, batch, None)
