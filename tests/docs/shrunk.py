@@ -35,6 +35,11 @@ TABLE = (  # what the command matches; the flags that it is given; why
         " --config.evals.pixel_neighbour.train_split=train[3600:3856]",
         "a minute of comparing pixels",
     ),
+    (
+        r"\btrain .*/(\w*cap|cappa)\.py:tiny",
+        "--config.evals.unseen_style.split=unseen_concepts[300:332] --config.evals.unseen_style.classes=emoji:held_out",
+        "the likelihood of 129 names, not of 732",
+    ),
     (r"\btrain .*/(clip|filip)\.py:(tiny|smoke)", "--config.evals.unseen_style.every=100%", "once, not four times"),
     (r"\btrain .*lit\.py:tiny", "--config.batch_size=32", "as many pictures as precompute is given"),
     (r"\badapt .*(lora|coop)", "--seeds=1", "a minute of training for each draw"),
@@ -73,7 +78,8 @@ TABLE = (  # what the command matches; the flags that it is given; why
         "--topology=v5e:2x2 --config.model.image.variant=mu/32 --config.model.text.variant=mu",
         "many minutes of compiling",
     ),
-    (r"^-m pytest\b", "--collect-only -n0 --ignore-glob=tests/*/*", "the suite has its own run"),
+    (r"^-m pytest .* tests$", "--collect-only -n0 --ignore-glob=tests/*/*", "the suite has its own run"),
+    (r"^-m pytest .* tests/(docs|parity)$", "--version", "these tests, and those that need torch"),
     (r"^experiments/", "--variant=smoke --seeds=0", "half an hour of training"),
 )
 DEVICES = ((r"mesh\S*=8\b", 8), (r"mesh\S*=16\b", 16))  # what matches has so many CPU devices for the chips it names
