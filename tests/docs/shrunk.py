@@ -75,7 +75,7 @@ TABLE = (  # what the command matches; the flags that it is given; why
     (r"\btrain .*--workdir=/mnt/shared", "--workdir=runs/shared", "a disk of the reader's"),
     (
         r"\bplan .*--search",
-        "--topology=v5e:2x2 --config.model.image.variant=mu/32 --config.model.text.variant=mu",
+        "--topology=v5e:2x2 --config.batch_size=64 --config.model.image.variant=mu/32 --config.model.text.variant=mu",
         "many minutes of compiling",
     ),
     (r"^-m pytest .* tests$", "--collect-only -n0 --ignore-glob=tests/*/*", "the suite has its own run"),
