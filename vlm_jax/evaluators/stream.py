@@ -1,12 +1,11 @@
 """One pass over a data set for an evaluator, from any batch on, each host reading its share."""
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
+from vlm_jax import command
 from vlm_jax.data import loader, ops
 from vlm_jax.data.examples import Examples
 from vlm_jax.evaluators.hosts import Hosts
@@ -57,9 +56,9 @@ def stream(
     """
     if show and start:
         print(f"continuing after {start:,} of {len(batches):,} batches")
-    pace = 0.5 if sys.stderr.isatty() else 15
-    bar = tqdm(_From(batches, start), initial=start, total=len(batches), desc="embed", unit="batch", mininterval=pace,
-               disable=not show)  # fmt: skip
+    bar = command.bar(
+        _From(batches, start), initial=start, total=len(batches), desc="embed", unit="batch", disable=not show
+    )
     for k, batch in enumerate(bar, start):
         rows = hosts.gather(list(zip(batch["mask"].tolist(), *(batch[name] for name in columns), strict=True)))
         mask, *values = zip(*rows, strict=True)
