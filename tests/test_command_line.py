@@ -14,6 +14,7 @@ from absl import flags
 from vlm_jax import command, command_flags, command_help
 from vlm_jax.command_flags import COMMANDS, LOADING
 from vlm_jax.errors import UserError
+from vlm_jax.flag_values import given
 
 ROOT = Path(__file__).parents[1]
 CLIP = "pkg:vlm_jax/zoo/clip_tiny"
@@ -55,6 +56,8 @@ def test_flags_mistaken_are_told_before_jax_is_imported(tmp_path):
     )  # fmt: skip
     code, output, errors = vlm_jax_command("x")
     assert (code, output) == (2, "") and errors.startswith("error: vlm-jax has no command `x`; expected one of: train,")
+    missing = f"--config: [Errno 2] No such file or directory: '{tmp_path}/no.py'"
+    (tmp_path / "wrong.py").write_text("def get_config():\n    raise TypeError('a\\nb')\n")
     for argv, message in {
         ("evaluate",): "evaluate needs --model, --task, --data, --out; vlm-jax evaluate --help has an example",
         ("evaluate", "--modle=a"): "Unknown command line flag 'modle'. Did you mean: model ?",
@@ -63,13 +66,18 @@ def test_flags_mistaken_are_told_before_jax_is_imported(tmp_path):
         ("train", "--config=configs/clip.py:smoke", "--config.optimizer.lrr=1", "--workdir=a"):
             "the config has no key lrr; Did you mean lr instead of lrr?",
         ("train", "--config=configs/clip.py:big", "--workdir=a"):
-            "there is no variant `big` of this config; on the embedded data: tiny, select, smoke",
+            "--config=configs/clip.py:big: there is no variant `big` of this config; on the embedded data: tiny, "
+            "select, smoke",
+        ("train", f"--config={tmp_path}/no.py", "--workdir=a"): missing,
+        ("train", f"--config={tmp_path}/no.py", "--workdir=a", "--config.batch_size=3"): missing,
+        ("train", f"--config={tmp_path}/wrong.py", "--workdir=a"): f"--config={tmp_path}/wrong.py: TypeError: a b",
     }.items():  # fmt: skip
         code, output, errors = vlm_jax_command(*argv)
         assert (code, output, errors.count("\n")) == (2, "", 1), errors
         assert errors.startswith("error: ") and errors.endswith(f"{message}\n"), errors
+        assert not message.startswith("--config") or errors == f"error: {message}\n"
     code, _, errors = vlm_jax_command("train", f"--config={tmp_path}/no.py", "--workdir=a", "--debug")
-    assert code == 2 and "Traceback" in errors and "No such file or directory" in errors.splitlines()[-2]
+    assert code == 2 and "Traceback" in errors and errors.endswith(f"error: {missing}\n")
 
 
 def command_lines(text):
@@ -164,6 +172,62 @@ def test_errors_are_one_line(does, code, line):
     assert (status, output) == (code, "" if line else '{"a": 1}\n') and "on the way\n" in errors
     assert errors.splitlines()[-1] == (line or "on the way")
     assert ("Traceback" in errors) == (line is not None and "stopped" not in line)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--tokenizer=clip", "--inspect only says what SRC is, and takes no --tokenizer"),
+        ("--format=native", "--inspect only says what SRC is, and takes no --format"),
+        ("--image_size=64", r"has 16 positions; image_size \(64, 64\) gives 64"),
+    ],
+)
+def test_inspect_ignores_no_flag(flag, message):
+    from vlm_jax.convert import main
+
+    values = flags.FlagValues()
+    command_flags.define("convert", values)
+    with pytest.raises(UserError, match=message):
+        main(values(["convert", "--inspect", CLIP, flag]), values)
+
+
+def test_json_has_no_nan_and_threads_are_not_waited_for():
+    waits = "import threading, time; threading.Thread(target=time.sleep, args=(600,)).start()"
+    answer = "command.Answer({'a': [float('nan'), 1.5], 'b': {'c': -float('inf')}}, 'text', 3, at_once=True)"
+    program = FAILING.format(does=f"{waits}; return {answer}")
+    status, output, _ = vlm_jax_command("a", "b", "--json", program=program)
+    assert (status, output) == (3, '{"a": [null, 1.5], "b": {"c": null}}\n')
+
+
+def test_an_error_of_one_of_several_processes_is_one_line():
+    program = """
+from vlm_jax import processes
+try:
+    {does}
+except Exception as error:
+    processes._leave(error)
+"""
+    for does, code, line in [
+        ("raise KeyError('a')", 1, "KeyError: 'a' (a bug? --debug shows the traceback)"),
+        ("raise processes.UserError('a')", 2, "a"),
+        ("raise processes.jax.errors.JaxRuntimeError('UNAVAILABLE: b\\nc')", 1, "a process of the run is lost "
+         "(UNAVAILABLE: b). Start all of them again: they go on from the last checkpoint"),
+    ]:  # fmt: skip
+        status, _, errors = vlm_jax_command(program=program.format(does=does))
+        assert (status, errors) == (code, f"error: process 0 of 1: {line}\n")
+    _, _, errors = vlm_jax_command("--debug", program=program.format(does=does))
+    assert errors.startswith("Traceback") and errors.endswith(f"error: process 0 of 1: {line}\n")
+
+
+def test_image_size_is_one_side_or_two():
+    values = flags.FlagValues()
+    command_flags.define("convert", values)
+    for text, sides in {"384": [384, 384], "384,288": [384, 288]}.items():
+        values(["convert", f"--image_size={text}"])
+        assert given(values, ["image_size"]) == {"image_size": sides}
+    values(["convert", "--image_size=384,288,9"])
+    with pytest.raises(UserError, match="--image_size=384,288,9 cannot be read; expected pixels, 384 or height,width"):
+        given(values, ["image_size"])
 
 
 def test_functions_raise_what_they_raise():

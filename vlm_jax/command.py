@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import math
 import os
 import sys
 import threading
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from vlm_jax import command_help
 from vlm_jax.command_flags import COMMANDS, define
-from vlm_jax.errors import UserError, told
+from vlm_jax.errors import UserError, mendable, told
 
 WIPED = "\r\033[K"  # a terminal's line
 LONG = 5  # seconds after which a log, which is no terminal, says what is being waited for
@@ -27,14 +28,16 @@ class Answer(NamedTuple):
     """What a command has found.
 
     Attributes:
-      results: all of it, JSON-able: an object.
+      results: all of it, JSON-able: an object; a number that is not finite is shown as null.
       text: what a person reads of it.
       status: the process's exit status.
+      at_once: ends the process without waiting for what its threads still do.
     """
 
     results: dict[str, Any]
     text: str
     status: int = 0
+    at_once: bool = False
 
 
 Main = Callable[[Sequence[str], flags.FlagValues], Answer | None]
@@ -44,7 +47,8 @@ def run(name: str, main: Main | None = None) -> None:
     """Runs a command with the flags of `sys.argv`, and ends the process if it fails.
 
     What a user can mend is one line on stderr and exit status 2, any other error one line and status 1; the flag
-    `--debug` adds the traceback. With `--json` nothing but the answer is on stdout.
+    `--debug` adds the traceback. Status 1 is also that of a `train` that a signal stops, once it has saved, 3 that of
+    a `plan` that does not fit, 130 of Ctrl-C. With `--json` nothing but the answer is on stdout.
 
     Args:
       name: a key of `COMMANDS`.
@@ -74,11 +78,8 @@ def run(name: str, main: Main | None = None) -> None:
 
 
 def read_config(values: flags.FlagValues) -> dict:
-    """The config of the flag `--config`; absl keeps the error of a file that is not there until it is used."""
-    try:
-        return values.config.to_dict()
-    except OSError as error:
-        raise UserError(f"--config: {str(error).splitlines()[-1].strip()}") from error
+    """The config of the flag `--config`."""
+    return values.config.to_dict()
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -158,22 +159,38 @@ def _answer(name: str, main: Main | None, argv: Sequence[str]) -> int:
             answer = main(argv, values)
     if answer is None:
         return 0
-    show(json.dumps(answer.results) if values.json else answer.text)
+    show(json.dumps(_finite(answer.results), allow_nan=False) if values.json else answer.text)
+    if answer.at_once:
+        sys.stderr.flush()
+        os._exit(answer.status)
     return answer.status
+
+
+def _finite(value: Any) -> Any:
+    """None for what JSON has no number for: NaN and the infinities, at any depth."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _parse(name: str, argv: Sequence[str]) -> Sequence[str]:
     """Reads the flags, and returns what is left of the arguments."""
     try:
         left = flags.FLAGS(list(argv))
+        if "config" in flags.FLAGS:
+            getattr(flags.FLAGS.config, "lock", None)  # any use raises what is kept of a file that is not there
     except (UserError, flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         message = str(error)
         if isinstance(error, KeyError | AttributeError):  # an override of what the config does not hold
             message = str(error.args[0]).replace("\\n", "; ").replace("\n", "; ")
             message = "the config has no key " + message.translate(str.maketrans("", "", "\"'\\"))
-        elif "Traceback" in message:  # of a config file; its last line is what went wrong
-            lines = [line.strip() for line in message.splitlines() if line.strip()]
-            message = f"{lines[0]} {lines[-1]}"
+        elif isinstance(error, OSError):  # of a config file, in its last line
+            message = f"--config: {message.splitlines()[-1].strip()}"
+        elif ": Error whilst parsing config file:" in message:  # ml_collections' words and a traceback
+            flag, cause = message.split(": Error whilst")[0].removeprefix("flag "), error.__context__.__context__
+            message = f"{flag}: {mendable(cause) or f'{type(cause).__name__}: {cause}'}"
         raise UserError(message) from error
     command = COMMANDS[name]
     missing = [f"--{flag.name}" for flag in command.all() if flag.needed and flags.FLAGS[flag.name].value is None]

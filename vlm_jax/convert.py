@@ -46,11 +46,9 @@ def convert(
       image_size: (height, width) in pixels, of files whose position table does not tell.
       show: shows a progress bar.
     """
-    released = formats.understand(hub.local(source), activation)
+    released = _understood(source, activation, image_size)
     own = dict(preprocess=preprocess, tokenizer=tokenizer, tokenize=tokenize)
     released = dataclasses.replace(released, **{key: value for key, value in own.items() if value is not None})
-    if image_size is not None:
-        released = released.with_image_size(tuple(image_size))
     content, seen = save.content_of(released), set()
     total = sum(4 * math.prod(leaf.shape) for leaf in content.shapes.values())
     with command.bar(total=total, desc="convert", unit="B", unit_scale=True, disable=not show) as bar:
@@ -65,12 +63,15 @@ def convert(
         save.write(dataclasses.replace(content, read=read), destination, format)
 
 
-def describe(source: str | os.PathLike, activation: str | None = None) -> dict[str, Any]:
+def describe(
+    source: str | os.PathLike, activation: str | None = None, image_size: Sequence[int] | None = None
+) -> dict[str, Any]:
     """What a checkpoint is: format, model, preprocessing, tokenizer, licence, and where every tensor goes.
 
     JSON-able; what the files do not tell, and what is not there, is None. `problem` says why it cannot be loaded.
+    Arguments as for `convert`.
     """
-    released = formats.understand(hub.local(source), activation)
+    released = _understood(source, activation, image_size)
     goes: dict[str, list[str]] = {}
     for entry in released.entries:
         if key_map.array_shape(entry.ours, released.shapes) is not None:
@@ -107,6 +108,13 @@ def describe(source: str | os.PathLike, activation: str | None = None) -> dict[s
     }
 
 
+def _understood(
+    source: str | os.PathLike, activation: str | None, image_size: Sequence[int] | None
+) -> formats.Released:
+    released = formats.understand(hub.local(source), activation)
+    return released if image_size is None else released.with_image_size(tuple(image_size))
+
+
 def text(about: Mapping[str, Any]) -> str:
     """What `describe` has found, to read."""
     model, unknown = about["model"], "unknown: pass {0}= to load"
@@ -139,8 +147,11 @@ def main(argv: Sequence[str], values: flags.FlagValues) -> command.Answer:
     if values.inspect:
         if len(argv) != 2:
             raise UserError("expected one checkpoint: vlm-jax convert --inspect SRC")
+        told = {key: sources.pop(key) for key in ("activation", "image_size") if key in sources}
+        if unused := [f"--{key}" for key in (*sources, "format") if values[key].present]:
+            raise UserError(f"--inspect only says what SRC is, and takes no {', '.join(unused)}")
         with command.doing(f"reading {argv[1]}"):
-            about = describe(argv[1], values.activation)
+            about = describe(argv[1], **told)
         return command.Answer(about, text(about))
     if len(argv) != 3:
         raise UserError("expected a source and a destination: vlm-jax convert SRC DST --format=native")

@@ -44,6 +44,12 @@ def _options(conditions: Sequence[str]) -> dict[str, Any]:
     return options
 
 
+def _sides(sides: Sequence[str]) -> list[int]:
+    """["384"] -> [384, 384]; ["384", "288"] -> [384, 288]."""
+    height, width = sides * 2 if len(sides) == 1 else sides
+    return [int(height), int(width)]
+
+
 READ = {
     "where": (_where, "field=value,value such as style=noto"),
     "train_where": (_where, "field=value,value such as style=noto"),
@@ -54,6 +60,6 @@ READ = {
         "a name, a file, a list ['cat', 'dog'] or labels and names {7: 'cat', 3: 'dog'}",
     ),
     "ks": (lambda values: [int(value) for value in values], "whole numbers such as 1,5,10"),
-    "image_size": (lambda sides: [int(side) for side in (sides * 2)[:2]], "pixels, 384 or height,width"),
+    "image_size": (_sides, "pixels, 384 or height,width"),
     "mesh": (lambda parts: {axis: int(size) for axis, size in (part.split("=") for part in parts)}, "data=8,fsdp=1"),
 }

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from vlm_jax.errors import UserError, mendable
+from vlm_jax.errors import UserError, told
 
 PIECE_BYTES = 2**26
 HEARTBEAT_SECONDS = 30  # without a sign of life, after which a process counts as dead
@@ -68,15 +68,13 @@ def start(how: str, preemptible: bool = False) -> None:
 
 def _leave(error: Exception) -> None:
     """Ends this process without waiting for the others, as an exit in order would; they notice."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if mendable(error):
-        status, message = 2, mendable(error)
-    elif isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(reason):
+    message, status = told(error)
+    reason = str(error).strip().partition("\n")[0]
+    if isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(reason):
         restart = "Start all of them again: they go on from the last checkpoint"
-        status, message = 1, f"a process of the run is lost ({reason}). {restart}"
-    else:
+        message = f"a process of the run is lost ({reason}). {restart}"
+    if "--debug" in sys.argv:
         traceback.print_exc()
-        status, message = 1, reason
     print(f"error: process {jax.process_index()} of {jax.process_count()}: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(status)

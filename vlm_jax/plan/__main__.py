@@ -6,11 +6,9 @@
 Compiles the train step that `vlm_jax.train` would run, for chips that are not there (needs `pip install 'vlm_jax[tpu]'`
 and no TPU; for --topology=h100:1x1x8 'vlm_jax[cuda]' and no GPU), and prints what it takes of a chip's memory, its
 FLOPs, its collectives, and lower bounds on its time.
-`--search` tries meshes, remat and accumulation for the fastest that fits.
+`--search` tries meshes, remat and accumulation for the fastest that fits. If nothing fits, the exit status is 3.
 """
 
-import atexit
-import os
 from collections.abc import Sequence
 
 import jax
@@ -19,6 +17,8 @@ from absl import flags
 from vlm_jax import command
 from vlm_jax.plan import search, train_step
 from vlm_jax.plan.chips import slice_of
+
+FITS_NOT = 3  # the exit status
 
 
 def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer:
@@ -30,13 +30,12 @@ def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer:
             tried = search.search(settings, devices, chip)
         best = search.best(tried)
         results = {"best": best and best.json(), "tried": [one.json() for one in tried]}
-        return command.Answer(results, search.text(tried), 0 if best else 1)
+        return command.Answer(results, search.text(tried), 0 if best else FITS_NOT)
     with command.doing(f"compiling the train step for {len(devices)} chips"):
         result = train_step.plan(settings, devices, chip, values.codegen)
-    status = 0 if result.fits else 1
-    atexit.register(os._exit, status)  # not waiting for the code that a compiler's thread still makes
     text = train_step.text(result) + (f"\n\n{result.table}" if values.table else "")
-    return command.Answer(result.json(), text, status)
+    # at once: a compiler's thread may still make machine code
+    return command.Answer(result.json(), text, 0 if result.fits else FITS_NOT, at_once=True)
 
 
 if __name__ == "__main__":
