@@ -77,11 +77,6 @@ def run(name: str, main: Main | None = None) -> None:
         sys.exit(status)
 
 
-def read_config(values: flags.FlagValues) -> dict:
-    """The config of the flag `--config`."""
-    return values.config.to_dict()
-
-
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Rows of cells as aligned lines; the first `left` columns begin at the same place, the others end there."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -118,7 +118,7 @@ def _embedder(settings: Mapping[str, Any], spec: str, images: np.ndarray):
 
 def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer | None:
     section = dict(uri=values.data, split=values.split, batch_size=values.batch_size)
-    index = precompute(command.read_config(values), values.out, **section)
+    index = precompute(values.config.to_dict(), values.out, **section)
     if processes.is_first():
         text = f"{index['records']:,} records; read them by --config.data.uri=precomputed:{values.out}"
         return command.Answer({"out": str(Path(values.out).absolute()), **index}, text)

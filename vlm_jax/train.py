@@ -200,7 +200,7 @@ class Evaluation:
 
 
 def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer | None:
-    results = train(command.read_config(values), values.workdir)
+    results = train(values.config.to_dict(), values.workdir)
     if processes.is_first():
         page = str(Path(values.workdir).absolute() / "report" / "index.html")
         rows = [[name, report.format_value(name, results[name])] for name in results if name != "params_sha256"]

@@ -23,7 +23,7 @@ FITS_NOT = 3  # the exit status
 
 def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer:
     jax.config.update("jax_platforms", "cpu")
-    settings = command.read_config(values)
+    settings = values.config.to_dict()
     devices, chip = slice_of(values.topology)
     if values.search:
         with command.doing("looking for the fastest that fits"):
