@@ -202,7 +202,8 @@ def write_checkout(folder: Path, shared: Path) -> None:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Makefile", "pyproject.toml", "requirements.lock"):
         shutil.copy(ROOT / name, folder / name)
-    (folder / "tests").symlink_to(ROOT / "tests")
+    for name in ("docs", "tests"):
+        (folder / name).symlink_to(ROOT / name)
     for path in (shared / "data").iterdir():
         (folder / path.name).symlink_to(path)
     (folder / ".venv").mkdir()

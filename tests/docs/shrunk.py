@@ -1,7 +1,7 @@
 """Runs a command of a page as it stands there, with further flags where it would take hours or a pod.
 
     python -m tests.docs.shrunk -m vlm_jax train --config=configs/clip.py:B/32 --workdir=runs/b32
-    python -m tests.docs.shrunk experiments/same_concept/run.py
+    python -m tests.docs.shrunk -m experiments.same_concept.run
 
 `TABLE` says which commands are given which flags, and why. The page's own flags are read and checked with them: a flag
 that is there twice counts as it is the second time, and what the table does not name is as on the page.
@@ -80,7 +80,7 @@ TABLE = (  # what the command matches; the flags that it is given; why
     ),
     (r"^-m pytest .* tests$", "--collect-only -n0 --ignore-glob=tests/*/*", "the suite has its own run"),
     (r"^-m pytest .* tests/(docs|parity)$", "--version", "these tests, and those that need torch"),
-    (r"^experiments/", "--variant=smoke --seeds=0", "half an hour of training"),
+    (r"^-m experiments\.", "--variant=smoke --seeds=0", "half an hour of training"),
 )
 DEVICES = ((r"mesh\S*=8\b", 8), (r"mesh\S*=16\b", 16))  # what matches has so many CPU devices for the chips it names
 
