@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import statistics
 
 import pytest
 
@@ -100,3 +101,14 @@ def test_locked_images_are_those_of_the_study():
     mean = sum(found[f"Lu, 224 px {seed}"]["unseen style"] for seed in range(3)) / 3
     assert f"names {mean:.0%} of the pictures".replace("%", " %") in text
     assert f"of the names, {found['ridge']['unseen style']:.0%}".replace("%", " %") in text
+
+
+def test_the_demo_names_as_many_as_in_the_study():
+    runs = [results("captioning_vs_contrastive")[f"CLIP {seed}"] for seed in range(3)]
+    shown = rows("README.md", "on pictures it has not seen")
+    for cells, (split, metric) in zip(
+        shown, (("unseen_style", "top1"), ("unseen_style", "top5"), ("unseen_concepts", "top1")), strict=True
+    ):
+        values = [100 * run[split][metric] for run in runs]
+        assert cells[1] == ", ".join(f"{value:.1f}" for value in values) + " %"
+        assert cells[2] == f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} %"
