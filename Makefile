@@ -25,7 +25,7 @@ parity: $(VENV)/installed-parity
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n 2 -rs tests/parity
 
 docs: $(VENV)/installed-docs
-	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n 2 --dist loadgroup -rs tests/docs
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n 2 -rs tests/docs
 
 notebooks: $(VENV)/installed-docs
 ifeq ($(STORE),)

@@ -188,6 +188,7 @@ def write_programs(folder: Path) -> dict[str, str]:
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
         "HF_HOME": str(folder.parent / "hf"),
         "HF_HUB_OFFLINE": "1",
+        "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",  # two programs at once on more devices than cores wait for each other
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # others on this computer may plan, too
         "DOCS_DATA": str(folder.parent / "data"),
         "DOCS_PROGRAMS": str(folder / "bin"),
@@ -202,7 +203,7 @@ def write_checkout(folder: Path, shared: Path) -> None:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Makefile", "pyproject.toml", "requirements.lock"):
         shutil.copy(ROOT / name, folder / name)
-    for name in ("docs", "tests"):
+    for name in ("colab", "docs", "tests", "vlm_jax"):
         (folder / name).symlink_to(ROOT / name)
     for path in (shared / "data").iterdir():
         (folder / path.name).symlink_to(path)

@@ -59,9 +59,6 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
-BLOCKS = [block for page in PAGES for block in blocks(page)]
-
-
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     """What all pages need, and the environment of their commands."""
@@ -71,29 +68,30 @@ def shared(tmp_path_factory):
     return folder, sandbox.write_programs(folder / "programs")
 
 
-@pytest.fixture(scope="module")
-def pages(shared, tmp_path_factory):
-    """page -> (its folder, its Python names)."""
-    made = {}
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page(page, shared, tmp_path, monkeypatch):
+    folder, environment = shared
+    sandbox.write_checkout(tmp_path, folder)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", environment["HF_HOME"] + "/hub")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    names, lacking = {"__name__": page.stem}, []
+    for block in blocks(page):
+        needs = [(module, extra) for pattern, module, extra in NEEDS if re.search(pattern, block.text)]
+        if missing := [extra for module, extra in needs if not importlib.util.find_spec(module)]:
+            lacking.append(f"{block} needs pip install 'vlm_jax[{missing[0]}]'")
+            continue
+        try:
+            run(block, tmp_path, names, environment)
+        except Exception as error:
+            error.add_note(f"in {block}")
+            raise
+    if lacking:
+        pytest.skip("all but: " + "; ".join(lacking))
 
-    def find(page):
-        if page not in made:
-            folder = tmp_path_factory.mktemp(page.stem)
-            sandbox.write_checkout(folder, shared[0])
-            made[page] = folder, {"__name__": page.stem}
-        return made[page]
 
-    return find
-
-
-@pytest.mark.parametrize(
-    "block", [pytest.param(block, id=str(block), marks=pytest.mark.xdist_group(block.page.name)) for block in BLOCKS]
-)
-def test_block(block, shared, pages, monkeypatch):
-    folder, names = pages(block.page)
-    for pattern, module, extra in NEEDS:
-        if re.search(pattern, block.text) and not importlib.util.find_spec(module):
-            pytest.skip(f"{block} needs {module}: pip install 'vlm_jax[{extra}]'")
+def run(block: Block, folder: Path, names: dict, environment: dict[str, str]) -> None:
+    """Writes the block's file, or runs it and compares what it prints."""
     if block.name:
         path = folder / block.name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,24 +99,18 @@ def test_block(block, shared, pages, monkeypatch):
         path.chmod(0o755)
         return
     if block.kind == "python":
-        monkeypatch.chdir(folder)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", shared[1]["HF_HOME"] + "/hub")
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(compile("\n" * block.line + block.text, block.page, "exec"), names)
         printed = printed.getvalue()
     else:
         done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", block.text], cwd=folder, env=shared[1], capture_output=True, text=True,
+            ["bash", "-euo", "pipefail", "-c", block.text], cwd=folder, env=environment, capture_output=True, text=True,
             timeout=SECONDS,
         )  # fmt: skip
         fails = block.kind == "bash fails"
         assert (done.returncode != 0) == fails, f"{done.stdout}{done.stderr}"
-        error = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        printed = "\n".join(error) if fails else done.stdout
+        printed = done.stderr if fails else done.stdout
     if block.output is not None:
         options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-        assert doctest.OutputChecker().check_output(block.output, printed, options), (
-            f"expected:\n{block.output}\n\
-printed:\n{printed}"
-        )
+        right = doctest.OutputChecker().check_output(block.output, printed, options)
+        assert right, f"expected:\n{block.output}\nprinted:\n{printed}"
