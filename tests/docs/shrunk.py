@@ -81,7 +81,11 @@ TABLE = (  # what the command matches; the flags that it is given; why
         "many minutes of compiling",
     ),
     (r"^-m pytest .* tests$", "--collect-only -n0 --ignore-glob=tests/*/*", "the suite has its own run"),
-    (r"^-m pytest .* tests/(docs|parity)$", "--version", "these tests, and those that need torch"),
+    (
+        r"^-m pytest .* tests/(docs|notebooks|parity)$",
+        "--version",
+        "these tests, the notebooks, and those that need torch",
+    ),
     (r"^-m experiments\.", "--variant=smoke --seeds=0", "half an hour of training"),
 )
 TWO_DEVICES = r"mesh\S*=(8|16)\b"  # what matches runs on two CPU devices, whatever chips it names
