@@ -166,11 +166,16 @@ class Checkpointer:
 
 def checksum(state: Any) -> int:
     """A number that the change of any one bit changes; the same on any mesh."""
-    sums = jax.device_get([_sum_of_bits(leaf) for leaf in jax.tree.leaves(state)])
+    sums = jax.device_get(_sums_of_bits(jax.tree.leaves(state)))
     return sum((2 * place + 1) * int(bits) for place, bits in enumerate(sums)) % 2**32
 
 
 @jax.jit
+def _sums_of_bits(leaves: list[jax.Array]) -> list[jax.Array]:
+    """One program: of several at once, devices of a CPU with fewer cores would wait for each other."""
+    return [_sum_of_bits(leaf) for leaf in leaves]
+
+
 def _sum_of_bits(x: jax.Array) -> jax.Array:
     x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
     return jnp.sum(jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}"), dtype=jnp.uint32)
