@@ -49,7 +49,11 @@ TABLE = (  # what the command matches; the flags that it is given; why
         TWO_STEPS + SHARDS + IMAGE + TEXT + "--config.model.image.out_dim=32",
         "weeks of training; one block a tower",
     ),
-    (r"\btrain .*siglip\.py:(B|L|So400m)/", TWO_STEPS + SHARDS + IMAGE + TEXT + C4, "weeks of training; as above"),
+    (
+        r"\btrain .*siglip\.py:(B|L|So400m)/",
+        TWO_STEPS + "--config.optimizer.schedule.cooldown='1 steps' " + SHARDS + IMAGE + TEXT + C4,
+        "weeks of training; as above",
+    ),
     (
         r"\btrain .*cap(pa)?\.py:(B|L)/",
         TWO_STEPS + SHARDS + IMAGE + C4 + "--config.model.decoder.variant=mu --config.model.decoder.depth=1",
