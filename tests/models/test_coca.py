@@ -91,4 +91,4 @@ def test_objective(coca):
     grads = jax.jit(lambda p: objectives.value_and_grad(objective, p, batch, None, accumulate=3)[2])(params)
     whole = jax.jit(lambda p: objectives.value_and_grad(objective, p, batch, None)[2])(params)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-6)
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6)  # gradients are as large as 5

@@ -274,7 +274,9 @@ def contrastive(
             value, *results = penalty.of_pairs(pairs)
             accuracies = [pairs.mean(result.best_positive > result.best_negative) for result in results]
         else:
-            logits = [scale * scores + (0 if bias is None else bias) for scores in similarity.scores(features)]
+            logits = [scale * scores for scores in similarity.scores(features)]
+            if bias is not None:
+                logits = [one + bias for one in logits]
             matches = positives(targets, batch, len(logits[0]))
             value = penalty.plain(*logits, matches)
             accuracies = [accuracy(one, matches, axis) for one, axis in zip(logits, (1, 0), strict=True)]
