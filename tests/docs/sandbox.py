@@ -188,7 +188,6 @@ def write_programs(folder: Path) -> dict[str, str]:
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
         "HF_HOME": str(folder.parent / "hf"),
         "HF_HUB_OFFLINE": "1",
-        "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",  # two programs at once on more devices than cores wait for each other
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # others on this computer may plan, too
         "DOCS_DATA": str(folder.parent / "data"),
         "DOCS_PROGRAMS": str(folder / "bin"),

@@ -76,8 +76,8 @@ TABLE = (  # what the command matches; the flags that it is given; why
         "--config.duration='8 steps' --config.evals.unseen_concepts.split=unseen_concepts[:64]",
         "a minute of evaluating seven denoisers",
     ),
-    (r"\btrain .*--config\.mesh\.fsdp=(8|16)\b", "--config.mesh.fsdp=2", "eight and more chips"),
-    (r"\bevaluate .*--mesh=data=8\b", "--mesh=data=2", "eight chips"),
+    (r"\btrain .*--config\.mesh\.fsdp=(8|16)\b", "--config.mesh.fsdp=1", "eight and more chips; a CPU is one"),
+    (r"\bevaluate .*--mesh=data=8\b", "--mesh=data=1", "eight chips; as above"),
     (r"\btrain .*--workdir=/mnt/shared", "--workdir=runs/shared", "a disk of the reader's"),
     (
         r"\bplan .*--search",
@@ -92,7 +92,6 @@ TABLE = (  # what the command matches; the flags that it is given; why
     ),
     (r"^-m experiments\.", "--variant=smoke --seeds=0", "half an hour of training"),
 )
-TWO_DEVICES = r"mesh\S*=(8|16)\b"  # what matches runs on two CPU devices, whatever chips it names
 
 
 def flags(command: str) -> list[str]:
@@ -112,8 +111,6 @@ def install(words: list[str]) -> None:
 
 def main(words: list[str]) -> None:
     command = " ".join(words)
-    if re.search(TWO_DEVICES, command):
-        os.environ["JAX_NUM_CPU_DEVICES"] = "2"
     if command.startswith("-m vlm_jax plan"):
         os.environ.pop("XLA_FLAGS", None)  # of the tests, for CPUs; libtpu does not know them
     sys.argv = [*words, *flags(command)]
