@@ -31,6 +31,16 @@ def save(name, results):
     (HERE / name / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
+def fill(name, models, seeds, measure):
+    """Adds `measure(model, seed)` to results.json as "model seed", wherever it is not there yet."""
+    results = read(name, {})
+    for seed in seeds:
+        for model in models:
+            if f"{model} {seed}" not in results:
+                results[f"{model} {seed}"] = measure(model, seed)
+                save(name, results)
+
+
 def sit(name, sitting, found):
     """Adds a sitting to results.json, which is a list of them; one of the same name gives way."""
     save(name, [one for one in read(name, []) if one["name"] != sitting] + [{"name": sitting, **found}])

@@ -93,12 +93,8 @@ def plot(results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/captioning"))
-    runs, results = parser.parse_args().runs, study.read("captioning_vs_contrastive", {})
-    for seed in SEEDS:
-        for name in MODELS:
-            if f"{name} {seed}" not in results:
-                results[f"{name} {seed}"] = measure(name, seed, runs)
-                study.save("captioning_vs_contrastive", results)
+    runs = parser.parse_args().runs
+    study.fill("captioning_vs_contrastive", MODELS, SEEDS, lambda model, seed: measure(model, seed, runs))
     study.publish("captioning_vs_contrastive", table, plot)
 
 

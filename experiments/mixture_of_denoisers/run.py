@@ -83,12 +83,8 @@ def plot(results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/denoisers"))
-    runs, results = parser.parse_args().runs, study.read("mixture_of_denoisers", {})
-    for seed in SEEDS:
-        for name in MODELS:
-            if f"{name} {seed}" not in results:
-                results[f"{name} {seed}"] = measure(name, seed, runs)
-                study.save("mixture_of_denoisers", results)
+    runs = parser.parse_args().runs
+    study.fill("mixture_of_denoisers", MODELS, SEEDS, lambda model, seed: measure(model, seed, runs))
     study.publish("mixture_of_denoisers", table, plot)
 
 

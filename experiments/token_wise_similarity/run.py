@@ -101,12 +101,8 @@ def plot(results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs/token_wise"))
-    runs, results = parser.parse_args().runs, study.read("token_wise_similarity", {})
-    for seed in SEEDS:
-        for name in MODELS:
-            if f"{name} {seed}" not in results:
-                results[f"{name} {seed}"] = measure(name, seed, runs)
-                study.save("token_wise_similarity", results)
+    runs = parser.parse_args().runs
+    study.fill("token_wise_similarity", MODELS, SEEDS, lambda model, seed: measure(model, seed, runs))
     study.publish("token_wise_similarity", table, plot)
 
 

@@ -3,6 +3,7 @@
 import base64
 import importlib.util
 import io
+import re
 from pathlib import Path
 
 import nbformat
@@ -61,7 +62,7 @@ def test_stored(path):
     assert {output.output_type for output in outputs} <= {"stream", "display_data", "execute_result"}
     assert "stderr" not in {output.get("name") for output in outputs}
     for output in outputs:  # no folder of the machine that executed it
-        assert not [word for word in ("/tmp/", "/home/", "/root/", "/work/") if word in text_of(output)]
+        assert not re.search(r"(?<![\w.:/])/\w+/\w", text_of(output))
     assert path.stat().st_size < BYTES
 
 

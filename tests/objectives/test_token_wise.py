@@ -155,7 +155,7 @@ def test_a_mesh_and_accumulation_change_nothing():
         (dict(similarity="token_wise"), 'give image and text pool "all"'),
         (dict(similarity="cosine", pool="all"), 'another pool than "all"'),
         (dict(similarity="token_wise", pool="all", mask="real"), "mask and implementation are of the similarity"),
-        (dict(similarity="token_wise", image_pool="all"), 'give both "all"|give both it'),
+        (dict(similarity="token_wise", image_pool="all"), 'give both "all"'),
     ],
 )
 def test_pools_that_do_not_fit_are_named(section, message):
