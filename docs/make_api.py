@@ -27,14 +27,14 @@ SECTIONS = {  # title: modules, each with its public names or some of them
                    "vlm_jax.objectives.coca"],
     "Kernels": ["vlm_jax.kernels"],
     "Evaluators": ["vlm_jax.evaluators"],
-    "Adapt": ["vlm_jax.adapt.heads", "vlm_jax.adapt.tune", "vlm_jax.adapt.insert", "vlm_jax.adapt.coupled",
-              "vlm_jax.adapt.masks", "vlm_jax.adapt.deltas", "vlm_jax.adapt.files"],
-    "Optimizers": ["vlm_jax.optim", "vlm_jax.schedules"],
-    "Sharding": ["vlm_jax.sharding"],
+    "Adapt": ["vlm_jax.adapt.heads", "vlm_jax.adapt.tune", "vlm_jax.models.insertion", "vlm_jax.adapt.coupled",
+              "vlm_jax.params.masks", "vlm_jax.params.averages", "vlm_jax.adapt.files"],
+    "Optimizers": ["vlm_jax.params.optim", "vlm_jax.params.schedules"],
+    "Sharding": ["vlm_jax.params.sharding"],
     "Data": ["vlm_jax.data.sources: open_source select Source", "vlm_jax.data.loader: train_loader eval_batches",
              "vlm_jax.data.tokenizers: build train", "vlm_jax.data.registry: op field BadExample",
              "vlm_jax.data.ops: parse Pipeline"],
-    "Figures": ["vlm_jax.figures", "vlm_jax.attention_maps"],
+    "Figures": ["vlm_jax.report.figures", "vlm_jax.pretrained.attention_maps"],
 }  # fmt: skip
 PARTS = ("Args", "Attributes", "Returns", "Raises", "Metrics")
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import vlm_jax
-from vlm_jax import figures
 from vlm_jax.evaluators import zeroshot
+from vlm_jax.report import figures
 
 HERE = Path(__file__).parent
 found = zeroshot(uri="tfds:emoji", split="unseen_style", label="concept", classes="emoji:seen", gallery=12)

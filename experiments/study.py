@@ -80,7 +80,7 @@ def publish(name, table, plot):
     """Puts `table(results)` in the place of the tables of the README's results; writes `plot(results)` to plot.png."""
     import matplotlib
 
-    from vlm_jax.figures.style import RC
+    from vlm_jax.report.figures.style import RC
 
     results, readme = read(name), HERE / name / "README.md"
     head, mark, text = readme.read_text().partition("\n## Result\n")

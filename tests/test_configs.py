@@ -5,10 +5,11 @@ import importlib
 import numpy as np
 import pytest
 
-from vlm_jax import config, models, optim, sharding
+from vlm_jax import config, models
 from vlm_jax.data import ops, tokenizers
+from vlm_jax.params import optim, sharding
 from vlm_jax.plan.train_step import example_of
-from vlm_jax.program import build_program
+from vlm_jax.run.program import build_program
 
 MILLIONS = {  # parameters, of what its authors released; None of what nobody did
     "clip": {"B/32": 151.3, "B/16": 149.6, "L/14": 427.6, "smoke": None},

@@ -19,14 +19,17 @@ from PIL import Image
 
 import vlm_jax
 from configs import clip
-from vlm_jax import checkpoint, command_flags, config, models, sharding
+from vlm_jax import config, models
 from vlm_jax import evaluate as command
+from vlm_jax.command import commands
 from vlm_jax.data import loader
 from vlm_jax.errors import UserError
 from vlm_jax.evaluate import evaluate
 from vlm_jax.evaluators import classes, progress
+from vlm_jax.params import sharding
 from vlm_jax.pretrained import class_embeddings
-from vlm_jax.program import TrainState
+from vlm_jax.run import checkpoint
+from vlm_jax.run.program import TrainState
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["cat", "dog", "sun", "moon", "tree", "house", "car", "boat", "apple", "star", "hat", "key"]
@@ -313,7 +316,7 @@ def test_embeddings_beyond_the_memory_share_change_nothing(pretrained, pictures,
 )
 def test_mistakes_are_named(argv, message, workdir, pictures, tmp_path):
     values = flags.FlagValues()
-    command_flags.define("evaluate", values)
+    commands.define("evaluate", values)
     values(["evaluate", f"--model={workdir}", f"--data={pictures}", f"--out={tmp_path}", *argv.split()])
     with pytest.raises(UserError) as error:
         command.main([], values)

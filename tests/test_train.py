@@ -15,10 +15,10 @@ import pytest
 
 from configs import clip
 from tests.pictures import write_pictures
-from vlm_jax import sharding
-from vlm_jax.checkpoint import load_params
 from vlm_jax.errors import UserError
-from vlm_jax.program import build_program
+from vlm_jax.params import sharding
+from vlm_jax.run.checkpoint import load_params
+from vlm_jax.run.program import build_program
 from vlm_jax.train import train
 
 ROOT = Path(__file__).parents[1]

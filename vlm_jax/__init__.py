@@ -6,9 +6,10 @@ _PUBLIC = {
     "Pretrained": "vlm_jax.pretrained",
     "UserError": "vlm_jax.errors",
     "load": "vlm_jax.zoo.load",
+    "load_adapter": "vlm_jax.adapt.files",
     "save_pretrained": "vlm_jax.zoo.save",
 }
-__all__ = ["Pretrained", "UserError", "__version__", "load", "save_pretrained"]
+__all__ = ["Pretrained", "UserError", "__version__", "load", "load_adapter", "save_pretrained"]
 
 
 def __getattr__(name):

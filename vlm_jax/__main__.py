@@ -4,14 +4,15 @@ import difflib
 import os
 import sys
 
-from vlm_jax import command, command_help
-from vlm_jax.command_flags import COMMANDS
+from vlm_jax import command
+from vlm_jax.command import help_page
+from vlm_jax.command.commands import COMMANDS
 
 
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "help"
     if name in ("help", "--help", "-h"):
-        return command.show(command_help.overview())
+        return command.show(help_page.overview())
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean `{close[0]}`?" if close else f"expected one of: {', '.join(COMMANDS)}"

@@ -18,9 +18,9 @@ from typing import Any
 from absl import flags
 
 from vlm_jax import command
+from vlm_jax.command.values import given
 from vlm_jax.errors import UserError
-from vlm_jax.flag_values import given
-from vlm_jax.zoo import formats, hub, key_map, save
+from vlm_jax.zoo import hub, key_map, recognize, save
 
 
 def convert(
@@ -110,15 +110,15 @@ def describe(
 
 def _understood(
     source: str | os.PathLike, activation: str | None, image_size: Sequence[int] | None
-) -> formats.Released:
-    released = formats.understand(hub.local(source), activation)
+) -> recognize.Released:
+    released = recognize.understand(hub.local(source), activation)
     return released if image_size is None else released.with_image_size(tuple(image_size))
 
 
 def text(about: Mapping[str, Any]) -> str:
     """What `describe` has found, to read."""
     model, unknown = about["model"], "unknown: pass {0}= to load"
-    sides = {"preprocess": model.get("image"), **dict.fromkeys(("tokenizer", "tokenize"), formats.of_texts(model))}
+    sides = {"preprocess": model.get("image"), **dict.fromkeys(("tokenizer", "tokenize"), recognize.of_texts(model))}
     parts = {"image": "image tower", "text": "text tower", "encoder": "encoder", "decoder": "decoder"}
     facts = {
         "file": about["file"],

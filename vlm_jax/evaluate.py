@@ -20,14 +20,16 @@ from typing import Any
 from absl import flags
 
 import vlm_jax
-from vlm_jax import command, config, evaluators, processes, report, sharding
-from vlm_jax.checkpoint import params_sha256, write_json
-from vlm_jax.command_flags import LOADING
+from vlm_jax import command, config, evaluators, report
+from vlm_jax.command.commands import LOADING
+from vlm_jax.command.values import given
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators.hosts import Hosts
 from vlm_jax.evaluators.progress import Progress
-from vlm_jax.flag_values import given
+from vlm_jax.params import sharding
 from vlm_jax.pretrained import Pretrained
+from vlm_jax.run import processes
+from vlm_jax.run.checkpoint import params_sha256, write_json
 
 TASKS = ("zeroshot", "retrieval", "probe", "few_shot", "captions", "foils")
 
@@ -141,6 +143,7 @@ DATA = (
 )  # fmt: skip
 
 
+@processes.joins()
 def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer | None:
     section = given(values, DATA)
     section |= {"uri": section.pop("data")} | given(values, ["option"]).get("option", {})

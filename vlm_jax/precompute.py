@@ -17,13 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from vlm_jax import command, config, models, processes, sharding
-from vlm_jax.checkpoint import write_json
+from vlm_jax import command, config, models
 from vlm_jax.data import loader
 from vlm_jax.data.examples import log_bad
 from vlm_jax.data.precomputed import INDEX, shard_names, write_shard
 from vlm_jax.errors import UserError
-from vlm_jax.parameter_table import named_leaves
+from vlm_jax.params import sharding
+from vlm_jax.params.table import named_leaves
+from vlm_jax.run import processes
+from vlm_jax.run.checkpoint import write_json
 from vlm_jax.zoo import model_init
 
 
@@ -116,6 +118,7 @@ def _embedder(settings: Mapping[str, Any], spec: str, images: np.ndarray):
     return run
 
 
+@processes.joins()
 def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer | None:
     section = dict(uri=values.data, split=values.split, batch_size=values.batch_size)
     index = precompute(values.config.to_dict(), values.out, **section)

@@ -17,16 +17,18 @@ from typing import Any
 import jax
 from absl import flags
 
-from vlm_jax import command, config, evaluators, optim, processes, report, sharding
-from vlm_jax.checkpoint import Checkpointer, check_same_config, params_sha256, write_json
+from vlm_jax import command, config, evaluators, report
 from vlm_jax.data import loader, tokenizers
-from vlm_jax.divergence import check_finite
-from vlm_jax.metric_writer import MetricWriter
-from vlm_jax.parameter_table import named_leaves
-from vlm_jax.plan.flops import model_flops
+from vlm_jax.params import optim, sharding
+from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained
-from vlm_jax.program import build_program
-from vlm_jax.throughput import Profile, Throughput
+from vlm_jax.run import processes
+from vlm_jax.run.checkpoint import Checkpointer, check_same_config, params_sha256, write_json
+from vlm_jax.run.divergence import check_finite
+from vlm_jax.run.flops import model_flops
+from vlm_jax.run.metric_writer import MetricWriter
+from vlm_jax.run.program import build_program
+from vlm_jax.run.throughput import Profile, Throughput
 from vlm_jax.zoo.model_init import read as read_init
 
 
@@ -199,6 +201,7 @@ class Evaluation:
         return result._replace(metrics={f"{self._prefix}/{name}": value for name, value in result.metrics.items()})
 
 
+@processes.joins(preemptible=True)
 def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer | None:
     results = train(values.config.to_dict(), values.workdir)
     if processes.is_first():

@@ -9,9 +9,10 @@ import numpy as np
 import vlm_jax
 from configs import clip, filip
 from experiments import study
-from vlm_jax import attention_maps, config
+from vlm_jax import config
 from vlm_jax.data import loader
 from vlm_jax.evaluators import classes
+from vlm_jax.pretrained import attention_maps
 from vlm_jax.train import train
 
 MODELS = {"CLIP": clip, "FILIP": filip}

@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 
 import vlm_jax
-from vlm_jax import command_flags, models
+from vlm_jax import models
 from vlm_jax.adapt import __main__ as adapt_command
-from vlm_jax.adapt import coupled, insert
+from vlm_jax.adapt import coupled
 from vlm_jax.adapt.files import save_adapter
 from vlm_jax.adapt.methods import METHODS, Shots, Task, accuracy
 from vlm_jax.adapt.tune import Inserted, Masked, tune
 from vlm_jax.data import ops, tokenizers
 from vlm_jax.errors import UserError
-from vlm_jax.parameter_table import named_leaves
+from vlm_jax.models import insertion
+from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained, class_embeddings
 
 D, DEPTH = 16, 3
@@ -66,9 +67,9 @@ def moved(base, adapted):
 
 def count(recipe, base):
     modules = recipe.insertions(base.model, 0)
-    model = insert.inserted(base.model, *modules)
+    model = insertion.inserted(base.model, *modules)
     given = jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 8), int)
-    params = insert.begin(jax.random.key(0), model, base.params, *given) if modules else base.params
+    params = insertion.begin(jax.random.key(0), model, base.params, *given) if modules else base.params
     return sum(leaf.size for leaf in recipe.begin(jax.random.key(0), model, named_leaves(params)).values())
 
 
@@ -79,7 +80,7 @@ def test_counts(base):
     assert of(coupled.Coupled(length=2, depth=2)) == 2 * 2 * D + 2 * (D * D + D)
     unify = 7 * D + 4 * (D * D + D) + 4 * D + 2 * D * 6 + 6 + D + D * D + D
     assert of(coupled.Unified(3, 4, hidden=6, heads=2)) == unify
-    conditional = insert.Context(length=3, image_width=D)
+    conditional = insertion.Context(length=3, image_width=D)
     assert of(Inserted((conditional,))) == 3 * D + D * 1 + 1 + 1 * D + D
     block = 4 * (D * D + D) + 2 * 2 * D + 2 * D * 24 + 24 + D
     after = 2 * (2 * D + D * D + D)  # the final norm and the head of both towers
@@ -88,7 +89,7 @@ def test_counts(base):
 
 
 RECIPES = {
-    "lora": (Inserted((insert.LowRank(rank=2),)), r"inserted_[ab]"),
+    "lora": (Inserted((insertion.LowRank(rank=2),)), r"inserted_[ab]"),
     "maple": (coupled.Coupled(length=2, depth=2), "inserted_(context|prompt)"),
     "upt": (coupled.Unified(2, 2, heads=2), "inserted_(context|prompt)"),
     "last_1": (Masked("last_1"), "blocks|norm|head|scale"),
@@ -102,7 +103,7 @@ def test_only_what_trains_moves_and_a_file_brings_it_back(base, pictures, name, 
     changed = moved(base, adapted)
     assert changed and all(re.search(pattern, leaf) for leaf in changed)
     save_adapter(tmp_path / "a.safetensors", base, adapted)
-    again = base.with_adapter(tmp_path / "a.safetensors")
+    again = vlm_jax.load_adapter(tmp_path / "a.safetensors", base)
     assert again.classes == NAMES and again.tokenize == adapted.tokenize
     for leaf, want in named_leaves(adapted.params).items():
         np.testing.assert_array_equal(named_leaves(again.params)[leaf], want, err_msg=leaf)
@@ -119,7 +120,7 @@ def test_last_1_leaves_the_other_layers(base, pictures):
         assert np.array_equal(old[:-1], new[:-1]) and not np.array_equal(old[-1], new[-1])
 
 
-@pytest.mark.parametrize("recipe", [Masked("head"), Inserted((insert.Context(length=2),))], ids=["head", "coop"])
+@pytest.mark.parametrize("recipe", [Masked("head"), Inserted((insertion.Context(length=2),))], ids=["head", "coop"])
 def test_it_learns(base, pictures, recipe):
     images, labels = pictures
     before = base.class_logits(images, NAMES).argmax(1)
@@ -134,9 +135,9 @@ def test_coupled_prompts_are_linear_in_the_texts(scan):
     own = {"prompts": (2, 2, D), "kernel": (2, D, D), "bias": (2, D)}
     own = {name: jax.random.normal(jax.random.key(i), shape) for i, (name, shape) in enumerate(own.items())}
     base = clip_like(scan)
-    model = insert.inserted(base.model, *recipe.insertions(base.model, 0))
+    model = insertion.inserted(base.model, *recipe.insertions(base.model, 0))
     given = jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 8), int)
-    leaves = insert.new_leaves(jax.eval_shape(model.init, jax.random.key(0), *given)["params"])
+    leaves = insertion.new_leaves(jax.eval_shape(model.init, jax.random.key(0), *given)["params"])
     placed = recipe.combine(own, {name: jnp.ones(leaf.shape) for name, leaf in leaves.items()})
     assert {name: leaf.shape for name, leaf in placed.items()} == {name: leaf.shape for name, leaf in leaves.items()}
 
@@ -154,8 +155,8 @@ def test_coupled_prompts_are_linear_in_the_texts(scan):
 def test_prompts_of_the_first_blocks_go_on_through_the_others(base):
     """The rows of later blocks are of no account."""
     images, texts = jnp.ones((2, 8, 8, 3)), jnp.full((2, 8), 5)
-    model = insert.inserted(base.model, insert.Prompt(length=2, depth=2))
-    params = insert.begin(jax.random.key(1), model, base.params, images, texts)
+    model = insertion.inserted(base.model, insertion.Prompt(length=2, depth=2))
+    params = insertion.begin(jax.random.key(1), model, base.params, images, texts)
     run = jax.jit(lambda params: model.apply({"params": params}, images, None).image)
     before = run(params)
     rows = params["image"]["blocks"]["inserted_prompt"]
@@ -169,7 +170,7 @@ def test_prompts_of_the_first_blocks_go_on_through_the_others(base):
 def test_a_meta_net_moves_the_context_by_the_picture(base, pictures):
     """Each picture's texts have contexts v + net(x), in numpy (arXiv:2203.05557, equation 3)."""
     images = pictures[0][:3]
-    adapted = trained(base, Inserted((insert.Context(length=2, image_width=D),)), pictures)
+    adapted = trained(base, Inserted((insertion.Context(length=2, image_width=D),)), pictures)
     assert adapted.compares_pairs and not base.compares_pairs
     x = adapted.embed_image_batch(images)
     own = adapted.params["text"]["token_embed"]
@@ -179,7 +180,7 @@ def test_a_meta_net_moves_the_context_by_the_picture(base, pictures):
     for i in range(3):
         params = jax.tree.map(lambda leaf: leaf, adapted.params)
         params["text"]["token_embed"]["inserted_context"] = own["inserted_context"] + moves[i]
-        plain = insert.inserted(base.model, insert.Context(length=2, at=0))
+        plain = insertion.inserted(base.model, insertion.Context(length=2, at=0))
         texts = dataclasses.replace(adapted, model=plain, params=params).embed_texts(NAMES)
         want.append(np.exp(float(params["logit_scale"])) * texts @ x[i])
     np.testing.assert_allclose(adapted.class_logits(images, NAMES), want, rtol=1e-4, atol=1e-4)
@@ -214,7 +215,7 @@ def test_heads_come_back_from_their_file(base, pictures, method, tmp_path):
     few, validation, task = shots(base, pictures)
     adapted = METHODS[method](base, few, validation, task)
     save_adapter(tmp_path / "a.safetensors", base, adapted)
-    again = base.with_adapter(tmp_path / "a.safetensors")
+    again = vlm_jax.load_adapter(tmp_path / "a.safetensors", base)
     given = np.random.default_rng(1).integers(0, 255, (4, 8, 8, 3), np.uint8)
     np.testing.assert_array_equal(again.classify(given), adapted.classify(given))
     assert (again.head is None) == (method in ("zero_shot", "prolip"))
@@ -230,7 +231,7 @@ def test_methods_that_train(base, pictures, method, tmp_path):
     logits = adapted.class_logits(few.images, NAMES)
     assert accuracy(base, adapted, few, NAMES) == np.mean(logits.argmax(1) == few.labels)
     save_adapter(tmp_path / "a.safetensors", base, adapted)
-    again = base.with_adapter(tmp_path / "a.safetensors")
+    again = vlm_jax.load_adapter(tmp_path / "a.safetensors", base)
     np.testing.assert_array_equal(again.class_logits(few.images, NAMES), logits)
 
 
@@ -271,20 +272,20 @@ def test_prolip_trains_the_projection_alone(base, pictures):
 
 
 def test_what_is_wrong_is_named(base, pictures, tmp_path):
-    adapted = trained(base, Inserted((insert.LowRank(rank=2),)), pictures)
+    adapted = trained(base, Inserted((insertion.LowRank(rank=2),)), pictures)
     save_adapter(tmp_path / "a.safetensors", base, adapted)
     other = dataclasses.replace(base, params=jax.tree.map(lambda leaf: leaf + 1, base.params))
     with pytest.raises(UserError, match="is of another model: load the one that it was made from"):
-        other.with_adapter(tmp_path / "a.safetensors")
-    from vlm_jax.zoo.safetensors_files import write_safetensors
+        vlm_jax.load_adapter(tmp_path / "a.safetensors", other)
+    from vlm_jax.zoo.readers.safetensors_files import write_safetensors
 
     write_safetensors(tmp_path / "b.safetensors", {"x": np.zeros(2, np.float32)})
     with pytest.raises(UserError, match="is no adapter"):
-        base.with_adapter(tmp_path / "b.safetensors")
+        vlm_jax.load_adapter(tmp_path / "b.safetensors", base)
     with pytest.raises(UserError, match="classify needs labels: this model was not adapted"):
         base.classify([np.zeros((8, 8, 3), np.uint8)])
     with pytest.raises(UserError, match="2 templates, but what trains is in the text tower; give one"):
-        trained(base, Inserted((insert.Context(length=2),)), pictures, templates=("{}", "a {}"))
+        trained(base, Inserted((insertion.Context(length=2),)), pictures, templates=("{}", "a {}"))
     with pytest.raises(UserError, match="an option of the method has no key `ranks`; did you mean `rank`"):
         METHODS["lora"](base, *shots(base, pictures), ranks=2)
     with pytest.raises(UserError, match=r"the loss is nan after 3 steps; a smaller learning_rate"):
@@ -300,7 +301,7 @@ def test_the_command(base, tmp_path, monkeypatch):
     from absl import flags
 
     values = flags.FlagValues()
-    command_flags.define("adapt", values)
+    flags.define("adapt", values)
     given = [
         "--model=m",
         "--method=zero_shot,gda,lora",
@@ -321,6 +322,6 @@ def test_the_command(base, tmp_path, monkeypatch):
     assert answer.results == numbers | {"adapters": str(tmp_path / "o")}
     assert {"lora/top1", "lora/new/top1", "lora/harmonic_mean", "gda/top1"} <= numbers.keys()
     assert "gda/new/top1" not in numbers
-    assert base.with_adapter(tmp_path / "o" / "lora_1.safetensors").classes == ("grinning face", "a")
+    assert vlm_jax.load_adapter(tmp_path / "o" / "lora_1.safetensors").classes == ("grinning face", "a", base)
     with pytest.raises(UserError, match="holds results; give another --out"):
         adapt_command.main([], values)

@@ -8,7 +8,7 @@ import statistics
 import pytest
 
 from tests.docs.sandbox import ROOT
-from vlm_jax.plan.chips import CHIPS
+from vlm_jax.run.chips import CHIPS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page: re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S) for page in PAGES}

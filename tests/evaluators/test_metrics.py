@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.evaluators import mean_per_class_accuracy, metrics, retrieval_recall, top_k_accuracy, truth_ranks
-from vlm_jax.similarity import similarity
+from vlm_jax.pretrained.similarity import similarity
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 

@@ -8,9 +8,9 @@ from PIL import Image
 from scipy.special import softmax
 
 from vlm_jax import evaluators
-from vlm_jax.adapt.linear import logistic_regression, ridge
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators.probe import few_shots
+from vlm_jax.pretrained.linear import logistic_regression, ridge
 
 X = np.array([[0.0, 1.0], [1.0, 3.0], [2.0, 0.0], [4.0, 1.0], [5.0, 5.0], [3.0, 2.0]])
 Y = np.array([0, 0, 1, 2, 2, 1])

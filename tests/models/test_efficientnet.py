@@ -7,7 +7,7 @@ import pytest
 
 from vlm_jax.errors import UserError
 from vlm_jax.models.efficientnet import EfficientNetLite, FrozenBatchNorm, block_sizes, depthwise, lookup
-from vlm_jax.parameter_table import named_leaves
+from vlm_jax.params.table import named_leaves
 
 KEY = jax.random.key(0)
 IMAGES = jnp.asarray(np.random.default_rng(1).standard_normal((1, 33, 64, 3)), jnp.float32)

@@ -18,7 +18,7 @@ from vlm_jax.models.decoder import shift_right
 from vlm_jax.models.generate import log_likelihood
 from vlm_jax.models.layers import Attention
 from vlm_jax.models.positions import relative_bucket
-from vlm_jax.parameter_table import named_leaves
+from vlm_jax.params.table import named_leaves
 
 SIZES = dict(width=32, depth=2, heads=4, head_dim=12, mlp_dim=48, relative_buckets=8, relative_distance=12)
 INPUTS = jnp.array([[3, 4, 5, 6, 7, 8, 9, 1], [10, 11, 1, 0, 0, 0, 0, 0]])

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from vlm_jax import models
-from vlm_jax.zoo import big_vision, key_map
+from vlm_jax.zoo import key_map
+from vlm_jax.zoo.formats import big_vision
 from vlm_jax.zoo.load import read_params
-from vlm_jax.zoo.tensors import open_tensors
+from vlm_jax.zoo.readers.tensors import open_tensors
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 SIZES = dict(width=32, depth=2, mlp_dim=128, heads=2)

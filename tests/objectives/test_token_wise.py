@@ -10,10 +10,12 @@ import pytest
 
 import vlm_jax
 from configs import filip
-from vlm_jax import attention_maps, evaluators, objectives, sharding
+from vlm_jax import evaluators, objectives
 from vlm_jax.models import Embeddings, build
 from vlm_jax.objectives.contrastive import token_wise
-from vlm_jax.similarity import similarity, similarity_of_pairs
+from vlm_jax.params import sharding
+from vlm_jax.pretrained import attention_maps
+from vlm_jax.pretrained.similarity import similarity, similarity_of_pairs
 from vlm_jax.train import train
 
 
@@ -63,7 +65,7 @@ def test_prompts_are_averaged_and_blocks_change_nothing(monkeypatch):
     want = (by_hand(IMAGES, TEXTS) + by_hand(IMAGES, TEXTS[::-1])) / 2
     np.testing.assert_allclose(similarity(IMAGES, prompts), want, atol=1e-6)
     whole = similarity(IMAGES, TEXTS)
-    monkeypatch.setattr("vlm_jax.similarity.BLOCK", 1)
+    monkeypatch.setattr("vlm_jax.pretrained.similarity.BLOCK", 1)
     np.testing.assert_array_equal(similarity(IMAGES, TEXTS), whole)
 
 

@@ -16,9 +16,10 @@ from flax import traverse_util
 import vlm_jax
 from vlm_jax.data import ops
 from vlm_jax.models.efficientnet import EfficientNetLite, lookup
-from vlm_jax.parameter_table import named_leaves
-from vlm_jax.zoo import efficientnet, key_map
-from vlm_jax.zoo.tensors import Tensor, open_tensors
+from vlm_jax.params.table import named_leaves
+from vlm_jax.zoo import key_map
+from vlm_jax.zoo.formats import efficientnet
+from vlm_jax.zoo.readers.tensors import Tensor, open_tensors
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "efficientnet.npz"
 STRIDES = (1, 2, 2, 2, 1, 2, 1)

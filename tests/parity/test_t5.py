@@ -14,7 +14,7 @@ from vlm_jax import models, save_pretrained
 from vlm_jax.data import tokenizers
 from vlm_jax.models.generate import Special, beam_search, sample
 from vlm_jax.pretrained import Pretrained
-from vlm_jax.zoo import formats, tokenizer_files
+from vlm_jax.zoo import recognize, tokenizer_files
 from vlm_jax.zoo.load import read_params
 
 SIZES = dict(vocab_size=64, d_model=32, d_kv=12, d_ff=48, num_layers=2, num_decoder_layers=3, num_heads=4)
@@ -54,7 +54,7 @@ def texts():
 def read_back(theirs, folder):
     """(what the folder is that Transformers writes, the parameters read from it)."""
     theirs.save_pretrained(folder)
-    released = formats.understand(folder)
+    released = recognize.understand(folder)
     params = read_params(released.match(), released.shapes, released.tensors)
     return released, flax.traverse_util.unflatten_dict(params, sep="/")
 

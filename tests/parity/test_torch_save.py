@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from vlm_jax.errors import UserError
-from vlm_jax.zoo.tensors import open_tensors, write_safetensors
+from vlm_jax.zoo.readers.tensors import open_tensors, write_safetensors
 
 
 def assert_same(file, state_dict: dict) -> None:

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from vlm_jax import models
-from vlm_jax.zoo import formats, key_map
+from vlm_jax.zoo import key_map, recognize
 from vlm_jax.zoo.load import read_params
 
 IMAGE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32)
@@ -63,7 +63,7 @@ def save_and_load(make, folder):
             if parameter.ndim:  # zeros and ones of an init would hide swapped biases
                 parameter.add_(0.05 * torch.randn_like(parameter))
     theirs.save_pretrained(folder)
-    released = formats.understand(folder)
+    released = recognize.understand(folder)
     params = read_params(released.match(), released.shapes, released.tensors)
     tree = jax.tree.map(jnp.asarray, _tree(params))
     return theirs, models.build(released.model), tree, released
@@ -150,7 +150,7 @@ def same_gradients(theirs, grads, released, folder, tolerance=1e-5):
         for parameter in theirs.parameters():
             parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
     theirs.save_pretrained(folder)
-    theirs = formats.understand(folder).tensors
+    theirs = recognize.understand(folder).tensors
     leaves = released.shapes
     flat = {name: np.asarray(leaf) for name, leaf in _flat(grads).items()}
     found = {}

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vlm_jax import sharding
+from vlm_jax.params import sharding
 from vlm_jax.plan import collectives, hlo
 
 # As libtpu 0.0.52 writes a step on 2 x 2 chips, shortened: a loop without a known trip count, a gather that runs beside

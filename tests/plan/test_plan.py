@@ -10,11 +10,12 @@ import pytest
 from jax.experimental import topologies
 
 from configs import clip, ul2
-from vlm_jax import models, sharding
+from vlm_jax import models
 from vlm_jax.errors import UserError
+from vlm_jax.params import sharding
 from vlm_jax.plan import train_step
-from vlm_jax.plan.chips import Chip, slice_of
-from vlm_jax.program import TrainState
+from vlm_jax.run.chips import Chip, slice_of
+from vlm_jax.run.program import TrainState
 
 CHIP = Chip(hbm=2**30, bandwidth=1e9, flops=1e11, links=1e8)
 

@@ -7,10 +7,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import clip
-from vlm_jax import sharding
+from vlm_jax.params import sharding
 from vlm_jax.plan import hlo, train_step
-from vlm_jax.plan.chips import Chip
 from vlm_jax.plan.replicated import replicated
+from vlm_jax.run.chips import Chip
 
 LAYERS, WIDTH, BATCH = 4, 64, 24
 PARAMS = {"blocks/fc1/kernel": (LAYERS, WIDTH, WIDTH), "head/kernel": (WIDTH, 8)}

@@ -18,8 +18,8 @@ def main(chip):
     """Bytes of a device, of a step on 2 x 2 chips."""
     from configs import clip
     from vlm_jax.plan import train_step
-    from vlm_jax.plan.chips import slice_of
     from vlm_jax.plan.schedule import in_all
+    from vlm_jax.run.chips import slice_of
 
     settings = clip.get_config("smoke").to_dict() | {"mesh": dict(data=-1, fsdp=2, tensor=1)}
     devices, chip = slice_of(f"{chip}:2x2")

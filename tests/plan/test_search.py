@@ -9,7 +9,7 @@ from configs import cappa, clip, lit
 from vlm_jax import config
 from vlm_jax.errors import UserError
 from vlm_jax.plan import search, train_step
-from vlm_jax.plan.chips import Chip
+from vlm_jax.run.chips import Chip
 
 CHIP = Chip(hbm=100, bandwidth=1.0, flops=1.0, links=1.0)
 FLOPS = dict(none=1.0, dots=1.1, full=1.4)

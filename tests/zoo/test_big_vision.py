@@ -12,9 +12,10 @@ import vlm_jax
 from tests.zoo.test_references import close, read, unpack
 from vlm_jax import pretrained
 from vlm_jax.errors import UserError
-from vlm_jax.parameter_table import named_leaves
-from vlm_jax.zoo import big_vision, formats
-from vlm_jax.zoo.tensors import write_npz
+from vlm_jax.params.table import named_leaves
+from vlm_jax.zoo import recognize
+from vlm_jax.zoo.formats import big_vision
+from vlm_jax.zoo.readers.tensors import write_npz
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 SAYS = dict(preprocess="decode | resize(32, 48) | normalize", tokenizer="clip", tokenize="tokenize(16)")
@@ -112,7 +113,7 @@ def test_an_array_under_both_names_is_refused(tmp_path):
     _, arrays = arrays_of("siglip_loop")
     write_npz(tmp_path / "a.npz", arrays | {"img/Transformer/pos_embedding": arrays["img/pos_embedding"]})
     with pytest.raises(UserError, match="has `img/pos_embedding` twice, under an old and a new name"):
-        formats.understand(tmp_path / "a.npz")
+        recognize.understand(tmp_path / "a.npz")
 
 
 def test_bfloat16_is_stored_as_void(tmp_path):
@@ -159,7 +160,7 @@ def test_bert_of_lit(tmp_path):
     section = dict(depth=2, heads=1)
     arrays = {}
     for entry in big_vision.tower_entries(big_vision.BERT, "text", "txt/", section, stacked=False):
-        name, i = formats.key_map.blocks_of(entry.ours, params)
+        name, i = recognize.key_map.blocks_of(entry.ours, params)
         if name in params:
             array = np.asarray(params[name] if i is None else params[name][i])
             arrays[entry.theirs] = np.zeros(entry.their_shape(array.shape), np.float32)
@@ -182,7 +183,7 @@ def test_bert_of_lit(tmp_path):
 def test_released_names_tell_what_the_arrays_cannot(tmp_path):
     _, arrays = arrays_of("siglip_scan")
     write_npz(tmp_path / "webli_en_b16_224_63724782.npz", arrays)
-    released = formats.understand(tmp_path / "webli_en_b16_224_63724782.npz")
+    released = recognize.understand(tmp_path / "webli_en_b16_224_63724782.npz")
     assert released.preprocess == "decode | resize(224, method='bilinear', antialias=False) | normalize"
     assert released.tokenize == "lower | tokenize(16, bos=False)"
     with pytest.raises(UserError, match=r"hold its tokenizer: pass tokenizer=.sentencepiece:.*pad_id"):
@@ -194,4 +195,4 @@ def test_released_names_tell_what_the_arrays_cannot(tmp_path):
 def test_what_is_of_no_format_is_named(tmp_path):
     write_npz(tmp_path / "odd.npz", {"a": np.zeros(3), "b": np.zeros(3)})
     with pytest.raises(UserError, match=r"holds 2 tensors \(a, b, ...\), which are of no format that is known"):
-        formats.understand(tmp_path / "odd.npz")
+        recognize.understand(tmp_path / "odd.npz")

@@ -14,8 +14,8 @@ from tests.zoo.test_fuzz_files import mutate
 from tests.zoo.test_references import unpack
 from tests.zoo.test_torch_files import hostile_pickles
 from vlm_jax.errors import UserError
-from vlm_jax.zoo import formats
-from vlm_jax.zoo.tensors import open_tensors, write_safetensors
+from vlm_jax.zoo import recognize
+from vlm_jax.zoo.readers.tensors import open_tensors, write_safetensors
 
 SAYS = dict(preprocess="decode | resize(8) | normalize", tokenizer="clip", tokenize="tokenize(8)")
 LIMIT = 20e6  # bytes; a folder has 40 kB
@@ -34,7 +34,7 @@ def whole(tmp_path_factory, traced):
 @pytest.fixture(scope="module", autouse=True)
 def traced():
     """Models of the same settings are traced once."""
-    known, trace = {}, formats.param_shapes
+    known, trace = {}, recognize.param_shapes
 
     def param_shapes(*args):
         key = repr(args)
@@ -43,7 +43,7 @@ def traced():
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "param_shapes", param_shapes)
+        patch.setattr(recognize, "param_shapes", param_shapes)
         yield
 
 
@@ -302,7 +302,9 @@ SECTION = dict(width=8, depth=2, heads=2, mlp_dim=16, patch=4, image_size=8, sca
 )
 def test_our_own_config(part, key, value, message, tmp_path):
     settings = dict(model=dict(name="two_tower", image=dict(SECTION), text=None), preprocess=SAYS["preprocess"])
-    arrays = {name: np.zeros(leaf.shape, np.float32) for name, leaf in formats.param_shapes(settings["model"]).items()}
+    arrays = {
+        name: np.zeros(leaf.shape, np.float32) for name, leaf in recognize.param_shapes(settings["model"]).items()
+    }
     write_safetensors(tmp_path / "params.safetensors", arrays)
     (tmp_path / "config.json").write_text(json.dumps(settings))
     vlm_jax.load(tmp_path)

@@ -11,9 +11,10 @@ from flax import traverse_util
 from vlm_jax.data import ops
 from vlm_jax.errors import UserError
 from vlm_jax.models.efficientnet import LITE, EfficientNetLite, block_sizes, lookup
-from vlm_jax.parameter_table import named_leaves
-from vlm_jax.zoo import efficientnet, key_map
-from vlm_jax.zoo.stored import Tensor
+from vlm_jax.params.table import named_leaves
+from vlm_jax.zoo import key_map
+from vlm_jax.zoo.formats import efficientnet
+from vlm_jax.zoo.readers.stored import Tensor
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "efficientnet.npz"
 TINY = EfficientNetLite(width_multiplier=0.05, depth_multiplier=0.3, stem_width=8, head_width=48, out_dim=5)

@@ -16,7 +16,7 @@ import pytest
 from tests.zoo.test_torch_files import STATE, STORAGES, hostile_pickles
 from tests.zoo.torch_writer import Call, Object, dumps, legacy_bytes, zip_bytes
 from vlm_jax.errors import UserError
-from vlm_jax.zoo.tensors import open_tensors, write_safetensors
+from vlm_jax.zoo.readers.tensors import open_tensors, write_safetensors
 
 MUTATIONS = 200  # of each kind of file
 ARRAYS = {

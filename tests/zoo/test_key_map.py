@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from vlm_jax.errors import UserError
-from vlm_jax.zoo import big_vision, efficientnet, key_map, open_clip, t5, transformers_tables
+from vlm_jax.zoo import key_map
+from vlm_jax.zoo.formats import big_vision, efficientnet, open_clip, t5, transformers_tables
 from vlm_jax.zoo.key_map import Entry
-from vlm_jax.zoo.stored import Tensor
+from vlm_jax.zoo.readers.stored import Tensor
 
 HEADS, PATCH, GRID = 3, 4, 2
 SHAPES = {  # of our array, by (kind, our suffix); others are vectors of 12

@@ -11,11 +11,12 @@ from huggingface_hub import constants
 
 import vlm_jax
 from tests.zoo.test_references import close, unpack
-from vlm_jax import models, sharding
+from vlm_jax import models
 from vlm_jax.errors import UserError
-from vlm_jax.parameter_table import named_leaves
-from vlm_jax.zoo import formats, key_map
-from vlm_jax.zoo.tensors import open_tensors, write_safetensors
+from vlm_jax.params import sharding
+from vlm_jax.params.table import named_leaves
+from vlm_jax.zoo import key_map, recognize
+from vlm_jax.zoo.readers.tensors import open_tensors, write_safetensors
 
 PREPROCESS = "decode | resize({}) | normalize"
 SAYS = dict(preprocess=PREPROCESS.format(8), tokenizer="clip", tokenize="tokenize(8)")
@@ -64,7 +65,7 @@ def test_a_complete_folder_needs_no_argument(lit):
     close(loaded.logits(list(PICTURES), TEXTS), scale * images @ texts.T)
     weights = np.exp(scale * images @ texts.T)
     close(loaded.classify(list(PICTURES), TEXTS), weights / weights.sum(1, keepdims=True))
-    assert formats.understand(lit).licence == "apache-2.0"
+    assert recognize.understand(lit).licence == "apache-2.0"
 
 
 def test_arguments_count_over_the_files(lit):
@@ -237,7 +238,7 @@ def test_the_host_holds_one_shard_at_a_time(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     section = dict(width=512, depth=2, heads=8, mlp_dim=2048, vocab_size=16_384, length=8, scan=True)
     model = dict(name="two_tower", image=None, text=section)
-    shapes = formats.param_shapes(model)
+    shapes = recognize.param_shapes(model)
     arrays = {name: rng.normal(size=leaf.shape).astype(np.float32) for name, leaf in shapes.items()}
     write_safetensors(tmp_path / "params.safetensors", arrays)
     (tmp_path / "config.json").write_text(json.dumps(dict(model=model)))

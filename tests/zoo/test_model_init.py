@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 
 from configs import clip
-from vlm_jax import config, load, models, save_pretrained, sharding
-from vlm_jax.adapt import insert
-from vlm_jax.checkpoint import load_params
+from vlm_jax import config, load, models, save_pretrained
 from vlm_jax.data import tokenizers
 from vlm_jax.errors import UserError
+from vlm_jax.models import insertion
 from vlm_jax.models.encoder_decoder import T5
-from vlm_jax.parameter_table import named_leaves
+from vlm_jax.params import sharding
+from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained
+from vlm_jax.run.checkpoint import load_params
 from vlm_jax.train import train
-from vlm_jax.zoo import formats, key_map, model_init
+from vlm_jax.zoo import key_map, model_init, recognize
 from vlm_jax.zoo.load import read_params
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -79,7 +80,7 @@ def array(name, params):
 
 def test_a_tower_of_two():
     """Blocks without a scan from a file that is read with one, and a head that the file has not."""
-    released = formats.understand(GOLDEN / "siglip_loop.npz")
+    released = recognize.understand(GOLDEN / "siglip_loop.npz")
     section = dict(released.model["image"], scan=False, out_dim=8)
     model = models.build(dict(image=section, text=None))
     shapes = shapes_of(model, jnp.zeros((2, 32, 48, 3)), None)
@@ -129,10 +130,10 @@ def test_a_locked_tower_stays_as_it_was_read(tmp_path):
 
     settings = config.plain(settings) | dict(model_init=str(tmp_path / "other"))
     settings["model"]["insertions"] = [dict(type="LowRank", rank=2)]
-    settings["optimizer"]["params"] = insert.TABLE
+    settings["optimizer"]["params"] = insertion.TABLE
     train(settings, tmp_path / "low_rank")
     tuned = load(tmp_path / "low_rank")
     own = named_leaves(tuned.params)
     assert all(np.array_equal(own[name], leaf) for name, leaf in before.items())
-    assert own.keys() - before.keys() == insert.new_leaves(tuned.params).keys()
-    assert all(np.any(leaf) for leaf in insert.new_leaves(tuned.params).values())  # b was 0
+    assert own.keys() - before.keys() == insertion.new_leaves(tuned.params).keys()
+    assert all(np.any(leaf) for leaf in insertion.new_leaves(tuned.params).values())  # b was 0

@@ -9,7 +9,7 @@ import pytest
 
 from tests.zoo.test_tensors import ARRAYS, RNG, assert_reads
 from vlm_jax.errors import UserError
-from vlm_jax.zoo.tensors import open_tensors, write_npz
+from vlm_jax.zoo.readers.tensors import open_tensors, write_npz
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])

@@ -11,9 +11,9 @@ import pytest
 
 from vlm_jax import models
 from vlm_jax.models.generate import Special, beam_search, sample
-from vlm_jax.zoo import formats, key_map
+from vlm_jax.zoo import key_map, recognize
 from vlm_jax.zoo.load import read_params
-from vlm_jax.zoo.tensors import open_tensors
+from vlm_jax.zoo.readers.tensors import open_tensors
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 SIGMOID = ("siglip", "siglip2", "open_clip_siglip")
@@ -46,7 +46,7 @@ def unpack(name, folder):
 
 def read(path, activation=None):
     """(what the files are, the model, its parameters)."""
-    released = formats.understand(path, activation)
+    released = recognize.understand(path, activation)
     params = read_params(released.match(), released.shapes, released.tensors)
     return released, models.build(released.model), flax.traverse_util.unflatten_dict(params, sep="/")
 

@@ -9,16 +9,16 @@ import pytest
 import vlm_jax
 from vlm_jax import convert
 from vlm_jax.errors import UserError
-from vlm_jax.zoo import formats, save
+from vlm_jax.zoo import recognize, save
 from vlm_jax.zoo.load import read_params
-from vlm_jax.zoo.tensors import open_tensors
+from vlm_jax.zoo.readers.tensors import open_tensors
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 NEEDED = dict(preprocess="decode | resize(32, 48) | normalize", tokenizer="emoji", tokenize="tokenize(16)")
 
 
 def params_of(path):
-    released = formats.understand(path)
+    released = recognize.understand(path)
     return read_params(released.match(), released.shapes, released.tensors)
 
 

@@ -17,9 +17,9 @@ import safetensors.numpy
 
 from tests.zoo.torch_writer import zip_bytes
 from vlm_jax.errors import UserError
-from vlm_jax.zoo import stored
-from vlm_jax.zoo.safetensors_files import DTYPES
-from vlm_jax.zoo.tensors import Tensor, open_tensors, write_npz, write_safetensors
+from vlm_jax.zoo.readers import stored
+from vlm_jax.zoo.readers.safetensors_files import DTYPES
+from vlm_jax.zoo.readers.tensors import Tensor, open_tensors, write_npz, write_safetensors
 
 RNG = np.random.default_rng(0)
 ARRAYS = {

@@ -12,8 +12,8 @@ import pytest
 
 from tests.zoo.torch_writer import Call, Name, Object, Persistent, dumps, legacy_bytes, tensor, zip_bytes
 from vlm_jax.errors import UserError
-from vlm_jax.zoo import torch_files
-from vlm_jax.zoo.tensors import open_tensors
+from vlm_jax.zoo.readers import torch_files
+from vlm_jax.zoo.readers.tensors import open_tensors
 
 FLOATS = np.arange(24, dtype=np.float32)
 HALVES = np.arange(10).astype(np.float16)

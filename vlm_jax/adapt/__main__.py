@@ -5,8 +5,8 @@
 
 prints a table and leaves results.json and one small file a seed in --out, which hold only what was trained:
 
-    clip = vlm_jax.load("pkg:vlm_jax/zoo/clip_tiny").with_adapter("runs/adapted/lora_0.safetensors")
-    clip.classify(pictures)
+    clip = vlm_jax.load("pkg:vlm_jax/zoo/clip_tiny")
+    vlm_jax.load_adapter("runs/adapted/lora_0.safetensors", clip).classify(pictures)
 
 Methods are compared that are given with commas between; all of them: vlm_jax/adapt/methods.py. Pictures to
 train on are drawn from --train_split; --base_to_new trains on half of the classes and tests on the others, too.
@@ -22,12 +22,12 @@ from absl import flags
 import vlm_jax
 from vlm_jax import command, evaluators
 from vlm_jax.adapt.files import save_adapter
-from vlm_jax.checkpoint import write_json
-from vlm_jax.command_flags import LOADING
+from vlm_jax.command.commands import LOADING
+from vlm_jax.command.values import given
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators.progress import Progress
-from vlm_jax.flag_values import given
 from vlm_jax.pretrained import Pretrained
+from vlm_jax.run.checkpoint import write_json
 
 
 def adapt(

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
-from vlm_jax.adapt.insert import Context, Prompt
 from vlm_jax.errors import UserError
-from vlm_jax.parameter_table import named_leaves
+from vlm_jax.models.insertion import Context, Prompt
+from vlm_jax.params.table import named_leaves
 
 
 class Coupled(NamedTuple):

@@ -6,33 +6,36 @@ Parameters that were inserted, parameters that changed (of a stack, the layers t
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from vlm_jax.adapt import insert, masks
 from vlm_jax.adapt.heads_cache import Ranges, TipAdapter, TipX
-from vlm_jax.adapt.linear import Linear
-from vlm_jax.checkpoint import params_sha256
 from vlm_jax.config import choose
 from vlm_jax.errors import UserError
-from vlm_jax.parameter_table import named_leaves
+from vlm_jax.models import insertion
+from vlm_jax.params import diffs
+from vlm_jax.params.diffs import check_entries
+from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained
-from vlm_jax.zoo.safetensors_files import write_safetensors
-from vlm_jax.zoo.tensors import open_tensors
+from vlm_jax.pretrained.linear import Linear
+from vlm_jax.run.checkpoint import params_sha256
+from vlm_jax.zoo.readers.safetensors_files import write_safetensors
+from vlm_jax.zoo.readers.tensors import open_tensors
 
 HEAD_TYPES = {c.__name__: c for c in (Linear, TipAdapter, TipX, Ranges)}
 KEY = "vlm_jax.adapter"
 
 
 def save_adapter(path: str | os.PathLike, base: Pretrained, adapted: Pretrained) -> None:
-    """Writes what makes `adapted` of `base`; `load(base).with_adapter(path)` is it again, bit for bit."""
+    """Writes what makes `adapted` of `base`; `load_adapter(path, base)` is it again, bit for bit."""
     leaves = named_leaves(adapted.params)
-    new = insert.new_leaves(adapted.params)
+    new = insertion.new_leaves(adapted.params)
     own = unflatten_dict({name: leaf for name, leaf in leaves.items() if name not in new}, sep="/")
-    tensors = {f"params/{name}": leaf for name, leaf in (new | masks.diff(base.params, own)).items()}
+    tensors = {f"params/{name}": leaf for name, leaf in (new | diffs.diff(base.params, own)).items()}
     head = None if adapted.head is None else _pack(adapted.head, "head", tensors)
     about = dict(
         base=params_sha256(base.params),
@@ -59,11 +62,13 @@ def load_adapter(path: str | os.PathLike, base: Pretrained) -> Pretrained:
         raise UserError(f"{os.fspath(path)} is of another model: load the one that it was made from")
     arrays = {name: tensor.read() for name, tensor in file.tensors.items()}
     params = {name.removeprefix("params/"): array for name, array in arrays.items() if name.startswith("params/")}
-    new = insert.new_leaves(unflatten_dict(params, sep="/"))
-    leaves = named_leaves(masks.patch(base.params, {name: params[name] for name in params.keys() - new.keys()}))
+    new = insertion.new_leaves(unflatten_dict(params, sep="/"))
+    leaves = named_leaves(diffs.patch(base.params, {name: params[name] for name in params.keys() - new.keys()}))
     model = base.model
     if about["insertions"]:
-        model = insert.inserted(model, *insert.of_sections(about["insertions"], "an insertion of an adapter's file"))
+        model = insertion.inserted(
+            model, *insertion.of_sections(about["insertions"], "an insertion of an adapter's file")
+        )
     return replace(
         base,
         model=model,
@@ -93,3 +98,19 @@ def _unpack(value: Any, name: str, arrays: dict[str, np.ndarray]) -> Any:
         fields = {field: _unpack(part, f"{name}/{field}", arrays) for field, part in value.items() if field != "type"}
         return choose(HEAD_TYPES, value["type"], "the head of an adapter's file")(**fields)
     return tuple(value) if isinstance(value, list) else value
+
+
+def save_diff(path: str | os.PathLike, diff: Mapping[str, Any]) -> None:
+    """Writes a diff as one safetensors file."""
+    write_safetensors(path, {name: np.asarray(value) for name, value in diff.items()})
+
+
+def load_diff(path: str | os.PathLike, base: Any) -> dict[str, np.ndarray]:
+    """Reads what `save_diff` wrote; base is the parameter tree that it belongs to, arrays or shapes.
+
+    Raises:
+      UserError: the file is damaged, or has an entry that base has not, or has with another shape or dtype.
+    """
+    tensors = open_tensors(path).tensors
+    check_entries(base, tensors, os.fspath(path))
+    return {name: tensor.read() for name, tensor in tensors.items()}

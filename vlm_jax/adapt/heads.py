@@ -29,9 +29,9 @@ from vlm_jax.adapt.heads_cache import TipAdapter, TipX, tip_adapter, tip_x
 from vlm_jax.adapt.heads_linear import check_labels, gaussian, gda, zero_shot
 from vlm_jax.adapt.heads_retrieval import Reco, reco
 from vlm_jax.adapt.heads_trained import Projected, cross_modal_probe, prolip, tip_adapter_f
-from vlm_jax.adapt.linear import Linear
-from vlm_jax.adapt.linear import logistic_regression as linear_probe
 from vlm_jax.errors import DivergedError, UserError
+from vlm_jax.pretrained.linear import Linear
+from vlm_jax.pretrained.linear import logistic_regression as linear_probe
 
 __all__ = [
     "Choice",

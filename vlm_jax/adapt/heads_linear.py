@@ -4,8 +4,8 @@ import numpy as np
 import scipy.linalg
 
 from vlm_jax import config
-from vlm_jax.adapt.linear import Linear
 from vlm_jax.errors import UserError
+from vlm_jax.pretrained.linear import Linear
 
 
 def zero_shot(text: np.ndarray, scale: float) -> Linear:

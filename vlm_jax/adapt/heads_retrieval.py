@@ -23,7 +23,7 @@ import optax
 from vlm_jax.adapt.heads_linear import unit
 from vlm_jax.adapt.heads_trained import descend, finite, shuffled
 from vlm_jax.errors import UserError
-from vlm_jax.models.transformer import Around, Encoder
+from vlm_jax.models.transformer import AttentionInputs, Encoder
 from vlm_jax.objectives.contrastive import softmax
 
 ROWS = 1024  # refined at a time
@@ -40,7 +40,7 @@ class Fusion(Encoder, kw_only=True):
     def __call__(self, x, found):
         """Embeddings [B, D], found [B, k, D] -> the block's output at the embedding's place, unit norm [B, D]."""
         tokens = jnp.concatenate([x[:, None], found], axis=1)
-        x = self.stack(tokens, Around(), norm=False)[0][:, 0]
+        x = self.stack(tokens, AttentionInputs(), norm=False)[0][:, 0]
         return x / jnp.linalg.norm(x, axis=1, keepdims=True)
 
 

@@ -15,8 +15,8 @@ import optax
 from vlm_jax import config
 from vlm_jax.adapt.heads_cache import TipAdapter, cache_logits, tip_adapter
 from vlm_jax.adapt.heads_linear import check_labels, few_shot, unit, zero_shot
-from vlm_jax.adapt.linear import Linear
 from vlm_jax.errors import DivergedError, UserError
+from vlm_jax.pretrained.linear import Linear
 
 EPS = 1e-4  # Adam's, in the code of Tip-Adapter and of ProLIP
 WARMUP = 50  # steps of a cross-modal probe

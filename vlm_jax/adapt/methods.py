@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax import config
-from vlm_jax.adapt import coupled, heads, insert
+from vlm_jax.adapt import coupled, heads
 from vlm_jax.adapt.tune import Inserted, Masked, Recipe, tune
 from vlm_jax.errors import DivergedError, UserError
-from vlm_jax.parameter_table import named_leaves
+from vlm_jax.models import insertion
+from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained, class_embeddings
 
 ALPHAS, BETAS = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0], [0.3, 1.0, 2.0, 3.5, 5.5, 8.0]
@@ -196,7 +197,7 @@ def _inserted(kind: type, **defaults: Any) -> Callable:
 
 def _cocoop(model: nn.Module, options: dict) -> Recipe:
     width = model.text.out_dim or model.text.width
-    return Inserted((config.call(insert.Context, options, WHERE, image_width=width),))
+    return Inserted((config.call(insertion.Context, options, WHERE, image_width=width),))
 
 
 WHERE = "an option of the method"
@@ -215,14 +216,14 @@ TUNED = {
     "head": _masked("head"),
     "last_1": _masked("last_1"),
     "full": _masked(((".*", True),)),
-    "lora": _inserted(insert.LowRank),
-    "adapter": _inserted(insert.Adapter),
-    "adaptformer": _inserted(insert.Adapter, form="parallel", scale=0.1),
-    "prefix": _inserted(insert.Prefix, length=4),
-    "coop": _inserted(insert.Context),
+    "lora": _inserted(insertion.LowRank),
+    "adapter": _inserted(insertion.Adapter),
+    "adaptformer": _inserted(insertion.Adapter, form="parallel", scale=0.1),
+    "prefix": _inserted(insertion.Prefix, length=4),
+    "coop": _inserted(insertion.Context),
     "cocoop": _tuned(_cocoop),
-    "vpt": _inserted(insert.Prompt),
-    "vpt_deep": _inserted(insert.Prompt, depth=None),
+    "vpt": _inserted(insertion.Prompt),
+    "vpt_deep": _inserted(insertion.Prompt, depth=None),
     "maple": _tuned(lambda model, options: config.call(coupled.Coupled, options, WHERE)),
     "upt": _tuned(lambda model, options: config.call(coupled.Unified, options, WHERE)),
 }

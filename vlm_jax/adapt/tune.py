@@ -21,11 +21,12 @@ import optax
 from flax.traverse_util import unflatten_dict
 from tqdm import tqdm
 
-from vlm_jax.adapt import insert, masks
 from vlm_jax.adapt.heads_linear import check_labels
 from vlm_jax.adapt.heads_trained import shuffled
 from vlm_jax.errors import DivergedError, UserError
-from vlm_jax.parameter_table import named_leaves
+from vlm_jax.models import insertion
+from vlm_jax.params import masks
+from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained, class_embeddings
 
 
@@ -43,15 +44,15 @@ class Recipe(Protocol):
 
 
 class Inserted(NamedTuple):
-    """Insertions of `vlm_jax.adapt.insert`, the rest of the model as it is; a `Context` stands where it has to."""
+    """Insertions of `vlm_jax.models.insertion`, the rest of the model as it is; a `Context` stands where it has to."""
 
     modules: tuple
 
     def insertions(self, model, at):
-        return tuple(m._replace(at=at) if isinstance(m, insert.Context) else m for m in self.modules)
+        return tuple(m._replace(at=at) if isinstance(m, insertion.Context) else m for m in self.modules)
 
     def begin(self, rng, model, leaves):
-        return insert.new_leaves(leaves)
+        return insertion.new_leaves(leaves)
 
     def combine(self, own, leaves):
         return dict(own)
@@ -130,7 +131,7 @@ def tune(
     rng, order = jax.random.key(seed), shuffled(len(labels), batch_size, -(-steps * batch_size // len(labels)), seed)
     params = pretrained.params
     if modules:
-        params = insert.begin(rng, adapted.model, params, jnp.asarray(images[:1]), jnp.asarray(token_ids[:1]))
+        params = insertion.begin(rng, adapted.model, params, jnp.asarray(images[:1]), jnp.asarray(token_ids[:1]))
     leaves = named_leaves(params)
     own = recipe.begin(jax.random.fold_in(rng, 1), adapted.model, leaves)
     changed = recipe.combine(own, leaves).keys()
@@ -159,7 +160,7 @@ def tune(
 @partial(jax.jit, static_argnames=("model", "recipe", "steps"))
 def _step(model, recipe, steps, own, state, leaves, images, labels, texts, learning_rate, weight_decay):
     def loss(own):
-        logits = insert.class_logits(model, _tree(leaves | recipe.combine(own, leaves)), images, texts)
+        logits = insertion.class_logits(model, _tree(leaves | recipe.combine(own, leaves)), images, texts)
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.mean(losses, where=labels >= 0)
 
@@ -180,8 +181,8 @@ def with_room(pretrained: Pretrained, insertions: tuple) -> Pretrained:
     """The model with insertions, not in its parameters yet, whose texts have room for those that are contexts."""
     if not insertions:
         return pretrained
-    room = "".join(f" | room({m.length}, {m.at})" for m in insertions if isinstance(m, insert.Context))
-    model = insert.inserted(pretrained.model, *insertions)
+    room = "".join(f" | room({m.length}, {m.at})" for m in insertions if isinstance(m, insertion.Context))
+    model = insertion.inserted(pretrained.model, *insertions)
     return dataclasses.replace(pretrained, model=model, tokenize=pretrained.tokenize + room)
 
 

@@ -29,8 +29,8 @@ import sentencepiece
 import tokenizers as hf
 
 from vlm_jax import config
+from vlm_jax.data.package_files import locate
 from vlm_jax.errors import UserError
-from vlm_jax.package_files import locate
 
 VOCAB = pathlib.Path(__file__).parent / "vocab"
 REMEMBERED_TEXTS = 2**14  # per tokenizer: class names and captions of small sets come again every epoch

@@ -17,7 +17,7 @@ from vlm_jax.evaluators.progress import Progress, memory_limit
 from vlm_jax.evaluators.records import read_fields
 from vlm_jax.evaluators.result import Result
 from vlm_jax.evaluators.stream import open_pass, stream
-from vlm_jax.similarity import similarity_of_pairs
+from vlm_jax.pretrained.similarity import similarity_of_pairs
 
 
 def foils(

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vlm_jax import processes, sharding
+from vlm_jax.params import sharding
+from vlm_jax.run import processes
 
 
 class Hosts:

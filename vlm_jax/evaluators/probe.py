@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.adapt.linear import logistic_regression, ridge
 from vlm_jax.config import choose
 from vlm_jax.data import loader
 from vlm_jax.data.sources import open_source
@@ -18,6 +17,7 @@ from vlm_jax.evaluators.progress import Progress, memory_limit
 from vlm_jax.evaluators.records import read_fields
 from vlm_jax.evaluators.result import Result
 from vlm_jax.evaluators.stream import open_pass, stream
+from vlm_jax.pretrained.linear import logistic_regression, ridge
 
 SOLVERS = {"ridge": ridge, "lbfgs": logistic_regression}
 

@@ -11,8 +11,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from vlm_jax.checkpoint import write_json
 from vlm_jax.errors import UserError
+from vlm_jax.run.checkpoint import write_json
 
 SAVE_SECONDS = 1.0  # at most this much is done again after a kill, and a batch
 

@@ -12,7 +12,7 @@ from vlm_jax.evaluators.progress import Progress, Table, memory_limit
 from vlm_jax.evaluators.result import Result
 from vlm_jax.evaluators.stream import look_up, open_pass, stream
 from vlm_jax.evaluators.zeroshot import COMPARED, EMBEDDED, evenly_spaced
-from vlm_jax.similarity import similarity
+from vlm_jax.pretrained.similarity import similarity
 
 NAMED = 5  # best captions shown with a picture
 QUERIES, FOUND = 8, 6  # captions shown with their best pictures, and how many of these

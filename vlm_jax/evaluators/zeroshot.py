@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax import attention_maps
 from vlm_jax.data.sources import open_source
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators import classes as class_names
@@ -18,8 +17,8 @@ from vlm_jax.evaluators.ops import boxed, thumbnail  # noqa: F401 (registered as
 from vlm_jax.evaluators.progress import Progress, Table, memory_limit
 from vlm_jax.evaluators.result import Result
 from vlm_jax.evaluators.stream import look_up, open_pass, stream
-from vlm_jax.pretrained import class_embeddings
-from vlm_jax.similarity import similarity
+from vlm_jax.pretrained import attention_maps, class_embeddings
+from vlm_jax.pretrained.similarity import similarity
 
 NAMED = 5  # best names kept for each picture
 MIXED_UP = 24  # confusions kept

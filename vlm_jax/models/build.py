@@ -5,7 +5,7 @@ import jax
 
 from vlm_jax import config
 from vlm_jax.errors import UserError
-from vlm_jax.models import efficientnet, variants
+from vlm_jax.models import efficientnet, insertion, variants
 from vlm_jax.models.captioner import Captioner
 from vlm_jax.models.coca import CoCa, MultimodalDecoder, QueryPool, UnimodalDecoder
 from vlm_jax.models.decoder import Decoder
@@ -23,7 +23,7 @@ def build(section) -> nn.Module:
       section: a mapping: name (a key of `MODELS`) and the arguments of its builder, such as
         dict(name="two_tower", image=dict(variant="B/32", pool="tok", out_dim=512),
              text=dict(variant="M", vocab_size=49408, length=77, out_dim=512), dtype="bfloat16");
-        and insertions, what `adapt.insert.of_sections` reads.
+        and insertions, what `insertion.of_sections` reads.
 
     Raises:
       UserError: an unknown name, a key that nothing takes, a key that is missing.
@@ -34,9 +34,7 @@ def build(section) -> nn.Module:
     model = config.call(builder, section, "config.model")
     if not insertions:
         return model
-    from vlm_jax.adapt import insert  # which is made of models
-
-    return insert.inserted(model, *insert.of_sections(insertions, "config.model.insertions"))
+    return insertion.inserted(model, *insertion.of_sections(insertions, "config.model.insertions"))
 
 
 def two_tower(image, text, scale_init=10.0, bias_init=None, dtype="float32"):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from vlm_jax.models import positions
 from vlm_jax.models.decoder import Decoded, Decoder, Logits
 from vlm_jax.models.layers import Attention, Norm
-from vlm_jax.models.transformer import Around
+from vlm_jax.models.transformer import AttentionInputs
 from vlm_jax.models.two_tower import Embeddings, unit
 
 
@@ -69,7 +69,7 @@ class UnimodalDecoder(Decoder, kw_only=True):
         last = jnp.pad(token_ids != self.pad_id, ((0, 0), (1, 0)), constant_values=True)
         causal = jnp.tril(jnp.ones((x.shape[1],) * 2, bool))
         seen = causal & jnp.where(jnp.arange(x.shape[1])[:, None] == x.shape[1] - 1, last[:, None], True)
-        hidden, _ = self.stack(x, Around(seen[:, None]), train=train, norm=False)
+        hidden, _ = self.stack(x, AttentionInputs(seen[:, None]), train=train, norm=False)
         return Decoded(hidden[:, :-1], None), norm(hidden[:, -1])
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from vlm_jax.errors import UserError
 from vlm_jax.models import positions
-from vlm_jax.models.transformer import Around, Encoder, over_heads, room
-from vlm_jax.sharding import look_up
+from vlm_jax.models.transformer import AttentionInputs, Encoder, over_heads, room
+from vlm_jax.params.sharding import look_up
 
 
 class Decoded(NamedTuple):
@@ -136,7 +136,7 @@ class Decoder(Encoder, kw_only=True):
         causal, mask = seen is None, over_heads(mask)
         if mask is not None:
             seen = mask if causal else mask & seen
-        around = Around(seen, context, over_heads(context_mask), None if caches is None else first)
+        around = AttentionInputs(seen, context, over_heads(context_mask), None if caches is None else first)
         options = dict(caches=caches, causal=causal, cross=self.cross, train=train, norm=norm)
         return Decoded(*self.stack(x, around, **options))
 

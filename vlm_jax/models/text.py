@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from vlm_jax.errors import UserError
 from vlm_jax.models import positions
 from vlm_jax.models.transformer import Encoder
-from vlm_jax.sharding import look_up
+from vlm_jax.params.sharding import look_up
 
 
 class TextTransformer(Encoder, kw_only=True):

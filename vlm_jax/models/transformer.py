@@ -16,7 +16,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.models import positions
 from vlm_jax.models.layers import Attention, KeyValues, Mlp, Norm
 from vlm_jax.models.pooling import Encoded, MapPool, pool
-from vlm_jax.sharding import split_batch
+from vlm_jax.params.sharding import split_batch
 
 REMAT = {
     "none": None,
@@ -38,7 +38,7 @@ class Cache(NamedTuple):
     cross_attn: KeyValues | None = None
 
 
-class Around(NamedTuple):
+class AttentionInputs(NamedTuple):
     """What is beside the tokens, the same for all blocks.
 
     Attributes:
@@ -102,7 +102,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, around, layer, cache):
-        """[B, L, D], `Around`, the layer's number from 0, `Cache` or None -> [B, L, D], `Cache` or None."""
+        """[B, L, D], `AttentionInputs`, the layer's number from 0, `Cache` or None -> [B, L, D], `Cache` or None."""
         drop_path = self.drop_path * layer / max(self.depth - 1, 1)
         norm = functools.partial(Norm, self.norm, self.norm_eps, self.norm_bias, self.dtype)
         attention = functools.partial(Attention, self.heads, self.head_dim, self.attn_bias, scale=self.attn_scale)
@@ -229,14 +229,14 @@ class Encoder(nn.Module, kw_only=True):
         Returns:
           [B, L, D].
         """
-        return self.stack(x, Around(over_heads(mask)), causal=causal, train=train)[0]
+        return self.stack(x, AttentionInputs(over_heads(mask)), causal=causal, train=train)[0]
 
     def stack(self, x, around, *, caches=None, causal=False, cross=None, train=False, norm=True):
         """As `encode`, with all that a decoder needs.
 
         Args:
           x, causal, train: as for `encode`.
-          around: `Around`.
+          around: `AttentionInputs`.
           caches: what `new_caches` or the last call returned, or None.
           cross: where blocks have cross-attention, see `Block`; None for none.
           norm: whether the final norm follows.

@@ -16,7 +16,7 @@ from absl import flags
 
 from vlm_jax import command
 from vlm_jax.plan import search, train_step
-from vlm_jax.plan.chips import slice_of
+from vlm_jax.run.chips import slice_of
 
 FITS_NOT = 3  # the exit status
 

@@ -13,7 +13,7 @@ import jax
 from vlm_jax import command, config
 from vlm_jax.errors import UserError
 from vlm_jax.plan import train_step
-from vlm_jax.plan.chips import Chip
+from vlm_jax.run.chips import Chip
 
 TENSOR = (1, 2, 4)
 REMAT = ("none", "dots", "full")  # each keeps less than the one before and computes more again

@@ -10,19 +10,21 @@ import jax
 import numpy as np
 from PIL import Image
 
-from vlm_jax import config, models, optim, sharding
-from vlm_jax.compiler_options import compiler_options
+from vlm_jax import config, models
 from vlm_jax.data import ops
 from vlm_jax.data.examples import collate
 from vlm_jax.data.registry import SUBJECTS
 from vlm_jax.errors import UserError
-from vlm_jax.parameter_table import named_leaves
-from vlm_jax.plan import flops, hlo
-from vlm_jax.plan.chips import Chip
+from vlm_jax.params import optim, sharding
+from vlm_jax.params.table import named_leaves
+from vlm_jax.plan import hlo
 from vlm_jax.plan.collectives import Collective, collectives
 from vlm_jax.plan.replicated import replicated
 from vlm_jax.plan.schedule import in_all, schedule
-from vlm_jax.program import Program, build_program
+from vlm_jax.run import flops
+from vlm_jax.run.chips import Chip
+from vlm_jax.run.compiler_options import compiler_options
+from vlm_jax.run.program import Program, build_program
 
 EXAMPLES = 10**9  # of a data set that is not there: durations in epochs are as long as this makes them
 

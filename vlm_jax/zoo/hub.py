@@ -6,8 +6,8 @@ The hub is reached through huggingface_hub: its cache, offline switch and token.
 import os
 from pathlib import Path
 
+from vlm_jax.data.package_files import locate
 from vlm_jax.errors import UserError
-from vlm_jax.package_files import locate
 
 WANTED = ("*.json", "*.safetensors", "*.model", "vocab.txt", "merges.txt", "README.md")
 OTHERWISE = ("*.bin", "*.npz")  # of repositories without safetensors

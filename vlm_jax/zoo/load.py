@@ -13,13 +13,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vlm_jax import models, sharding
+from vlm_jax import models
 from vlm_jax.data import tokenizers
 from vlm_jax.errors import UserError
 from vlm_jax.models.positions import RESAMPLING, resample_posemb
-from vlm_jax.parameter_table import named_leaves
+from vlm_jax.params import sharding
+from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained
-from vlm_jax.zoo import formats, hub, key_map, preprocessing
+from vlm_jax.zoo import hub, key_map, preprocessing, recognize
 
 THREADS = 2  # that copy tensors at a time
 
@@ -60,7 +61,7 @@ def load(
         the files do not tell what an argument must then say.
     """
     path = hub.local(spec)
-    released = formats.run_of(path) if (path / "checkpoints").is_dir() else formats.understand(path, activation)
+    released = recognize.run_of(path) if (path / "checkpoints").is_dir() else recognize.understand(path, activation)
     section = dict(released.model) if dtype is None else dict(released.model, dtype=dtype)
     size = _sides(image_size) if image_size is not None else None
     settings = _settings(released, section, preprocess, tokenizer, tokenize, size)
@@ -68,7 +69,7 @@ def load(
     with ThreadPoolExecutor(1) as pool:  # a vocabulary takes as long to build as a tower to read
         tokenizer = pool.submit(tokenizers.build, settings["tokenizer"]) if settings["tokenizer"] else None
         if released.run is not None:
-            from vlm_jax import checkpoint  # orbax takes a while to import
+            from vlm_jax.run import checkpoint  # orbax takes a while to import
 
             params = named_leaves(checkpoint.load_params(path, place))
         else:
@@ -140,7 +141,7 @@ def _settings(released, section, preprocess, tokenizer, tokenize, size) -> dict[
             families = ", ".join(preprocessing.FAMILIES)
             why = released.hints.get("preprocess") or "the files do not tell how pictures were prepared"
             missing.append(f"{why}: pass preprocess= (one of {families}, or an op string)")
-    texts = formats.of_texts(section)
+    texts = recognize.of_texts(section)
     if texts:
         tokenizer, tokenize = tokenizer or released.tokenizer, tokenize or released.tokenize
         if tokenizer is None:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from vlm_jax.errors import UserError
-from vlm_jax.zoo import formats, hub, key_map
+from vlm_jax.zoo import hub, key_map, recognize
 from vlm_jax.zoo.load import read_params
 
 PARTS = ("image", "text", "encoder")
@@ -54,7 +54,7 @@ def _read_tower(tower: str, spec: str, own: Mapping[str, jax.ShapeDtypeStruct]) 
     path, _, part = spec.rpartition(":")
     if part not in PARTS:
         path, part = spec, tower
-    released = formats.understand(hub.local(path))
+    released = recognize.understand(hub.local(path))
     prefixes = {f"{part}/": f"{tower}/"} if part else {"": ""}
     if part == "encoder":
         prefixes["decoder/token_embed/"] = f"{tower}/token_embed/"

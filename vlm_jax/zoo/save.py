@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 
 from vlm_jax import models
-from vlm_jax.checkpoint import write_json
 from vlm_jax.config import choose
 from vlm_jax.data import tokenizers
 from vlm_jax.errors import UserError
-from vlm_jax.parameter_table import named_leaves
+from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained
-from vlm_jax.zoo import big_vision, formats, key_map, open_clip, preprocessing, t5, t5x, tokenizer_files, transformers
-from vlm_jax.zoo.tensors import Tensor, write_npz, write_safetensors
+from vlm_jax.run.checkpoint import write_json
+from vlm_jax.zoo import key_map, preprocessing, recognize, tokenizer_files
+from vlm_jax.zoo.formats import big_vision, open_clip, t5, t5x, transformers
+from vlm_jax.zoo.readers.tensors import Tensor, write_npz, write_safetensors
 
 # Fields that change how a model runs or begins, and not what it computes.
 RUNTIME = ("scan", "remat", "implementation", "dtype", "dropout", "drop_path", "embed_std", "parent", "name")
@@ -78,7 +79,7 @@ def save_pretrained(pretrained: Pretrained, path: str | os.PathLike, format: str
     )
 
 
-def content_of(released: formats.Released) -> Content:
+def content_of(released: recognize.Released) -> Content:
     """What a checkpoint holds, its tensors still unread."""
     plan = released.match()
     return Content(
@@ -117,7 +118,7 @@ def _native(content: Content, folder: Path) -> None:
         name: Tensor(tuple(leaf.shape), np.dtype(np.float32), lambda index, name=name: content.read(name, index))
         for name, leaf in content.shapes.items()
     }
-    write_safetensors(folder / formats.PARAMS, arrays, {"format": "vlm_jax"})
+    write_safetensors(folder / recognize.PARAMS, arrays, {"format": "vlm_jax"})
     tokenizer = tokenizer_files.copy(content.tokenizer, folder) if content.tokenizer else None
     settings = dict(model=dict(content.section), preprocess=content.preprocess, tokenizer=tokenizer)
     write_json(folder / "config.json", settings | dict(tokenize=content.tokenize, licence=content.licence))
@@ -233,7 +234,7 @@ WRITERS = {
 def full_section(content: Content) -> dict[str, Any]:
     """The section with all fields of its towers, an image size among them where the positions are a square."""
     model = models.build(content.section)
-    section = {side: _fields(getattr(model, side, None)) for side in formats.SIDES}
+    section = {side: _fields(getattr(model, side, None)) for side in recognize.SIDES}
     section |= {key: getattr(model, key, None) for key in ("bias_init", "pad_id")}
     table = content.shapes.get("image/pos_embed")
     if section["image"] and table is not None and section["image"].get("image_size") is None:
@@ -262,7 +263,7 @@ def _problems(content: Content, entries: list[key_map.Entry], describe: Callable
     except (UserError, LookupError, TypeError, ValueError, ArithmeticError) as error:
         return [str(error)]
     wanted = full_section(content)
-    for side in formats.SIDES:
+    for side in recognize.SIDES:
         got = _fields(getattr(read_back, side, None)) or {}
         want = wanted[side] or {}
         for key in want.keys() - set(RUNTIME):

@@ -14,9 +14,9 @@ import sentencepiece
 import tokenizers as hf
 
 from vlm_jax.data import ops, tokenizers
+from vlm_jax.data.package_files import locate
 from vlm_jax.errors import UserError
-from vlm_jax.package_files import locate
-from vlm_jax.zoo.json_files import read_json
+from vlm_jax.zoo.readers.json_files import read_json
 
 # Files by kind of spec, in the order in which they are preferred.
 FILES = (

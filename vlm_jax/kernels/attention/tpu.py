@@ -343,4 +343,4 @@ def _names(axes):
 
 
 BATCH_AXES, HEAD_AXES = ("data", "fsdp"), ("tensor",)
-"""The automatic mesh axes that the batch and the heads are divided over (the names of `vlm_jax.sharding`)."""
+"""The automatic mesh axes that the batch and the heads are divided over (the names of `vlm_jax.params.sharding`)."""

@@ -1,0 +1,190 @@
+"""Runs a command: its flags, its answer as a table or JSON, its errors in one line, and what is seen while it works."""
+
+import contextlib
+import importlib
+import json
+import math
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from absl import app, flags, logging
+from tqdm import tqdm
+
+from vlm_jax.command import help_page
+from vlm_jax.command.commands import COMMANDS, define
+from vlm_jax.errors import UserError, mendable, told
+
+WIPED = "\r\033[K"  # a terminal's line
+LONG = 5  # seconds after which a log, which is no terminal, says what is being waited for
+
+
+class Answer(NamedTuple):
+    """What a command has found.
+
+    Attributes:
+      results: all of it, JSON-able: an object; a number that is not finite is shown as null.
+      text: what a person reads of it.
+      status: the process's exit status.
+      at_once: ends the process without waiting for what its threads still do.
+    """
+
+    results: dict[str, Any]
+    text: str
+    status: int = 0
+    at_once: bool = False
+
+
+Main = Callable[[Sequence[str], flags.FlagValues], Answer | None]
+
+
+def run(name: str, main: Main | None = None) -> None:
+    """Runs a command with the flags of `sys.argv`, and ends the process if it fails.
+
+    What a user can mend is one line on stderr and exit status 2, any other error one line and status 1; the flag
+    `--debug` adds the traceback. Status 1 is also that of a `train` that a signal stops, once it has saved, 3 that of
+    a `plan` that does not fit, 130 of Ctrl-C. With `--json` nothing but the answer is on stdout.
+
+    Args:
+      name: a key of `COMMANDS`.
+      main: given what is left of the arguments and the flags; None is that of the command's module, imported here.
+        Only the first of several processes has an answer.
+    """
+    if {"--help", "--helpshort", "-h"} & set(sys.argv[1:]):
+        show(help_page.help_of(name))
+        return
+    define(name, flags.FLAGS)
+    # orbax tells of every step of a save, and of what it raises, too; --verbosity=0 shows it
+    logging.set_verbosity(logging.WARNING)
+    shown = lambda record: "orbax" not in record.pathname or logging.get_verbosity() >= logging.INFO
+    logging.get_absl_logger().addFilter(shown)
+    try:
+        app.run(partial(_answer, name, main), flags_parser=partial(_parse, name))
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in sys.argv:  # the flags may not have been read
+            traceback.print_exc()
+        for one in _bars():  # the message has a line of its own
+            one.close()
+        if sys.stderr.isatty():
+            print(WIPED, end="", file=sys.stderr)
+        line, status = told(error)
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(status)
+
+
+def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Rows of cells as aligned lines; the first `left` columns begin at the same place, the others end there."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [str.ljust] * left + [str.rjust] * (len(widths) - left)
+    cells = lambda row: (side(cell, width) for side, cell, width in zip(sides, row, widths, strict=True))
+    return "\n".join("  ".join(cells(row)).rstrip() for row in rows)
+
+
+def show(text: str) -> None:
+    """Prints what a user asked for; whoever was reading may have gone, as `head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def bar(*args: Any, **options: Any) -> tqdm:
+    """A progress bar on stderr of what takes more than a second; in a log, which is no terminal, every 15 seconds."""
+    return tqdm(*args, mininterval=0.5 if sys.stderr.isatty() else 15, delay=1, **options)
+
+
+@contextlib.contextmanager
+def doing(what: str, seen: bool = True) -> Iterator[None]:
+    """Says on stderr what goes on: on a terminal a line that counts seconds until it is done, or the bars there are.
+
+    In a log it is a line, once, of what takes more than `LONG` seconds.
+
+    Args:
+      what: "compiling the train step".
+      seen: False says nothing.
+    """
+    ended, began = threading.Event(), time.monotonic()
+
+    def tell():
+        if not sys.stderr.isatty():
+            if not ended.wait(LONG) and not _bars():
+                print(f"{what} ...", file=sys.stderr, flush=True)
+            return
+        while not ended.wait(0.5):
+            for one in (bars := _bars()):
+                one.refresh()
+            if not bars:
+                print(f"{WIPED}{what}: {time.monotonic() - began:.0f} s", end="\r", file=sys.stderr, flush=True)
+        print(WIPED, end="", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    if seen:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if seen:
+            thread.join()
+
+
+def _bars() -> list[tqdm]:
+    """Those on the screen; tqdm has no public list of them."""
+    with tqdm.get_lock():
+        return [one for one in tqdm._instances if hasattr(one, "start_t")]
+
+
+def _answer(name: str, main: Main | None, argv: Sequence[str]) -> int:
+    """Runs the main with the other processes, if there are, shows its answer and returns the exit status."""
+    values = flags.FLAGS
+    with contextlib.redirect_stdout(sys.stderr) if values.json else contextlib.nullcontext():
+        with doing("starting"):
+            main = main or importlib.import_module(help_page.module_of(name)).main
+        answer = main(argv, values)
+    if answer is None:
+        return 0
+    show(json.dumps(_finite(answer.results), allow_nan=False) if values.json else answer.text)
+    if answer.at_once:
+        sys.stderr.flush()
+        os._exit(answer.status)
+    return answer.status
+
+
+def _finite(value: Any) -> Any:
+    """None for what JSON has no number for: NaN and the infinities, at any depth."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _parse(name: str, argv: Sequence[str]) -> Sequence[str]:
+    """Reads the flags, and returns what is left of the arguments."""
+    try:
+        left = flags.FLAGS(list(argv))
+        if "config" in flags.FLAGS:
+            getattr(flags.FLAGS.config, "lock", None)  # any use raises what is kept of a file that is not there
+    except (UserError, flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        message = str(error)
+        if isinstance(error, KeyError | AttributeError):  # an override of what the config does not hold
+            message = str(error.args[0]).replace("\\n", "; ").replace("\n", "; ")
+            message = "the config has no key " + message.translate(str.maketrans("", "", "\"'\\"))
+        elif isinstance(error, OSError):  # of a config file, in its last line
+            message = f"--config: {message.splitlines()[-1].strip()}"
+        elif ": Error whilst parsing config file:" in message:  # ml_collections' words and a traceback
+            flag, cause = message.split(": Error whilst")[0].removeprefix("flag "), error.__context__.__context__
+            message = f"{flag}: {mendable(cause) or f'{type(cause).__name__}: {cause}'}"
+        raise UserError(message) from error
+    command = COMMANDS[name]
+    missing = [f"--{flag.name}" for flag in command.all() if flag.needed and flags.FLAGS[flag.name].value is None]
+    if missing:
+        raise UserError(f"{name} needs {', '.join(missing)}; vlm-jax {name} --help has an example")
+    if left[1:] and not command.arguments:
+        raise UserError(f"{name} takes flags, --name=value, and not `{left[1]}`; see vlm-jax {name} --help")
+    return left

@@ -1,0 +1,191 @@
+"""The commands of vlm-jax and their flags. Nothing heavy is imported here: `--help` answers at once.
+
+What a command does, and its examples, stand in its module's docstring; see `help_page`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from absl import flags
+from ml_collections import config_flags
+
+
+class Flag(NamedTuple):
+    """A flag.
+
+    Attributes:
+      define: a function of absl.flags, or ml_collections' for configs.
+      name, help, default: what it is given.
+      needed: whether the command does not run without it.
+    """
+
+    define: Callable
+    name: str
+    help: str
+    default: Any = None
+    needed: bool = False
+
+
+class Command(NamedTuple):
+    """A command: `vlm_jax.NAME`.
+
+    Attributes:
+      flags: heading in `--help` -> the flags below it.
+      arguments: what it takes that is no flag, in words.
+    """
+
+    flags: Mapping[str, Sequence[Flag]]
+    arguments: str = ""
+
+    def all(self) -> list[Flag]:
+        """Its flags, with those of every command."""
+        return [*(flag for group in self.flags.values() for flag in group), *EVERY]
+
+
+text = partial(Flag, flags.DEFINE_string)
+several = partial(Flag, flags.DEFINE_multi_string)
+listed = partial(Flag, flags.DEFINE_list)
+whole = partial(Flag, flags.DEFINE_integer)
+switch = partial(Flag, flags.DEFINE_bool, default=False)
+config = partial(Flag, config_flags.DEFINE_config_file, "config", needed=True)
+
+EVERY = (
+    switch("json", "Print one JSON object instead of a table; progress goes to stderr"),
+    switch("debug", "Show the traceback of an error"),
+)
+DISTRIBUTED = text("distributed", "On several hosts: auto, or address:port,processes,index")
+
+MODEL = text("model", "A workdir, a folder, a file, hf:org/name, pkg:package/path", needed=True)
+DATA = text("data", "Data set: tfds:, wds:, jsonl:, csv:, folder:", needed=True)
+LABELLED = (
+    text("split", "The data set's split"),
+    several("where", "Which records count: field=value,value; repeatable"),
+    text("label", "The field with the label"),
+    text("classes", "imagenet, emoji:seen, emoji:subgroups, a file, a list (the data set's own)"),
+    several("templates", "imagenet80, a file, a prompt with {}; repeatable"),
+    whole("batch_size", "Pictures at a time over all devices", 256),
+)
+LOADING = (  # the arguments of `vlm_jax.load`
+    text("preprocess", "Where the model's files do not tell: openai, siglip, ..., or an op string"),
+    text("tokenizer", "Where the model's files do not tell: clip, json:/path, ..."),
+    text("tokenize", "Where the model's files do not tell: e.g. tokenize(77)"),
+    text("activation", "Of bare CLIP weights (quick_gelu, gelu) and T5X (gelu_tanh, silu)"),
+    listed("image_size", "Another size than the model's: 384 or 384,288; needs --resample"),
+    text("resample", "How learned positions get to it: linear, bicubic, bicubic_sharp"),
+    text("dtype", "Compute dtype (a run's own, else float32)"),
+)
+
+COMMANDS = {
+    "train": Command(
+        {
+            "": (
+                config("Experiment: configs/NAME.py:VARIANT, whose first lines say which there are"),
+                text("workdir", "Folder of the run: checkpoints, metrics, results, report", needed=True),
+                DISTRIBUTED,
+            )
+        }
+    ),
+    "evaluate": Command(
+        {
+            "": (
+                MODEL,
+                text("task", "zeroshot, retrieval, probe, few_shot, captions, foils", needed=True),
+                DATA,
+                text("out", "Folder for results.json, artifacts and report", needed=True),
+            ),
+            "data": LABELLED,
+            "task": (
+                listed("captions", "retrieval, captions: the fields with captions"),
+                text("template", "retrieval: a prompt, {} for the caption"),
+                listed("ks", "retrieval: how many candidates may be named, e.g. 1,5,10"),
+                whole("gallery", "Pictures in the report (24)"),
+                several("option", "Any other argument of the task: name=value; repeatable"),
+            ),
+            "model": LOADING,
+            "machine": (
+                listed("mesh", "data=2,fsdp=4,tensor=1 (data has all devices)"),
+                Flag(flags.DEFINE_float, "memory_share", "Of the free memory, for embeddings (0.25)"),
+                DISTRIBUTED,
+            ),
+        }
+    ),
+    "adapt": Command(
+        {
+            "": (
+                MODEL,
+                listed("method", "gda, tip_adapter_f, lora, coop, ...: see vlm_jax/adapt/methods.py", needed=True),
+                DATA,
+                text("out", "Folder for results.json and the adapters", needed=True),
+            ),
+            "draws": (
+                whole("shots", "Training pictures of each class", 16),
+                whole("seeds", "Draws of them", 3),
+                text("train_split", "The split to draw from (train); --train_split= where there are none"),
+                several("train_where", "Which of its records count; repeatable"),
+                switch("base_to_new", "Train on half of the classes, test the others as well"),
+                several("option", "Of the methods: steps=100, learning_rate=1e-3, rank=8; repeatable"),
+            ),
+            "data": LABELLED,
+            "model": LOADING,
+        }
+    ),
+    "convert": Command(
+        {
+            "": (
+                text("format", "What to write: native, hf, open_clip, big_vision, t5x", "native"),
+                switch("inspect", "Say what SRC is and where each tensor goes, and convert nothing"),
+            ),
+            "model": (*LOADING[:4], listed("image_size", "Where its positions do not tell: 384 or 384,288")),
+        },
+        arguments="SRC DST",
+    ),
+    "precompute": Command(
+        {
+            "": (
+                config("Experiment with model_init, e.g. configs/lit.py:tiny"),
+                DATA,
+                text("out", "Folder of the embeddings", needed=True),
+                text("split", "The data set's split"),
+                whole("batch_size", "Pictures at a time", 64),
+                DISTRIBUTED,
+            )
+        }
+    ),
+    "plan": Command(
+        {
+            "": (
+                config("Experiment, e.g. configs/ul2.py:20b"),
+                text("topology", "Slice: v5e:16x16, v5p:4x8x8, v6e:16x16, h100:1x1x8, ...", needed=True),
+                switch("search", "Look for the mesh, remat and accumulation that are fastest"),
+                switch("table", "Print the parameters and their shardings, too"),
+                switch("codegen", "Have TPU programs' machine code made, too: minutes, the same plan"),
+            )
+        }
+    ),
+    "data.train_tokenizer": Command(
+        {
+            "": (
+                text("uri", "The data set, as in config.data.uri", needed=True),
+                listed("fields", "Text fields, nested ones as name/en", needed=True),
+                text("out", "The file to write", needed=True),
+                text("split", "The data set's split"),
+                whole("vocab_size", "Tokens at most, 256 bytes and 3 specials among them", 4096),
+            )
+        }
+    ),
+    "data.emoji.build": Command(
+        {
+            "": (
+                text("tarballs", "Folder of the npm tarballs; fetched if missing", needed=True),
+                text("out", "Folder to replace with the prepared files (the package's own)"),
+            )
+        }
+    ),
+}
+
+
+def define(name: str, values: flags.FlagValues) -> None:
+    """Defines the flags of a command; not done by an import, since the program that imports has its own."""
+    for flag in COMMANDS[name].all():
+        flag.define(flag.name, flag.default, flag.help, flag_values=values)

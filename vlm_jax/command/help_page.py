@@ -1,0 +1,70 @@
+"""What `vlm-jax` and `vlm-jax COMMAND --help` print, from modules' docstrings, which are read and not imported."""
+
+import ast
+import re
+from pathlib import Path
+
+from vlm_jax.command.commands import COMMANDS, EVERY, Flag
+
+GROUPS = {
+    "train": ("train", "precompute", "plan"),
+    "use a model": ("evaluate", "adapt", "convert"),
+    "prepare data": ("data.train_tokenizer", "data.emoji.build"),
+}
+FIRST = ("evaluate", "train")  # whose first examples a newcomer is shown
+
+
+def overview() -> str:
+    """All commands, by group, and something to try."""
+    lines = ["vlm-jax COMMAND: contrastive and generative vision-language models in JAX"]
+    for heading, names in GROUPS.items():
+        lines += ["", heading, *(f"  {name:22}{summary(name)}" for name in names)]
+    lines += ["", "try", *(_shown(examples(name)[0]) for name in FIRST)]
+    return "\n".join([*lines, "", "vlm-jax COMMAND --help has its flags and more examples"])
+
+
+def help_of(name: str) -> str:
+    """What a command does, how it is called, and its flags, a line each."""
+    command = COMMANDS[name]
+    needed = [f"--{flag.name}=..." for flag in command.all() if flag.needed]
+    lines = [summary(name), "", " ".join(filter(None, ["usage: vlm-jax", name, command.arguments, *needed, "[flags]"]))]
+    lines += ["", "examples", *map(_shown, examples(name))]
+    for heading, group in command.flags.items():
+        lines += ["", heading or "flags", *map(_line, group)]
+        if any(flag.name == "config" for flag in group):
+            lines.append(f"  {'--config.KEY=VALUE':22}Any value of the config, e.g. --config.optimizer.lr=1e-3")
+    return "\n".join([*lines, "", "any command", *map(_line, EVERY)])
+
+
+def summary(name: str) -> str:
+    """The first line of a command's docstring."""
+    return _doc(name).splitlines()[0]
+
+
+def examples(name: str) -> list[str]:
+    """The command lines in a command's docstring, those of several lines with their backslashes."""
+    return re.findall(r"^    (vlm-jax (?:.*\\\n)*.*)", _doc(name), re.MULTILINE)
+
+
+def module_of(name: str) -> str:
+    """The module with a command's `main`."""
+    return f"vlm_jax.{name}" if _path(name).is_file() else f"vlm_jax.{name}.__main__"
+
+
+def _path(name: str) -> Path:
+    return Path(__file__).parents[1].joinpath(*name.split(".")).with_suffix(".py")
+
+
+def _doc(name: str) -> str:
+    path = _path(name)
+    path = path if path.is_file() else path.with_suffix("") / "__main__.py"
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def _shown(example: str) -> str:
+    return "  " + example.replace("\n    ", "\n  ")
+
+
+def _line(flag: Flag) -> str:
+    default = "" if flag.default in (None, False) else f" ({flag.default})"
+    return f"  --{flag.name:20}{flag.help}{default}"

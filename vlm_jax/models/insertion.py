@@ -1,0 +1,380 @@
+"""Modules put into a model that is there, without a change to it: adapters, low rank, prefixes, prompts, contexts.
+
+    adapted = inserted(model, Adapter(where=r"image/.*/mlp", width=32), LowRank())
+    params = begin(rng, adapted, params, images, token_ids)   # the model's own, and what is new
+
+or, in a config, `model.insertions=[dict(type="LowRank", rank=4)]` with `optimizer.params=insert.TABLE`, where
+`model_init` names the model to begin from. The result is a model of the same class. What is new stands in the parameter
+tree beside the module that it changes (`image/blocks/mlp/inserted_down`; scanned blocks have it stacked), so that
+optimizer tables, partition rules and checkpoints treat it like any parameter; `NEW` matches it. Adapters are the
+unified view of He et al. 2022 (arXiv:2110.04366): h <- h + s dh, where dh reads a module's output (serial) or its input
+(parallel).
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
+
+from vlm_jax import config
+from vlm_jax.errors import UserError
+from vlm_jax.models.layers import ACTIVATIONS, Attention, KeyValues
+from vlm_jax.models.transformer import Block, Encoder
+from vlm_jax.params.table import check_alike, named_leaves
+
+NEW = r"(.*/)?inserted_.*"
+TABLE = ((NEW, {}), (".*", dict(freeze=True)))
+"""The optimizer's parameter table that trains what is new."""
+
+
+class Adapter(NamedTuple):
+    """dh = act(x down + b) up + c, with up and c 0 at init (Houlsby et al. 2019, arXiv:1902.00751, section 2.1).
+
+    2 D r + r + D parameters at each place.
+
+    Attributes:
+      where: regex of the modules, by their whole path: attention ("attn", "cross_attn") or "mlp" of blocks.
+      width: r.
+      form: "serial": x is the module's output (Houlsby); "parallel": its input (AdaptFormer, arXiv:2205.13535).
+      scale: s.
+      activation: a key of `ACTIVATIONS`.
+    """
+
+    where: str = r".*/mlp"
+    width: int = 64
+    form: str = "serial"
+    scale: float = 1.0
+    activation: str = "relu"
+
+    def takes(self, module, method):
+        return method == "__call__"
+
+    def __call__(self, call, module, x, *args, **kwargs):
+        result = call(x, *args, **kwargs)
+        h, *others = result if isinstance(result, tuple) else (result,)
+        source = config.choose({"serial": h, "parallel": x}, self.form, "the form of an adapter")
+        new = functools.partial(_new, module)
+        down = new("down", nn.initializers.lecun_normal(), (source.shape[-1], self.width))
+        up = new("up", nn.initializers.zeros, (self.width, h.shape[-1]))
+        act = config.choose(ACTIVATIONS, self.activation, "the activation of an adapter")
+        hidden = act(_dot(source, down) + new("down_bias", nn.initializers.zeros, down.shape[-1:]))
+        h = h + (self.scale * (_dot(hidden, up) + new("up_bias", nn.initializers.zeros, up.shape[-1:]))).astype(h.dtype)
+        return (h, *others) if others else h
+
+
+class LowRank(NamedTuple):
+    """LoRA (Hu et al. 2021, arXiv:2106.09685, equation 3): h = x W + (alpha / r) x a b, with b 0 at init.
+
+    r (in + out) parameters at each place; `merge` makes plain kernels of them.
+
+    Attributes:
+      where: regex of the dense layers, by their whole path.
+      rank: r.
+      alpha: None is r.
+    """
+
+    where: str = r".*/attn/(query|value)"
+    rank: int = 4
+    alpha: float | None = None
+
+    @property
+    def factor(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def takes(self, module, method):
+        return method == "__call__"
+
+    def __call__(self, call, module, x):
+        h = call(x)
+        # U(-1 / sqrt(in), 1 / sqrt(in)), as in the authors' code
+        a = _new(module, "a", nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), (x.shape[-1], self.rank))
+        b = _new(module, "b", nn.initializers.zeros, (self.rank, h.shape[-1]))
+        return h + (self.factor * _dot(_dot(x, a), b)).astype(h.dtype)
+
+
+class Prefix(NamedTuple):
+    """Keys and values that every token sees before the others (Li and Liang 2021, arXiv:2101.00190, section 4.2).
+
+    2 P D parameters at each place.
+
+    Attributes:
+      where: regex of the attention modules, by their whole path.
+      length: P.
+      std: of the values at init.
+    """
+
+    where: str = r".*/attn"
+    length: int = 10
+    std: float = 0.02
+
+    def takes(self, module, method):
+        return isinstance(module, Attention) and method == "__call__"
+
+    def __call__(self, call, module, x, *args, **kwargs):
+        shape = (self.length, module.heads, module.head_dim or x.shape[-1] // module.heads)
+        init = nn.initializers.normal(self.std)
+        return call(
+            x, *args, **kwargs, prefix=KeyValues(*(_new(module, name, init, shape) for name in ("key", "value")))
+        )
+
+
+class Prompt(NamedTuple):
+    """Learned tokens before a tower's own (visual prompt tuning, Jia et al. 2022, arXiv:2203.12119, section 3.2).
+
+    n D parameters, or n D in each block; the tower's tokens come back without them. They join after a norm that follows
+    the positions (CLIP's), and begin as the authors' do for patches of 16.
+
+    Attributes:
+      where: regex of the tower's path: "image" or "text".
+      length: n.
+      depth: of how many blocks, the first ones, each begins with prompts of its own; None of all ("deep").
+    """
+
+    where: str = "image"
+    length: int = 8
+    depth: int | None = 1
+
+    def takes(self, module, method):
+        _check_depth(self.depth)
+        if isinstance(module, Block):
+            return self.depth != 1 and method == "__call__"
+        return isinstance(module, Encoder) and method == "encode"
+
+    def path(self, module):
+        return module.path[:-1] if isinstance(module, Block) else module.path
+
+    def __call__(self, call, module, x, *args, **kwargs):
+        tokens = lambda: jnp.broadcast_to(self._tokens(module, x.shape[-1]).astype(x.dtype), (len(x), *shape))
+        shape = (self.length, x.shape[-1])
+        if isinstance(module, Block):
+            _, layer, _ = args
+            before, own = x[:, : self.length], x[:, self.length :]
+            return call(jnp.concatenate([_of_first(self.depth, layer, tokens(), before), own], axis=1), *args, **kwargs)
+        first = tokens() if self.depth == 1 else jnp.zeros((len(x), *shape), x.dtype)
+        if (mask := kwargs.get("mask")) is not None:
+            if mask.ndim == 3:
+                raise UserError("prompts before packed texts are of no text; take the texts apart")
+            kwargs["mask"] = jnp.pad(mask, ((0, 0), (self.length, 0)), constant_values=True)
+        return call(jnp.concatenate([first, x], axis=1), *args, **kwargs)[:, self.length :]
+
+    def _tokens(self, module, width):
+        bound = (6 / (3 * 16**2 + width)) ** 0.5
+        init = lambda rng, shape: jax.random.uniform(rng, shape, minval=-bound, maxval=bound)
+        return _new(module, "prompt", init, (self.length, width))
+
+
+class Context(NamedTuple):
+    """Learned vectors in the place of a prompt's words (CoOp, Zhou et al. 2022, arXiv:2109.01134, section 3.2).
+
+    n D parameters, or n D for the tokens and n D in each block. Texts are to have n tokens there, which ones is of no
+    account: the data op `room(n, at)` makes it.
+
+    Attributes:
+      where: regex of the tower's path.
+      length: n.
+      at: which token is the first of them: 1 after a start token.
+      depth: of how many blocks, the first ones, each has vectors of its own there (MaPLe, arXiv:2210.03117, section
+        3.2.1); None of all.
+      image_width: of image embeddings, where a Meta-Net moves the vectors by them (CoCoOp, Zhou et al. 2022,
+        arXiv:2203.05557, section 3.2: E (E / 16) + E / 16 + (E / 16) D + D more parameters); None without.
+      std: of the vectors at init.
+    """
+
+    where: str = "text"
+    length: int = 4
+    at: int = 1
+    depth: int | None = 1
+    image_width: int | None = None
+    std: float = 0.02
+
+    def takes(self, module, method):
+        return isinstance(module, nn.Embed if self.depth == 1 else nn.Embed | Block) and method == "__call__"
+
+    def path(self, module):
+        return module.path[:-1]
+
+    def __call__(self, call, module, x, *args, **kwargs):
+        if isinstance(module, nn.Embed):
+            x = call(x)
+        place = slice(self.at, self.at + self.length)
+        if x.shape[1] <= place.stop:
+            seen = f"texts have {x.shape[1]} tokens"
+            raise UserError(f"a context of {self.length} from token {self.at} on does not fit: {seen}")
+        context = _new(module, "context", nn.initializers.normal(self.std), (self.length, x.shape[-1])).astype(x.dtype)
+        if not isinstance(module, nn.Embed):
+            _, layer, _ = args
+            context = _of_first(self.depth, layer, jnp.where(layer > 0, context, x[:, place]), x[:, place])
+            return call(x.at[:, place].set(context), *args, **kwargs)
+        if self.image_width is not None:
+            self._meta_net(module, x.shape[-1])
+        return x.at[:, place].set(context)
+
+    def _meta_net(self, module, width):
+        """Here for its parameters alone; `class_logits` applies it."""
+        hidden = max(self.image_width // 16, 1)
+        for name, (inputs, outputs) in (("down", (self.image_width, hidden)), ("up", (hidden, width))):
+            uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+            _new(module, f"meta_{name}", uniform, (inputs, outputs))
+            _new(module, f"meta_{name}_bias", nn.initializers.zeros, (outputs,))
+
+
+def _check_depth(depth):
+    if depth is not None and depth < 1:
+        raise UserError(f"the depth of prompts is {depth}; expected 1 or more, or None for all blocks")
+
+
+def _of_first(depth, layer, new, old):
+    return new if depth is None else jnp.where(layer < depth, new, old)
+
+
+def is_conditional(model: nn.Module) -> bool:
+    """Whether texts depend on the picture they are compared with."""
+    contexts = [i for i in getattr(model, "insertions", ()) if isinstance(i, Context)]
+    return any(context.image_width is not None for context in contexts)
+
+
+def class_logits(model: nn.Module, params: Any, images: Any, token_ids: jax.Array) -> jax.Array:
+    """Scale * cosine of every picture with every class's text, fp32 [B, C].
+
+    With a `Context` that has a Meta-Net each picture has texts of its own, of contexts v_m + net(x), x being the
+    picture's unit-norm embedding (arXiv:2203.05557, equation 3): B C texts are embedded.
+
+    Args:
+      model: a `TwoTower`, inserted or not.
+      params: its parameters.
+      images: what its image tower takes, or embeddings [B, D].
+      token_ids: int [C, L], or the texts' embeddings [C, D].
+    """
+    found = model.apply({"params": params}, images, None)
+    if jnp.issubdtype(token_ids.dtype, jnp.floating):
+        return found.scale * jnp.matmul(found.image, token_ids.T, precision="highest")
+    if not is_conditional(model):
+        text = model.apply({"params": params}, None, token_ids).text
+        return found.scale * jnp.matmul(found.image, text.T, precision="highest")
+    leaves = named_leaves(params)
+    (place,) = [name.removesuffix("context") for name in leaves if name.endswith("token_embed/inserted_context")]
+    down, down_bias, up, up_bias = (leaves[f"{place}meta_{name}"] for name in ("down", "down_bias", "up", "up_bias"))
+    moves = jax.nn.relu(found.image @ down + down_bias) @ up + up_bias
+
+    def one(picture):
+        x, move = picture
+        own = unflatten_dict(leaves | {f"{place}context": leaves[f"{place}context"] + move}, sep="/")
+        return found.scale * model.apply({"params": own}, None, token_ids).text @ x
+
+    return jax.lax.map(one, (found.image, moves), batch_size=8)
+
+
+KINDS = {kind.__name__: kind for kind in (Adapter, LowRank, Prefix, Prompt, Context)}
+
+
+def of_sections(sections: Sequence[Mapping[str, Any]], where: str) -> tuple:
+    """Insertions as a config has them: [dict(type="LowRank", rank=4), ...], `type` being a key of `KINDS`."""
+    insertions = []
+    for section in sections:
+        fields = dict(section)
+        kind = config.choose(KINDS, fields.pop("type", None), f"the type of {where}")
+        insertions.append(config.call(kind, fields, where))
+    return tuple(insertions)
+
+
+def inserted(model: nn.Module, *insertions: Any) -> nn.Module:
+    """The model with insertions, a model of a subclass of its class; those it has already stay."""
+    return _with(model, (*getattr(model, "insertions", ()), *insertions))
+
+
+def _with(model, insertions):
+    base = type(model).__bases__[0] if hasattr(model, "insertions") else type(model)
+    skipped = ("parent", "name", "insertions")
+    fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.init and f.name not in skipped}
+    return _class(base)(**fields, insertions=insertions)
+
+
+def begin(rng: jax.Array, model: nn.Module, params: Any, *inputs: Any) -> Any:
+    """Parameters of a model with insertions: `params`, and what is new drawn with rng.
+
+    Args:
+      rng: a `jax.random.key`.
+      model: what `inserted` returned.
+      params: of the model without insertions.
+      inputs: what the model is called with; only their shapes count.
+
+    Raises:
+      UserError: an insertion matches no module; the parameters are another model's.
+    """
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
+    shapes_of = lambda *insertions: jax.eval_shape(_with(model, insertions).init, rng, *shapes)["params"]
+    check_alike(shapes_of(), params)
+    for insertion in model.insertions:
+        if not new_leaves(shapes_of(insertion)):
+            raise UserError(f"{insertion} is put nowhere: its `where` matches no module of the model")
+
+    @jax.jit
+    def draw(rng):
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return new_leaves(model.init(rng, *zeros)["params"])  # of the model's own nothing is computed
+
+    return unflatten_dict(named_leaves(params) | draw(rng), sep="/")
+
+
+def merge(params: Any, insertions: tuple) -> Any:
+    """Plain parameters of a model whose only insertions are `LowRank`: each kernel W + (alpha / r) a b."""
+    if len(insertions) != 1 or not isinstance(insertions[0], LowRank):
+        raise UserError(f"one LowRank can be merged; there are {insertions}")
+    leaves, new = named_leaves(params), new_leaves(params)
+
+    def plain(name):
+        module, _, last = name.rpartition("/")
+        if last != "kernel" or f"{module}/inserted_a" not in new:
+            return leaves[name]
+        return leaves[name] + insertions[0].factor * (new[f"{module}/inserted_a"] @ new[f"{module}/inserted_b"])
+
+    return unflatten_dict({name: plain(name) for name in leaves if name not in new}, sep="/")
+
+
+def new_leaves(params: Any) -> dict[str, jax.Array]:
+    """What insertions have brought, by name."""
+    return {name: leaf for name, leaf in named_leaves(params).items() if re.fullmatch(NEW, name)}
+
+
+@functools.cache
+def _class(base: type) -> type:
+    class Inserted(base):
+        insertions: tuple = ()
+
+        @nn.nowrap
+        def init(self, *args, **kwargs):
+            with nn.intercept_methods(functools.partial(_intercept, self.insertions)):
+                return super().init(*args, **kwargs)
+
+        @nn.nowrap
+        def apply(self, *args, **kwargs):
+            with nn.intercept_methods(functools.partial(_intercept, self.insertions)):
+                return super().apply(*args, **kwargs)
+
+    Inserted.__name__ = Inserted.__qualname__ = f"Inserted{base.__name__}"
+    return Inserted
+
+
+def _intercept(insertions, call, args, kwargs, context):
+    module, method = context.module, context.method_name
+    for insertion in insertions:
+        if insertion.takes(module, method):
+            path = insertion.path(module) if hasattr(insertion, "path") else module.path
+            if re.fullmatch(insertion.where, "/".join(path)):
+                call = functools.partial(insertion, call, module)
+    return call(*args, **kwargs)
+
+
+def _new(module, name, init, shape):
+    """A parameter beside those of a module: of its scope, which scans slice and initialise like the module's own."""
+    return module.scope.param(f"inserted_{name}", init, shape)
+
+
+def _dot(x, matrix):
+    return jnp.matmul(x, matrix.astype(x.dtype))

@@ -1,0 +1,1 @@
+"""Parameters by name: the first-match table, masks, averages, optimizer, schedules, sharding."""

@@ -1,0 +1,80 @@
+"""Averages and arithmetic of parameter trees: WiSE-FT, soups, task vectors.
+
+Functions of parameter trees; of several they take only trees alike in names, shapes and dtypes, and raise a UserError
+that names the first parameter that is not.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vlm_jax.errors import UserError
+from vlm_jax.params.table import check_alike
+
+
+def wise_ft(base: Any, tuned: Any, alpha: float | jax.Array) -> Any:
+    """Returns (1 - alpha) base + alpha tuned (WiSE-FT: Wortsman et al. 2022, arXiv:2109.01903, section 3).
+
+    alpha 0 gives base and 1 gives tuned, bit for bit; it may be traced.
+    """
+    check_alike(base, tuned)
+
+    def mix(b, t):
+        between = ((1 - alpha) * b + alpha * t).astype(b.dtype)
+        return jnp.where(alpha == 0, b, jnp.where(alpha == 1, t, between))
+
+    return jax.tree.map(mix, base, tuned)
+
+
+def uniform_soup(candidates: Sequence[Any]) -> Any:
+    """Returns the mean of parameter trees (Wortsman et al. 2022, arXiv:2203.05482, section 2)."""
+    if not candidates:
+        raise UserError("a soup of no models; give one parameter tree or more")
+    check_alike(*candidates)
+    return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]) / len(leaves), *candidates)
+
+
+def greedy_soup(candidates: Sequence[Any], score: Callable[[Any], float]) -> tuple[Any, list[int]]:
+    """Returns a soup, and which candidates are in it (arXiv:2203.05482, Recipe 1).
+
+    Each is taken in turn if with it the mean scores no less on held-out data.
+
+    Args:
+      candidates: parameter trees, that with the best score first.
+      score: params -> number, higher is better.
+    """
+    if candidates:
+        check_alike(*candidates)  # before any is scored
+    soup, taken = uniform_soup(candidates[:1]), [0]
+    best = score(soup)
+    for i in range(1, len(candidates)):
+        trial = uniform_soup([candidates[j] for j in (*taken, i)])
+        if (value := score(trial)) >= best:
+            soup, best = trial, value
+            taken.append(i)
+    return soup, taken
+
+
+def task_vector(base: Any, tuned: Any) -> Any:
+    """Returns tuned - base (Ilharco et al. 2023, arXiv:2212.04089, section 2)."""
+    check_alike(base, tuned)
+    return optax.tree.sub(tuned, base)
+
+
+def add_task_vectors(base: Any, vectors: Sequence[Any], scale: float) -> Any:
+    """Returns base + scale * (sum of vectors): several tasks at once, or, with a negative scale, one forgotten.
+
+    Sections 3 and 4 of arXiv:2212.04089.
+    """
+    check_alike(base, *vectors)
+    return optax.tree.add_scale(base, scale, functools.reduce(optax.tree.add, vectors)) if vectors else base
+
+
+def analogy(a: Any, b: Any, c: Any) -> Any:
+    """Returns the task vector d = c + (b - a), where a is to b as c is to d (arXiv:2212.04089, section 5)."""
+    check_alike(a, b, c)
+    return optax.tree.add(c, optax.tree.sub(b, a))

@@ -1,0 +1,160 @@
+"""Which parameters train: masks over parameter trees.
+
+A mask is a tree like the parameters whose leaves are bools, or bool arrays that broadcast to the parameter: [layers,
+1, ...] where a scanned stack trains in part, the parameter's own shape where single scalars do.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlm_jax.errors import UserError
+from vlm_jax.params.table import check_alike, check_names, map_with_name, match_rules, named_leaves
+
+CHOICES = {
+    "bias": r".*/bias",  # BitFit: Ben Zaken et al. 2022, arXiv:2106.10199; without its task head
+    "norm": r"(.*/)?\w*norm[12]?/(scale|bias)",  # Zhao et al. 2024, arXiv:2312.11420
+    "cross_attention": r"(.*/)?cross_attn/.*",  # Gheini et al. 2021, arXiv:2104.08771
+    "head": r"(.*/)?(image_|text_)?head/.*",  # a linear probe
+}
+_BEFORE_BLOCKS = (
+    r"(.*/)?(patch_embed|pos_embed|cls|registers|pre_norm|token_embed|token_type_embed|relative|stem)(/.*)?"
+)
+
+
+def trainable(params: Any, spec: str | Sequence[tuple[str, bool]]) -> Any:
+    """Returns the mask of what trains.
+
+    Args:
+      params: parameter tree, arrays or shapes.
+      spec: a first-match table `((regex, True | False), ...)` that covers every name, or one of
+        "bias": biases alone (BitFit).
+        "norm": scales and biases of the norms.
+        "cross_attention": the projections of cross-attention.
+        "head": projection heads.
+        "last_<k>": the last k blocks of every tower and what follows them (norms, pools, heads, logit scale and bias).
+
+    Raises:
+      UserError: a name or table that fits nothing; a tower with fewer than k blocks.
+    """
+    if isinstance(spec, str):
+        if match := re.fullmatch(r"last_(\d+)", spec):
+            return _last(params, int(match[1]))
+        if spec not in CHOICES:
+            raise UserError(f"trainable is `{spec}`; expected a table or one of: {', '.join(CHOICES)}, last_<k>")
+        spec = ((CHOICES[spec], True), (".*", False))
+    matched = match_rules(spec, named_leaves(params), where="trainable")
+    return map_with_name(lambda name, _: matched[name], params)
+
+
+def _last(params, k):
+    blocks = {name: re.fullmatch(r"((?:.*/)?)blocks(?:_(\d+))?/.*", name) for name in named_leaves(params)}
+    depths: dict[str, int] = {}
+    for name, leaf in named_leaves(params).items():
+        if match := blocks[name]:
+            depth = leaf.shape[0] if match[2] is None else int(match[2]) + 1
+            depths[match[1]] = max(depth, depths.get(match[1], 0))
+    if not depths:
+        raise UserError(f"trainable is `last_{k}`, but no parameter is in `blocks`; give a table of names")
+    for tower, depth in depths.items():
+        if k > depth:
+            raise UserError(f"trainable is `last_{k}`, but `{tower}blocks` has {depth} blocks; expected at most that")
+
+    def mask(name, leaf):
+        match = blocks[name]
+        if match is None:
+            return re.fullmatch(_BEFORE_BLOCKS, name) is None
+        depth = depths[match[1]]
+        if match[2] is not None:
+            return int(match[2]) >= depth - k
+        if k in (0, depth):
+            return k > 0
+        return (np.arange(depth) >= depth - k).reshape(depth, *(1,) * (leaf.ndim - 1))
+
+    return map_with_name(mask, params)
+
+
+def count(mask: Any, params: Any) -> int:
+    """The number of scalars that train; params are arrays or shapes."""
+    _check_mask(mask, params)
+    parts = jax.tree.map(lambda m, p: int(np.sum(m)) * (p.size // np.size(m)), mask, params)
+    return sum(jax.tree.leaves(parts))
+
+
+def trainable_leaves(mask: Any) -> Any:
+    """Tree of bool: whether anything of a parameter trains, as `value_and_grad` and `optax.masked` take it.
+
+    Where some of a parameter trains, `apply` masks the rest.
+    """
+    return jax.tree.map(lambda m: bool(np.any(m)), mask)
+
+
+def apply(mask: Any, gradients: Any) -> Any:
+    """Returns the gradients with zeros where nothing trains, even in place of NaN.
+
+    Apply it to an optimizer's updates too where it decays weights: decay moves what has no gradient.
+    """
+    _check_mask(mask, gradients)
+
+    def masked(m, g):
+        if isinstance(m, bool):
+            return g if m else jnp.zeros_like(g)
+        return jnp.where(m, g, jnp.zeros_like(g))
+
+    return jax.tree.map(masked, mask, gradients)
+
+
+def largest_moves(base: Any, tuned: Any, k: int) -> Any:
+    """Returns the mask of the k scalars that moved most, in absolute value, from base to tuned; the first of equals.
+
+    Lottery-ticket sparse fine-tuning (Ansell et al. 2022, arXiv:2110.07560, section 3.1): tune everything, take this
+    mask, begin again from base with it.
+
+    Raises:
+      UserError: the trees differ, a difference is not finite, or there are fewer than k scalars.
+    """
+    check_alike(base, tuned)
+
+    def moved(name, old, new):
+        distance = np.abs(np.asarray(new, np.float32) - np.asarray(old, np.float32))
+        if not np.all(np.isfinite(distance)):
+            raise UserError(f"`{name}` moved by NaN or infinity, which ranks nowhere; look at the run that tuned it")
+        return distance.ravel()
+
+    distances = jax.tree.leaves(map_with_name(moved, base, tuned))
+    return _largest(np.concatenate(distances), base, k)
+
+
+def random_mask(rng: jax.Array, params: Any, k: int) -> Any:
+    """Returns the mask of k scalars drawn at random, the control of `largest_moves`; params are arrays or shapes."""
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return _largest(np.asarray(jax.random.bits(rng, (size,), jnp.uint32)), params, k)
+
+
+def _largest(scores, params, k):
+    """The mask of the k largest of scores, one for each scalar of params in tree order."""
+    if not 1 <= k <= scores.size:
+        raise UserError(f"a mask of k = {k} scalars of {scores.size:,}; expected 1 to as many as there are")
+    threshold = np.partition(scores, scores.size - k)[scores.size - k]
+    chosen = scores > threshold
+    chosen[np.flatnonzero(scores == threshold)[: k - np.sum(chosen)]] = True
+    leaves, structure = jax.tree.flatten(params)
+    parts = np.split(chosen, np.cumsum([leaf.size for leaf in leaves])[:-1])
+    return jax.tree.unflatten(structure, [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)])
+
+
+def _check_mask(mask, params):
+    check_names(mask, params)
+    leaves = named_leaves(params)
+    for name, m in named_leaves(mask).items():
+        shape = leaves[name].shape
+        try:
+            fits = np.broadcast_shapes(np.shape(m), shape) == shape
+        except ValueError:
+            fits = False
+        if not fits:
+            raise UserError(f"the mask of `{name}` is {list(np.shape(m))}; expected to broadcast to {list(shape)}")

@@ -1,0 +1,189 @@
+"""Where every array lives: the mesh, the partition rules, host batches as global arrays.
+
+A partition rule is `(regex, spec)`; the first that matches a parameter's name wins. A spec names mesh axes for the
+*last* dimensions of the parameter, so that one rule serves a loop of blocks and a scan over them (which adds a leading
+layer axis): `("fsdp", "tensor")` on `[layers, in, out]` shards `in` and `out`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vlm_jax.errors import UserError
+from vlm_jax.params.table import match_rules, named_leaves
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Megatron's split of a block over `tensor` (arXiv:1909.08053, section 3), the other side over `fsdp`. What writes the
+# residual stream is never split over `tensor` in its output: the stream's width stays whole on every device.
+RULES = (
+    (r".*(query|key|value|fc1|gate)/kernel", ("fsdp", "tensor")),
+    (r".*(attn/out|fc2)/kernel", ("tensor", "fsdp")),
+    (r".*(query|key|value|fc1|gate)/bias", ("tensor",)),
+    (r".*patch_embed/kernel", (None, "fsdp")),  # its inputs are pixels, 588 of a patch of 14
+    (r".*head/kernel", ("fsdp", None)),
+    (r".*embedding", ("fsdp",)),
+    (r".*", ()),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns a mesh with the axes `data`, `fsdp` and `tensor`; one size may be -1: all devices that are left.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    if len(free) == 1 and len(devices) % fixed == 0:
+        sizes[free[0]] = len(devices) // fixed
+    if len(free) > 1 or int(np.prod(list(sizes.values()))) != len(devices):
+        raise UserError(
+            f"config.mesh {sizes} does not fit {len(devices)} devices; the product must be {len(devices)}, "
+            "one size may be -1"
+        )
+    # an axis of 8 on a slice of 16 x 16 is a part of one of its sides
+    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis over `data` x `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device has all of it."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def split_batch(x: jax.Array) -> jax.Array:
+    """x with its leading axis over `data` x `fsdp` of the mesh of `jax.set_mesh`, where there is one that divides it.
+
+    Models say so of activations between blocks: else XLA may gather the batch rather than the parameters.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    automatic = set(BATCH_AXES) <= set(mesh.auto_axes)
+    if not automatic or len(x) % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def look_up(embed: Callable, token_ids: jax.Array) -> jax.Array:
+    """`embed(token_ids)`, [B, L] -> [B, L, D], with the columns of its table over `fsdp` and the texts over the batch.
+
+    Every device looks up its columns for the texts of all `fsdp`, and they exchange these tokens: else XLA gathers the
+    whole table, and reduces its whole gradient.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(BATCH_AXES) <= set(mesh.auto_axes) or len(token_ids) % mesh.shape["data"]:
+        return embed(token_ids)
+    x = embed(jax.lax.with_sharding_constraint(token_ids, PartitionSpec("data")))
+    if x.shape[-1] % mesh.shape["fsdp"] == 0:
+        x = jax.lax.with_sharding_constraint(x, PartitionSpec("data", None, "fsdp"))
+    return split_batch(x)
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, where: str = "config.batch_size") -> None:
+    """Raises a UserError unless every device gets the same number of examples."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % shards:
+        raise UserError(
+            f"{where} {batch_size} cannot be split over {shards} devices (mesh data x fsdp); make it a multiple"
+        )
+
+
+def rows_of_process(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Rows of a batch of `batch_size` that this process's devices hold, int [n], in order.
+
+    They need not be neighbours: a host's chips are not on a slice. Processes whose devices differ along `tensor` alone
+    hold the same rows.
+    """
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in held]))
+
+
+def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
+    """This process's rows of a batch (see `rows_of_process`) -> global arrays `[batch_size, ...]`, over the mesh."""
+    place, rows = batch_sharding(mesh), rows_of_process(mesh, batch_size)
+
+    def part(array, index):
+        start, stop, _ = index[0].indices(batch_size)
+        first = np.searchsorted(rows, start)
+        return array[first : first + stop - start]
+
+    return {
+        name: jax.make_array_from_callback((batch_size, *array.shape[1:]), place, partial(part, array))
+        for name, array in batch.items()
+    }
+
+
+def abstract_batch(example: Mapping[str, np.ndarray], batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of a global batch of `batch_size` examples like those of `example` `[b, ...]`."""
+    place = batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *array.shape[1:]), array.dtype, sharding=place)
+        for name, array in example.items()
+    }
+
+
+def param_shardings(rules: Sequence, params: Any, mesh: Mesh) -> Any:
+    """Returns a tree like `params` (arrays or shapes) of NamedShardings.
+
+    Raises:
+      UserError: a parameter that no rule matches, a rule that matches nothing, a dimension that does not divide.
+    """
+    leaves = named_leaves(params)
+    specs = match_rules(rules, leaves, where="config.partition", every_rule_used=rules is not RULES)
+    shardings = [_sharding(name, leaf.shape, specs[name], mesh) for name, leaf in leaves.items()]
+    return jax.tree.unflatten(jax.tree.structure(params), shardings)
+
+
+def follow_params(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
+    """Shardings of a state that mirrors the parameters (optimizer moments, EMA): a leaf whose name ends with a
+    parameter's name and has its shape is sharded like it, every other one is replicated."""
+    of_param = {
+        name: (leaf.shape, sharding)
+        for (name, leaf), sharding in zip(named_leaves(params).items(), jax.tree.leaves(shardings), strict=True)
+    }
+
+    def sharding_of(name, leaf):
+        parts = name.split("/")
+        for start in range(len(parts)):
+            shape, sharding = of_param.get("/".join(parts[start:]), (None, None))
+            if shape == leaf.shape:
+                return sharding
+        return replicated(mesh)
+
+    leaves = [sharding_of(name, leaf) for name, leaf in named_leaves(tree).items()]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
+def _sharding(name, shape, spec, mesh):
+    spec = tuple(spec)
+    if len(spec) > len(shape):
+        raise UserError(f"config.partition gives `{name}` {shape} the spec {spec}: more axes than dimensions")
+    spec = (None,) * (len(shape) - len(spec)) + spec
+    for size, axes in zip(shape, spec, strict=True):
+        axes = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+        for axis in axes:
+            if axis not in mesh.shape:
+                raise UserError(
+                    f"config.partition gives `{name}` the mesh axis `{axis}`; the axes are {', '.join(AXES)}"
+                )
+        parts = int(np.prod([mesh.shape[axis] for axis in axes]))
+        if size % parts:
+            raise UserError(
+                f"config.partition splits `{name}` {shape} over {' x '.join(axes)} = {parts}, which does not divide "
+                f"{size}; change config.mesh or put a rule first, e.g. ('{name}', ())"
+            )
+    spec = tuple(tuple(axes) if isinstance(axes, list) else axes for axes in spec)
+    return NamedSharding(mesh, PartitionSpec(*spec))

@@ -1,0 +1,5 @@
+"""A model with all it needs: embedding, writing, similarity, attention maps."""
+
+from vlm_jax.pretrained.pretrained import Pretrained, class_embeddings, features, prompts_of, unit
+
+__all__ = ["Pretrained", "class_embeddings", "features", "prompts_of", "unit"]

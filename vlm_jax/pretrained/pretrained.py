@@ -1,0 +1,393 @@
+"""A model with everything it needs to be used: parameters, tokenizer, preprocessing."""
+
+import contextlib
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from vlm_jax.config import call, choose
+from vlm_jax.data import ops
+from vlm_jax.data.registry import BadExample
+from vlm_jax.errors import UserError
+from vlm_jax.models import generate, insertion, pooling
+from vlm_jax.models.generate import log_likelihood, log_likelihoods
+from vlm_jax.params import sharding
+from vlm_jax.pretrained.similarity import similarity
+
+
+@partial(jax.jit, static_argnames="model")
+def embed(model: nn.Module, params: Any, images: jax.Array | None, token_ids: jax.Array | None) -> jax.Array:
+    """Embeddings [B, D] fp32, unit-norm, of what the image tower takes or of token ids [B, L]."""
+    embeddings = model.apply({"params": params}, images, token_ids)
+    return embeddings.image if token_ids is None else embeddings.text
+
+
+@partial(jax.jit, static_argnames="model")
+def features(model: nn.Module, params: Any, images: jax.Array) -> jax.Array:
+    """The mean of the image tower's tokens, fp32 [B, D]: what is there before any head."""
+    if hasattr(model, "decoder") and not hasattr(model, "text"):
+        tokens, mask = model.apply({"params": params}, images, method="encode")
+    else:
+        tokens, mask = model.apply({"params": params}, images, None).image_tokens, None
+    return pooling.pool("mean", tokens.astype(jnp.float32), mask)
+
+
+pair_logits = jax.jit(insertion.class_logits, static_argnames="model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A two-tower model, one tower, a captioner, a CoCa, which is both, or one from texts to texts, ready for use.
+
+    Attributes:
+      model: a `vlm_jax.models.TwoTower`, `Captioner`, `CoCa`, `EncoderDecoder` or `PrefixLM`.
+      params: its parameters.
+      tokenizer: text <-> ids, see `vlm_jax.data.tokenizers`; None without texts.
+      preprocess: op string from a record with "image" to the model's input, e.g. "decode | resize(32) | normalize";
+        None without an image tower.
+      tokenize: op string from a record with "text" to "token_ids", e.g. "lower | tokenize(16)"; None likewise.
+      config: what it was made by: "model", "preprocess", "tokenizer", "tokenize"; of a run, all of its config.
+      mesh: where it runs; None is one device.
+      batch_size: how many examples are embedded at a time.
+      classes: of an adapted model, the names that it was adapted to.
+      templates: the prompts that names are put into.
+      head: of an adapted model, image embeddings [B, D] -> logits [B, classes]; None for the names' embeddings.
+    """
+
+    model: nn.Module
+    params: Any
+    tokenizer: Any
+    preprocess: str | None
+    tokenize: str | None
+    config: dict = dataclasses.field(default_factory=dict)
+    mesh: Mesh | None = None
+    batch_size: int = 256
+    classes: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ("{}",)
+    head: Callable[[np.ndarray], np.ndarray] | None = None
+
+    @property
+    def is_captioner(self) -> bool:
+        """Whether texts are scored by their likelihood, for want of embeddings."""
+        return hasattr(self.model, "decoder") and not hasattr(self.model, "text")
+
+    @property
+    def compares_pairs(self) -> bool:
+        """Whether texts are compared with pictures pair by pair: captioners, and prompts that depend on the picture."""
+        return self.is_captioner or insertion.is_conditional(self.model)
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether it writes texts given texts."""
+        return hasattr(self.model, "decoder") and not hasattr(self.model, "image")
+
+    def embed_images(self, images: Sequence) -> np.ndarray:
+        """Pictures (PIL images, paths, encoded bytes, uint8 arrays [H, W, 3]) -> unit-norm float32 [n, D].
+
+        Of a tower with pool "all", [n, N, D]: a vector for every token.
+        """
+        return self.embed_image_batch(self._pictures(images))
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Texts -> unit-norm float32 [n, D]; of a tower with pool "all" [n, L, D], zeros for padding."""
+        self._need("text")
+        if insertion.is_conditional(self.model):
+            raise UserError("texts of this model depend on the picture, by its Meta-Net; use classify or class_logits")
+        return self._run(lambda model, params, token_ids: embed(model, params, None, token_ids), self._token_ids(texts))
+
+    def embed_image_batch(self, images: Any) -> np.ndarray:
+        """Preprocessed images, float [B, H, W, 3] (or packed patches, see `models.ViT`) -> unit-norm float32 [B, D]."""
+        self._need("image")
+        if self.is_captioner:
+            raise UserError("a captioner embeds no pictures; its image tower's output is `image_features`")
+        return self._run(lambda model, params, images: embed(model, params, images, None), images)
+
+    def image_features(self, images: Sequence) -> np.ndarray:
+        """Pictures -> the mean of the image tower's tokens, before any head, float32 [n, D]: for probes."""
+        return self.image_feature_batch(self._pictures(images))
+
+    def image_feature_batch(self, images: Any) -> np.ndarray:
+        """The same of preprocessed images [B, H, W, 3]."""
+        self._need("image")
+        return self._run(features, images)
+
+    def logits(self, images: Sequence, texts: Sequence[str]) -> np.ndarray:
+        """Every picture with every text, float32 [n, m]: scale * cosine + bias, as in training; a captioner's
+        log-likelihoods."""
+        if self.is_captioner:
+            return self.caption_logits(self._pictures(images), texts)
+        bias = float(self.params.get("logit_bias", 0.0))
+        image, text = self.embed_images(images), self.embed_texts(texts)
+        return math.exp(float(self.params["logit_scale"])) * similarity(image, text) + bias
+
+    def caption_logits(self, images: Any, texts: Sequence[str]) -> np.ndarray:
+        """log p(text | picture) of every preprocessed image [B, H, W, 3] with every text, float32 [B, m]."""
+        self._need("decoder")
+        token_ids, pad = self._target_ids(texts), self.tokenizer.pad_id
+        lengths = token_ids.shape[1] - np.argmax((token_ids != pad)[:, ::-1], axis=1)
+        room = np.minimum(2 ** np.ceil(np.log2(np.maximum(lengths, 2))).astype(int), token_ids.shape[1])
+        few = dataclasses.replace(self, batch_size=min(self.batch_size, 64))  # the logits of several texts are there
+        logits = np.empty((len(jax.tree.leaves(images)[0]), len(texts)), np.float32)
+        for length in np.unique(room):  # short texts together: padding costs as much as tokens
+            some = token_ids[room == length][:, :length]
+            logits[:, room == length] = few._run(
+                lambda *args, ids=some: log_likelihoods(*args, ids, pad_id=pad), images
+            )
+        return logits
+
+    def class_logits(self, images: Any, labels: Sequence[str], templates: Sequence[str] | None = None) -> np.ndarray:
+        """Logits of preprocessed images [B, H, W, 3] for every label, float32 [B, labels].
+
+        Scale * cosine with the label's embedding, the mean of its prompts' (CLIP, section 3.1.2); where texts are
+        compared pair by pair, the mean of its prompts' logits (a captioner's are log-likelihoods).
+        """
+        templates = self.templates if templates is None else templates
+        if not self.compares_pairs:
+            self._need("text")
+            with ThreadPoolExecutor(1) as pool:  # two programs to compile, at the same time
+                text = pool.submit(class_embeddings, self.embed_texts, labels, templates)
+                image, text = self.embed_image_batch(images), text.result()
+            return math.exp(float(self.params["logit_scale"])) * similarity(image, text)
+        prompts = prompts_of(labels, templates)
+        if self.is_captioner:
+            logits = self.caption_logits(images, prompts)
+        else:
+            token_ids = self._token_ids(prompts)
+            logits = self._run(lambda model, params, images: pair_logits(model, params, images, token_ids), images)
+        return logits.reshape(len(logits), len(labels), len(templates)).mean(2)
+
+    def classify(
+        self, images: Sequence, labels: Sequence[str] | None = None, templates: Sequence[str] | None = None
+    ) -> np.ndarray:
+        """Probabilities float32 [n, labels]: the softmax over labels of `class_logits`.
+
+        A softmax for models trained with the sigmoid loss, too: the labels are taken to be all there are. Whether a
+        text fits at all is the sigmoid of their `logits`.
+
+        Args:
+          images: as for `embed_images`.
+          labels: class names; None for those that the model was adapted to.
+          templates: prompts with a `{}` for the name; None for the model's own, `{}` alone if it was not adapted.
+        """
+        if labels is None and not self.classes:
+            raise UserError("classify needs labels: this model was not adapted to any")
+        if self.head is not None and (templates is not None or tuple(labels or self.classes) != self.classes):
+            raise UserError("a head knows the classes it was trained on alone; leave labels and templates out")
+        batch = self._pictures(images)
+        if self.head is not None:
+            logits = self.head(self.embed_image_batch(batch))
+        else:
+            logits = self.class_logits(batch, self.classes if labels is None else labels, templates)
+        logits = np.exp(logits - logits.max(-1, keepdims=True))
+        return np.asarray(logits / logits.sum(-1, keepdims=True), np.float32)
+
+    def caption(self, images: Sequence, method: str = "greedy", **options) -> list[str]:
+        """Describes pictures (as for `embed_images`); `method` and the options are those of `caption_batch`."""
+        return self.caption_batch(self._pictures(images), method, **options)
+
+    def generate(
+        self, texts: Sequence[str], method: str = "greedy", *, max_length: int | None = None, **options
+    ) -> list[str]:
+        """Answers texts, as T5 does: `method` and the options are those of `caption_batch`.
+
+        Args:
+          texts: what the model reads, n of them.
+          method: "greedy", "sample" or "beam".
+          max_length: tokens of an answer at most; None is what the model was made for.
+          **options: prefix, beams, length_penalty, seed, and fields of `generate.Rules`.
+        """
+        if not self.reads_texts:
+            raise UserError("this model writes no texts about texts; an EncoderDecoder or a PrefixLM does")
+        return self.caption_batch(self._inputs(texts), method, length=max_length, **options)
+
+    def caption_batch(
+        self,
+        images: Any,
+        method: str = "greedy",
+        *,
+        prefix: str = "",
+        length: int | None = None,
+        beams: int = 4,
+        length_penalty: float = 0.6,
+        seed: int = 0,
+        **rules,
+    ) -> list[str]:
+        """Describes preprocessed images, or answers texts.
+
+        Args:
+          images: [B, H, W, 3], or token ids [B, L] of what is to be answered.
+          method: "greedy", "sample" or "beam".
+          prefix: what every caption begins with.
+          length: tokens at most; None is what the model was made for.
+          beams, length_penalty: of "beam", see `generate.beam_search`.
+          seed: of "sample".
+          **rules: fields of `generate.Rules`: temperature, top_k, top_p, repetition_penalty, no_repeat_ngram.
+        """
+        self._need("decoder")
+        choose({"greedy": 0, "sample": 0, "beam": 0}, method, "method of `caption`")
+        rules = call(generate.Rules, rules, "`caption`")
+        most = self.model.decoder.length
+        length = length or most if self.model.decoder.posemb == "none" else min(length or most, most)
+        ids = self.tokenizer
+        end = ids.pad_id if ids.eos_id is None else ids.eos_id
+        special = generate.Special(self.model.decoder.start_id, end, ids.pad_id)
+        forced = None
+        if prefix:
+            forced = self._target_ids([prefix])[0]
+            forced = jnp.asarray(np.where(forced == end, ids.pad_id, forced))
+
+        def write(model, params, images):
+            given = None if forced is None else jnp.broadcast_to(forced, (len(jax.tree.leaves(images)[0]), len(forced)))
+            if method == "beam":
+                texts = generate.beam_search(
+                    model, params, images, given, length=length, beams=beams, length_penalty=length_penalty,
+                    special=special, rules=rules,
+                )  # fmt: skip
+                return texts.token_ids[:, 0]
+            rng, common = jax.random.key(seed), dict(length=length, special=special, rules=rules)
+            return generate.sample(model, params, images, rng, given, greedy=method == "greedy", **common).token_ids
+
+        return [ids.decode(row) for row in self._run(write, images)]
+
+    def score(self, inputs: Sequence, texts: Sequence[str]) -> np.ndarray:
+        """log p(text i | input i), the sum over its tokens, float32 [n]; inputs are pictures or texts."""
+        self._need("decoder")
+        return self.score_batch(self._inputs(inputs), texts)[0]
+
+    def score_batch(self, images: Any, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The same of preprocessed images [B, H, W, 3] (or token ids [B, L]), and how many tokens were scored, the end
+        included, int [B]."""
+        self._need("decoder")
+        token_ids, count = self._target_ids(captions), len(jax.tree.leaves(images)[0])
+        if count != len(token_ids):
+            what = ("text", "target") if self.reads_texts else ("picture", "caption")
+            seen = f"{count} {what[0]}s, {len(token_ids)} {what[1]}s"
+            raise UserError(f"score takes a {what[1]} for each {what[0]}; got {seen}")
+        return self.target_log_likelihood(images, token_ids), np.sum(token_ids != self.tokenizer.pad_id, axis=1)
+
+    def target_log_likelihood(self, inputs: Any, target_ids: np.ndarray) -> np.ndarray:
+        """log p(targets i | input i) of token ids int [B, L] and what they are predicted from, float32 [B]."""
+        pad = self.tokenizer.pad_id
+        run = lambda model, params, pairs: log_likelihood(model, params, *pairs, pad_id=pad)
+        return self._run(run, (inputs, target_ids))
+
+    def _inputs(self, values: Sequence) -> Any:
+        """What the decoder's context is made of: pictures, preprocessed, or texts, int32 [n, L]."""
+        if not self.reads_texts:
+            return self._pictures(values)
+        return _cut(self._token_ids(values), self.tokenizer.pad_id)
+
+    def _pictures(self, images: Sequence) -> Any:
+        """Preprocessed, a tree of arrays [n, ...]."""
+        self._need("image")
+        read = lambda image: Path(image).read_bytes() if isinstance(image, str | os.PathLike) else image
+        return self._prepare("image", self.preprocess, [{"image": read(image)} for image in _as_list(images)], "image")
+
+    def _token_ids(self, texts: Sequence[str]) -> np.ndarray:
+        """int32 [n, L]."""
+        return self._prepare("text", self.tokenize, [{"text": text} for text in _as_list(texts)], "token_ids")
+
+    def _target_ids(self, texts: Sequence[str]) -> np.ndarray:
+        """int32 [n, L], what a decoder is to predict: without the start token."""
+        token_ids = self._token_ids(texts)
+        if self.reads_texts:
+            return _cut(token_ids, self.tokenizer.pad_id)
+        return token_ids[:, 1:] if (token_ids[:, 0] == self.model.decoder.start_id).all() else token_ids
+
+    def _prepare(self, modality: str, string: str, records: list[dict], field: str) -> Any:
+        if not records:
+            raise UserError(f"no {modality} is given: the list is empty")
+        pipeline = ops.parse(string, self.tokenizer)
+        rows = []
+        for i, record in enumerate(records):
+            try:
+                rows.append(pipeline(record, np.random.default_rng(0))[field])
+            except BadExample as error:
+                raise UserError(f"{modality} {i} of {len(records)} cannot be used: {error}") from None
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+
+    def _need(self, modality: str) -> None:
+        if getattr(self.model, modality, None) is None:
+            raise UserError(f"this model has no {modality}{'' if modality == 'decoder' else ' tower'}")
+
+    def _run(self, fn: Callable, rows: Any) -> np.ndarray:
+        """fn(model, params, batch) -> [b, ...] over a tree of arrays [n, ...], some rows at a time -> [n, ...]."""
+        count = len(jax.tree.leaves(rows)[0])
+        size = min(self.batch_size, 1 << (count - 1).bit_length())  # few shapes, so that few programs are compiled
+        if self.mesh is not None:
+            size = _round_up(size, math.prod(self.mesh.shape[axis] for axis in sharding.BATCH_AXES))
+        results = []
+        pad = lambda chunk: np.concatenate([chunk, np.repeat(chunk[:1], size - len(chunk), axis=0)])
+        for start in range(0, count, size):
+            padded = jax.tree.map(lambda array, start=start: pad(array[start : start + size]), rows)
+            batch = jax.tree.map(jnp.asarray if self.mesh is None else self._spread, padded)
+            with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):  # for the kernels
+                result = fn(self.model, self.params, batch)
+            results.append(np.asarray(self._gather(result)))
+        return np.concatenate(results)[:count]
+
+    def _spread(self, batch: np.ndarray) -> jax.Array:
+        place = sharding.batch_sharding(self.mesh)
+        return jax.make_array_from_callback(batch.shape, place, lambda index: batch[index])
+
+    def _gather(self, embeddings: jax.Array) -> jax.Array:
+        if embeddings.is_fully_addressable:
+            return embeddings
+        return jax.jit(lambda x: x, out_shardings=sharding.replicated(self.mesh))(embeddings)
+
+
+def _as_list(values) -> list:
+    return (
+        [values] if isinstance(values, (str, bytes)) or not isinstance(values, (Sequence, np.ndarray)) else list(values)
+    )
+
+
+def _cut(token_ids: np.ndarray, pad_id: int) -> np.ndarray:
+    """int [n, L] without most of the padding that all rows have, in few lengths: padding costs as much as tokens."""
+    longest = int(np.max(np.nonzero(token_ids != pad_id)[1], initial=0)) + 1
+    return token_ids[:, : max(1 << (longest - 1).bit_length(), 8)]
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def class_embeddings(
+    embed_texts: Callable[[list[str]], np.ndarray], names: Sequence[str], templates: Sequence[str]
+) -> np.ndarray:
+    """Returns unit-norm class embeddings, float32 [C, D]: the normalised mean of the names' normalised prompts.
+
+    Of texts with a vector for every token all prompts' are kept, [C, templates, L, D].
+
+    Args:
+      embed_texts: texts -> float [n, D], or [n, L, D].
+      names: C class names.
+      templates: prompts; `{}` stands for the name.
+    """
+    embeddings = np.asarray(embed_texts(prompts_of(names, templates)), np.float32)
+    embeddings = embeddings.reshape(len(names), len(templates), *embeddings.shape[1:])
+    return embeddings if embeddings.ndim == 4 else unit(unit(embeddings).mean(axis=1))
+
+
+def prompts_of(names: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Every name in every template, the templates of a name together."""
+    for template in templates:
+        if "{}" not in template:
+            raise UserError(f"template `{template}` has no `{{}}` for the class name")
+    return [template.replace("{}", name) for name in names for template in templates]
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """x / |x| over the last axis; 0 stays 0."""
+    return x / (np.linalg.norm(x, axis=-1, keepdims=True) + 1e-8)

@@ -1,0 +1,5 @@
+"""What a run or an evaluation leaves to look at: a page, live curves, figures."""
+
+from vlm_jax.report.page import format_value, save_artifacts, write
+
+__all__ = ["format_value", "save_artifacts", "write"]

@@ -1,0 +1,33 @@
+"""Pictures of what a model does, one style, readable in grey.
+
+    from vlm_jax import figures
+    figures.similarity(pictures, texts, clip.logits(pictures, texts))  # the last line of a notebook's cell shows it
+    figures.maps(attention_maps.seen(clip, pictures), attention_maps.attention(clip, pictures)).save("attention.png")
+
+Every function takes numbers and pictures, never a model, and returns a `Picture`: a matplotlib figure that shows itself
+in a notebook, without pyplot. Pictures are those that a model takes: PIL images, paths, encoded bytes, uint8 arrays.
+"""
+
+from vlm_jax.report.figures.calibration import calibration
+from vlm_jax.report.figures.classes import confusion_matrix, confusions, gallery
+from vlm_jax.report.figures.curves import curves
+from vlm_jax.report.figures.memory import memory
+from vlm_jax.report.figures.pairs import retrieval, similarity
+from vlm_jax.report.figures.patches import maps, word_patch
+from vlm_jax.report.figures.space import embedding_space
+from vlm_jax.report.figures.style import Picture
+
+__all__ = [
+    "Picture",
+    "calibration",
+    "confusion_matrix",
+    "confusions",
+    "curves",
+    "embedding_space",
+    "gallery",
+    "maps",
+    "memory",
+    "retrieval",
+    "similarity",
+    "word_patch",
+]

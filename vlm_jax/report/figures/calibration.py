@@ -1,0 +1,78 @@
+"""Whether a model is right as often as it says."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vlm_jax.report.figures import style
+from vlm_jax.report.figures.style import BAR, BLUE, GREY, INK, Picture
+
+
+class Bins(NamedTuple):
+    """Examples by their confidence.
+
+    Attributes:
+      edges: [bins + 1], from 0 to 1.
+      counts: int [bins], examples in (edges[i], edges[i + 1]].
+      accuracy: [bins], their share that is right; NaN where there are none.
+      confidence: [bins], their mean confidence; NaN likewise.
+      error: the expected calibration error, sum_i counts[i] / n |accuracy[i] - confidence[i]|.
+    """
+
+    edges: np.ndarray
+    counts: np.ndarray
+    accuracy: np.ndarray
+    confidence: np.ndarray
+    error: float
+
+
+def calibration_bins(confidence: Any, correct: Any, bins: int = 15) -> Bins:
+    """The expected calibration error (Guo et al. 2017, arXiv:1706.04599, equation 3) and what it is made of.
+
+    Args:
+      confidence: float [n] in [0, 1], the probability of the class that was named.
+      correct: bool [n], whether it is the right one.
+      bins: how many of equal width.
+    """
+    confidence, correct = np.asarray(confidence, np.float64), np.asarray(correct, np.float64)
+    style.check(confidence.shape == correct.shape and confidence.ndim == 1 and confidence.size,
+                "confidence [n] and correct [n]", confidence, correct)  # fmt: skip
+    style.check(bool(np.all((confidence >= 0) & (confidence <= 1 + 1e-6))), "probabilities in [0, 1]", confidence)
+    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    counts = np.bincount(index, minlength=bins)
+    mean = lambda values: np.divide(
+        np.bincount(index, values, bins), counts, out=np.full(bins, np.nan), where=counts > 0
+    )
+    right, sure = mean(correct), mean(confidence)
+    error = np.nansum(counts * np.abs(right - sure)) / len(confidence)
+    return Bins(np.linspace(0, 1, bins + 1), counts, right, sure, float(error))
+
+
+@style.styled()
+def calibration(confidence: Any, correct: Any, bins: int = 15) -> Picture:
+    """A reliability diagram: the share that is right by confidence, and how many examples have which.
+
+    Args: see `calibration_bins`.
+    """
+    found = calibration_bins(confidence, correct, bins)
+    some = found.counts > 0
+    left, width = found.edges[:-1][some], 1 / bins
+    right, sure = found.accuracy[some], found.confidence[some]
+    picture = Picture(figsize=(4.6, 5.0), layout="constrained")
+    top, low = picture.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    top.bar(left, right, width, align="edge", color=BLUE, edgecolor=INK, linewidth=0.7, label="share that is right")
+    top.bar(left, sure - right, width, right, align="edge", color="none", edgecolor=GREY, hatch="////", linewidth=0.7,
+            label="gap to the mean confidence")  # fmt: skip
+    top.plot([0, 1], [0, 1], "--", color=INK, linewidth=1, label="as sure as right")
+    top.set_ylim(0, 1)
+    top.set_ylabel("right")
+    top.legend(loc="upper left")
+    accuracy, mean = np.mean(np.asarray(correct, np.float64)), np.mean(np.asarray(confidence, np.float64))
+    top.set_title(f"expected calibration error {100 * found.error:.1f} %\n"
+                  f"right {100 * accuracy:.1f} %, mean confidence {100 * mean:.1f} %")  # fmt: skip
+    low.bar(found.edges[:-1], found.counts / found.counts.sum(), width, align="edge", color=BAR, edgecolor=INK,
+            linewidth=0.7)  # fmt: skip
+    low.set_ylabel("share of\npictures")
+    low.set_xlabel("confidence")
+    low.set_xlim(0, 1)
+    return picture

@@ -1,0 +1,1 @@
+"""A run: its program, checkpoints, processes, throughput and metrics."""

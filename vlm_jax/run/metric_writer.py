@@ -1,0 +1,110 @@
+"""Metrics of a run, written in the background: metrics.jsonl, TensorBoard and, if asked for, Weights & Biases."""
+
+import json
+import os
+import queue
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from vlm_jax.errors import UserError
+from vlm_jax.run import processes
+
+
+class MetricWriter:
+    """Writes `{"step": n, name: number, ...}` lines without holding up the training loop.
+
+    Numbers may be arrays on a device: they are fetched by the writing thread. Lines after `start_step`, which a killed
+    run left behind, are dropped, so that a resumed run's file reads like an uninterrupted one's. Only the first process
+    of several writes.
+
+    Args:
+      workdir: the run's folder.
+      start_step: the step that the run starts from.
+      tensorboard: also write event files into `workdir/tensorboard`.
+      wandb: project name for Weights & Biases (extra `wandb`), or None.
+    """
+
+    def __init__(
+        self, workdir: str | os.PathLike, start_step: int = 0, tensorboard: bool = True, wandb: str | None = None
+    ):
+        self._thread = self._error = None
+        if not processes.is_first():
+            return
+        path = Path(workdir) / "metrics.jsonl"
+        lines = [line for line in read_jsonl(path) if line["step"] <= start_step]
+        self._file = path.with_suffix(".tmp").open("w")
+        for line in lines:
+            self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        os.replace(path.with_suffix(".tmp"), path)
+        self._sinks = [self._write_line]
+        self._closers = [self._file.close]
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start_step + 1)
+            self._sinks.append(lambda step, values: [board.add_scalar(k, v, step) for k, v in values.items()])
+            self._closers.append(board.close)
+        if wandb:
+            self._add_wandb(workdir, wandb)
+        self._queue = queue.Queue(maxsize=1000)
+        self._thread = threading.Thread(target=self._drain, daemon=True)
+        self._thread.start()
+
+    def write(self, step: int, values: Mapping[str, object]) -> None:
+        if self._error:
+            raise self._error
+        if self._thread:
+            self._queue.put((step, dict(values)))
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        if not self._thread:
+            return
+        self._queue.put(None)
+        self._thread.join()
+        for close in self._closers:
+            close()
+        if self._error:
+            raise self._error
+
+    def _drain(self):
+        while (item := self._queue.get()) is not None:
+            step, values = item
+            try:
+                numbers = {name: float(np.asarray(value)) for name, value in values.items()}
+                numbers = {name: value for name, value in numbers.items() if value == value}  # NaN: a mean of nothing
+                for sink in self._sinks:
+                    sink(step, numbers)
+            except Exception as error:  # handed to the training thread at its next write
+                self._error = error
+
+    def _write_line(self, step, values):
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def _add_wandb(self, workdir, project):
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                f"config.log.wandb is `{project}` but wandb is not installed; pip install 'vlm_jax[wandb]'"
+            ) from error
+        run = wandb.init(project=project, dir=str(workdir), id=Path(workdir).absolute().name, resume="allow")
+        self._sinks.append(lambda step, values: run.log(values, step=step))
+        self._closers.append(run.finish)
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict]:
+    """The complete lines of a metrics file; a last one that a kill cut short is left out."""
+    lines = []
+    if Path(path).is_file():
+        for line in Path(path).read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return lines

@@ -1,0 +1,112 @@
+"""How fast a run is, and whether it could be faster: examples a second, waits for data, MFU, memory; a trace."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+
+from vlm_jax.data.loader import Loader
+from vlm_jax.errors import UserError
+from vlm_jax.run import processes
+from vlm_jax.run.chips import chip_of
+
+
+class Throughput:
+    """Seconds of training over all restarts, compiling and evaluating left out, and how many of them data was late.
+
+    Args:
+      batches: where the data comes from.
+      batch_size: examples of a step.
+      step_flops: counts the model FLOPs of a step on all devices; called where it is known what the devices can do.
+      seconds, data_wait: those before this start.
+    """
+
+    def __init__(
+        self,
+        batches: Loader,
+        batch_size: int,
+        step_flops: Callable[[], float],
+        seconds: float = 0.0,
+        data_wait: float = 0.0,
+    ):
+        self._batches, self._batch_size = batches, batch_size
+        self._chip = chip_of(jax.devices())
+        self._step_flops = step_flops() if self._chip else 0.0
+        self._seconds, self._data_wait = seconds, data_wait
+        self._start = time.perf_counter()
+
+    def metrics(self, steps: int) -> dict[str, float]:
+        """Numbers for the log, of the `steps` since this start.
+
+        `examples_per_second`, `data_wait_fraction`; on accelerators `mfu` (model FLOPs utilisation: Chowdhery et al.
+        2022, arXiv:2204.02311, appendix B) and `hbm_gib`, `hbm_fraction`, the most that a device has held so far.
+        Those of this process: another may wait longer, or hold more.
+        """
+        seconds = time.perf_counter() - self._start
+        rate = steps / seconds
+        numbers = {
+            "examples_per_second": rate * self._batch_size,
+            "data_wait_fraction": self._batches.wait_seconds / seconds,
+        }
+        if self._chip:
+            numbers["mfu"] = rate * self._step_flops / (self._chip.flops * jax.device_count())
+        memory = jax.local_devices()[0].memory_stats() or {}  # a CPU has none
+        if "peak_bytes_in_use" in memory:
+            numbers["hbm_gib"] = memory["peak_bytes_in_use"] / 2**30
+            numbers["hbm_fraction"] = memory["peak_bytes_in_use"] / memory.get("bytes_limit", math.inf)
+        return numbers
+
+    def progress(self) -> dict[str, float]:
+        """What a restart goes on from."""
+        seconds = self._seconds + time.perf_counter() - self._start
+        return {"seconds": seconds, "data_wait": self._data_wait + self._batches.wait_seconds}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+
+class Profile:
+    """A trace of some steps in `workdir/profile`, for XProf and https://ui.perfetto.dev.
+
+    Args:
+      workdir: the run's folder.
+      steps: "100:105" traces steps 100 to 104; "" none.
+    """
+
+    def __init__(self, workdir: Path, steps: str = ""):
+        self._folder, self._tracing = workdir / "profile", False
+        if jax.process_count() > 1:
+            self._folder /= f"process_{jax.process_index()}"
+        first, colon, end = steps.partition(":")
+        if steps and not (colon and first.isdecimal() and end.isdecimal() and 0 < int(first) < int(end)):
+            raise UserError(f"config.profile.steps is `{steps}`; expected first:end, e.g. 100:105 for steps 100 to 104")
+        self._steps = range(int(first), int(end)) if steps else range(0)
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around all that a step does."""
+        if number in self._steps and not self._tracing:
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # every call of Python: slow, and most of the trace
+            jax.profiler.start_trace(self._folder, create_perfetto_trace=True, profiler_options=options)
+            self._tracing = True
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            yield
+
+    def after(self, number: int, metrics: dict[str, jax.Array]) -> None:
+        """Ends the trace with its last step, whose metrics are given."""
+        if self._tracing and number == self._steps[-1]:
+            jax.block_until_ready(metrics)
+            self.close()
+
+    def close(self) -> None:
+        if self._tracing:
+            self._tracing = False
+            jax.profiler.stop_trace()
+            processes.say(f"trace: {self._folder}")

@@ -1,0 +1,1 @@
+"""Key maps: one module for each project whose checkpoints are read and written."""

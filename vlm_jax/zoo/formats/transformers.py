@@ -1,0 +1,183 @@
+"""Checkpoints in the layout of Hugging Face Transformers: config.json and safetensors (or a .bin) in a folder.
+
+Two towers (CLIP, SigLIP, SigLIP 2, VisionTextDualEncoder), lone towers (CLIP's and SigLIP's own, ViT, DINOv2, BERT),
+and T5 (see `t5`).
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vlm_jax.config import choose
+from vlm_jax.errors import UserError
+from vlm_jax.zoo.formats import t5
+from vlm_jax.zoo.formats.transformers_towers import TEXTS, VISION, read_config, rows_of, write_config
+from vlm_jax.zoo.key_map import expand
+from vlm_jax.zoo.readers.json_files import read_json
+
+IGNORED = ("*position_ids", "*embeddings.mask_token", "cls.*")  # buffers, and heads of pretraining
+PAIRS = {
+    "clip": ("clip_vision_model", "clip_text_model"),
+    "siglip": ("siglip_vision_model", "siglip_text_model"),
+    "siglip2": ("siglip2_vision_model", "siglip2_text_model"),
+    "vision-text-dual-encoder": (None, None),  # named by the towers' own configs
+}
+SCALES = {
+    "clip": (("logit_scale", "logit_scale", "same"),),
+    "siglip": (("logit_scale", "logit_scale", "one"), ("logit_bias", "logit_bias", "one")),
+    "siglip2": (("logit_scale", "logit_scale", "one"), ("logit_bias", "logit_bias", "one")),
+    "vision-text-dual-encoder": (("logit_scale", "logit_scale", "same"),),
+}
+HEADS = {"image": ("visual_projection", "classifier"), "text": ("text_projection",)}  # outside of the towers' prefixes
+PREFIXES = {
+    "image": ("vision_model.vision_model.", "vision_model.", "vit.", "dinov2.", "dinov2_with_registers.", ""),
+    "text": ("text_model.text_model.", "text_model.", "bert.", ""),
+}
+
+
+def describe(config: Mapping[str, Any], shapes: Mapping[str, tuple], pooling: str | None = None):
+    """The model that a config.json and its tensors make.
+
+    Args:
+      config: the config.json.
+      shapes: tensor name -> shape.
+      pooling: the pool that sentence-transformers' files ask for (its `1_Pooling/config.json`), or None.
+
+    Returns:
+      (config section of our model, entries of its key table, patterns of tensors that are left out)
+
+    Raises:
+      UserError: a type of model or a setting of it that is not known here.
+    """
+    kind = config.get("model_type")
+    if kind in t5.MODEL_TYPES:
+        return t5.describe(config, shapes)
+    pair = kind in PAIRS
+    if not pair and kind not in VISION and kind not in TEXTS:
+        known = ", ".join([*PAIRS, *VISION, *TEXTS, *t5.MODEL_TYPES])
+        raise UserError(f"config.json has the model_type `{kind}`; known are: {known}")
+    section, entries, ignored = {"name": "two_tower", "image": None, "text": None}, [], list(IGNORED)
+    for side, types, own in (("image", VISION, "vision_config"), ("text", TEXTS, "text_config")):
+        part = dict(config.get(own) or {}) if pair else dict(config)
+        type_name = (PAIRS[kind][side == "text"] or part.get("model_type")) if pair else kind
+        prefix = next(p for p in PREFIXES[side] if any(n.startswith(p + "em") for n in shapes) or not p)
+        if not pair and kind not in types:
+            continue
+        if pair and not prefix:
+            continue  # a file of the other tower alone
+        tower = choose(types, type_name, f"the model_type of config.json's {own}" if pair else "model_type")
+        names = {name.removeprefix(prefix) for name in shapes if name.startswith(prefix)}
+        fields = read_config(tower, part, names)
+        if fields["depth"] > len(shapes):
+            raise UserError(f"config.json has num_hidden_layers {fields['depth']}, the file {len(shapes)} tensors")
+        head = next((name for name in HEADS[side] if f"{name}.weight" in shapes), None)
+        if pair and not head and config.get("projection_dim"):
+            head = HEADS[side][0]  # which is missing, as will be said
+        if head:
+            width = shapes.get(f"{head}.weight", (config.get("projection_dim"),))[0]
+            fields |= {"out_dim": width, "head_bias": f"{head}.bias" in shapes}
+        if side == "text" and pooling:
+            fields["pool"] = pooling
+            fields.pop("rep_dim", None)
+            ignored.append(f"{prefix}pooler.*")
+        section[side] = fields
+        entries += _tower_entries(side, tower, fields, prefix, head)
+    if not section["image"] and not section["text"]:
+        raise UserError(f"no tensor has the names of a {kind} tower; expected e.g. vision_model.embeddings...")
+    if pair and section["image"] and section["text"]:
+        entries += expand(SCALES[kind])
+        section["bias_init"] = -10.0 if "siglip" in kind else None
+    return section, entries, ignored
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+ARCHITECTURES = {
+    "clip": "CLIPModel",
+    "siglip": "SiglipModel",
+    "siglip2": "Siglip2Model",
+    "vision-text-dual-encoder": "VisionTextDualEncoderModel",
+    "clip_vision_model": "CLIPVisionModelWithProjection",
+    "clip_text_model": "CLIPTextModelWithProjection",
+    "siglip_vision_model": "SiglipVisionModel",
+    "siglip_text_model": "SiglipTextModel",
+    "siglip2_vision_model": "Siglip2VisionModel",
+    "siglip2_text_model": "Siglip2TextModel",
+    "vit": "ViTModel",
+    "dinov2": "Dinov2Model",
+    "dinov2_with_registers": "Dinov2WithRegistersModel",
+    "bert": "BertModel",
+}
+
+
+def outlines(image: Mapping[str, Any] | None, text: Mapping[str, Any] | None) -> Iterator[tuple[dict, list]]:
+    """The configs and key tables that might write a model; the caller keeps the one that reads back as the same.
+
+    Args:
+      image: all fields of the image tower, or None.
+      text: all fields of the text tower, or None.
+
+    Yields:
+      (config.json, entries of the key table)
+    """
+    if image and text:
+        for kind, (vision_type, text_type) in PAIRS.items():
+            for vision in [vision_type] if vision_type else VISION:
+                for texts in [text_type] if text_type else TEXTS:
+                    yield _outline_pair(kind, vision, texts, image, text)
+        return
+    side, fields, types = ("image", image, VISION) if image else ("text", text, TEXTS)
+    for kind, tower in types.items():
+        config = {"model_type": kind, "architectures": [ARCHITECTURES[kind]], **write_config(tower, fields)}
+        prefix, head = "", None
+        if kind.startswith(("clip", "siglip")):
+            prefix = "vision_model." if side == "image" else "text_model."
+            head = HEADS[side][0] if kind.startswith("clip") else None
+            config["projection_dim"] = fields.get("out_dim")
+        elif kind == "vit" and fields.get("out_dim"):
+            prefix, head, config["architectures"] = "vit.", "classifier", ["ViTForImageClassification"]
+            config["num_labels"] = fields["out_dim"]
+        yield config, _tower_entries(side, tower, fields, prefix, head)
+
+
+def _outline_pair(kind, vision, texts, image, text):
+    config = {"model_type": kind, "architectures": [ARCHITECTURES[kind]]}
+    config["vision_config"] = {"model_type": vision, **write_config(VISION[vision], image)}
+    config["text_config"] = {"model_type": texts, **write_config(TEXTS[texts], text)}
+    heads = (None, None) if "siglip" in kind else (HEADS["image"][0], HEADS["text"][0])
+    if heads[0]:
+        config["projection_dim"] = text.get("out_dim")
+    entries = _tower_entries("image", VISION[vision], image, "vision_model.", heads[0])
+    entries += _tower_entries("text", TEXTS[texts], text, "text_model.", heads[1])
+    return config, entries + expand(SCALES[kind])
+
+
+def _tower_entries(side, tower, fields, prefix, head):
+    """The entries of a tower below `prefix`, and of its projection, the tensor `head` (None: it has none)."""
+    sizes = dict(depth=fields["depth"], heads=fields["heads"], patch=fields.get("patch", 1))
+    entries = expand(rows_of(tower, fields), f"{side}/", prefix, **sizes)
+    return entries + (expand([("head", head, "dense")], f"{side}/") if head else [])
+
+
+def sentence_pooling(folder: Path) -> str | None:
+    """The pool that sentence-transformers' modules ask for; None where the folder has no modules.json."""
+    if not (folder / "modules.json").is_file():
+        return None
+    try:
+        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        kinds = [module["type"].rpartition(".")[2] for module in modules]
+        where = next(module["path"] for module in modules if module["type"].endswith("Pooling"))
+    except (ValueError, LookupError, TypeError, StopIteration) as error:
+        raise UserError(f"{folder / 'modules.json'} is not a list of sentence-transformers' modules") from error
+    if set(kinds) - {"Transformer", "Pooling", "Normalize"}:
+        raise UserError(f"{folder} has the modules {', '.join(kinds)}; supported are Transformer, Pooling, Normalize")
+    pooling = read_json(folder / where / "config.json")
+    modes = [key for key, on in pooling.items() if key.startswith("pooling_mode_") and on]
+    pools = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first", "pooling_mode_max_tokens": "max"}
+    by_name = {"mean": "mean", "cls": "first", "max": "max"}
+    if pooling.get("pooling_mode") in by_name:
+        return by_name[pooling["pooling_mode"]]
+    if len(modes) != 1 or modes[0] not in pools:
+        raise UserError(f"{folder / where} pools by {', '.join(modes) or 'nothing'}; supported are {', '.join(pools)}")
+    return pools[modes[0]]

@@ -1,0 +1,225 @@
+"""The tower types of Transformers: what their configs mean in our fields, and which table is theirs."""
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
+
+from vlm_jax.config import choose
+from vlm_jax.errors import UserError
+from vlm_jax.zoo.formats import transformers_tables as tables
+
+ACTIVATIONS = {  # theirs, ours; the first of several names is the one written
+    "quick_gelu": "quick_gelu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+}
+SIZES = {
+    "width": "hidden_size",
+    "depth": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "mlp_dim": "intermediate_size",
+    "activation": "hidden_act",
+    "norm_eps": "layer_norm_eps",
+}
+IMAGE = {**SIZES, "image_size": "image_size", "patch": "patch_size"}
+TEXT = {**SIZES, "vocab_size": "vocab_size", "length": "max_position_embeddings"}
+# The least that a number can be.
+LEAST = dict(width=1, depth=1, heads=1, mlp_dim=1, patch=1, image_size=1, vocab_size=1, length=1)
+LEAST |= dict(token_types=0, registers=0, pad_id=0, eos_id=0)
+
+
+class Tower(NamedTuple):
+    """A tower type (`model_type`) of Transformers.
+
+    Attributes:
+      rows: its table.
+      fields: our field -> their key.
+      fixed: our fields that the type decides.
+      defaults: their keys that a config.json may leave out.
+      adapt: (section, config, tensor names below the prefix) -> what else our section has.
+      reverse: our section -> what else their config has.
+    """
+
+    rows: tables.Rows
+    fields: Mapping[str, str]
+    fixed: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    adapt: Callable[[dict, dict, Collection[str]], dict] = lambda section, config, names: {}
+    reverse: Callable[[dict], dict] = lambda section: {}
+
+
+def _clip_text(section, config, names):
+    if config["eos_token_id"] == 2:  # CLIPs converted before EOS had its real id: the largest id is EOS
+        return {"pool": "argmax"}
+    return {"pool": "eos", "eos_id": config["eos_token_id"]}
+
+
+def _siglip_text(section, config, names):
+    return {"out_dim": config.get("projection_size", section["width"])}
+
+
+def _siglip_vision(section, config, names):
+    return {"pool": "map" if config["vision_use_head"] else "none"}
+
+
+def _siglip2_vision(section, config, names):
+    side = math.isqrt(config["num_patches"]) * section["patch"]
+    return {"pool": "map" if config["vision_use_head"] else "none", "image_size": side}
+
+
+def _siglip2_vision_reverse(section):
+    size = section["image_size"]  # of a square: their table has one number of patches
+    patches = (size // section["patch"]) ** 2 if isinstance(size, int) else None
+    return {"vision_use_head": section["pool"] == "map", "num_patches": patches}
+
+
+def _vit(section, config, names):
+    if not config["qkv_bias"]:
+        raise UserError("a ViT with qkv_bias false is not supported: query, key and value have biases here")
+    pooler = "pooler.dense.weight" in names
+    return {"rep_dim": config.get("pooler_output_size") or section["width"]} if pooler else {}
+
+
+def _dinov2(section, config, names):
+    hidden = int(section["width"] * config["mlp_ratio"])
+    if config["use_swiglu_ffn"]:
+        return {"gated": True, "activation": "silu", "mlp_dim": (int(hidden * 2 / 3) + 7) // 8 * 8}
+    return {"mlp_dim": hidden}
+
+
+def _dinov2_reverse(section):
+    return {
+        "use_swiglu_ffn": section.get("gated", False),
+        "mlp_ratio": 4 if section.get("gated") else section["mlp_dim"] / section["width"],
+        "hidden_act": "gelu",
+    }
+
+
+def _bert(section, config, names):
+    if config["position_embedding_type"] != "absolute":
+        raise UserError(f"BERT with {config['position_embedding_type']} positions is not supported, only absolute")
+    return {"rep_dim": section["width"]} if "pooler.dense.weight" in names else {}
+
+
+CLIP_DEFAULTS = dict(hidden_act="quick_gelu", layer_norm_eps=1e-5)
+SIGLIP_DEFAULTS = dict(hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6, hidden_size=768, intermediate_size=3072)
+SIGLIP_DEFAULTS |= dict(num_hidden_layers=12, num_attention_heads=12)
+VIT_DEFAULTS = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
+VIT_DEFAULTS |= dict(hidden_act="gelu", layer_norm_eps=1e-12, image_size=224, patch_size=16, qkv_bias=True)
+DINOV2 = dict(
+    fields={**{k: v for k, v in IMAGE.items() if k != "mlp_dim"}, "layer_scale": "layerscale_value"},
+    defaults={**VIT_DEFAULTS, "layer_norm_eps": 1e-6, "mlp_ratio": 4, "use_swiglu_ffn": False, "layerscale_value": 1.0},
+    adapt=_dinov2,
+    reverse=_dinov2_reverse,
+)
+VISION = {
+    "clip_vision_model": Tower(
+        tables.CLIP_VISION,
+        IMAGE,
+        dict(pool="tok", cls_position=True, patch_bias=False, pre_norm=True, head_bias=False),
+        dict(CLIP_DEFAULTS, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+        | dict(image_size=224, patch_size=32),
+    ),
+    "siglip_vision_model": Tower(
+        tables.SIGLIP_VISION,
+        IMAGE,
+        {},
+        dict(SIGLIP_DEFAULTS, image_size=224, patch_size=16, vision_use_head=True),
+        _siglip_vision,
+        lambda section: {"vision_use_head": section["pool"] == "map"},
+    ),
+    "siglip2_vision_model": Tower(
+        tables.SIGLIP2_VISION,
+        {key: value for key, value in IMAGE.items() if key != "image_size"},
+        {},
+        dict(SIGLIP_DEFAULTS, num_patches=256, patch_size=16, vision_use_head=True),
+        _siglip2_vision,
+        _siglip2_vision_reverse,
+    ),
+    "vit": Tower(
+        tables.VIT,
+        IMAGE,
+        dict(pool="tok", cls_position=True),
+        VIT_DEFAULTS,
+        _vit,
+        lambda section: {"pooler_output_size": section["rep_dim"]} if section.get("rep_dim") else {},
+    ),
+    "dinov2": Tower(tables.DINOV2, fixed=dict(pool="tok", cls_position=True), **DINOV2),
+    "dinov2_with_registers": Tower(
+        tables.DINOV2,
+        **DINOV2
+        | dict(
+            fixed=dict(pool="tok", cls_position=True),
+            fields=dict(DINOV2["fields"], registers="num_register_tokens"),
+            defaults=dict(DINOV2["defaults"], num_register_tokens=4),
+        ),
+    ),
+}
+TEXTS = {
+    "clip_text_model": Tower(
+        tables.CLIP_TEXT,
+        TEXT,
+        dict(causal=True, head_bias=False),
+        dict(CLIP_DEFAULTS, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8)
+        | dict(vocab_size=49_408, max_position_embeddings=77, eos_token_id=49_407),
+        _clip_text,
+        lambda section: {"eos_token_id": 2 if section["pool"] == "argmax" else section.get("eos_id")},
+    ),
+    "siglip_text_model": Tower(
+        tables.SIGLIP_TEXT,
+        TEXT,
+        dict(pool="last"),
+        dict(SIGLIP_DEFAULTS, vocab_size=32_000, max_position_embeddings=64),
+        _siglip_text,
+        lambda section: {"projection_size": section.get("out_dim")},
+    ),
+    "bert": Tower(
+        tables.BERT,
+        {**TEXT, "token_types": "type_vocab_size", "pad_id": "pad_token_id"},
+        dict(post_norm=True, pre_norm=True, pad_mask=True, pool="first"),
+        dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, hidden_act="gelu")
+        | dict(layer_norm_eps=1e-12, vocab_size=30_522, max_position_embeddings=512, type_vocab_size=2)
+        | dict(pad_token_id=0, position_embedding_type="absolute"),
+        _bert,
+    ),
+}
+TEXTS["siglip2_text_model"] = TEXTS["siglip_text_model"]._replace(
+    defaults=dict(TEXTS["siglip_text_model"].defaults, vocab_size=256_000)
+)
+
+
+def rows_of(tower: Tower, section: Mapping[str, Any]) -> tables.Rows:
+    """The tower's table; gated MLPs have another."""
+    return tables.DINOV2_GATED if tower.rows is tables.DINOV2 and section.get("gated") else tower.rows
+
+
+def read_config(tower: Tower, config: Mapping[str, Any], names: Collection[str]) -> dict:
+    """Their config of a tower -> our section; `names` are its tensors', below the prefix."""
+    config = {**tower.defaults, **{key: value for key, value in config.items() if value is not None}}
+    fields = {ours: config[theirs] for ours, theirs in tower.fields.items() if theirs in config}
+    _check(tower, fields | {"eos_id": config.get("eos_token_id", 0)})
+    fields["activation"] = choose(ACTIVATIONS, fields["activation"], "hidden_act of config.json")
+    return fields | dict(tower.fixed) | tower.adapt(fields, config, names)
+
+
+def _check(tower: Tower, fields: Mapping[str, Any]) -> None:
+    """Raises a UserError for a number that no model has."""
+    for ours, least in LEAST.items():
+        given = fields.get(ours, least)
+        for size in given if ours == "image_size" and isinstance(given, list | tuple) and len(given) == 2 else [given]:
+            if type(size) is not int or not least <= size < 2**31:
+                name = tower.fields.get(ours, "eos_token_id")
+                raise UserError(f"config.json has {name} {given!r}; expected a whole number of {least} or more")
+    if type(fields["norm_eps"]) not in (int, float) or not 0 <= fields["norm_eps"] < 1:
+        raise UserError(f"config.json has layer_norm_eps {fields['norm_eps']!r}; expected a small number such as 1e-06")
+
+
+def write_config(tower: Tower, fields: Mapping[str, Any]) -> dict:
+    """All fields of a tower of ours -> their config of it, as far as it has words for them."""
+    config = {theirs: fields.get(ours) for ours, theirs in tower.fields.items()}
+    config["hidden_act"] = next((t for t, ours in ACTIVATIONS.items() if ours == fields["activation"]), None)
+    return config | tower.reverse(fields)

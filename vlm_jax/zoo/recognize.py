@@ -1,0 +1,381 @@
+"""What a checkpoint is, told from its content: the format, the model it makes, and the table of its tensors."""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vlm_jax import models
+from vlm_jax.errors import UserError
+from vlm_jax.params.table import named_leaves
+from vlm_jax.zoo import key_map, preprocessing, tokenizer_files
+from vlm_jax.zoo.formats import big_vision, efficientnet, open_clip, open_clip_coca, t5x, transformers
+from vlm_jax.zoo.readers.json_files import read_json
+from vlm_jax.zoo.readers.tensors import Tensor, TensorFile, open_tensors
+
+PARAMS = "params.safetensors"
+SIDES = ("image", "text", "encoder", "decoder")  # parts of a model section
+TRANSFORMERS = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+OPEN_CLIP = (
+    "open_clip_model.safetensors.index.json",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Released:
+    """A checkpoint that is understood, of which no tensor is read yet.
+
+    Attributes:
+      format: in words.
+      path: the file of its tensors.
+      tensors: name -> `tensors.Tensor`.
+      model: config section of our model, for `models.build`.
+      entries: the key table.
+      ignored: patterns of tensors that no parameter is made of.
+      preprocess, tokenizer, tokenize: as in a training config; None where the files do not tell.
+      hints: what to pass to `load` for one of these that is None.
+      licence: of its model card, or None.
+      run: the config of a workdir of `vlm_jax.train`, or None.
+    """
+
+    format: str
+    path: Path
+    tensors: Mapping[str, Tensor]
+    model: dict[str, Any]
+    entries: Sequence[key_map.Entry]
+    ignored: Sequence[str] = ()
+    preprocess: str | None = None
+    tokenizer: str | None = None
+    tokenize: str | None = None
+    hints: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    licence: str | None = None
+    run: dict[str, Any] | None = None
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Parameter name -> shape of the model."""
+        table = next(
+            (self.tensors.get(entry.theirs) for entry in self.entries if entry.ours == "image/pos_embed"), None
+        )
+        rows = math.prod(table.shape[:-1]) if table is not None else None
+        return param_shapes(self.model, rows)
+
+    def with_image_size(self, size: tuple[int, int]) -> "Released":
+        """The same for pictures of (height, width), where the checkpoint does not tell its own.
+
+        Raises:
+          UserError: it does, or its position table is for another number of patches.
+        """
+        image = self.model.get("image")
+        own = image and image.get("image_size")
+        if own or not image:
+            raise UserError(f"{self.path} has {f'the image_size {own}' if image else 'no image tower'}")
+        rows = self.shapes.get("image/pos_embed")
+        patches = (size[0] // image["patch"]) * (size[1] // image["patch"])
+        if rows is not None and rows.shape[1] - image.get("cls_position", False) != patches:
+            raise UserError(f"{self.path} has {rows.shape[1]} positions; image_size {size} gives {patches} patches")
+        return dataclasses.replace(self, model={**self.model, "image": {**image, "image_size": size}})
+
+    def match(self) -> dict[str, list[key_map.Entry]]:
+        """Parameter name -> its entries; raises a UserError with what is left on either side."""
+        try:
+            shapes = self.shapes
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+            raise UserError(f"{self.path} ({self.format}): no model can have its settings: {error}") from error
+        return key_map.match(self.entries, shapes, self.tensors, self.ignored, f"{self.path} ({self.format})")
+
+
+def param_shapes(section: Mapping[str, Any], positions: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Parameter name -> shape and dtype of the model that a config section describes.
+
+    Args:
+      section: the section.
+      positions: rows of the image tower's position table, for a section without image_size.
+    """
+    model = models.build(section)
+    image = text = None
+    if not hasattr(model, "image"):  # it reads texts
+        image = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    elif model.image is not None:
+        patch, size = getattr(model.image, "patch", 32), getattr(model.image, "image_size", None)
+        if size is None:  # a strip of as many patches as there are positions
+            covers_cls = getattr(model.image, "cls_position", False)
+            size = patch, patch * max((positions or 1) - covers_cls, 1)
+        height, width = (size, size) if isinstance(size, int) else size
+        image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+    reader = getattr(model, "text", None) or getattr(model, "decoder", None)
+    if reader is not None:
+        text = jax.ShapeDtypeStruct((1, reader.length), jnp.int32)
+    return named_leaves(jax.eval_shape(model.init, jax.random.key(0), image, text)["params"])
+
+
+def understand(path: str | Path, activation: str | None = None) -> Released:
+    """Recognises a folder or a file by its content; reads headers and no tensor.
+
+    Args:
+      path: a folder of ours, of Transformers, of open_clip or of T5X; a file of tensors.
+      activation: of bare CLIP weights and T5X, see `open_clip.describe` and `t5x.describe`.
+
+    Raises:
+      UserError: it is none that is known, or its parts do not fit.
+    """
+    path = Path(path)
+    try:
+        return (_folder if path.is_dir() else _file)(path, activation)
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be understood ({error})"
+        raise UserError(f"{path} {what}; it is incomplete or damaged: download it again") from error
+
+
+def _folder(path: Path, activation: str | None) -> Released:
+    if (path / "checkpoints").is_dir():
+        return _workdir(path)
+    settings = read_json(path / "config.json")
+    for name in TRANSFORMERS if "model_type" in settings else ():
+        if (path / name).exists():
+            return _transformers(path, settings, open_tensors(path / name))
+    if (path / "open_clip_config.json").exists():
+        return _open_clip(path, read_json(path / "open_clip_config.json"))
+    if (path / PARAMS).exists():
+        return _native(path, settings)
+    if t5x.recognise(path):
+        return _t5x(path, activation)
+    if "model_type" in settings:
+        raise UserError(f"{path} has a config.json but none of its weights: {', '.join(TRANSFORMERS)}")
+    raise UserError(
+        f"{path} is no checkpoint: expected a folder of Transformers (config.json, model.safetensors), of open_clip "
+        f"(open_clip_config.json), of ours (config.json, {PARAMS}), a workdir of vlm_jax.train, or a file"
+    )
+
+
+def _licence(folder: Path) -> str | None:
+    """The `license:` of the model card's front matter."""
+    card = folder / "README.md"
+    if card.is_file():
+        front = card.read_text(encoding="utf-8", errors="replace").split("---")
+        found = re.search(r"^license:\s*(\S+)", front[1] if len(front) > 1 else "", re.MULTILINE)
+        return found[1] if found else None
+    return None
+
+
+def _scanned(section: dict) -> dict:
+    """Blocks as one scan: compiles in a fraction of the time."""
+    for side in SIDES:
+        if section.get(side) and section[side].get("depth", 1) > 1:
+            section[side]["scan"] = True
+    return section
+
+
+def of_texts(section: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The section of what reads texts: the text tower, the decoder, or None."""
+    return section.get("text") or section.get("decoder")
+
+
+def _or_none(read: Callable, *args) -> Any:
+    """What `read` returns and None, or None and the UserError's text: the files do not tell."""
+    try:
+        return read(*args), None
+    except UserError as error:
+        return None, str(error)
+
+
+# --- folders --------------------------------------------------------------------------------------------------------
+
+
+def _transformers(folder: Path, settings: dict, file: TensorFile) -> Released:
+    shapes = {name: tuple(tensor.shape) for name, tensor in file.tensors.items()}
+    pooling = transformers.sentence_pooling(folder)
+    section, entries, ignored = transformers.describe(settings, shapes, pooling)
+    fields, hints = {}, {}
+    if section.get("image"):
+        fields["preprocess"], hints["preprocess"] = _or_none(preprocessing.from_transformers, folder)
+    if text := of_texts(section):
+        longest = read_json(folder / "sentence_bert_config.json").get("max_seq_length") or text["length"]
+        length, kind = min(longest, text["length"]), settings["model_type"]
+        found, hints["tokenizer"] = _or_none(tokenizer_files.from_transformers, folder, length, kind)
+        fields["tokenizer"], fields["tokenize"] = found or (None, None)
+    return Released(
+        f"Transformers {(settings.get('architectures') or [settings['model_type']])[0]}",
+        file.path, file.tensors, _scanned(section), entries, ignored, **fields, hints=hints, licence=_licence(folder),
+    )  # fmt: skip
+
+
+def _open_clip(folder: Path, settings: dict) -> Released:
+    name = next((name for name in OPEN_CLIP if (folder / name).exists()), None)
+    if name is None:
+        raise UserError(f"{folder} has an open_clip_config.json but none of its weights: {', '.join(OPEN_CLIP)}")
+    file, cfg = open_tensors(folder / name), settings.get("model_cfg") or {}
+    family = open_clip_coca if open_clip_coca.recognise(file.tensors) else open_clip
+    section, entries, ignored = family.describe(file.tensors, cfg)
+    text, texts = section["text"], cfg.get("text_cfg") or {}
+    fields, hints = {}, {}
+    fields["preprocess"], hints["preprocess"] = _or_none(
+        preprocessing.from_open_clip, settings.get("preprocess_cfg") or {}, section["image"]["image_size"]
+    )
+    if texts.get("hf_tokenizer_name"):
+        found, hints["tokenizer"] = _or_none(tokenizer_files.from_transformers, folder, text["length"], "siglip")
+        fields["tokenizer"], fields["tokenize"] = found or (None, None)
+    else:
+        fields |= dict(tokenizer="clip", tokenize=f"tokenize({text['length']})")
+    return Released(
+        "open_clip", file.path, file.tensors, _scanned(section), entries, ignored, **fields, hints=hints,
+        licence=_licence(folder),
+    )  # fmt: skip
+
+
+def _t5x(folder: Path, activation: str | None) -> Released:
+    tensors = t5x.open_arrays(folder)
+    section, entries = t5x.describe(tensors, activation)
+    return Released("T5X", folder, tensors, _scanned(section), entries, tokenize=t5x.TOKENIZE, hints=t5x.HINTS)
+
+
+def _native(folder: Path, settings: dict) -> Released:
+    if "model" not in settings:
+        raise UserError(f"{folder / 'config.json'} has no `model`; expected what vlm_jax.save_pretrained wrote")
+    for key in ("preprocess", "tokenizer", "tokenize"):
+        if not isinstance(settings.get(key), str | None):
+            raise UserError(f"{folder / 'config.json'} has {key} {settings[key]!r}; expected a string")
+    file = open_tensors(folder / PARAMS)
+    for side in ("image", "text"):
+        depth = (settings["model"].get(side) or {}).get("depth")
+        stacked = [t.shape[0] for name, t in file.tensors.items() if f"{side}/blocks/" in name and t.shape]
+        if isinstance(depth, int) and depth > max(stacked, default=len(file.tensors)):
+            raise UserError(f"{folder / 'config.json'} has {depth} blocks of the {side} tower; the file holds fewer")
+    tokenizer = settings.get("tokenizer")
+    if tokenizer and ":" in tokenizer:  # of a file beside
+        kind, _, rest = tokenizer.partition(":")
+        tokenizer = f"{kind}:{folder / rest}"
+    return Released(
+        "vlm_jax",
+        file.path,
+        file.tensors,
+        settings["model"],
+        native_entries(param_shapes(settings["model"])),
+        preprocess=settings.get("preprocess"),
+        tokenizer=tokenizer,
+        tokenize=settings.get("tokenize"),
+        licence=settings.get("licence"),
+    )
+
+
+def run_of(path: Path) -> Released:
+    """A workdir of `vlm_jax.train`, without the tensors of its checkpoint."""
+    settings = read_json(path / "config.json")
+    if "model" not in settings:
+        raise UserError(f"{path} holds checkpoints but no config.json of vlm_jax.train")
+    known = {key: settings.get(key) for key in ("preprocess", "tokenizer", "tokenize")}
+    return Released("a workdir of vlm_jax.train", path, {}, settings["model"], (), **known, run=settings)
+
+
+def _workdir(path: Path) -> Released:
+    from vlm_jax.run import checkpoint  # orbax takes a while to import
+
+    params = named_leaves(checkpoint.load_params(path))
+    tensors = {
+        name: Tensor(leaf.shape, leaf.dtype, lambda index, leaf=leaf: leaf[index].copy())
+        for name, leaf in params.items()
+    }
+    return dataclasses.replace(run_of(path), tensors=tensors, entries=native_entries(params))
+
+
+def native_entries(shapes: Mapping[str, Any]) -> list[key_map.Entry]:
+    """Our own names, every parameter as it is."""
+    entries = []
+    for name, leaf in shapes.items():
+        if key_map.is_scanned(name):
+            for i in range(leaf.shape[0]):
+                ours = name.replace("blocks/", f"blocks_{i}/")
+                entries.append(key_map.Entry(ours, name, key_map.Layout(), block=(0, i, leaf.shape[0])))
+        else:
+            entries.append(key_map.Entry(name, name, key_map.Layout()))
+    return entries
+
+
+# --- bare files -----------------------------------------------------------------------------------------------------
+
+
+def _file(path: Path, activation: str | None) -> Released:
+    for parent_config in ("config.json", "open_clip_config.json"):
+        if path.name in (*TRANSFORMERS, *OPEN_CLIP, PARAMS) and (path.parent / parent_config).is_file():
+            return understand(path.parent)
+    file = open_tensors(path)
+    names = list(file.tensors)
+    if open_clip.recognise(names):
+        return _bare_clip(file, activation)
+    if big_vision.recognise(names):
+        return _big_vision(path, big_vision.of_today(file.tensors))
+    if "_conv_stem.weight" in names:
+        settings = efficientnet.settings(file.tensors)
+        entries = efficientnet.table(sum(name.endswith("._project_conv.weight") for name in names))
+        return Released(
+            "EfficientNet-Lite", path, file.tensors, settings["model"], entries, efficientnet.IGNORED,
+            preprocess=settings["preprocess"],
+        )  # fmt: skip
+    shown = ", ".join(names[:4])
+    raise UserError(f"{path} holds {len(names)} tensors ({shown}, ...), which are of no format that is known")
+
+
+def _bare_clip(file: TensorFile, activation: str | None) -> Released:
+    openai = file.kind == "torchscript"  # only OpenAI gave CLIPs out as archives
+    if open_clip_coca.recognise(file.tensors):
+        section, entries, ignored = open_clip_coca.describe(file.tensors)
+    else:
+        activation = activation or ("quick_gelu" if openai else None)
+        section, entries, ignored = open_clip.describe(file.tensors, None, activation)
+    image, text = section["image"], section["text"]
+    fields, hints = {}, {"preprocess": "the file does not tell how its pictures were prepared"}
+    if openai:
+        fields["preprocess"] = preprocessing.FAMILIES["openai"](image["image_size"])
+    if text["vocab_size"] == 49_408:
+        fields |= dict(tokenizer="clip", tokenize=f"tokenize({text['length']})")
+    return Released(
+        "OpenAI's CLIP" if openai else "bare open_clip weights", file.path, file.tensors, _scanned(section), entries,
+        ignored, **fields, hints=hints,
+    )  # fmt: skip
+
+
+# Released files, by name: what their arrays cannot tell.
+SIGLIP_TEXT = "lower | tokenize({length}, bos=False)"
+KNOWN = (  # (name, how texts are made tokens, the tokenizer to pass)
+    (r"(webli|siglip)_(en|i18n)_\w+", SIGLIP_TEXT, "sentencepiece:/path/to/{vocabulary}.model?pad_id=1"),
+    (r"siglip2_\w+", SIGLIP_TEXT, "sentencepiece:/path/to/gemma.model?pad_id=0"),
+    (r"LiT-(B16B|B16B_2|L16L)", "tokenize(16)", "wordpiece:/path/to/vocab.txt"),
+    (r"cap(pa)?_\w+", SIGLIP_TEXT, "sentencepiece:/path/to/{vocabulary}.model?pad_id=0"),
+)
+
+
+def _big_vision(path: Path, tensors: Mapping[str, Tensor]) -> Released:
+    section, entries = big_vision.describe(tensors)
+    image, text = section["image"], of_texts(section)
+    known = next((row for row in KNOWN if re.match(row[0], path.name)), None)
+    fields, hints = {}, {}
+    if image:
+        hints["preprocess"] = "an npz does not tell how its pictures were prepared"
+        size = re.search(r"_(\d{3})(?:[_.]|$)", path.name)
+        table = tensors.get("img/pos_embedding", tensors.get("pos_embedding"))
+        side = math.isqrt(table.shape[1]) if table is not None and len(table.shape) == 3 else 0
+        if known and (size or side):
+            ops = preprocessing.FAMILIES["big_vision"](int(size[1]) if size else side * image["patch"])
+            fields["preprocess"] = ops
+    if text:
+        hints["tokenizer"] = "an npz does not hold its tokenizer"
+        if known:
+            fields["tokenize"] = known[1].format(length=text["length"])
+            vocabulary = "c4_en" if text["vocab_size"] == 32_000 else "mc4"
+            hints["tokenizer"] += f": pass tokenizer='{known[2].format(vocabulary=vocabulary)}'"
+    return Released("big_vision", path, tensors, _scanned(section), entries, (), **fields, hints=hints)
