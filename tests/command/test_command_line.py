@@ -202,7 +202,7 @@ def test_json_has_no_nan_and_threads_are_not_waited_for():
 
 def test_an_error_of_one_of_several_processes_is_one_line():
     program = """
-from vlm_jax import processes
+from vlm_jax.run import processes
 try:
     {does}
 except Exception as error:

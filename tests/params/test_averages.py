@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.compare import bits, close
 from vlm_jax.errors import UserError
-from vlm_jax.params import averages, masks
-from vlm_jax.params.table import named_leaves
+from vlm_jax.params import averages, diffs, masks, regularizers
+
+assert_close = functools.partial(close, rtol=1e-6, atol=1e-6)
 
 
 def tree(seed):
@@ -18,14 +20,6 @@ def tree(seed):
 
 
 OTHER = tree(0) | {"image": {"kernel": np.zeros((4, 3), np.float32), "bias": np.zeros(2, np.float32)}}
-
-
-def bits(tree):
-    return {name: (np.asarray(leaf).dtype, np.asarray(leaf).tobytes()) for name, leaf in named_leaves(tree).items()}
-
-
-def assert_close(got, want, rtol=1e-6, atol=1e-6):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), got, want)
 
 
 def test_wise_ft():
@@ -98,50 +92,6 @@ def test_task_vectors():
     assert_close(averages.analogy(a, b, c), jax.tree.map(lambda x, y, z: z + (y - x), a, b, c))
 
 
-def test_mixout():
-    draw = lambda seed: {"w": np.random.default_rng(seed).standard_normal(16).astype(np.float32)}
-    params, base, key = draw(0), draw(1), jax.random.key(0)
-    p, draws = 0.3, 4000
-    assert bits(averages.mixout(key, params, base, 0.0)) == bits(params)
-    assert bits(averages.mixout(key, params, base, 1 - 1e-7)) == bits(base)  # nothing of 16 scalars is kept
-    keys = jax.random.split(key, draws)
-    mixed = np.asarray(jax.jit(jax.vmap(lambda key: averages.mixout(key, params, base, p)["w"]))(keys))
-    w, u = params["w"], base["w"]
-    kept = (w - p * u) / (1 - p)
-    replaced = mixed == u
-    np.testing.assert_allclose(mixed, np.where(replaced, u, kept), rtol=1e-5, atol=1e-6)
-    sigma = np.sqrt(p * (1 - p) / draws)
-    np.testing.assert_allclose(replaced.mean(axis=0), p, atol=5 * sigma)
-    assert np.all(np.abs(mixed.mean(axis=0) - w) < 5 * sigma * np.abs(u - kept) + 1e-5)  # params in expectation
-    assert len(np.unique(replaced, axis=0)) > draws / 2  # of 2 ** 16: scalars are drawn one by one
-    one = averages.mixout(keys[0], params, base, p)
-    np.testing.assert_allclose(one["w"], mixed[0], rtol=1e-6)
-    gradient = jax.grad(lambda params: jnp.sum(averages.mixout(keys[0], params, base, p)["w"]))(params)
-    np.testing.assert_allclose(gradient["w"], np.where(replaced[0], 0, 1 / (1 - p)), rtol=1e-6)
-    for p in (-0.1, 1.0):
-        with pytest.raises(UserError, match=f"p of mixout is {p}"):
-            averages.mixout(key, params, base, p)
-
-
-def test_mixout_draws_by_name():
-    zeros, ones = ({name: np.full(200, value, np.float32) for name in "ab"} for value in (0, 1))
-    mixed = averages.mixout(jax.random.key(0), zeros, ones, 0.5)
-    replaced = {name: np.asarray(mixed[name]) == 1 for name in "ab"}
-    assert 0.3 < np.mean(replaced["a"] == replaced["b"]) < 0.7
-    alone = averages.mixout(jax.random.key(0), {"b": zeros["b"]}, {"b": ones["b"]}, 0.5)
-    np.testing.assert_array_equal(alone["b"], mixed["b"])
-
-
-def test_l2_sp():
-    params, base = tree(0), tree(1)
-    distance = sum(np.sum((x - y) ** 2) for x, y in zip(*map(jax.tree.leaves, (params, base)), strict=True))
-    value, gradient = jax.jit(jax.value_and_grad(averages.l2_sp))(params, base, 0.1)
-    np.testing.assert_allclose(value, 0.05 * distance, rtol=1e-6)
-    expected = jax.tree.map(lambda x, y: np.float32(0.1) * (x - y), params, base)
-    assert_close(gradient, expected)
-    assert_close(averages.l2_sp_gradient(params, base, 0.1), expected)
-
-
 @pytest.mark.parametrize(
     "call",
     [
@@ -151,10 +101,10 @@ def test_l2_sp():
         lambda t, o: averages.task_vector(t, o),
         lambda t, o: averages.add_task_vectors(t, [t, o], 1.0),
         lambda t, o: averages.analogy(t, t, o),
-        lambda t, o: averages.mixout(jax.random.key(0), t, o, 0.5),
-        lambda t, o: averages.l2_sp(t, o, 1.0),
-        lambda t, o: averages.l2_sp_gradient(t, o, 1.0),
-        lambda t, o: masks.diff(t, o),
+        lambda t, o: regularizers.mixout(jax.random.key(0), t, o, 0.5),
+        lambda t, o: regularizers.l2_sp(t, o, 1.0),
+        lambda t, o: regularizers.l2_sp_gradient(t, o, 1.0),
+        lambda t, o: diffs.diff(t, o),
         lambda t, o: masks.largest_moves(t, o, 1),
     ],
 )

@@ -156,7 +156,7 @@ def test_a_preempted_process_makes_all_save_one_step(config, whole, tmp_path):
 
 @pytest.mark.parametrize("how", ["localhost", "localhost:1234,two,0", "auto"])
 def test_how_processes_meet_is_checked(how):
-    program = f"from vlm_jax import processes; processes.start({how!r})"
+    program = f"from vlm_jax.run import processes; processes.start({how!r})"
     nowhere = {"PATH": os.environ["PATH"], "JAX_PLATFORMS": "cpu"}  # no job of Slurm or another
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=nowhere, capture_output=True, text=True)
     assert f"UserError: --distributed={how} is not `address:port,processes,index`, or `auto` on a TPU" in done.stderr
@@ -165,7 +165,7 @@ def test_how_processes_meet_is_checked(how):
 def test_slurm_says_who_is_there(tmp_path):
     program = """
 import jax
-from vlm_jax import processes
+from vlm_jax.run import processes
 from vlm_jax.run.checkpoint import Checkpointer
 processes.start("auto")
 print("FOUND", processes.exchange([jax.process_index(), jax.process_count()]))
@@ -240,7 +240,8 @@ def test_a_disk_that_is_full_on_one_host_is_named(tmp_path):
     program = """
 import sys, resource
 import jax, jax.numpy as jnp
-from vlm_jax import checkpoint, processes, sharding
+from vlm_jax.params import sharding
+from vlm_jax.run import checkpoint, processes
 checkpoint.WRITE_SECONDS = 5
 with processes.joined(sys.argv[1]):
     place = sharding.batch_sharding(sharding.make_mesh())

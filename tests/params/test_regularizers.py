@@ -1,0 +1,53 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.support.compare import bits, close
+from vlm_jax.errors import UserError
+from vlm_jax.params import regularizers
+
+
+def test_mixout():
+    draw = lambda seed: {"w": np.random.default_rng(seed).standard_normal(16).astype(np.float32)}
+    params, base, key = draw(0), draw(1), jax.random.key(0)
+    p, draws = 0.3, 4000
+    assert bits(regularizers.mixout(key, params, base, 0.0)) == bits(params)
+    assert bits(regularizers.mixout(key, params, base, 1 - 1e-7)) == bits(base)  # nothing of 16 scalars is kept
+    keys = jax.random.split(key, draws)
+    mixed = np.asarray(jax.jit(jax.vmap(lambda key: regularizers.mixout(key, params, base, p)["w"]))(keys))
+    w, u = params["w"], base["w"]
+    kept = (w - p * u) / (1 - p)
+    replaced = mixed == u
+    np.testing.assert_allclose(mixed, np.where(replaced, u, kept), rtol=1e-5, atol=1e-6)
+    sigma = np.sqrt(p * (1 - p) / draws)
+    np.testing.assert_allclose(replaced.mean(axis=0), p, atol=5 * sigma)
+    assert np.all(np.abs(mixed.mean(axis=0) - w) < 5 * sigma * np.abs(u - kept) + 1e-5)  # params in expectation
+    assert len(np.unique(replaced, axis=0)) > draws / 2  # of 2 ** 16: scalars are drawn one by one
+    one = regularizers.mixout(keys[0], params, base, p)
+    np.testing.assert_allclose(one["w"], mixed[0], rtol=1e-6)
+    gradient = jax.grad(lambda params: jnp.sum(regularizers.mixout(keys[0], params, base, p)["w"]))(params)
+    np.testing.assert_allclose(gradient["w"], np.where(replaced[0], 0, 1 / (1 - p)), rtol=1e-6)
+    for p in (-0.1, 1.0):
+        with pytest.raises(UserError, match=f"p of mixout is {p}"):
+            regularizers.mixout(key, params, base, p)
+
+
+def test_mixout_draws_by_name():
+    zeros, ones = ({name: np.full(200, value, np.float32) for name in "ab"} for value in (0, 1))
+    mixed = regularizers.mixout(jax.random.key(0), zeros, ones, 0.5)
+    replaced = {name: np.asarray(mixed[name]) == 1 for name in "ab"}
+    assert 0.3 < np.mean(replaced["a"] == replaced["b"]) < 0.7
+    alone = regularizers.mixout(jax.random.key(0), {"b": zeros["b"]}, {"b": ones["b"]}, 0.5)
+    np.testing.assert_array_equal(alone["b"], mixed["b"])
+
+
+def test_l2_sp():
+    draw = lambda rng: {"image": {"kernel": rng.standard_normal((4, 3)), "bias": rng.standard_normal(3)}}
+    params, base = (jax.tree.map(np.float32, draw(np.random.default_rng(seed))) for seed in (0, 1))
+    distance = sum(np.sum((x - y) ** 2) for x, y in zip(*map(jax.tree.leaves, (params, base)), strict=True))
+    value, gradient = jax.jit(jax.value_and_grad(regularizers.l2_sp))(params, base, 0.1)
+    np.testing.assert_allclose(value, 0.05 * distance, rtol=1e-6)
+    expected = jax.tree.map(lambda x, y: np.float32(0.1) * (x - y), params, base)
+    close(gradient, expected, rtol=1e-6, atol=1e-6)
+    close(regularizers.l2_sp_gradient(params, base, 0.1), expected, rtol=1e-6, atol=1e-6)

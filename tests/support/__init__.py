@@ -1,0 +1,1 @@
+"""What tests share: paths, tiny models, pictures, checkpoints, kernels' suites. No test is in here."""

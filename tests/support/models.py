@@ -1,0 +1,105 @@
+"""Tiny models: one of each kind, built, initialised and compiled once for all tests of a process.
+
+Fields: width 32, depth 2, pictures of 16 x 16 (four patches), 14 tokens, texts of up to 8.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlm_jax import config, models
+from vlm_jax.data import tokenizers
+from vlm_jax.pretrained import Pretrained
+
+VOCAB, LENGTH, OUT = 14, 8, 16
+BOS, EOS = 11, 12
+SIZES = dict(width=32, depth=2, heads=2, mlp_dim=64)
+T5_SIZES = dict(width=32, depth=2, heads=4, head_dim=12, mlp_dim=48, relative_buckets=8, relative_distance=12)
+
+IMAGES = np.random.default_rng(0).standard_normal((3, 16, 16, 3)).astype(np.float32)
+TOKENS = np.array([[BOS, 3, 4, EOS, 0, 0, 0, 0], [BOS, 5, 6, 7, 8, EOS, 0, 0], [BOS, 9, EOS, 0, 0, 0, 0, 0]])
+
+
+def section(kind: str, scan: bool = False) -> dict:
+    """config.model of a kind: two_tower, captioner, coca, encoder_decoder, prefix_lm."""
+    sizes, t5 = dict(SIZES, scan=scan), dict(T5_SIZES, scan=scan)
+    image, texts = dict(sizes, patch=8), dict(vocab_size=VOCAB, length=LENGTH)
+    match kind:
+        case "two_tower":
+            return dict(name=kind, image=dict(image, out_dim=OUT), text=dict(sizes, **texts, out_dim=OUT))
+        case "captioner":
+            return dict(name=kind, image=image, decoder=dict(sizes, **texts, mask_token=True))
+        case "coca":
+            text = dict(sizes, **texts, start_id=BOS)
+            pool = dict(width=32, queries=5, heads=2)
+            return dict(
+                name=kind, image=image, pool=pool, text=text, decoder=dict(text, logits_bias=False), out_dim=OUT
+            )  # fmt: skip
+        case "encoder_decoder":
+            return dict(name=kind, encoder=t5, decoder=dict(t5, **texts))
+        case "prefix_lm":
+            return dict(name=kind, decoder=dict(t5, **texts))
+
+
+class Tiny(NamedTuple):
+    """A model, its parameters, and two inputs: pictures (or texts) and texts."""
+
+    model: nn.Module
+    params: Any
+    inputs: tuple[np.ndarray, np.ndarray]
+
+    def apply(self, *inputs, method=None, **options):
+        """Runs the model's `method`, compiled once for inputs of one shape; its own inputs by default."""
+        return run(self.model, self.params, *(inputs or self.inputs), method=method, **options)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="method")
+def run(model, params, *inputs, method=None, **options):
+    """model.apply, one compiled program for equal models and inputs of one shape."""
+    return model.apply({"params": params}, *inputs, method=method, **options)
+
+
+@functools.cache
+def tiny(kind: str, scan: bool = False) -> Tiny:
+    """The model of `section`; its logits are far from uniform."""
+    model = models.build(section(kind, scan))
+    inputs = (TOKENS if kind in ("encoder_decoder", "prefix_lm") else IMAGES), TOKENS
+    params = jax.jit(model.init)(jax.random.key(0), *inputs)["params"]
+    return Tiny(model, with_opinions(params, 0.3) if "head" in params else params, inputs)
+
+
+@functools.cache
+def shapes_of(kind: str, scan: bool = False) -> Any:
+    """The shapes of its parameters."""
+    inputs = (TOKENS if kind in ("encoder_decoder", "prefix_lm") else IMAGES), TOKENS
+    return jax.eval_shape(models.build(section(kind, scan)).init, jax.random.key(0), *inputs)["params"]
+
+
+def with_opinions(params: Any, scale: float = 0.5) -> Any:
+    """The parameters with a drawn `head/kernel`, which prefers some tokens, so that texts end."""
+    kernel = scale * jax.random.normal(jax.random.key(1), params["head"]["kernel"].shape)
+    return params | {"head": params["head"] | {"kernel": kernel}}
+
+
+def drawn(shapes: Any, seed: int = 0, scale: float = 1.0) -> Any:
+    """A tree of arrays drawn by numpy: compiling `model.init` takes longer."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: (scale * rng.standard_normal(leaf.shape)).astype(leaf.dtype), shapes)
+
+
+def untrained(settings: Any, opinionated: bool = False) -> Pretrained:
+    """The model of a config as a run starts with it; opinionated, its captions are more than one token's."""
+    settings = config.plain(settings)
+    model = models.build(settings["model"])
+    length = (model.decoder if hasattr(model, "decoder") else model.text).length
+    texts = jnp.zeros((1, length), jnp.int32)
+    given = texts if settings["preprocess"] is None else jnp.zeros((1, 32, 32, 3))
+    params = jax.jit(model.init)(jax.random.key(0), given, texts)["params"]
+    if opinionated:
+        params = with_opinions(params)
+    tokenizer = tokenizers.build(settings["tokenizer"])
+    return Pretrained(model, params, tokenizer, settings["preprocess"], settings["tokenize"], settings)
