@@ -171,14 +171,14 @@ def _parse(name: str, argv: Sequence[str]) -> Sequence[str]:
         if "config" in flags.FLAGS:
             getattr(flags.FLAGS.config, "lock", None)  # any use raises what is kept of a file that is not there
     except (UserError, flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        message = str(error)
+        message = str(error).removeprefix("flag ")
         if isinstance(error, KeyError | AttributeError):  # an override of what the config does not hold
             message = str(error.args[0]).replace("\\n", "; ").replace("\n", "; ")
             message = "the config has no key " + message.translate(str.maketrans("", "", "\"'\\"))
         elif isinstance(error, OSError):  # of a config file, in its last line
             message = f"--config: {message.splitlines()[-1].strip()}"
         elif ": Error whilst parsing config file:" in message:  # ml_collections' words and a traceback
-            flag, cause = message.split(": Error whilst")[0].removeprefix("flag "), error.__context__.__context__
+            flag, cause = message.split(": Error whilst")[0], error.__context__.__context__
             message = f"{flag}: {mendable(cause) or f'{type(cause).__name__}: {cause}'}"
         raise UserError(message) from error
     command = COMMANDS[name]

@@ -8,14 +8,15 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from absl import flags
-from ml_collections import config_flags
+
+from vlm_jax.command import configs
 
 
 class Flag(NamedTuple):
     """A flag.
 
     Attributes:
-      define: a function of absl.flags, or ml_collections' for configs.
+      define: a function of absl.flags, or `configs.define`.
       name, help, default: what it is given.
       needed: whether the command does not run without it.
     """
@@ -48,7 +49,7 @@ several = partial(Flag, flags.DEFINE_multi_string)
 listed = partial(Flag, flags.DEFINE_list)
 whole = partial(Flag, flags.DEFINE_integer)
 switch = partial(Flag, flags.DEFINE_bool, default=False)
-config = partial(Flag, config_flags.DEFINE_config_file, "config", needed=True)
+config = partial(Flag, configs.define, "config", needed=True)
 
 EVERY = (
     switch("json", "Print one JSON object instead of a table; progress goes to stderr"),
@@ -80,7 +81,7 @@ COMMANDS = {
     "train": Command(
         {
             "": (
-                config("Experiment: configs/NAME.py:VARIANT, whose first lines say which there are"),
+                config("Experiment: NAME:VARIANT of configs/, e.g. clip:smoke, or a file, mine.py:VARIANT"),
                 text("workdir", "Folder of the run: checkpoints, metrics, results, report", needed=True),
                 DISTRIBUTED,
             )
@@ -143,7 +144,7 @@ COMMANDS = {
     "precompute": Command(
         {
             "": (
-                config("Experiment with model_init, e.g. configs/lit.py:tiny"),
+                config("Experiment with model_init, e.g. lit:tiny or configs/lit.py:tiny"),
                 DATA,
                 text("out", "Folder of the embeddings", needed=True),
                 text("split", "The data set's split"),
@@ -155,7 +156,7 @@ COMMANDS = {
     "plan": Command(
         {
             "": (
-                config("Experiment, e.g. configs/ul2.py:20b"),
+                config("Experiment, e.g. ul2:20b or configs/ul2.py:20b"),
                 text("topology", "Slice: v5e:16x16, v5p:4x8x8, v6e:16x16, h100:1x1x8, ...", needed=True),
                 switch("search", "Look for the mesh, remat and accumulation that are fastest"),
                 switch("table", "Print the parameters and their shardings, too"),
