@@ -31,9 +31,9 @@ SECTIONS = {  # title: modules, each with its public names or some of them
               "vlm_jax.params.masks", "vlm_jax.params.averages", "vlm_jax.adapt.files"],
     "Optimizers": ["vlm_jax.params.optim", "vlm_jax.params.schedules"],
     "Sharding": ["vlm_jax.params.sharding"],
-    "Data": ["vlm_jax.data.sources: open_source select Source", "vlm_jax.data.loader: train_loader eval_batches",
-             "vlm_jax.data.tokenizers: build train", "vlm_jax.data.registry: op field BadExample",
-             "vlm_jax.data.ops: parse Pipeline"],
+    "Data": ["vlm_jax.data.sources: open_source", "vlm_jax.data.source: Source select field BadExample",
+             "vlm_jax.data.loader: train_loader eval_batches",
+             "vlm_jax.data.tokenizers: build train", "vlm_jax.data.ops: parse Pipeline op"],
     "Figures": ["vlm_jax.report.figures", "vlm_jax.pretrained.attention_maps"],
 }  # fmt: skip
 PARTS = ("Args", "Attributes", "Returns", "Raises", "Metrics")
@@ -123,7 +123,6 @@ def table(rows: dict[str, Any]) -> list[str]:
 def page() -> str:
     """The page's text."""
     from vlm_jax.data import ops
-    from vlm_jax.data.registry import OPS
 
     global INJECTED
     INJECTED = ops.INJECTED
@@ -136,14 +135,14 @@ def page() -> str:
         lines += [f"**`{module}`** " + " ".join(about.split()).removeprefix(f"{module}: "), ""]
         for name, value in names:
             lines += entry(name, value)
-    own = {name: value for name, value in sorted(OPS.items()) if value.__module__.startswith("vlm_jax.data")}
+    own = {name: value for name, value in sorted(ops.OPS.items()) if value.__module__.startswith("vlm_jax.data")}
     lines += ["## Ops", "", "What an op string is made of, `decode | resize(32) | normalize`.", "", *table(own), ""]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in "\n".join(lines).split("\n"))).strip() + "\n"
 
 
 def lacking() -> list[str]:
     """Public names without a docstring."""
-    from vlm_jax.data.registry import OPS
+    from vlm_jax.data.ops import OPS
 
     names = [(f"{module}.{name}", value) for _, module, found in documented() for name, value in found]
     return [name for name, value in [*names, *OPS.items()] if not docstring(value)]

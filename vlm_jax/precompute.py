@@ -20,7 +20,7 @@ from absl import flags
 from vlm_jax import command, config, models
 from vlm_jax.data import loader
 from vlm_jax.data.examples import log_bad
-from vlm_jax.data.precomputed import INDEX, shard_names, write_shard
+from vlm_jax.data.sources.precomputed import INDEX, shard_names, write_shard
 from vlm_jax.errors import UserError
 from vlm_jax.params import sharding
 from vlm_jax.params.table import named_leaves

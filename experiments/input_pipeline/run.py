@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from experiments import study
-from vlm_jax.data import image_ops, loader, sources, tokenizers
+from vlm_jax.data import loader, sources, tokenizers
+from vlm_jax.data.ops.image import STATISTICS
 
 BATCH_SIZE, IMAGES = 64, 1024
 WANTED = 400  # images a second, two workers on two cores
@@ -96,7 +97,7 @@ class TorchDataset:
         # torchvision's ToTensor and Normalize.
         x = torch.from_numpy(np.array(image, np.uint8, copy=True))
         x = x.view(224, 224, 3).permute((2, 0, 1)).contiguous().to(torch.float32).div(255)
-        mean, std = (torch.as_tensor(v, dtype=x.dtype).view(-1, 1, 1) for v in image_ops.STATISTICS["clip"])
+        mean, std = (torch.as_tensor(v, dtype=x.dtype).view(-1, 1, 1) for v in STATISTICS["clip"])
         return x.sub_(mean).div_(std), torch.from_numpy(self.tokenizer([record["txt"]], 77)[0])
 
 

@@ -39,14 +39,14 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
-from vlm_jax.data.tokenizers import clip_vocabulary
+from vlm_jax.data.tokenizers import clip
 
 folder, picture = sys.argv[1:]
 torch.manual_seed(0)
 model = CLIPModel(CLIPConfig())  # its defaults are B/32: 151 M parameters
 model.logit_scale.data.fill_(np.log(100))  # as in the released model, so that two labels differ
 model.save_pretrained(folder)
-pieces, merges = clip_vocabulary()
+pieces, merges = clip.vocabulary()
 for special in ("<|startoftext|>", "<|endoftext|>"):
     pieces[special] = len(pieces)
 CLIPTokenizer(pieces, merges, model_max_length=77).save_pretrained(folder)

@@ -13,12 +13,13 @@ import torch
 import transformers
 from PIL import Image
 
-from vlm_jax.data import image_ops, ops
+from vlm_jax.data import ops
+from vlm_jax.data.ops.image import STATISTICS
 from vlm_jax.zoo import preprocessing
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "preprocessing.npz"
-HALF, IMAGENET = [0.5] * 3, [list(v) for v in image_ops.STATISTICS["imagenet"]]
-CLIP = [list(v) for v in image_ops.STATISTICS["clip"]]
+HALF, IMAGENET = [0.5] * 3, [list(v) for v in STATISTICS["imagenet"]]
+CLIP = [list(v) for v in STATISTICS["clip"]]
 # What is in `preprocessor_config.json`: as written today, and in older spellings.
 TRANSFORMERS = {
     "CLIP": dict(image_processor_type="CLIPImageProcessor", size={"shortest_edge": 24}, crop_size=24),

@@ -13,7 +13,9 @@ import sentencepiece
 import tokenizers as hf
 import transformers
 
-from vlm_jax.data import text_ops, tokenizers
+from vlm_jax.data import tokenizers
+from vlm_jax.data.ops import OPS
+from vlm_jax.data.tokenizers import clip
 from vlm_jax.errors import UserError
 from vlm_jax.zoo import tokenizer_files
 
@@ -63,7 +65,7 @@ def ids(spec, ops, given=None):
     for step in before:
         name, _, argument = step.partition("(")
         options = {"lower": False} if argument else {}
-        given = [getattr(text_ops, name)(text, **options) for text in given]
+        given = [OPS[name](text, **options) for text in given]
     return tokenizers.build(spec)(given, length, **flags)
 
 
@@ -94,7 +96,7 @@ def agree_written(spec, ops, folder, given=None, **config):
 def clip_folder(tmp_path_factory):
     """As released: OpenAI's vocabulary in Transformers' files."""
     folder = tmp_path_factory.mktemp("clip")
-    vocab, merges = tokenizers.clip_vocabulary()
+    vocab, merges = clip.vocabulary()
     vocab |= {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
     transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77).save_pretrained(folder)
     return folder
@@ -107,7 +109,7 @@ def test_clip(clip_folder):
 
 
 def test_clip_from_vocabulary_and_merges(clip_folder, tmp_path):
-    vocab, merges = tokenizers.clip_vocabulary()
+    vocab, merges = clip.vocabulary()
     vocab |= {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))

@@ -9,6 +9,7 @@ import sentencepiece
 import tokenizers as hf
 
 from vlm_jax.data import ops, tokenizers
+from vlm_jax.data.tokenizers import clip
 from vlm_jax.errors import UserError
 from vlm_jax.zoo import tokenizer_files
 
@@ -56,10 +57,10 @@ def siglip(tmp_path):
 
 def clip_json(merges=1000):
     """Transformers' CLIP tokenizer of a part of the vocabulary."""
-    vocab, pairs = tokenizers.clip_vocabulary()
-    pieces = [*list(vocab)[: 512 + merges], *tokenizers.CLIP_SPECIALS]
+    vocab, pairs = clip.vocabulary()
+    pieces = [*list(vocab)[: 512 + merges], *clip.SPECIALS]
     vocab = {piece: i for i, piece in enumerate(pieces)}
-    return tokenizers.clip_model(vocab, pairs[:merges], len(vocab) - 2, len(vocab) - 1)
+    return clip.from_pairs(vocab, pairs[:merges], len(vocab) - 2, len(vocab) - 1)
 
 
 def test_clip_folder(tmp_path):

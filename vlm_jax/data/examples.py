@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.data.ops import Pipeline
-from vlm_jax.data.registry import BadExample
-from vlm_jax.data.sources import Source
+from vlm_jax.data.source import BadExample, Source
 from vlm_jax.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ import numpy as np
 from vlm_jax.data import background
 from vlm_jax.data import ops as ops_lib
 from vlm_jax.data.examples import SUBSTITUTES, BadRecord, Batch, Examples, check_bad, collate, log_bad
-from vlm_jax.data.registry import BadExample
-from vlm_jax.data.sources import open_source, select
+from vlm_jax.data.source import BadExample, select
+from vlm_jax.data.sources import open_source
 from vlm_jax.errors import UserError
 
 # The share of bad examples is taken of at least this many reads (or of the data set, where that is smaller): a share

@@ -12,26 +12,28 @@ from collections.abc import Sequence
 from absl import flags
 
 from vlm_jax import command
-from vlm_jax.data import registry, sources, tokenizers
+from vlm_jax.data import tokenizers
+from vlm_jax.data.source import BadExample, Source, field
+from vlm_jax.data.sources import open_source
 from vlm_jax.errors import UserError
 
 
-def corpus(source: sources.Source, fields: Sequence[str]) -> list[str]:
+def corpus(source: Source, fields: Sequence[str]) -> list[str]:
     """Returns the distinct texts under `fields` of all records, in the order they come. A field may hold a list."""
     source = source.narrow(frozenset(fields))
     texts = {}
     for i in command.bar(range(len(source)), desc="read", unit="record"):
         for path in fields:
             try:
-                value = registry.field(source[i], path)
-            except registry.BadExample as e:
+                value = field(source[i], path)
+            except BadExample as e:
                 raise UserError(f"record {source.key(i)} {e}; --fields takes fields that every record has") from None
             texts |= dict.fromkeys([value] if isinstance(value, str) else map(str, value))
     return list(texts)
 
 
 def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer:
-    texts = corpus(sources.open_source(values.uri, values.split), values.fields)
+    texts = corpus(open_source(values.uri, values.split), values.fields)
     if not any(texts):
         raise UserError(f"{values.uri} has no text under {', '.join(values.fields)}")
     out = pathlib.Path(values.out)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax import config
-from vlm_jax.data.registry import BadExample, field
+from vlm_jax.data.source import BadExample, field
 from vlm_jax.errors import UserError
 
 PACKAGED = pathlib.Path(__file__).parents[1] / "data" / "zeroshot"

@@ -2,8 +2,10 @@
 
 import numpy as np
 
-from vlm_jax.data import image_ops
-from vlm_jax.data.registry import field, op
+from vlm_jax.data.ops import op
+from vlm_jax.data.ops.geometry import METHODS
+from vlm_jax.data.ops.image import pil
+from vlm_jax.data.source import field
 
 SIDE = 96
 
@@ -11,9 +13,9 @@ SIDE = 96
 @op
 def thumbnail(example: dict, side: int = SIDE) -> dict:
     """Sets `thumbnail` to the picture as people see it, uint8 [side, side, 3], proportions kept on white."""
-    image = image_ops.pil(example["image"])
+    image = pil(example["image"])
     scale = side / max(image.size)
-    small = image.convert("RGB").resize([max(round(s * scale), 1) for s in image.size], image_ops.METHODS["bicubic"])
+    small = image.convert("RGB").resize([max(round(s * scale), 1) for s in image.size], METHODS["bicubic"])
     canvas = np.full((side, side, 3), 255, np.uint8)
     top, left = (side - small.height) // 2, (side - small.width) // 2
     canvas[top : top + small.height, left : left + small.width] = np.asarray(small)

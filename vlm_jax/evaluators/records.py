@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.data.registry import BadExample, field
-from vlm_jax.data.sources import Source
+from vlm_jax.data.source import BadExample, Source, field
 
 
 def read_fields(source: Source, chosen: np.ndarray | None, paths: Sequence[str]) -> list[list[Any] | None]:

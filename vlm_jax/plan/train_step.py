@@ -13,7 +13,6 @@ from PIL import Image
 from vlm_jax import config, models
 from vlm_jax.data import ops
 from vlm_jax.data.examples import collate
-from vlm_jax.data.registry import SUBJECTS
 from vlm_jax.errors import UserError
 from vlm_jax.params import optim, sharding
 from vlm_jax.params.table import named_leaves
@@ -178,7 +177,7 @@ def example_of(op_string: str) -> dict[str, np.ndarray]:
     picture = io.BytesIO()
     Image.new("RGB", (256, 256)).save(picture, "PNG")
     record: dict[str, Any] = collections.defaultdict(dict, image=picture.getvalue(), text="a text")
-    for path in sorted(pipeline.paths - set(SUBJECTS)):
+    for path in sorted(pipeline.paths - set(ops.SUBJECTS)):
         where, (*folders, name) = record, path.split("/")
         for folder in folders:
             where = where[folder]

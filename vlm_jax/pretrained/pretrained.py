@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from vlm_jax.config import call, choose
 from vlm_jax.data import ops
-from vlm_jax.data.registry import BadExample
+from vlm_jax.data.source import BadExample
 from vlm_jax.errors import UserError
 from vlm_jax.models import generate, insertion, pooling
 from vlm_jax.models.generate import log_likelihood, log_likelihoods

@@ -15,8 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from vlm_jax.data import ops
-from vlm_jax.data.image_ops import STATISTICS
-from vlm_jax.data.registry import OPS
+from vlm_jax.data.ops.image import STATISTICS
 from vlm_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -31,7 +30,7 @@ EXPRESSIBLE = re.compile(r"decode( resize\w*)?( central_crop| pad)?( normalize| 
 
 def _call(name: str, *args, **kwargs) -> str:
     """`name(args, key=value)`, without what the op does by default."""
-    defaults = inspect.signature(OPS[name]).parameters
+    defaults = inspect.signature(ops.OPS[name]).parameters
     stated = [f"{key}={value!r}" for key, value in kwargs.items() if value != defaults[key].default]
     arguments = [*map(repr, args), *stated]
     return f"{name}({', '.join(arguments)})" if arguments else name

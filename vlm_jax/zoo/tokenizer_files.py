@@ -15,6 +15,7 @@ import tokenizers as hf
 
 from vlm_jax.data import ops, tokenizers
 from vlm_jax.data.package_files import locate
+from vlm_jax.data.tokenizers import clip, library, wordpiece
 from vlm_jax.errors import UserError
 from vlm_jax.zoo.readers.json_files import read_json
 
@@ -111,12 +112,12 @@ def _file(folder: Path, name: str, siglip2: bool) -> tuple[str, Path]:
 
 def _library(kind: str, path: Path, name: str, settings: Mapping[str, Any]) -> tuple:
     """(ids that `build` gives, token -> id, (BOS, EOS) that Transformers adds), by the `tokenizers` library."""
-    build = {"json": tokenizers.json_model, "bpe": tokenizers.bpe_model, "wordpiece": tokenizers.wordpiece_model}[kind]
-    model = build(str(path))
+    read = {"json": library.from_file, "bpe": clip.from_files, "wordpiece": wordpiece.from_file}[kind]
+    model = read(str(path))
     if isinstance(model.normalizer, hf.normalizers.BertNormalizer):
         _check_bert(path, kind, model.normalizer, settings)
     find = lambda token: None if token is None else model.token_to_id(token)
-    ids, added = tokenizers.special_ids(model), tokenizers.around(model)
+    ids, added = library.special_ids(model), library.around(model)
     flags = [settings.get(f"add_{key}_token") for key in ("bos", "eos")]
     if name in WRAPPING:
         added = added or tuple(find(_content(settings.get(key))) for key in WRAPPING[name])
@@ -246,18 +247,18 @@ def to_transformers(spec: str, tokenize_ops: str, folder: str | Path) -> None:
 def _model(kind: str, path: Path | None, query: str) -> hf.Tokenizer:
     """The tokenizer of a spec as one of the `tokenizers` library, without padding and truncation."""
     if kind == "clip":
-        vocab, merges = tokenizers.clip_vocabulary()
+        vocab, merges = clip.vocabulary()
         start, end = len(vocab), len(vocab) + 1
-        specials = dict(zip(tokenizers.CLIP_SPECIALS, (start, end), strict=True))
-        model = tokenizers.clip_model(vocab | specials, merges, start, end)
+        specials = dict(zip(clip.SPECIALS, (start, end), strict=True))
+        model = clip.from_pairs(vocab | specials, merges, start, end)
     elif kind == "wordpiece":
-        model = tokenizers.wordpiece_model(str(path), cased="cased=true" in query.lower())
+        model = wordpiece.from_file(str(path), cased="cased=true" in query.lower())
     elif kind == "bpe":
-        model = tokenizers.bpe_model(str(path))
+        model = clip.from_files(str(path))
     elif kind == "sentencepiece":
         model = _unigram(path)
     else:
-        model = tokenizers.json_model(str(path or tokenizers.VOCAB / kind / "tokenizer.json"))
+        model = library.from_file(path or library.EMOJI)
     model.no_padding()
     model.no_truncation()
     return model
@@ -265,8 +266,8 @@ def _model(kind: str, path: Path | None, query: str) -> hf.Tokenizer:
 
 def _class(model: hf.Tokenizer) -> str:
     """Transformers' class that builds the same from the vocabulary; one that takes the file as it is, else."""
-    clip = isinstance(model.model, hf.models.BPE) and model.model.end_of_word_suffix == "</w>"
-    if clip and None not in map(model.token_to_id, tokenizers.CLIP_SPECIALS):
+    with_ends = isinstance(model.model, hf.models.BPE) and model.model.end_of_word_suffix == "</w>"
+    if with_ends and None not in map(model.token_to_id, clip.SPECIALS):
         return "CLIPTokenizer"
     if isinstance(model.model, hf.models.WordPiece) and isinstance(model.normalizer, hf.normalizers.BertNormalizer):
         return "BertTokenizer"

@@ -1,9 +1,4 @@
-"""Op strings: `"decode | random_resized_crop(64) | flip | normalize"` becomes a function from a record to an example.
-
-Ops are joined by `|`; their arguments are Python literals; nothing is evaluated. They are the functions of
-`image_ops.py` and `text_ops.py`, and any other registered by `@registry.op`. `cache` stands for itself: the ops before
-it are run once per record, those after it every time.
-"""
+"""The parser of op strings, and what it returns."""
 
 import ast
 import dataclasses
@@ -17,11 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlm_jax.data import image_ops, text_ops  # noqa: F401 (registers the ops)
-from vlm_jax.data.registry import OPS, SUBJECTS, BadExample
+from vlm_jax.data.ops.image import array
+from vlm_jax.data.ops.registry import INJECTED, OPS, SUBJECTS
+from vlm_jax.data.source import BadExample
 from vlm_jax.errors import UserError
-
-INJECTED = (*SUBJECTS, "rng", "tokenizer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +88,7 @@ class Pipeline:
 def _images_as_arrays(example: dict) -> dict:
     for key, value in example.items():
         if isinstance(value, Image.Image):
-            example[key] = image_ops.array(value)
+            example[key] = array(value)
     return example
 
 

@@ -1,4 +1,4 @@
-"""Tar shards as img2dataset and the `webdataset` package write them, read by index.
+"""`wds:`: tar shards as img2dataset and the `webdataset` package write them, read by index.
 
 Members named `key.ext` that follow each other with the same key are one example. The headers of all shards are
 scanned once; an example is then one read of the bytes between its first and last member.
@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.data.registry import BadExample
-from vlm_jax.data.sources import Source
+from vlm_jax.data.source import BadExample, Source
 from vlm_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ def expand(pattern: str) -> list[str]:
     return [path for option in options for path in expand(head + option + tail)]
 
 
-class Shards(Source):
+class TarShards(Source):
     """The examples of tar shards.
 
     A record has the first image member's bytes under "image"; `.txt` and `.text`-like members as str, `.json` as the

@@ -1,4 +1,4 @@
-"""Text ops (choose a caption, fill a template, make tokens) and field ops (keep, rename)."""
+"""Text ops: choose a caption, fill a template, make tokens, hide spans."""
 
 import string
 from typing import Any, Literal
@@ -6,7 +6,8 @@ from typing import Any, Literal
 import numpy as np
 
 from vlm_jax.data import spans
-from vlm_jax.data.registry import BadExample, field, op
+from vlm_jax.data.ops.registry import op
+from vlm_jax.data.source import BadExample, field
 from vlm_jax.errors import UserError
 
 
@@ -197,19 +198,4 @@ def denoise(
         eos_id=tokenizer.eos_id, inputs_length=inputs, targets_length=targets, sentinels=sentinels,
     )  # fmt: skip
     example["denoiser"] = i
-    return example
-
-
-@op
-def keep(example: dict, *fields: str) -> dict:
-    """Leaves only the named fields (the last part of a path such as `name/en` becomes the name)."""
-    return {path.rsplit("/", 1)[-1]: field(example, path) for path in fields}
-
-
-@op
-def rename(example: dict, old: str, new: str) -> dict:
-    """Calls the field at path `old` `new`."""
-    example[new] = field(example, old)
-    if "/" not in old and old != new:
-        del example[old]
     return example

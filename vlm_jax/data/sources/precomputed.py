@@ -1,33 +1,38 @@
-"""Embeddings in the place of pictures: `precomputed:FOLDER`, which `python -m vlm_jax.precompute` has written.
+"""`precomputed:`: embeddings instead of pictures, written by `python -m vlm_jax.precompute`.
 
-The folder holds index.json (the data set, and what made the embeddings) and shards of ArrayRecord: a float32 vector for
-each record of the data set, in its order; an empty one where the picture could not be used.
+The folder holds index.json (the data set, and what made the embeddings) and shards of ArrayRecord: one float32 vector
+for each record of the data set, in its order; an empty one if the picture could not be used.
 """
 
 import copy
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from array_record.python import array_record_module
-from grain.sources import ArrayRecordDataSource
 
-from vlm_jax.data.registry import BadExample
-from vlm_jax.data.sources import Source, open_source
+from vlm_jax.data.source import BadExample, Source
 from vlm_jax.errors import UserError
 
 INDEX = "index.json"
 
 
 class Precomputed(Source):
-    """The records of a data set, with an embedding, float32 [D], under "image"."""
+    """The records of a data set, with an embedding, float32 [D], under "image".
+
+    Args:
+      path: the folder.
+      open_source: opens the data set by URI and split.
+    """
 
     with_image = True
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, open_source: Callable[[str, str | None], Source]):
+        from grain.sources import ArrayRecordDataSource  # imports JAX; 2 s, hence here
+
         self.path = Path(path)
         if not (self.path / INDEX).is_file():
             raise UserError(f"data source `precomputed:{path}` has no {INDEX}; write it with vlm_jax.precompute")

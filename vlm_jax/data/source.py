@@ -1,0 +1,58 @@
+"""A source: records by index, their fields by path, and the error for a record that cannot be used."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
+
+import numpy as np
+
+
+class BadExample(Exception):  # noqa: N818 (it is a property of the data, counted and skipped, not of the program)
+    """This record cannot be used: the reason, as a short phrase. Sources and ops raise it, the loader handles it."""
+
+
+class Source:
+    """Records by index; picklable, for worker processes."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """The raw record: encoded bytes under "image", text and numbers under their own names."""
+        raise NotImplementedError
+
+    def key(self, i: int) -> str:
+        """The name of the record for people: a file, a line, a member of a shard."""
+        raise NotImplementedError
+
+    def narrow(self, paths: frozenset[str]) -> Self:
+        """The same records; fields whose paths are not among `paths` may be left out, if that is cheaper."""
+        return self
+
+
+def field(record: Mapping[str, Any], path: str) -> Any:
+    """Returns the value at a `/`-joined path of a nested record; raises BadExample if the record has none."""
+    value = record
+    for name in path.split("/"):
+        if not isinstance(value, Mapping) or name not in value:
+            known = ", ".join(map(str, value)) if isinstance(value, Mapping) else type(value).__name__
+            raise BadExample(f"has no field `{path}` (there: {known})")
+        value = value[name]
+    return value
+
+
+def select(source: Source, where: Mapping[str, Iterable[Any]]) -> np.ndarray:
+    """Indices of the records whose fields (paths such as "name/en") are all among the values that `where` gives.
+
+    Reads each record once. A record that lacks the field, or that cannot be read, is not selected.
+    """
+    wanted = {path: {values} if isinstance(values, str) else set(values) for path, values in where.items()}
+    source = source.narrow(frozenset(wanted))
+    chosen = []
+    for i in range(len(source)):
+        try:
+            record = source[i]
+            if all(field(record, path) in values for path, values in wanted.items()):
+                chosen.append(i)
+        except (BadExample, OSError):
+            continue
+    return np.asarray(chosen, np.int64)

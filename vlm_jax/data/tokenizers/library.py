@@ -1,0 +1,67 @@
+"""Tokenizers of the `tokenizers` library: read from a tokenizer.json, and made into our fields."""
+
+import pathlib
+from collections.abc import Iterable
+
+import tokenizers as hf
+
+from vlm_jax.errors import UserError
+
+EMOJI = pathlib.Path(__file__).parent / "vocab" / "emoji" / "tokenizer.json"
+# The usual names of special tokens; the first that a vocabulary has counts.
+SPECIALS = {
+    "pad_id": ("<pad>", "[PAD]", "<|pad|>", "<|endoftext|>"),
+    "bos_id": ("<s>", "[CLS]", "<bos>", "<|startoftext|>", "<|begin_of_text|>"),
+    "eos_id": ("</s>", "[SEP]", "<eos>", "<|endoftext|>", "<|end_of_text|>"),
+}
+
+
+def from_file(path: str | pathlib.Path) -> hf.Tokenizer:
+    """The tokenizer of a file of the `tokenizers` library."""
+    try:
+        return hf.Tokenizer.from_file(str(path))
+    except Exception as e:  # the library raises a bare Exception
+        raise UserError(f"{path} is not a tokenizer.json: {str(e).splitlines()[0]}") from e
+
+
+def fields(model: hf.Tokenizer) -> dict:
+    """The fields of a tokenizer; bytes are decoded if byte pairs have no decoder of their own."""
+    if model.decoder is None and isinstance(model.model, hf.models.BPE):
+        model.decoder = hf.decoders.ByteLevel()
+    return special_ids(model) | {
+        "encode": lambda text: model.encode(text, add_special_tokens=False).ids,
+        "decode": model.decode,
+        "vocab_size": max(model.get_vocab(with_added_tokens=True).values()) + 1,
+    }
+
+
+def special_ids(model: hf.Tokenizer) -> dict[str, int | None]:
+    """pad_id, bos_id and eos_id: by the model's own padding and post-processor, else by their usual names.
+
+    Switches the model's padding and truncation off.
+    """
+    ids = {key: _first(map(model.token_to_id, names)) for key, names in SPECIALS.items()}
+    if model.padding:
+        ids["pad_id"] = model.padding["pad_id"]
+    model.no_padding()
+    model.no_truncation()
+    return ids if around(model) is None else ids | dict(zip(("bos_id", "eos_id"), around(model), strict=True))
+
+
+def around(model: hf.Tokenizer) -> tuple[int | None, int | None] | None:
+    """The ids that the post-processor puts before and after a text; None without a post-processor."""
+    if model.post_processor is None or isinstance(model.post_processor, hf.processors.ByteLevel):
+        return None
+    for text in ("a", "0", "."):  # the first that the vocabulary has
+        plain, whole = model.encode(text, add_special_tokens=False).ids, model.encode(text).ids
+        if plain:
+            break
+    start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    before, after = whole[:start], whole[start + len(plain) :]
+    if len(before) > 1 or len(after) > 1:
+        raise UserError(f"a tokenizer puts the ids {before} and {after} around a text; expected one on a side at most")
+    return _first(before), _first(after)
+
+
+def _first(values: Iterable[int | None]) -> int | None:
+    return next((value for value in values if value is not None), None)

@@ -1,0 +1,47 @@
+"""SentencePiece models: SigLIP, Gemma, Llama, T5."""
+
+import itertools
+import re
+
+import sentencepiece
+
+from vlm_jax.errors import UserError
+
+
+def fields(path: str, extra_ids: int = 0) -> dict:
+    """The fields of a model's tokenizer. A model without a padding id (Llama) gets 0, its unknown symbol.
+
+    Args:
+      path: the model's file.
+      extra_ids: sentinels after the pieces (T5: 100); the last id is <extra_id_0>, the one before it <extra_id_1>.
+    """
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=path)
+    except (RuntimeError, OSError) as e:
+        raise UserError(f"{path} is not a SentencePiece model") from e
+    known = lambda i: i if i >= 0 else None
+    pieces = model.get_piece_size()
+    sentinel = re.compile(f"<extra_id_({'|'.join(map(str, range(extra_ids)))})>")
+
+    def encode(text):
+        first, *rest = sentinel.split(text)  # text, then a number and text for each sentinel
+        ids = model.encode(first)
+        for number, text in zip(rest[::2], rest[1::2], strict=True):
+            ids += [pieces + extra_ids - 1 - int(number), *model.encode(text)]
+        return ids
+
+    def decode(ids):
+        texts = []
+        for is_piece, some in itertools.groupby(ids, lambda i: i < pieces):
+            some = list(some)
+            texts += [model.decode(some)] if is_piece else [f"<extra_id_{pieces + extra_ids - 1 - i}>" for i in some]
+        return " ".join(texts)
+
+    return {
+        "encode": encode if extra_ids else model.encode,
+        "decode": decode if extra_ids else model.decode,
+        "vocab_size": pieces + extra_ids,
+        "pad_id": max(model.pad_id(), 0),
+        "bos_id": known(model.bos_id()),
+        "eos_id": known(model.eos_id()),
+    }
