@@ -107,4 +107,6 @@ def test_tests_share_through_support_alone():
     for path in sorted((ROOT / "tests").rglob("*.py")):
         shared = {module for module, _ in imports(path) if module.split(".")[0] in ("tests", "conftest")}
         wrong = {module for module in shared if not module.startswith("tests.support")}
-        assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(sorted(wrong))}; shared code is in tests/support"
+        assert not wrong, (
+            f"{path.relative_to(ROOT)} imports {', '.join(sorted(wrong))}; shared code is in tests/support"
+        )

@@ -1,27 +1,22 @@
 """The trainer: the same run on any mesh, killed and continued, with any accumulation; errors in one line."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from configs import clip
-from tests.pictures import write_pictures
+from tests.support.pictures import write_pictures
+from tests.support.runs import lines, on_pictures, start
 from vlm_jax.errors import UserError
 from vlm_jax.params import sharding
 from vlm_jax.run.checkpoint import load_params
 from vlm_jax.run.program import build_program
 from vlm_jax.train import train
-
-ROOT = Path(__file__).parents[1]
 
 
 def towers(bias_init=None):
@@ -95,21 +90,9 @@ def test_accumulation_on_a_mesh_keeps_the_curve():
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
-def start(workdir, *overrides, config="configs/clip.py:smoke"):
-    command = [sys.executable, "-m", "vlm_jax.train", f"--config={config}", f"--workdir={workdir}", *overrides]
-    return subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE, text=True
-    )
-
-
 def finish(process):
     _, errors = process.communicate(timeout=300)
     return process.returncode, errors
-
-
-def lines(workdir):
-    path = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def kill_when(process, condition):
@@ -196,21 +179,6 @@ def test_what_a_user_gets_wrong_is_named(what, tmp_path):
         train(settings, tmp_path)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "checkpoints").exists()
-
-
-def on_pictures(folder, batch_size=16):
-    settings = smoke().to_dict()
-    ops = "decode | resize(32) | normalize | caption('text') | tokenize(8) | keep('image', 'token_ids')"
-    return settings | dict(
-        data=dict(uri=f"jsonl:{folder}/data.jsonl", ops=ops),
-        objective=dict(name="contrastive"),
-        optimizer=dict(name="adamw", lr=1e-3),
-        batch_size=batch_size,
-        duration="12 steps",
-        evals=None,
-        checkpoint=dict(every="1 steps"),
-        log=dict(tensorboard=False),
-    )
 
 
 @pytest.mark.parametrize("kind", ["truncated", "empty"])

@@ -6,18 +6,17 @@ import shlex
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from absl import flags
 
+from tests.support.paths import ROOT
 from vlm_jax import command
 from vlm_jax.command import commands, help_page
 from vlm_jax.command.commands import COMMANDS, LOADING
 from vlm_jax.command.values import given
 from vlm_jax.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 CLIP = "pkg:vlm_jax/zoo/clip_tiny"
 
 

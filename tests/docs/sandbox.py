@@ -19,7 +19,7 @@ from PIL import Image
 
 import vlm_jax
 from configs import clip
-from tests.zoo.test_references import unpack
+from tests.support.released import unpack
 from vlm_jax import models
 from vlm_jax.data import emoji, sources, tokenizers
 from vlm_jax.data.train_tokenizer import corpus

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.kernels.abstract_devices import cuda_module, on_tpu
-from tests.kernels.attention_suite import AttentionSuite, case, outputs
+from tests.support.abstract_devices import cuda_module, on_tpu
+from tests.support.attention_suite import AttentionSuite, case, outputs
 from vlm_jax import kernels
 from vlm_jax.errors import UserError
 

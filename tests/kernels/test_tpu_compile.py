@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.kernels.abstract_devices import CHIPS, compiled_for
+from tests.support.abstract_devices import CHIPS, compiled_for
 
 SHAPES = {
     # queries, keys, heads, head_dim, and what else; all with gradients

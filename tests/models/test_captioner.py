@@ -1,7 +1,6 @@
 """The captioner against the reference arrays, and step by step with caches against all at once."""
 
 import functools
-import pathlib
 
 import flax
 import jax
@@ -9,14 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.paths import GOLDEN
 from vlm_jax import models, objectives
 from vlm_jax.models.decoder import shift_right
 from vlm_jax.zoo import key_map
 from vlm_jax.zoo.formats import big_vision
 from vlm_jax.zoo.load import read_params
 from vlm_jax.zoo.readers.tensors import open_tensors
-
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture(scope="module", params=["cappa_loop", "cappa_scan"])

@@ -1,19 +1,17 @@
 """Forward passes against the reference arrays of `tests/golden` (fp32, non-square images)."""
 
-import pathlib
-
 import flax
 import jax
 import numpy as np
 import pytest
 
+from tests.support.paths import GOLDEN
 from vlm_jax import models
 from vlm_jax.zoo import key_map
 from vlm_jax.zoo.formats import big_vision
 from vlm_jax.zoo.load import read_params
 from vlm_jax.zoo.readers.tensors import open_tensors
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 SIZES = dict(width=32, depth=2, mlp_dim=128, heads=2)
 IMAGE = dict(**SIZES, patch=16)
 TEXT = dict(**SIZES, vocab_size=64, length=16)

@@ -4,13 +4,14 @@ import base64
 import importlib.util
 import io
 import re
-from pathlib import Path
 
 import nbformat
 import pytest
 from PIL import Image
 
-COLAB = Path(__file__).parents[2] / "colab"
+from tests.support.paths import ROOT
+
+COLAB = ROOT / "colab"
 NOTEBOOKS = sorted(COLAB.glob("*.ipynb"))
 NAMES = ["01_zero_shot", "02_train_clip", "03_caption", "04_adapt_few_shot", "05_ul2", "06_plan_a_pod"]
 BYTES = 1_500_000

@@ -11,6 +11,7 @@ from vlm_jax.adapt.files import load_diff, save_diff
 from vlm_jax.errors import UserError
 from vlm_jax.params import diffs
 
+
 @pytest.mark.parametrize("scan", [False, True])
 def test_diff_and_patch_are_inverse_bit_for_bit(scan, tmp_path):
     base = drawn(shapes_of("two_tower", scan))

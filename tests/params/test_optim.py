@@ -1,15 +1,14 @@
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from tests.support.paths import GOLDEN
 from vlm_jax.errors import UserError
 from vlm_jax.params import optim
 
-GOLDEN = np.load(Path(__file__).parents[1] / "golden/adafactor.npz")
+STORED = np.load(GOLDEN / "adafactor.npz")
 FLAT = {"name": "constant"}
 FROZEN = ("img/.*", {"freeze": True})
 
@@ -49,7 +48,7 @@ def assert_close(got, want, rtol=1e-5, atol=1e-6):
 def test_adafactor_is_that_of_the_published_runs():
     """Four steps with a frozen group, a multiplier of 0.1 on biases, decay on kernels and clipping, step by step."""
     names = ("a/kernel", "a/bias", "frozen/kernel")
-    tree = lambda kind: {name: jnp.asarray(GOLDEN[f"{kind}/{name}"]) for name in names}
+    tree = lambda kind: {name: jnp.asarray(STORED[f"{kind}/{name}"]) for name in names}
     p = tree("params_after0")  # the first step has learning rate 0
     section = {
         "name": "adafactor", "lr": 0.01, "weight_decay": 0.1, "clip_norm": 1.0,
@@ -64,8 +63,8 @@ def test_adafactor_is_that_of_the_published_runs():
         updates, state = tx.update(tree(f"grad{step}"), state, p)
         p = optax.apply_updates(p, updates)
         assert_close(p, tree(f"params_after{step}"), rtol=1e-6, atol=1e-6)
-        np.testing.assert_allclose(p["a/bias"], GOLDEN[f"params_after{step}/a/bias"], rtol=1e-5, atol=1e-10)
-        np.testing.assert_allclose(schedule(step), 0.01 * GOLDEN["schedule"][step], rtol=1e-6)
+        np.testing.assert_allclose(p["a/bias"], STORED[f"params_after{step}/a/bias"], rtol=1e-5, atol=1e-10)
+        np.testing.assert_allclose(schedule(step), 0.01 * STORED["schedule"][step], rtol=1e-6)
 
 
 def test_adamw_is_optax_s_with_decay_on_kernels():

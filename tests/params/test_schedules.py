@@ -1,13 +1,12 @@
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
 
+from tests.support.paths import GOLDEN
 from vlm_jax.errors import UserError
 from vlm_jax.params import schedules
 
-GOLDEN = np.load(Path(__file__).parents[1] / "golden/adafactor.npz")
+STORED = np.load(GOLDEN / "adafactor.npz")
 
 
 @pytest.mark.parametrize(
@@ -42,7 +41,7 @@ def values(total, **section):
 
 def test_rsqrt_is_the_published_one():
     np.testing.assert_allclose(
-        values(12, name="rsqrt", warmup=3, cooldown="25%", timescale=5), GOLDEN["schedule"], rtol=1e-6
+        values(12, name="rsqrt", warmup=3, cooldown="25%", timescale=5), STORED["schedule"], rtol=1e-6
     )
 
 

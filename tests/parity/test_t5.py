@@ -9,7 +9,7 @@ import sentencepiece
 import torch
 import transformers
 
-from tests.parity.test_transformers import close, same_gradients
+from tests.support.torch_parity import close, same_gradients
 from vlm_jax import models, save_pretrained
 from vlm_jax.data import tokenizers
 from vlm_jax.models.generate import Special, beam_search, sample

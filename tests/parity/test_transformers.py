@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers
 
+from tests.support.torch_parity import close, gradients_like, same_gradients
 from vlm_jax import models
-from vlm_jax.zoo import key_map, recognize
+from vlm_jax.zoo import recognize
 from vlm_jax.zoo.load import read_params
 
 IMAGE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32)
@@ -92,11 +93,6 @@ def to_torch(images, token_ids):
     )
 
 
-def close(got, want, tolerance=1e-5):
-    want = want.detach().numpy() if isinstance(want, torch.Tensor) else want
-    np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * max(np.abs(want).max(), 1))
-
-
 def unit(x):
     return x / x.norm(dim=-1, keepdim=True)
 
@@ -126,49 +122,10 @@ def test_two_towers(name, tmp_path):
     same_gradients(theirs, grads, released, tmp_path / "gradients")
 
 
-def gradients_like(theirs, logits, sigmoid):
-    """Leaves the gradients of the contrastive loss of `logits` in the model there."""
-    if sigmoid:
-        signs = 2 * torch.eye(len(logits)) - 1
-        loss = -torch.nn.functional.logsigmoid(signs * logits).sum() / len(logits)
-    else:
-        labels = torch.arange(len(logits))
-        cross = torch.nn.functional.cross_entropy
-        loss = (cross(logits, labels) + cross(logits.T, labels)) / 2
-    loss.backward()
-
-
 def contrastive_loss(logits, sigmoid):
     if sigmoid:
         return -jax.nn.log_sigmoid((2 * jnp.eye(len(logits)) - 1) * logits).sum() / len(logits)
     return -(jnp.diag(jax.nn.log_softmax(logits, 0)) + jnp.diag(jax.nn.log_softmax(logits, 1))).mean() / 2
-
-
-def same_gradients(theirs, grads, released, folder, tolerance=1e-5):
-    """Ours, put into their layout by the key table, equal theirs (saved as if they were the parameters)."""
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-    theirs.save_pretrained(folder)
-    theirs = recognize.understand(folder).tensors
-    leaves = released.shapes
-    flat = {name: np.asarray(leaf) for name, leaf in _flat(grads).items()}
-    found = {}
-    for entry in released.entries:
-        name, i = key_map.blocks_of(entry.ours, leaves)
-        if name in leaves:
-            array = flat[name] if i is None else flat[name][i]
-            into = found.setdefault(entry.theirs, np.zeros(released.tensors[entry.theirs].shape, np.float32))
-            entry.write(array, into)
-    assert max(np.abs(array).max() for array in found.values()) > 1e-2
-    for name, array in found.items():
-        np.testing.assert_allclose(array, theirs[name].read(), rtol=tolerance, atol=tolerance, err_msg=name)
-
-
-def _flat(tree):
-    import flax
-
-    return flax.traverse_util.flatten_dict(tree, sep="/")
 
 
 @pytest.mark.parametrize("name", IMAGES)

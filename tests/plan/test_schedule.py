@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.kernels.abstract_devices import compiled_for
+from tests.support.abstract_devices import compiled_for
 
 
 def test_memory_is_that_of_the_program_that_train_runs():

@@ -8,16 +8,17 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from tests.pictures import write_pictures
+from tests.support.paths import ROOT
+from tests.support.pictures import write_pictures
+from tests.support.runs import lines
+from tests.support.runs import start as start_one
 
-ROOT = Path(__file__).parents[2]
 STEPS = 12
 CONFIG = """
 from ml_collections import ConfigDict
@@ -50,15 +51,9 @@ def start(config, workdir, count, devices, *overrides):
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "vlm_jax.train", f"--config={config}", f"--workdir={workdir}", *overrides]
     join = [[f"--distributed=localhost:{port},{count},{i}"] if count > 1 else [] for i in range(count)]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    env |= {
-        "JAX_COMPILATION_CACHE_DIR": str(config.parent / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return [subprocess.Popen(command + own, cwd=ROOT, env=env, **pipes) for own in join]
+    devices = {"JAX_NUM_CPU_DEVICES": str(devices)}
+    return [start_one(workdir, *overrides, *own, config=config, **devices) for own in join]
 
 
 def finish(run, timeout=300):
@@ -70,11 +65,6 @@ def finish(run, timeout=300):
         for process in run:
             process.kill()
     return [(process.returncode, *text) for process, text in zip(run, texts, strict=True)]
-
-
-def lines(workdir):
-    path = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def losses(workdir):

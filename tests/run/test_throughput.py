@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from tests.pictures import write_pictures
-from tests.test_train import on_pictures
+from tests.support.pictures import write_pictures
+from tests.support.runs import on_pictures
 from vlm_jax.errors import UserError
 from vlm_jax.run import throughput
 from vlm_jax.run.chips import CHIPS, chip_of

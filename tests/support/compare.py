@@ -11,9 +11,9 @@ def close(got, want, rtol=1e-5, atol=1e-5):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), got, want)
 
 
-def close_in_scale(got, want):
-    """Asserts equality up to 1e-5 of the largest value, of 1 where all are smaller."""
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * max(np.abs(want).max(), 1))
+def close_in_scale(got, want, tolerance=1e-5):
+    """Asserts equality up to `tolerance` of the largest value, of 1 where all are smaller."""
+    np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * max(np.abs(want).max(), 1))
 
 
 def same(got, want):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import vlm_jax
-from tests.zoo.test_fuzz_files import mutate
-from tests.zoo.test_references import unpack
-from tests.zoo.test_torch_files import hostile_pickles
+from tests.support.released import unpack
+from tests.support.tensor_files import mutate
+from tests.support.torch_pickles import hostile_pickles
 from vlm_jax.errors import UserError
 from vlm_jax.zoo import recognize
 from vlm_jax.zoo.readers.tensors import open_tensors, write_safetensors

@@ -10,7 +10,8 @@ import pytest
 from huggingface_hub import constants
 
 import vlm_jax
-from tests.zoo.test_references import close, unpack
+from tests.support.compare import close_in_scale as close
+from tests.support.released import unpack
 from vlm_jax import models
 from vlm_jax.errors import UserError
 from vlm_jax.params import sharding

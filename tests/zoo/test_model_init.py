@@ -1,13 +1,12 @@
 """Runs that begin from parameters of others: the same tokens, bit-equal parameters, heads anew, errors by name."""
 
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import clip
+from tests.support.paths import GOLDEN
 from vlm_jax import config, load, models, save_pretrained
 from vlm_jax.data import tokenizers
 from vlm_jax.errors import UserError
@@ -21,7 +20,6 @@ from vlm_jax.train import train
 from vlm_jax.zoo import key_map, model_init, recognize
 from vlm_jax.zoo.load import read_params
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 SIZES = dict(width=32, depth=2, heads=4, mlp_dim=48, relative_buckets=8)
 TOKENS = jnp.array([[3, 4, 5, 6, 1, 0], [7, 8, 1, 0, 0, 0]])
 

@@ -2,17 +2,17 @@
 
 import json
 import logging
-import pathlib
 
 import numpy as np
 import pytest
 
+from tests.support.paths import GOLDEN
 from vlm_jax.data import ops
 from vlm_jax.errors import UserError
 from vlm_jax.zoo import preprocessing
 
-GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "preprocessing.npz")
-CONFIGS = {key.removesuffix("/config"): json.loads(str(GOLDEN[key])) for key in GOLDEN if key.endswith("/config")}
+STORED = np.load(GOLDEN / "preprocessing.npz")
+CONFIGS = {key.removesuffix("/config"): json.loads(str(STORED[key])) for key in STORED if key.endswith("/config")}
 CLIP = {"image_processor_type": "CLIPImageProcessor"}
 
 
@@ -29,11 +29,11 @@ def from_config(name, folder):
 def test_values_are_the_references(name, tmp_path):
     pipeline = ops.parse(from_config(name, tmp_path))
     for i in range(2):
-        got = pipeline({"image": GOLDEN[f"picture/{i}"]}, None)["image"]
+        got = pipeline({"image": STORED[f"picture/{i}"]}, None)["image"]
         if isinstance(got, dict):
-            np.testing.assert_array_equal(got["grid"], GOLDEN[f"{name}/{i}/grid"])
+            np.testing.assert_array_equal(got["grid"], STORED[f"{name}/{i}/grid"])
             got = got["patches"]
-        np.testing.assert_allclose(got, GOLDEN[f"{name}/{i}"], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(got, STORED[f"{name}/{i}"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -95,7 +95,7 @@ def test_families():
     assert preprocessing.FAMILIES["openai"]((32, 48)).startswith(
         "decode | resize_shortest((32, 48)) | central_crop(32, 48)"
     )
-    image = GOLDEN["picture/0"]
+    image = STORED["picture/0"]
     for name, family in preprocessing.FAMILIES.items():
         out = ops.parse(family((20, 28)))({"image": image}, None)["image"]
         assert out.shape == (20, 28, 3) and out.dtype == np.float32, name
@@ -109,8 +109,8 @@ def test_big_vision_resizes_without_antialiasing():
     """Against torch's interpolation, truncated; but where its value is a whole number up to rounding errors."""
     string = preprocessing.FAMILIES["big_vision"](24).removesuffix(" | normalize")
     for i in range(2):
-        expected = GOLDEN[f"big_vision/{i}"]
-        got = ops.parse(string)({"image": GOLDEN[f"picture/{i}"]}, None)["image"]
+        expected = STORED[f"big_vision/{i}"]
+        got = ops.parse(string)({"image": STORED[f"picture/{i}"]}, None)["image"]
         sure = np.abs(expected - np.round(expected)) > 1e-3
         assert got.dtype == np.uint8 and sure.mean() > 0.8
         np.testing.assert_array_equal(got[sure], np.floor(expected[sure]))

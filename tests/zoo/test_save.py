@@ -1,31 +1,24 @@
 """What is loaded can be written in every format that has words for it, and comes back bit for bit."""
 
-import pathlib
-
 import jax
 import numpy as np
 import pytest
 
 import vlm_jax
+from tests.support.compare import same
+from tests.support.paths import GOLDEN
 from vlm_jax import convert
 from vlm_jax.errors import UserError
 from vlm_jax.zoo import recognize, save
 from vlm_jax.zoo.load import read_params
 from vlm_jax.zoo.readers.tensors import open_tensors
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 NEEDED = dict(preprocess="decode | resize(32, 48) | normalize", tokenizer="emoji", tokenize="tokenize(16)")
 
 
 def params_of(path):
     released = recognize.understand(path)
     return read_params(released.match(), released.shapes, released.tensors)
-
-
-def same(got, want):
-    assert got.keys() == want.keys()
-    for name in want:
-        np.testing.assert_array_equal(got[name], want[name], err_msg=name)
 
 
 @pytest.mark.parametrize("format", sorted(save.WRITERS.keys() - {"t5x"}))

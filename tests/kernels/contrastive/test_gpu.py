@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.kernels.abstract_devices import cuda_module
-from tests.kernels.contrastive.kernel_suite import KernelSuite
+from tests.support.abstract_devices import cuda_module
+from tests.support.contrastive_suite import KernelSuite
 from vlm_jax.errors import UserError
 from vlm_jax.kernels import contrastive
 

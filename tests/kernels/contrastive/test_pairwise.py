@@ -8,88 +8,22 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from tests.support.contrastive_suite import (
+    LOSS_NAMES,
+    NAMES,
+    assert_close,
+    case,
+    exact_sigmoid,
+    exact_softmax,
+    ring_of,
+    sigmoid,
+    sigmoid_case,
+    softmax,
+    softmax_case,
+)
 from vlm_jax.errors import UserError
 from vlm_jax.kernels import contrastive
 from vlm_jax.kernels.contrastive import block, ring
-
-NAMES = ("row", "column", "dx", "dy", "dscale", "dbias")
-LOSS_NAMES = ("loss", *NAMES[2:])
-
-
-def unit(x):
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
-
-
-def case(n, m, scale, dtype=np.float32, width=16, aligned=False):
-    """(x, y, scale, bias), cotangents of rows and columns."""
-    rng = np.random.default_rng(n + m)
-    x, y = rng.normal(size=(n, width)), rng.normal(size=(m, width))
-    if aligned:
-        y[: min(n, m)] = x[: min(n, m)] + 0.3 * y[: min(n, m)]
-    arrays = unit(x).astype(dtype), unit(y).astype(dtype), dtype(scale), dtype(-2)
-    return arrays, (rng.uniform(0.5, 1, n).astype(dtype), rng.uniform(0.5, 1, m).astype(dtype))
-
-
-def exact_softmax(arrays, cotangents):
-    x, y, scale, bias = (np.asarray(a, np.float64) for a in arrays)
-    g, h = (np.asarray(a, np.float64) for a in cotangents)
-    similarity = x @ y.T
-    logits = scale * similarity + bias
-    lse = lambda axis: np.log(np.exp(logits - logits.max()).sum(axis)) + logits.max()
-    row, column = lse(1), lse(0)
-    d = g[:, None] * np.exp(logits - row[:, None]) + h * np.exp(logits - column)
-    return row, column, scale * d @ y, scale * d.T @ x, (d * similarity).sum(), d.sum()
-
-
-def exact_sigmoid(arrays, match):
-    x, y, scale, bias = (np.asarray(a, np.float64) for a in arrays)
-    sign = np.where(match, 1, -1)
-    similarity = x @ y.T
-    logits = sign * (scale * similarity + bias)
-    d = -sign / (1 + np.exp(logits)) / len(x)
-    return np.logaddexp(0, -logits).sum() / len(x), scale * d @ y, scale * d.T @ x, (d * similarity).sum(), d.sum()
-
-
-@functools.cache
-def softmax_case(*which, **more):
-    """Arguments as of `case`; (arrays, cotangents), and what is exact."""
-    inputs = case(*which, **more)
-    return inputs, exact_softmax(*inputs)
-
-
-@functools.cache
-def sigmoid_case(n, m, *which, **more):
-    arrays, _ = case(n, m, *which, **more)
-    return arrays, exact_sigmoid(arrays, np.eye(n, m))
-
-
-def assert_close(got, want, limit=1e-6, names=NAMES):
-    """The error's norm against the value's norm."""
-    for name, a, b in zip(names, got, want, strict=True):
-        error = np.linalg.norm(np.asarray(a, np.float64) - b) / max(np.linalg.norm(b), 1e-30)
-        assert error <= limit, f"{name}: relative error {error:.1e}, allowed {limit:.0e}"  # a NaN fails, too
-
-
-@functools.cache
-def ring_of(devices):
-    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
-
-
-@functools.partial(jax.jit, static_argnames=("implementation", "mesh"))
-def softmax(arrays, cotangents, masks=None, implementation=None, mesh=None):
-    """(row, column, dx, dy, dscale, dbias) of `pairwise_logsumexp`"""
-    run = functools.partial(contrastive.pairwise_logsumexp, **masks or {}, implementation=implementation, mesh=mesh)
-    out, pull = jax.vjp(run, *arrays)
-    return *out, *pull(cotangents)
-
-
-@functools.partial(jax.jit, static_argnames=("implementation", "mesh"))
-def sigmoid(arrays, given=None, implementation=None, mesh=None):
-    """(loss, dx, dy, dscale, dbias) of `pairwise_sigmoid_loss` with these labels and masks"""
-    run = functools.partial(contrastive.pairwise_sigmoid_loss, **given or {}, implementation=implementation, mesh=mesh)
-    value, grads = jax.value_and_grad(run, (0, 1, 2, 3))(*arrays)
-    return value, *grads
-
 
 WAYS = [("reference", 1), ("blockwise", 1), (None, 2), (None, 8)]
 of_ways = lambda ways: pytest.mark.parametrize("way", ways, ids=lambda way: f"{way[0] or 'ring'}-{way[1]}")

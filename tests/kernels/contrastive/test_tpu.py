@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.kernels.abstract_devices import CHIPS, compiled_for
+from tests.support.abstract_devices import CHIPS, compiled_for
 from vlm_jax.errors import UserError
 from vlm_jax.kernels import contrastive
 from vlm_jax.kernels.contrastive import tpu
 
 if __name__ != "__main__":
-    from tests.kernels.contrastive.kernel_suite import KernelSuite
+    from tests.support.contrastive_suite import KernelSuite
 
     class TestTpuInterpreted(KernelSuite):
         """Blocks of 128 x 256, chunks of 128 columns, slabs of two blocks; of twice that in bf16."""

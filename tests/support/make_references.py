@@ -1,13 +1,12 @@
 """Writes `tests/golden/released_*.npz`: released families, very small, with what torch computes from them.
 
-python -m tests.parity.make_references
+python -m tests.support.make_references
 
 Each holds the files of a checkpoint as bytes (its tensors in half precision), inputs, outputs, and, of two towers, the
-gradients of the contrastive loss as another such file. `tests/zoo/test_references.py` loads them without torch.
+gradients of the contrastive loss as another such file. `tests/zoo/formats/test_references.py` loads them without torch.
 """
 
 import json
-import pathlib
 import tempfile
 
 import numpy as np
@@ -18,9 +17,9 @@ import transformers as T
 from open_clip.coca_model import CoCa
 from safetensors.torch import load_file, save
 
-from tests.parity.test_transformers import gradients_like
+from tests.support.paths import GOLDEN
+from tests.support.torch_parity import gradients_like
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
 IMAGE = dict(**SIZES, intermediate_size=32, image_size=8, patch_size=4)
 TEXT = dict(**SIZES, intermediate_size=32, vocab_size=32, max_position_embeddings=8)

@@ -1,21 +1,17 @@
-"""Released families as torch computes them (`tests/parity/make_references.py`), from files to values and gradients."""
+"""Released families as torch computes them (`tests/support/make_references.py`), from files to values and gradients."""
 
 import json
-import pathlib
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlm_jax import models
+from tests.support.compare import close_in_scale as close
+from tests.support.released import by_their_names, loss_and_embeddings, read, unpack
 from vlm_jax.models.generate import Special, beam_search, sample
-from vlm_jax.zoo import key_map, recognize
-from vlm_jax.zoo.load import read_params
 from vlm_jax.zoo.readers.tensors import open_tensors
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 SIGMOID = ("siglip", "siglip2", "open_clip_siglip")
 PAIRS = ("clip_eos", "clip_argmax", "dual", "open_clip", *SIGMOID)
 TOWERS = {
@@ -30,41 +26,10 @@ TOWERS = {
 }
 
 
-def close(got, want):
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * max(np.abs(want).max(), 1))
-
-
-def unpack(name, folder):
-    """Writes the files of a stored checkpoint into `folder`; returns (inputs, outputs)."""
-    stored = np.load(GOLDEN / f"released_{name}.npz")
-    for key in stored:
-        if "/" not in key:
-            (folder / key).write_bytes(stored[key].tobytes())
-    part = lambda prefix: {key.removeprefix(prefix): stored[key] for key in stored if key.startswith(prefix)}
-    return part("input/"), part("output/")
-
-
-def read(path, activation=None):
-    """(what the files are, the model, its parameters)."""
-    released = recognize.understand(path, activation)
-    params = read_params(released.match(), released.shapes, released.tensors)
-    return released, models.build(released.model), flax.traverse_util.unflatten_dict(params, sep="/")
-
-
 def given(inputs):
     """Images (or packed patches) and token ids, as the model takes them."""
     images = {key: inputs[key] for key in ("patches", "grid")} if "patches" in inputs else inputs["image"]
     return images, inputs["token_ids"]
-
-
-def loss_and_embeddings(model, params, images, token_ids, sigmoid):
-    out = model.apply({"params": params}, images, token_ids)
-    logits = out.scale * out.image @ out.text.T + (0 if out.bias is None else out.bias)
-    if sigmoid:
-        loss = -jax.nn.log_sigmoid((2 * jnp.eye(len(logits)) - 1) * logits).sum() / len(logits)
-    else:
-        loss = -(jnp.diag(jax.nn.log_softmax(logits, 0)) + jnp.diag(jax.nn.log_softmax(logits, 1))).mean() / 2
-    return loss, (out, logits)
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -116,17 +81,6 @@ def test_t5(name, tmp_path):
         endless = Special(start=2, end=-1, pad=0)
         got = beam_search(model, params, input_ids, length=8, beams=3, length_penalty=0.0, special=endless).token_ids
         np.testing.assert_array_equal(got, outputs["beams"])
-
-
-def by_their_names(released, tree):
-    """Arrays in our tree, put into their tensors by the key table."""
-    arrays, shapes, found = flax.traverse_util.flatten_dict(tree, sep="/"), released.shapes, {}
-    for entry in released.entries:
-        name, i = key_map.blocks_of(entry.ours, shapes)
-        if name in shapes:
-            into = found.setdefault(entry.theirs, np.zeros(released.tensors[entry.theirs].shape, np.float32))
-            entry.write(np.asarray(arrays[name] if i is None else arrays[name][i]), into)
-    return found
 
 
 @pytest.mark.parametrize("name", TOWERS)

@@ -15,32 +15,12 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from tests.zoo.torch_writer import zip_bytes
+from tests.support.tensor_files import ARRAYS, RNG, assert_reads
+from tests.support.torch_writer import zip_bytes
 from vlm_jax.errors import UserError
 from vlm_jax.zoo.readers import stored
 from vlm_jax.zoo.readers.safetensors_files import DTYPES
 from vlm_jax.zoo.readers.tensors import Tensor, open_tensors, write_npz, write_safetensors
-
-RNG = np.random.default_rng(0)
-ARRAYS = {
-    "b/kernel": RNG.standard_normal((5, 7, 3)).astype(np.float32),
-    "a": RNG.standard_normal((4, 6)).astype(ml_dtypes.bfloat16),
-    "scalar": np.array(2.5, np.float32),
-    "empty": np.zeros((0, 3), np.float16),
-    "ids": np.arange(9),
-    "mask": np.array([True, False, True]),
-    "é \n": np.arange(4, dtype=np.uint8),
-}
-
-
-def assert_reads(file, arrays):
-    assert set(file.tensors) == set(arrays)
-    for name, array in arrays.items():
-        tensor = file.tensors[name]
-        came = tensor.read()
-        assert (came.shape, came.dtype) == (tensor.shape, tensor.dtype) == (array.shape, array.dtype), name
-        assert came.tobytes() == array.tobytes() and came.flags.writeable and came.flags.c_contiguous
-
 
 # safetensors
 

@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from tests.zoo.test_tensors import ARRAYS, RNG, assert_reads
+from tests.support.tensor_files import ARRAYS, RNG, assert_reads
 from vlm_jax.errors import UserError
 from vlm_jax.zoo.readers.tensors import open_tensors, write_npz
 

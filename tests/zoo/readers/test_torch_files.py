@@ -1,7 +1,5 @@
 """Files of torch are read right, and nothing in them is ever run."""
 
-import os
-import pickle
 import struct
 import tracemalloc
 import zipfile
@@ -10,28 +8,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.zoo.torch_writer import Call, Name, Object, Persistent, dumps, legacy_bytes, tensor, zip_bytes
+from tests.support.torch_pickles import MATRIX, STATE, STORAGES, VIEWS, hostile_pickles
+from tests.support.torch_writer import Call, Name, Object, Persistent, dumps, legacy_bytes, zip_bytes
 from vlm_jax.errors import UserError
 from vlm_jax.zoo.readers import torch_files
 from vlm_jax.zoo.readers.tensors import open_tensors
 
-FLOATS = np.arange(24, dtype=np.float32)
-HALVES = np.arange(10).astype(np.float16)
-BFLOATS = np.arange(6).astype(ml_dtypes.bfloat16)
-STORAGES = {"0": FLOATS, "1": HALVES, "2": BFLOATS}
-MATRIX = FLOATS.reshape(4, 6)
-VIEWS = {
-    "whole": MATRIX,
-    "tied": MATRIX,
-    "transposed": MATRIX.T,
-    "cut": MATRIX[1:3, 1::2],
-    "scalar": FLOATS[5:6].reshape(()),
-    "expanded": np.broadcast_to(FLOATS[2:5], (2, 3)),
-    "half": HALVES.reshape(5, 2),
-    "bfloat": BFLOATS.reshape(2, 3).T,
-}
-KEYS = {"half": "1", "bfloat": "2"}
-STATE = {name: tensor(KEYS.get(name, "0"), STORAGES[KEYS.get(name, "0")], view) for name, view in VIEWS.items()}
 WRITERS = {"torch": zip_bytes, "torch_legacy": legacy_bytes}
 
 
@@ -137,38 +119,6 @@ def test_untyped_storages(save):
     file = open_tensors(save({"w": Call("torch._utils._rebuild_tensor_v3", arguments)}, {"0": fp8}))
     assert file.tensors["w"].dtype == ml_dtypes.float8_e4m3fn
     np.testing.assert_array_equal(file.tensors["w"].read().astype(np.float32), np.arange(6.0).reshape(2, 3).T)
-
-
-class Hostile:
-    """Its pickle runs a command when it is loaded by Python."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
-
-def hostile_pickles(target) -> dict[str, tuple[bytes, str]]:
-    """Pickles that would make the file `target`, and the name that each asks for."""
-    string = lambda text: b"X" + struct.pack("<I", len(text)) + text.encode()
-    word, touch = string(f"open({str(target)!r}, 'w')"), string(f"touch {target}")
-    short = lambda name: b"\x8c" + bytes([len(name)]) + name
-    return {
-        "system": (b"\x80\x02cos\nsystem\n" + touch + b"\x85R.", "os.system"),
-        "reduce": (pickle.dumps(Hostile(target), 2), "posix.system"),
-        "reduce 4": (pickle.dumps(Hostile(target), 4), "posix.system"),
-        "eval": (b"\x80\x02c__builtin__\neval\n" + word + b"\x85R.", "__builtin__.eval"),
-        "stack": (b"\x80\x04" + short(b"builtins") + short(b"exec") + b"\x93" + word + b"\x85R.", "builtins.exec"),
-        "inst": (b"\x80\x02(" + word + b"ibuiltins\neval\n.", "builtins.eval"),
-        "dotted": (
-            b"\x80\x04" + short(b"collections") + short(b"OrderedDict.__init__") + b"\x93.",
-            "OrderedDict.__init__",
-        ),
-        "torch": (b"\x80\x02ctorch.hub\nload\n.", "torch.hub.load"),
-        "scalar": (b"\x80\x02cnumpy.core.multiarray\nscalar\n.", "numpy.core.multiarray.scalar"),
-        "after": (b"\x80\x02}X\x01\x00\x00\x00acos\nsystem\ns.", "os.system"),
-    }
 
 
 @pytest.mark.parametrize("name", hostile_pickles("x"))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 import time
@@ -10,6 +9,8 @@ import time
 import jax
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from tests.support.paths import ROOT
 
 
 def ambient(kind, platform):
@@ -40,7 +41,7 @@ ENV = dict(
     TPU_SKIP_MDS_QUERY="1",
     TPU_ACCELERATOR_TYPE="v5litepod-4",
     TPU_WORKER_HOSTNAMES="localhost",
-    PYTHONPATH=str(pathlib.Path(__file__).parents[2]),
+    PYTHONPATH=str(ROOT),
 )
 WAIT = 600  # seconds for other processes to leave libtpu
 

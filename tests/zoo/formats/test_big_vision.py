@@ -1,6 +1,5 @@
 """big_vision's npz files: the reference arrays load by the names they were released under, and by all older ones."""
 
-import pathlib
 import re
 
 import jax
@@ -9,15 +8,17 @@ import numpy as np
 import pytest
 
 import vlm_jax
-from tests.zoo.test_references import close, read, unpack
-from vlm_jax import pretrained
+from tests.support.compare import close_in_scale as close
+from tests.support.compare import same
+from tests.support.paths import GOLDEN
+from tests.support.released import read, unpack
 from vlm_jax.errors import UserError
 from vlm_jax.params.table import named_leaves
+from vlm_jax.pretrained.pretrained import embed
 from vlm_jax.zoo import recognize
 from vlm_jax.zoo.formats import big_vision
 from vlm_jax.zoo.readers.tensors import write_npz
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 SAYS = dict(preprocess="decode | resize(32, 48) | normalize", tokenizer="clip", tokenize="tokenize(16)")
 
 
@@ -32,18 +33,12 @@ def params_of(path):
     return named_leaves(read(path)[2])
 
 
-def same(got, want):
-    assert got.keys() == want.keys()
-    for name, array in want.items():
-        assert np.array_equal(got[name], array), name
-
-
 @pytest.mark.parametrize("name", ["siglip_loop", "siglip_scan"])
 def test_siglip(name):
     arrays, _ = arrays_of(name)
     loaded = vlm_jax.load(GOLDEN / f"{name}.npz", **SAYS)
     close(loaded.embed_image_batch(arrays["image"]), arrays["zimg"])
-    close(pretrained.embed(loaded.model, loaded.params, None, arrays["text"]), arrays["ztxt"])
+    close(embed(loaded.model, loaded.params, None, arrays["text"]), arrays["ztxt"])
     np.testing.assert_allclose(np.exp(loaded.params["logit_scale"]), arrays["t"][0], rtol=1e-6)
     assert loaded.params["logit_bias"] == arrays["b"][0]
 
@@ -148,7 +143,7 @@ def test_naflex(tmp_path):
     assert released.model["image"]["image_size"] == (32, 48)
     patches = arrays["image"].reshape(3, 2, 16, 3, 16, 3).swapaxes(2, 3).reshape(3, 6, -1)
     packed = dict(patches=np.pad(patches, ((0, 0), (0, 2), (0, 0))), grid=np.array([[2, 3]] * 3, np.int32))
-    close(pretrained.embed(model, tree, packed, None), arrays["zimg"])
+    close(embed(model, tree, packed, None), arrays["zimg"])
 
 
 def test_bert_of_lit(tmp_path):

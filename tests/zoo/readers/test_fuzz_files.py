@@ -13,8 +13,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.zoo.test_torch_files import STATE, STORAGES, hostile_pickles
-from tests.zoo.torch_writer import Call, Object, dumps, legacy_bytes, zip_bytes
+from tests.support.tensor_files import mutate
+from tests.support.torch_pickles import STATE, STORAGES, hostile_pickles
+from tests.support.torch_writer import Call, Object, dumps, legacy_bytes, zip_bytes
 from vlm_jax.errors import UserError
 from vlm_jax.zoo.readers.tensors import open_tensors, write_safetensors
 
@@ -62,40 +63,6 @@ SEEDS = {
     "torch_legacy": lambda folder: legacy_bytes({"model": STATE, "step": 1}, STORAGES),
     "index": of_index,
 }
-
-
-def mutate(data: bytes, rng: np.random.Generator) -> bytes:
-    """Cuts, flips, overwrites with extreme numbers, or splices pieces of the file into itself; headers more often."""
-    data = bytearray(data)
-    for _ in range(rng.integers(1, 4)):
-        if not data:
-            break
-        reach = len(data) if rng.random() < 0.5 else min(len(data), 300)
-        at = len(data) - 1 - int(rng.integers(reach)) if rng.random() < 0.3 else int(rng.integers(reach))
-        other, size = int(rng.integers(len(data))), int(rng.integers(1, 40))
-        match rng.integers(6):
-            case 0:
-                del data[max(1, at) :]
-            case 1:
-                data[at] ^= 1 << int(rng.integers(8))
-            case 2:
-                data[at] = int(rng.choice([0, 1, 0x28, 0x5D, 0x72, 0x7B, 0x80, 0x8E, 0xFF]))
-            case 3:
-                extreme = [
-                    b"\xff" * 8,
-                    b"\xff" * 3 + b"\x7f",
-                    b"\0" * 8,
-                    b"9" * 12,
-                    b"-1",
-                    (10**10).to_bytes(8, "little"),
-                ]
-                piece = extreme[rng.integers(len(extreme))]
-                data[at : at + len(piece)] = piece
-            case 4:
-                data[at:at] = data[other : other + size]
-            case 5:
-                del data[at : at + size]
-    return bytes(data)
 
 
 def read_all(path) -> bool:

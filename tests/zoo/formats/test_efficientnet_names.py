@@ -1,6 +1,5 @@
 """The names of `efficientnet_lite_pytorch`; tests/golden/efficientnet.npz is a small network of theirs in torch."""
 
-import pathlib
 import types
 
 import jax
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from tests.support.paths import GOLDEN
 from vlm_jax.data import ops
 from vlm_jax.errors import UserError
 from vlm_jax.models.efficientnet import LITE, EfficientNetLite, block_sizes, lookup
@@ -16,7 +16,6 @@ from vlm_jax.zoo import key_map
 from vlm_jax.zoo.formats import efficientnet
 from vlm_jax.zoo.readers.stored import Tensor
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "efficientnet.npz"
 TINY = EfficientNetLite(width_multiplier=0.05, depth_multiplier=0.3, stem_width=8, head_width=48, out_dim=5)
 
 
@@ -35,7 +34,7 @@ def project_shapes(**multipliers):
 
 @pytest.fixture(scope="module")
 def stored():
-    with np.load(GOLDEN) as arrays:
+    with np.load(GOLDEN / "efficientnet.npz") as arrays:
         return dict(arrays)
 
 

@@ -1,0 +1,49 @@
+"""A tiny two-tower model, pictures of three classes, and the few-shot task of naming them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlm_jax import models
+from vlm_jax.adapt.task import Shots, Task
+from vlm_jax.data import tokenizers
+from vlm_jax.params.table import named_leaves
+from vlm_jax.pretrained import Pretrained, class_embeddings
+
+D, DEPTH = 16, 3
+NAMES = ("red", "green", "blue fish")
+
+
+def clip_like(scan):
+    sizes = dict(width=D, depth=DEPTH, heads=2, mlp_dim=24, out_dim=D, scan=scan)
+    text = dict(sizes, vocab_size=2985, length=8, pool="mean", pad_mask=True)
+    model = models.build(dict(image=dict(sizes, patch=4), text=text))
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 8), int))["params"]
+    tokenize = "lower | tokenize(8, bos=False, eos=False)"
+    return Pretrained(model, params, tokenizers.build("emoji"), "decode | resize(8) | normalize", tokenize)
+
+
+def pictures():
+    """(images [12, 8, 8, 3], labels [12]): a class is a channel that is bright."""
+    labels = np.arange(12) % 3
+    images = 0.1 * np.random.default_rng(0).standard_normal((12, 8, 8, 3)).astype(np.float32)
+    images[np.arange(12), :, :, labels] += 1
+    return images, labels
+
+
+def few_shot_task(base, pictures):
+    """(shots, validation, task) of `pictures`."""
+    images, labels = pictures
+    part = lambda rows: Shots(images[rows], base.embed_image_batch(images[rows]), labels[rows])
+    text = class_embeddings(base.embed_texts, NAMES, ["{}"])
+    return part(np.arange(9)), part(np.arange(9, 12)), Task(NAMES, ("{}",), text, 10.0, 0)
+
+
+def moved(base, adapted):
+    """Names of the parameters that an adapted model has not from its base."""
+    own = named_leaves(base.params)
+    return {
+        name
+        for name, leaf in named_leaves(adapted.params).items()
+        if name not in own or not np.array_equal(leaf, own[name])
+    }
