@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.data import examples, ops, packing, spans, tokenizers
+from vlm_jax.data.source import BadExample
 from vlm_jax.errors import UserError
 
 VOCAB, EOS, MODE = 1203, 1, 1000
@@ -290,5 +291,5 @@ def test_wrong_texts():
         with pytest.raises(UserError, match=r"expected 0 to 1102, below the 100 sentinels, without EOS \(1\)"):
             corrupt_many(spans.T5, [8], ids=np.full((1, 8), token))
     for text, reason in ((" ", "empty"), (TOKENIZER.decode_ids([TOKENIZER.eos_id]) or "<eos>", "holds the end token")):
-        with pytest.raises(ops.BadExample, match=reason):
+        with pytest.raises(BadExample, match=reason):
             ops.parse(f"denoise(32, 32, {ROOM})", TOKENIZER)({"text": text}, np.random.default_rng(0))

@@ -10,9 +10,9 @@ from PIL import Image
 
 from vlm_jax import models, save_pretrained
 from vlm_jax.data import loader
-from vlm_jax.data.precomputed import shard_names
-from vlm_jax.data.registry import BadExample
+from vlm_jax.data.source import BadExample
 from vlm_jax.data.sources import open_source
+from vlm_jax.data.sources.precomputed import shard_names
 from vlm_jax.errors import UserError
 from vlm_jax.precompute import precompute
 from vlm_jax.pretrained import Pretrained

@@ -1,0 +1,59 @@
+"""Op strings: parsed, refused, split by `cache`."""
+
+import numpy as np
+import pytest
+
+from tests.support.records import encode, picture, run
+from vlm_jax.data import ops
+from vlm_jax.data.source import BadExample
+from vlm_jax.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("string", "message"),
+    [
+        ("decode | flipp", "there is no op `flipp`; did you mean `flip`?"),
+        ("resize", "op `resize`: missing a required argument: 'height'; usage: resize(height"),
+        ("resize(32, method='cubic')", "op `resize` was given method='cubic'"),
+        ("resize('32')", "op `resize` was given height='32'"),
+        ("resize(32, hight=3)", "got an unexpected keyword argument 'hight'"),
+        ("random_resized_crop(32, scale=0.5)", "was given scale=0.5"),
+        ("resize(os.name)", "not a literal"),
+        ("resize(32) flip", "is not ops joined by `|`"),
+        ("__import__('os').system('true')", "expected an op such as"),
+        ("flip | cache", "op `flip` is random and stands before `cache`"),
+        ("cache | cache", "has `cache` 2 times"),
+        ("tokenize(8)", "needs a tokenizer"),
+        ("normalize('clap')", "was given mean='clap'"),
+    ],
+)
+def test_a_wrong_op_string_is_one_clear_line(string, message):
+    with pytest.raises(UserError) as error:
+        ops.parse(string)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_cache_splits_the_pipeline_and_leaves_what_it_holds_alone():
+    pipeline = ops.parse("decode | resize(8) | cache | flip(1.0) | normalize")
+    prepared = pipeline.prepare({"image": encode(picture()), "label": 3})
+    assert prepared["image"].dtype == np.uint8 and prepared["image"].shape == (8, 8, 3)
+    before = prepared["image"].copy()
+    out = pipeline.finish(prepared, np.random.default_rng(0))
+    np.testing.assert_array_equal(prepared["image"], before)
+    np.testing.assert_allclose(out["image"], before[:, ::-1] / 127.5 - 1, atol=1e-6)
+    assert pipeline.paths is None
+    assert ops.parse('caption("name/en") | keep("text", "concept")').paths >= {"name/en", "image", "concept"}
+
+
+def test_an_op_of_ones_own():
+    @ops.op
+    def invert(image: object, strength: int = 255) -> np.ndarray:
+        return strength - image
+
+    try:
+        np.testing.assert_array_equal(run("invert", {"image": picture()})["image"], 255 - picture())
+    finally:
+        del ops.OPS["invert"]
+    with pytest.raises(BadExample, match="has no field `image`, which `flip` needs"):
+        run("flip", {"text": "x"})

@@ -1,0 +1,53 @@
+"""Text ops, and ops on fields."""
+
+import numpy as np
+import pytest
+
+from tests.support.records import picture, run
+from vlm_jax.data.source import BadExample
+
+
+class CountingTokenizer:
+    """Token = number of letters of each word."""
+
+    def __call__(self, texts, length, bos=True, eos=True):
+        ids = np.zeros((len(texts), length), np.int32)
+        for row, text in zip(ids, texts, strict=True):
+            lengths = [*([98] if bos else []), *map(len, text.split()), *([99] if eos else [])][:length]
+            row[: len(lengths)] = lengths
+        return ids
+
+
+def test_captions():
+    record = {"name": {"en": " red apple "}, "keywords": {"en": ["fruit", "", "red"]}, "none": "  "}
+    assert run('caption("name/en")', record)["text"] == "red apple"
+    assert run('caption("keywords/en", join=", ")', record)["text"] == "fruit, red"
+    drawn = {run('random_caption("name/en", "keywords/en")', record, seed)["text"] for seed in range(30)}
+    assert drawn == {"red apple", "fruit", "red"}
+    only = {run('random_caption("name/en", "keywords/en", weights=(1, 0))', record, seed)["text"] for seed in range(9)}
+    assert only == {"red apple"}
+    joined = {run('random_caption("keywords/en", join=" ")', record, seed)["text"] for seed in range(9)}
+    assert joined == {"fruit red", "red fruit"}
+    assert run('random_caption("none", "name/fr", "name/en")', record)["text"] == "red apple"
+    with pytest.raises(BadExample, match="caption `none` is empty"):
+        run('caption("none")', record)
+    with pytest.raises(BadExample, match=r"has no field `name/fr` \(there: en\)"):
+        run('caption("name/fr")', record)
+    assert run("canonicalize", {"text": " A_photo:  of\tÉ-mail’s!"})["text"] == "aphoto of émail’s"
+    assert run("canonicalize(lower=False)", {"text": "It's A."})["text"] == "Its A"
+    text = run('caption("name/en") | template("A photo of a {}.") | lower', record)["text"]
+    assert text == "a photo of a red apple."
+
+
+def test_tokenize_keep_rename():
+    record = {"text": "one three", "concept": 4, "name": {"en": "x"}, "image": picture()}
+    tokenizer = CountingTokenizer()
+    out = run(
+        'tokenize(6) | keep("token_ids", "concept", "name/en") | rename("concept", "label")', record, 0, tokenizer
+    )
+    np.testing.assert_array_equal(out["token_ids"], [98, 3, 5, 99, 0, 0])
+    assert {k: v for k, v in out.items() if k != "token_ids"} == {"label": 4, "en": "x"}
+    bare = run("tokenize(3, bos=False, eos=False)", record, 0, tokenizer)
+    np.testing.assert_array_equal(bare["token_ids"], [3, 5, 0])
+    with pytest.raises(BadExample, match="is empty"):
+        run("tokenize(3)", {"text": " "}, 0, tokenizer)
