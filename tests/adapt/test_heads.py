@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.adapt import heads
-from vlm_jax.adapt.heads_trained import shuffled
+from vlm_jax.adapt.heads.training import shuffled
 from vlm_jax.errors import UserError
 
 C, D, E, SCALE = 5, 16, 24, 20.0
@@ -136,7 +136,7 @@ def test_untrained_heads_are_where_training_begins():
     np.testing.assert_array_equal(trained(QUERIES), tip(QUERIES))
     np.testing.assert_array_equal(heads.cross_modal_probe(X, Y, TEXT, SCALE, steps=0)(QUERIES), zero_shot(QUERIES))
     projected = normalised(BEFORE.astype(np.float64) @ KERNEL + BIAS)
-    head = heads.prolip(BEFORE, Y, TEXT, SCALE, KERNEL, BIAS, steps=0)
+    head = heads.train_projection(BEFORE, Y, TEXT, SCALE, KERNEL, BIAS, steps=0)
     np.testing.assert_array_equal(head(BEFORE), zero_shot(projected))
 
 
@@ -204,12 +204,12 @@ def test_prolip_trains_the_projection_as_torch_would(pull, weight):
         return x.T @ by_z + 2 * weight * (kernel - KERNEL)
 
     expected = adam_by_loops(gradient, KERNEL, [0, 1] * 15, cosine(1e-2, 30), 0.0, 1e-4)
-    head = heads.prolip(VIEWS, Y, TEXT, SCALE, KERNEL, BIAS, pull=pull, steps=30, learning_rate=1e-2)
+    head = heads.train_projection(VIEWS, Y, TEXT, SCALE, KERNEL, BIAS, pull=pull, steps=30, learning_rate=1e-2)
     np.testing.assert_allclose(head.kernel, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_prolip_learns_unless_it_is_pulled_back():
-    train = functools.partial(heads.prolip, VIEWS, Y, TEXT, SCALE, KERNEL, learning_rate=3e-3)
+    train = functools.partial(heads.train_projection, VIEWS, Y, TEXT, SCALE, KERNEL, learning_rate=3e-3)
     start, free, held = train(steps=0), train(pull=0.0, steps=30), train(pull=1e6, steps=30)
     assert cross_entropy(free(BEFORE), Y) < cross_entropy(start(BEFORE), Y) - 0.05
     moved = lambda head: np.abs(head.kernel - KERNEL).max()
@@ -218,7 +218,7 @@ def test_prolip_learns_unless_it_is_pulled_back():
 
 
 def test_a_linear_probe_is_logistic_regression():
-    head = heads.linear_probe(X, Y, C, l2=0.1)
+    head = heads.linear_probe(X, Y, TEXT, SCALE, l2=0.1)
     gradient = residual(head(X), Y).T @ X * len(Y) + 0.1 * head.weights.T
     np.testing.assert_allclose(gradient, 0, atol=1e-5)
 
@@ -281,9 +281,9 @@ def test_other_refusals():
     refused("reference features", heads.tip_x, X, Y, TEXT, SCALE, **TIP, gamma=1.0, reference=X[:, 1:])
     refused("batch_size is 0", heads.tip_adapter_f, X, Y, TEXT, SCALE, **TIP, batch_size=0)
     refused("even", heads.cross_modal_probe, X, Y, TEXT, SCALE, batch_size=7)
-    refused("do not fit", heads.prolip, BEFORE, Y, TEXT, SCALE, KERNEL.T)
-    refused("30 pictures", heads.prolip, BEFORE, Y[1:], TEXT, SCALE, KERNEL)
-    refused("1/N", heads.prolip, BEFORE, Y, TEXT, SCALE, KERNEL, pull="1/n")
-    refused("diverged", heads.prolip, VIEWS, Y, TEXT, SCALE, KERNEL, learning_rate=math.inf, steps=30)
+    refused("do not fit", heads.train_projection, BEFORE, Y, TEXT, SCALE, KERNEL.T)
+    refused("30 pictures", heads.train_projection, BEFORE, Y[1:], TEXT, SCALE, KERNEL)
+    refused("1/N", heads.train_projection, BEFORE, Y, TEXT, SCALE, KERNEL, pull="1/n")
+    refused("diverged", heads.train_projection, VIEWS, Y, TEXT, SCALE, KERNEL, learning_rate=math.inf, steps=30)
     refused("nothing to choose", heads.choose, heads.tip_adapter, {"alpha": []}, X, Y)
     refused("labels are", heads.choose, lambda: heads.zero_shot(TEXT, SCALE), {}, X, Y[1:])

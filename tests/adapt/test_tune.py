@@ -1,7 +1,6 @@
 """Few-shot tuning: what trains and how much of it, small files that give the adapted model back, the command."""
 
 import dataclasses
-import json
 import re
 from types import SimpleNamespace
 
@@ -11,58 +10,26 @@ import numpy as np
 import pytest
 
 import vlm_jax
+from tests.support.few_shot import DEPTH, NAMES, D, clip_like, few_shot_task, moved
 from vlm_jax import models
-from vlm_jax.adapt import __main__ as adapt_command
-from vlm_jax.adapt import coupled
 from vlm_jax.adapt.files import save_adapter
-from vlm_jax.adapt.methods import METHODS, Shots, Task, accuracy
-from vlm_jax.adapt.tune import Inserted, Masked, tune
+from vlm_jax.adapt.methods import METHODS
+from vlm_jax.adapt.prompts.maple import Coupled
+from vlm_jax.adapt.prompts.upt import Unified
+from vlm_jax.adapt.recipe import Inserted, Masked
+from vlm_jax.adapt.task import accuracy
+from vlm_jax.adapt.tune import tune
 from vlm_jax.data import ops, tokenizers
 from vlm_jax.errors import UserError
 from vlm_jax.models import insertion
 from vlm_jax.params.table import named_leaves
-from vlm_jax.pretrained import Pretrained, class_embeddings
 
-D, DEPTH = 16, 3
-NAMES = ("red", "green", "blue fish")
 EVERYTHING = ((".*", True),)
-
-
-def clip_like(scan):
-    sizes = dict(width=D, depth=DEPTH, heads=2, mlp_dim=24, out_dim=D, scan=scan)
-    text = dict(sizes, vocab_size=2985, length=8, pool="mean", pad_mask=True)
-    model = models.build(dict(image=dict(sizes, patch=4), text=text))
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 8), int))["params"]
-    tokenize = "lower | tokenize(8, bos=False, eos=False)"
-    return Pretrained(model, params, tokenizers.build("emoji"), "decode | resize(8) | normalize", tokenize)
-
-
-@pytest.fixture(scope="module")
-def base():
-    return clip_like(scan=True)
-
-
-@pytest.fixture(scope="module")
-def pictures():
-    """(images [12, 8, 8, 3], labels [12]): a class is a channel that is bright."""
-    labels = np.arange(12) % 3
-    images = 0.1 * np.random.default_rng(0).standard_normal((12, 8, 8, 3)).astype(np.float32)
-    images[np.arange(12), :, :, labels] += 1
-    return images, labels
 
 
 def trained(pretrained, recipe, pictures, **changes):
     settings = dict(steps=3, batch_size=5, learning_rate=1e-2) | changes
     return tune(pretrained, recipe, *pictures, NAMES, **settings)
-
-
-def moved(base, adapted):
-    own = named_leaves(base.params)
-    return {
-        name
-        for name, leaf in named_leaves(adapted.params).items()
-        if name not in own or not np.array_equal(leaf, own[name])
-    }
 
 
 def count(recipe, base):
@@ -76,10 +43,10 @@ def count(recipe, base):
 def test_counts(base):
     """The formulas of the papers."""
     of = lambda recipe: count(recipe, base)
-    assert of(coupled.Coupled(length=2, depth=9)) == DEPTH * 2 * D + DEPTH * (D * D + D)
-    assert of(coupled.Coupled(length=2, depth=2)) == 2 * 2 * D + 2 * (D * D + D)
+    assert of(Coupled(length=2, depth=9)) == DEPTH * 2 * D + DEPTH * (D * D + D)
+    assert of(Coupled(length=2, depth=2)) == 2 * 2 * D + 2 * (D * D + D)
     unify = 7 * D + 4 * (D * D + D) + 4 * D + 2 * D * 6 + 6 + D + D * D + D
-    assert of(coupled.Unified(3, 4, hidden=6, heads=2)) == unify
+    assert of(Unified(3, 4, hidden=6, heads=2)) == unify
     conditional = insertion.Context(length=3, image_width=D)
     assert of(Inserted((conditional,))) == 3 * D + D * 1 + 1 + 1 * D + D
     block = 4 * (D * D + D) + 2 * 2 * D + 2 * D * 24 + 24 + D
@@ -90,8 +57,8 @@ def test_counts(base):
 
 RECIPES = {
     "lora": (Inserted((insertion.LowRank(rank=2),)), r"inserted_[ab]"),
-    "maple": (coupled.Coupled(length=2, depth=2), "inserted_(context|prompt)"),
-    "upt": (coupled.Unified(2, 2, heads=2), "inserted_(context|prompt)"),
+    "maple": (Coupled(length=2, depth=2), "inserted_(context|prompt)"),
+    "upt": (Unified(2, 2, heads=2), "inserted_(context|prompt)"),
     "last_1": (Masked("last_1"), "blocks|norm|head|scale"),
 }
 
@@ -131,7 +98,7 @@ def test_it_learns(base, pictures, recipe):
 @pytest.mark.parametrize("scan", [True, False])
 def test_coupled_prompts_are_linear_in_the_texts(scan):
     """V_j = P_j K_j + b_j in the first J blocks, nothing in the others."""
-    recipe = coupled.Coupled(length=2, depth=2)
+    recipe = Coupled(length=2, depth=2)
     own = {"prompts": (2, 2, D), "kernel": (2, D, D), "bias": (2, D)}
     own = {name: jax.random.normal(jax.random.key(i), shape) for i, (name, shape) in enumerate(own.items())}
     base = clip_like(scan)
@@ -203,16 +170,9 @@ def test_room():
     assert run([7, 8, 9, 10, 11, 1], 2, 1) == [7, 2, 2, 8, 9, 1]
 
 
-def shots(base, pictures):
-    images, labels = pictures
-    part = lambda rows: Shots(images[rows], base.embed_image_batch(images[rows]), labels[rows])
-    text = class_embeddings(base.embed_texts, NAMES, ["{}"])
-    return part(np.arange(9)), part(np.arange(9, 12)), Task(NAMES, ("{}",), text, 10.0, 0)
-
-
 @pytest.mark.parametrize("method", ["zero_shot", "gda", "tip_adapter_f", "tip_x", "prolip"])
 def test_heads_come_back_from_their_file(base, pictures, method, tmp_path):
-    few, validation, task = shots(base, pictures)
+    few, validation, task = few_shot_task(base, pictures)
     adapted = METHODS[method](base, few, validation, task)
     save_adapter(tmp_path / "a.safetensors", base, adapted)
     again = vlm_jax.load_adapter(tmp_path / "a.safetensors", base)
@@ -225,7 +185,7 @@ def test_heads_come_back_from_their_file(base, pictures, method, tmp_path):
 @pytest.mark.parametrize("method", ["bias", "adaptformer", "prefix", "coop", "cocoop", "vpt_deep"])
 def test_methods_that_train(base, pictures, method, tmp_path):
     """Each trains, is saved, and is as accurate as its logits say, from embeddings or from pictures."""
-    few, validation, task = shots(base, pictures)
+    few, validation, task = few_shot_task(base, pictures)
     adapted = METHODS[method](base, few, validation, task, steps=2, batch_size=4, learning_rate=1e-2)
     assert moved(base, adapted)
     logits = adapted.class_logits(few.images, NAMES)
@@ -237,7 +197,7 @@ def test_methods_that_train(base, pictures, method, tmp_path):
 
 def test_unified_prompts_are_a_transformers():
     """U' = SA(U) + LN(U), then FFN(LN(U')) + LN(U'), in numpy."""
-    recipe = coupled.Unified(2, 3, hidden=6, heads=2)
+    recipe = Unified(2, 3, hidden=6, heads=2)
     own = jax.jit(lambda rng: recipe.begin(rng, clip_like(scan=True).model, {}))(jax.random.key(0))
     own = {name: leaf + 0.1 * jax.random.normal(jax.random.key(len(name)), leaf.shape) for name, leaf in own.items()}
     leaves = {"text/token_embed/inserted_context": jnp.zeros((2, D)), "image/inserted_prompt": jnp.zeros((3, D))}
@@ -267,7 +227,7 @@ def test_unified_prompts_are_a_transformers():
 
 
 def test_prolip_trains_the_projection_alone(base, pictures):
-    adapted = METHODS["prolip"](base, *shots(base, pictures))
+    adapted = METHODS["prolip"](base, *few_shot_task(base, pictures))
     assert moved(base, adapted) == {"image/head/kernel"}
 
 
@@ -287,41 +247,9 @@ def test_what_is_wrong_is_named(base, pictures, tmp_path):
     with pytest.raises(UserError, match="2 templates, but what trains is in the text tower; give one"):
         trained(base, Inserted((insertion.Context(length=2),)), pictures, templates=("{}", "a {}"))
     with pytest.raises(UserError, match="an option of the method has no key `ranks`; did you mean `rank`"):
-        METHODS["lora"](base, *shots(base, pictures), ranks=2)
+        METHODS["lora"](base, *few_shot_task(base, pictures), ranks=2)
     with pytest.raises(UserError, match=r"the loss is nan after 3 steps; a smaller learning_rate"):
         trained(base, Masked(EVERYTHING), pictures, learning_rate=1e30)
     conv = models.build(dict(image=dict(type="efficientnet", variant="lite0"), text=None))
     with pytest.raises(UserError, match="put prompts into two transformers; this model's text tower is none"):
-        coupled.Coupled().insertions(conv, 0)
-
-
-def test_the_command(base, tmp_path, monkeypatch):
-    """From flags to a table, results, and a file that `load(...)` takes."""
-    monkeypatch.setattr(vlm_jax, "load", lambda spec, **_: base, raising=False)
-    from absl import flags
-
-    values = flags.FlagValues()
-    flags.define("adapt", values)
-    given = [
-        "--model=m",
-        "--method=zero_shot,gda,lora",
-        "--data=tfds:emoji",
-        "--split=unseen_style",
-        f"--out={tmp_path / 'o'}",
-    ]
-    given += [
-        "--label=concept",
-        "--classes={0: 'grinning face', 570: 'a', 571: 'b', 572: 'c'}",
-        "--where=concept=0,570,571,572",
-    ]
-    given += ["--train_where=concept=0,570,571,572", "--shots=2", "--seeds=2", "--base_to_new"]
-    values(["adapt", *given])
-    answer = adapt_command.main([], values)
-    assert "zero_shot" in answer.text and "harmonic_mean" in answer.text and "+-" in answer.text
-    numbers = json.loads((tmp_path / "o" / "results.json").read_text())
-    assert answer.results == numbers | {"adapters": str(tmp_path / "o")}
-    assert {"lora/top1", "lora/new/top1", "lora/harmonic_mean", "gda/top1"} <= numbers.keys()
-    assert "gda/new/top1" not in numbers
-    assert vlm_jax.load_adapter(tmp_path / "o" / "lora_1.safetensors").classes == ("grinning face", "a", base)
-    with pytest.raises(UserError, match="holds results; give another --out"):
-        adapt_command.main([], values)
+        Coupled().insertions(conv, 0)

@@ -7,7 +7,7 @@ import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from vlm_jax.adapt import heads
-from vlm_jax.adapt.heads_trained import shuffled
+from vlm_jax.adapt.heads.training import shuffled
 
 CASES = [(200, 16, 5, 0.1), (60, 40, 4, 0.5), (300, 8, 3, 0.0), (90, 24, 6, 1.0)]
 
@@ -88,6 +88,6 @@ def test_prolip_is_what_torch_trains():
         return torch.nn.functional.cross_entropy(20 * z @ w.T, y) + pull
 
     expected = trained(kernel, loss, range(50), torch.optim.Adam([kernel], lr=1e-2, eps=1e-4))
-    head = heads.prolip(before, labels, text, 20.0, start, steps=50, learning_rate=1e-2)
+    head = heads.train_projection(before, labels, text, 20.0, start, steps=50, learning_rate=1e-2)
     assert np.abs(expected - start).max() > 0.05
     np.testing.assert_allclose(head.kernel, expected, rtol=1e-4, atol=1e-5)

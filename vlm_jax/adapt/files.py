@@ -8,25 +8,23 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from vlm_jax.adapt.heads_cache import Ranges, TipAdapter, TipX
-from vlm_jax.config import choose
+from vlm_jax import catalogue
 from vlm_jax.errors import UserError
 from vlm_jax.models import insertion
 from vlm_jax.params import diffs
 from vlm_jax.params.diffs import check_entries
 from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained
-from vlm_jax.pretrained.linear import Linear
 from vlm_jax.run.checkpoint import params_sha256
 from vlm_jax.zoo.readers.safetensors_files import write_safetensors
 from vlm_jax.zoo.readers.tensors import open_tensors
 
-HEAD_TYPES = {c.__name__: c for c in (Linear, TipAdapter, TipX, Ranges)}
 KEY = "vlm_jax.adapter"
 
 
@@ -80,6 +78,15 @@ def load_adapter(path: str | os.PathLike, base: Pretrained) -> Pretrained:
     )
 
 
+def _head_type(name: str) -> type:
+    """The named tuple of that name in the modules of the family `heads`."""
+    for module in dict.fromkeys(declaration.module for declaration in catalogue.of("heads").values()):
+        found = getattr(import_module(module), name, None)
+        if isinstance(found, type) and issubclass(found, tuple) and hasattr(found, "_fields"):
+            return found
+    raise UserError(f"the adapter's file has a head of type `{name}`, which no module of heads has")
+
+
 def _pack(value: Any, name: str, tensors: dict[str, Any]) -> Any:
     """JSON of a tree of named tuples; its arrays go to `tensors`."""
     if isinstance(value, np.ndarray):
@@ -96,7 +103,7 @@ def _unpack(value: Any, name: str, arrays: dict[str, np.ndarray]) -> Any:
         if value["type"] == "array":
             return arrays[name]
         fields = {field: _unpack(part, f"{name}/{field}", arrays) for field, part in value.items() if field != "type"}
-        return choose(HEAD_TYPES, value["type"], "the head of an adapter's file")(**fields)
+        return _head_type(value["type"])(**fields)
     return tuple(value) if isinstance(value, list) else value
 
 

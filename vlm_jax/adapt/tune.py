@@ -4,82 +4,27 @@
     adapted = tune(clip, Inserted(LowRank(rank=4)), images, labels, names, learning_rate=1e-3)
     adapted.classify(pictures)
 
-A recipe says what trains and how it changes the model, effective = combine(base, own): `Inserted` modules, `Masked`
-parameters of the model itself, and `coupled.Coupled` and `coupled.Unified` prompts.
+A recipe says what trains and how it changes the model, see `vlm_jax.adapt.recipe`.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.traverse_util import unflatten_dict
 from tqdm import tqdm
 
-from vlm_jax.adapt.heads_linear import check_labels
-from vlm_jax.adapt.heads_trained import shuffled
+from vlm_jax.adapt.heads.checks import check_labels
+from vlm_jax.adapt.heads.training import shuffled
+from vlm_jax.adapt.recipe import Recipe, tree
 from vlm_jax.errors import DivergedError, UserError
 from vlm_jax.models import insertion
-from vlm_jax.params import masks
 from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained, class_embeddings
-
-
-class Recipe(Protocol):
-    """What trains."""
-
-    def insertions(self, model: nn.Module, at: int) -> tuple:
-        """What is put into the model; `at` is the place of a context in its texts."""
-
-    def begin(self, rng: jax.Array, model: nn.Module, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """What trains, at the start; `leaves` are the parameters with insertions."""
-
-    def combine(self, own: Mapping[str, jax.Array], leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """The parameters that it changes, by name."""
-
-
-class Inserted(NamedTuple):
-    """Insertions of `vlm_jax.models.insertion`, the rest of the model as it is; a `Context` stands where it has to."""
-
-    modules: tuple
-
-    def insertions(self, model, at):
-        return tuple(m._replace(at=at) if isinstance(m, insertion.Context) else m for m in self.modules)
-
-    def begin(self, rng, model, leaves):
-        return insertion.new_leaves(leaves)
-
-    def combine(self, own, leaves):
-        return dict(own)
-
-
-class Masked(NamedTuple):
-    """Parameters of the model itself, those of `masks.trainable`: "bias", "norm", "last_1", "head", a table."""
-
-    trainable: str | Sequence[tuple[str, bool]]
-
-    def insertions(self, model, at):
-        return ()
-
-    def begin(self, rng, model, leaves):
-        rows = self._rows(leaves)
-        return {name: leaf if rows[name] is True else leaf[rows[name]] for name, leaf in leaves.items() if name in rows}
-
-    def combine(self, own, leaves):
-        rows = self._rows(leaves)
-        replace = lambda name, value: value if rows[name] is True else leaves[name].at[rows[name]].set(value)
-        return {name: replace(name, value) for name, value in own.items()}
-
-    def _rows(self, leaves):
-        """Of each parameter that trains the layers of a stack, or True for all of it."""
-        mask = named_leaves(masks.trainable(_tree(leaves), self.trainable))
-        rows = lambda m: True if np.all(m) else np.flatnonzero(m)
-        return {name: rows(m) for name, m in mask.items() if np.any(m)}
 
 
 def tune(
@@ -153,14 +98,14 @@ def tune(
         raise DivergedError(
             f"{type(recipe).__name__}: the loss is {loss} after {steps} steps; a smaller learning_rate?"
         )
-    params = _tree(leaves | recipe.combine(own, leaves))
+    params = tree(leaves | recipe.combine(own, leaves))
     return dataclasses.replace(adapted, params=params, classes=tuple(names), templates=tuple(templates), head=None)
 
 
 @partial(jax.jit, static_argnames=("model", "recipe", "steps"))
 def _step(model, recipe, steps, own, state, leaves, images, labels, texts, learning_rate, weight_decay):
     def loss(own):
-        logits = insertion.class_logits(model, _tree(leaves | recipe.combine(own, leaves)), images, texts)
+        logits = insertion.class_logits(model, tree(leaves | recipe.combine(own, leaves)), images, texts)
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.mean(losses, where=labels >= 0)
 
@@ -171,10 +116,6 @@ def _step(model, recipe, steps, own, state, leaves, images, labels, texts, learn
 
 def _optimizer(steps, learning_rate, weight_decay):
     return optax.adamw(optax.cosine_decay_schedule(learning_rate, steps), weight_decay=weight_decay)
-
-
-def _tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    return unflatten_dict(dict(leaves), sep="/")
 
 
 def with_room(pretrained: Pretrained, insertions: tuple) -> Pretrained:

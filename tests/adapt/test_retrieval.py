@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from vlm_jax.adapt import heads, heads_retrieval
-from vlm_jax.adapt.heads_retrieval import alignment, reco, retrieve
-from vlm_jax.adapt.heads_trained import shuffled
+from vlm_jax.adapt import heads, retrieval
+from vlm_jax.adapt.heads.training import shuffled
+from vlm_jax.adapt.retrieval import alignment, reco, retrieve
 from vlm_jax.errors import UserError
 
 D, HEADS, CONCEPTS, EACH, K, SCALE = 12, 2, 40, 4, 3, 10.0
@@ -91,7 +91,7 @@ def test_equals_are_found_in_order_and_what_is_excluded_never():
 def test_blocks_find_the_same(monkeypatch):
     exclude = np.arange(N)[::-1]
     whole = retrieve(IMAGES, TEXTS, 7, exclude)
-    monkeypatch.setattr(heads_retrieval, "ROWS", 33)
+    monkeypatch.setattr(retrieval, "ROWS", 33)
     np.testing.assert_array_equal(retrieve(IMAGES, TEXTS, 7, exclude), whole)
 
 
@@ -113,7 +113,7 @@ def test_embeddings_are_refined_by_the_papers_layer():
 def test_many_are_refined_in_blocks(monkeypatch):
     head = randomised(untrained())
     whole = head.images(IMAGES)
-    monkeypatch.setattr(heads_retrieval, "ROWS", M)
+    monkeypatch.setattr(retrieval, "ROWS", M)
     np.testing.assert_allclose(head.images(IMAGES), whole, rtol=1e-5, atol=1e-5)
 
 
@@ -191,7 +191,7 @@ def test_training_depends_on_targets_and_seed_alone():
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_first_loss_is_that_of_a_batch_unrefined(monkeypatch, seed):
     losses = []
-    monkeypatch.setattr(heads_retrieval, "finite", lambda leaf, values: losses.append(values) or leaf)
+    monkeypatch.setattr(retrieval, "finite", lambda leaf, values: losses.append(values) or leaf)
     reco(IMAGES, TEXTS, SCALE, targets=LABELS, seed=seed, **SMALL | dict(steps=3, learning_rate=1e-2))
     rows = shuffled(N, SMALL["batch_size"], 1, seed)[0]
     expected = 3 * nce_by_loops(IMAGES[rows], TEXTS[rows], LABELS[rows])

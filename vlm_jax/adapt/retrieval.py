@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vlm_jax.adapt.heads_linear import unit
-from vlm_jax.adapt.heads_trained import descend, finite, shuffled
+from vlm_jax.adapt.heads.checks import unit
+from vlm_jax.adapt.heads.training import descend, finite, shuffled
+from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
 from vlm_jax.models.transformer import AttentionInputs, Encoder
 from vlm_jax.objectives.contrastive import softmax
@@ -113,6 +114,14 @@ def _nearest(queries, memory, exclude, k):
     return jax.lax.top_k(jnp.where(exclude[:, None] == jnp.arange(len(memory)), -jnp.inf, scores), k)[1]
 
 
+@method(
+    family="retrieval",
+    system="RECO",
+    paper="arXiv:2306.07196",
+    where="section 3.2",
+    differs="embeddings are refined by what a memory of pairs holds near them",
+    claim="few_shot: retrieved pairs make pictures easier to name",
+)
 def reco(
     features: np.ndarray,
     texts: np.ndarray,

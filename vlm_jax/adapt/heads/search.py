@@ -1,23 +1,4 @@
-"""Few-shot classifiers on frozen, cached, unit-norm features of a two-tower model; no gradient through the towers.
-
-    zero_shot            the class names alone
-    gda, gaussian        Gaussians with one covariance, with the class names or alone
-    tip_adapter, tip_x   a cache of training features
-    linear_probe         logistic regression
-    tip_adapter_f        the cache, trained
-    cross_modal_probe    a linear classifier, trained on pictures and class names
-    prolip               the image tower's last projection, trained
-    reco                 embeddings refined by what a memory of pairs holds near them, trained on pairs
-
-Each but the last returns a head: features [M, D] -> logits, float64 [M, C]. Their common arguments:
-
-    features  float [N, D], unit norm: image embeddings of the training pictures
-    labels    int [N], in range(C)
-    text      float [C, D], unit norm: an embedding of each class's name, the zero-shot weights
-    scale     the model's logit scale, s = exp(logit_scale), 100 in CLIP
-
-`choose` picks hyper-parameters on validation features.
-"""
+"""Hyper-parameters of heads, chosen on validation features."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -25,33 +6,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlm_jax.adapt.heads_cache import TipAdapter, TipX, tip_adapter, tip_x
-from vlm_jax.adapt.heads_linear import check_labels, gaussian, gda, zero_shot
-from vlm_jax.adapt.heads_retrieval import Reco, reco
-from vlm_jax.adapt.heads_trained import Projected, cross_modal_probe, prolip, tip_adapter_f
+from vlm_jax.adapt.heads.checks import check_labels
 from vlm_jax.errors import DivergedError, UserError
-from vlm_jax.pretrained.linear import Linear
-from vlm_jax.pretrained.linear import logistic_regression as linear_probe
 
-__all__ = [
-    "Choice",
-    "Linear",
-    "Projected",
-    "Reco",
-    "TipAdapter",
-    "TipX",
-    "choose",
-    "cross_modal_probe",
-    "gaussian",
-    "gda",
-    "linear_probe",
-    "prolip",
-    "reco",
-    "tip_adapter",
-    "tip_adapter_f",
-    "tip_x",
-    "zero_shot",
-]
+
+def searches(*grids: Mapping[str, Sequence], refine: Mapping[str, Sequence] | None = None) -> Callable:
+    """Decorates a head's function with the values that are tried of its options.
+
+    Args:
+      *grids: name -> values, searched one after the other, each with the best of those before.
+      refine: fields of the head that are tried once it is trained, by `_replace`.
+    """
+
+    def decorate(function):
+        function.grids, function.refine = grids, refine or {}
+        return function
+
+    return decorate
 
 
 class Choice(NamedTuple):

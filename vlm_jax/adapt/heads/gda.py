@@ -1,18 +1,15 @@
-"""Linear heads that need no gradient: CLIP's classifier, and Gaussians with it. Common arguments: see `heads`."""
+"""Gaussian discriminant analysis with the class names, without a gradient. Common arguments: see `heads`."""
 
 import numpy as np
 import scipy.linalg
 
 from vlm_jax import config
+from vlm_jax.adapt.heads.checks import check_labels, few_shot
+from vlm_jax.adapt.heads.linear import zero_shot
+from vlm_jax.adapt.heads.search import searches
+from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
 from vlm_jax.pretrained.linear import Linear
-
-
-def zero_shot(text: np.ndarray, scale: float) -> Linear:
-    """s f W': CLIP's classifier (arXiv:2103.00020, section 3.1.2), W being `text`."""
-    text = unit(text, "text embeddings")
-    return Linear(scale * text.T, np.zeros(len(text)))
-
 
 PRIORS = {
     "uniform": lambda counts: np.full(len(counts), 1 / len(counts)),
@@ -73,13 +70,22 @@ def gaussian(
     return Linear(weights, np.log(prior) - np.einsum("kd,dk->k", means, weights) / 2)
 
 
+@method(
+    family="heads",
+    system="GDA-CLIP",
+    paper="arXiv:2402.04087",
+    where="section 3",
+    differs="Gaussians with one covariance, added to the class names",
+    claim="few_shot: GDA above zero-shot and a linear probe",
+)
+@searches({"alpha": [10.0**k for k in range(-4, 3)]})
 def gda(
     features: np.ndarray,
     labels: np.ndarray,
     text: np.ndarray,
     scale: float,
     *,
-    alpha: float,
+    alpha: float = 1.0,
     shrinkage: float | None = None,
     prior: str = "uniform",
 ) -> Linear:
@@ -90,31 +96,3 @@ def gda(
     features, labels, text = few_shot(features, labels, text)
     first, second = zero_shot(text, scale), gaussian(features, labels, len(text), shrinkage=shrinkage, prior=prior)
     return Linear(first.weights + alpha * second.weights, first.bias + alpha * second.bias)
-
-
-def few_shot(features: np.ndarray, labels: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features and text in float64, and labels, checked against each other; a UserError says what does not fit."""
-    text = unit(text, "text embeddings")
-    features = unit(features, "training features", text.shape[1])
-    return features, check_labels(labels, len(features), len(text)), text
-
-
-def unit(x: np.ndarray, name: str, width: int | None = None) -> np.ndarray:
-    """`x` in float64, or a UserError if it is not [any, width], of unit norm as far as bfloat16 can tell."""
-    x = np.asarray(x, np.float64)
-    if x.ndim != 2 or not len(x) or (width is not None and x.shape[1] != width):
-        raise UserError(f"{name} have shape {x.shape}; expected [rows, {width or 'width'}], as the texts have it")
-    norms = np.linalg.norm(x, axis=1)
-    if not np.all(np.abs(norms - 1) < 0.01):
-        raise UserError(f"{name} have norms {norms.min():.3g} to {norms.max():.3g}; expected 1: divide by the norm")
-    return x
-
-
-def check_labels(labels: np.ndarray, rows: int, classes: int) -> np.ndarray:
-    """`labels`, or a UserError if they are not [rows] integers in range(classes), rows > 0."""
-    labels = np.asarray(labels)
-    if labels.shape != (rows,) or not rows or not np.issubdtype(labels.dtype, np.integer):
-        raise UserError(f"labels are {labels.dtype} {labels.shape} of {rows} pictures; expected an integer for each")
-    if labels.min() < 0 or labels.max() >= classes:
-        raise UserError(f"labels are {labels.min()} to {labels.max()}; expected 0 to {classes - 1}, the classes")
-    return labels

@@ -1,56 +1,15 @@
-"""Heads that compare pictures with a cache of the training pictures, untrained. Common arguments: see `heads`."""
+"""TIP-X: a cache that compares pictures by their class distributions, too. Common arguments: see `heads`."""
 
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
-from vlm_jax.adapt.heads_linear import few_shot, unit, zero_shot
+from vlm_jax.adapt.heads.cache import ALPHAS, BETAS, TipAdapter, tip_adapter
+from vlm_jax.adapt.heads.checks import unit
+from vlm_jax.adapt.heads.search import searches
+from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
-
-
-class TipAdapter(NamedTuple):
-    """Logits alpha exp(-beta (1 - f F')) L + s f W'; the cache's part in float32, with [M, N] numbers at a time.
-
-    Attributes:
-      text: W, float [C, D].
-      scale: s.
-      keys: F, float [N, D].
-      labels: int [N], whose one-hot rows are L.
-      alpha: weight of the cache.
-      beta: how fast an affinity falls with distance.
-    """
-
-    text: np.ndarray
-    scale: float
-    keys: np.ndarray
-    labels: np.ndarray
-    alpha: float
-    beta: float
-
-    def __call__(self, features: np.ndarray) -> np.ndarray:
-        """Features [M, D] -> logits, float64 [M, C]."""
-        cached = _cache_logits(np.asarray(features), self.keys, np.eye(len(self.text))[self.labels], self.beta)
-        return zero_shot(self.text, self.scale)(features) + self.alpha * np.asarray(cached, np.float64)
-
-
-def tip_adapter(
-    features: np.ndarray, labels: np.ndarray, text: np.ndarray, scale: float, *, alpha: float, beta: float
-) -> TipAdapter:
-    """Tip-Adapter (arXiv:2207.09519, equations 3 to 6): a cache of training features and their labels."""
-    features, labels, text = few_shot(features, labels, text)
-    return TipAdapter(text, scale, features, labels, alpha, beta)
-
-
-def cache_logits(features: jax.Array, keys: jax.Array, values: jax.Array, beta: jax.Array) -> jax.Array:
-    """exp(-beta (1 - f F')) L: features f [M, D], keys F [N, D], values L [N, C] -> [M, C]."""
-    affinity = jnp.exp(-beta * (1 - jnp.matmul(features, keys.T, precision="highest")))
-    return jnp.matmul(affinity, values, precision="highest")
-
-
-_cache_logits = jax.jit(cache_logits)
 
 
 class Ranges(NamedTuple):
@@ -90,15 +49,23 @@ class TipX(NamedTuple):
         return self.tip(features) - self.gamma * (smallest + share * (largest - smallest)) @ values
 
 
+@method(
+    family="heads",
+    paper="arXiv:2211.16198",
+    where="section 3.2",
+    differs="Tip-Adapter with divergences of class distributions",
+    claim="few_shot: TIP-X above Tip-Adapter",
+)
+@searches({"alpha": ALPHAS, "beta": BETAS}, {"gamma": ALPHAS})
 def tip_x(
     features: np.ndarray,
     labels: np.ndarray,
     text: np.ndarray,
     scale: float,
     *,
-    alpha: float,
-    beta: float,
-    gamma: float,
+    alpha: float = 1.0,
+    beta: float = 5.5,
+    gamma: float = 0.0,
     temperature: float = 0.5,
     reference: np.ndarray | None = None,
 ) -> TipX:

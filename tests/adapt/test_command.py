@@ -1,0 +1,41 @@
+"""The command `adapt`, in process."""
+
+import json
+
+import pytest
+from absl import flags
+
+import vlm_jax
+from vlm_jax.adapt import __main__ as adapt_command
+from vlm_jax.command import commands
+from vlm_jax.errors import UserError
+
+
+def test_the_command(base, tmp_path, monkeypatch):
+    """From flags to a table, results, and a file that `load(...)` takes."""
+    monkeypatch.setattr(vlm_jax, "load", lambda spec, **_: base, raising=False)
+    values = flags.FlagValues()
+    commands.define("adapt", values)
+    given = [
+        "--model=m",
+        "--method=zero_shot,gda,lora",
+        "--data=tfds:emoji",
+        "--split=unseen_style",
+        f"--out={tmp_path / 'o'}",
+    ]
+    given += [
+        "--label=concept",
+        "--classes={0: 'grinning face', 570: 'a', 571: 'b', 572: 'c'}",
+        "--where=concept=0,570,571,572",
+    ]
+    given += ["--train_where=concept=0,570,571,572", "--shots=2", "--seeds=2", "--base_to_new"]
+    values(["adapt", *given])
+    answer = adapt_command.main([], values)
+    assert "zero_shot" in answer.text and "harmonic_mean" in answer.text and "+-" in answer.text
+    numbers = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert answer.results == numbers | {"adapters": str(tmp_path / "o")}
+    assert {"lora/top1", "lora/new/top1", "lora/harmonic_mean", "gda/top1"} <= numbers.keys()
+    assert "gda/new/top1" not in numbers
+    assert vlm_jax.load_adapter(tmp_path / "o" / "lora_1.safetensors", base).classes == ("grinning face", "a")
+    with pytest.raises(UserError, match="holds results; give another --out"):
+        adapt_command.main([], values)

@@ -1,0 +1,84 @@
+"""A linear classifier trained on pictures and class names. Common arguments: see `heads`."""
+
+import jax
+import numpy as np
+import optax
+
+from vlm_jax.adapt.heads.checks import few_shot
+from vlm_jax.adapt.heads.linear import zero_shot
+from vlm_jax.adapt.heads.search import searches
+from vlm_jax.adapt.heads.training import cross_entropy, descend, finite, matmul, shuffled
+from vlm_jax.catalogue import method
+from vlm_jax.errors import UserError
+from vlm_jax.pretrained.linear import Linear
+
+WARMUP = 50  # steps
+
+
+@method(
+    family="heads",
+    system="CrossModal-FewShot",
+    paper="arXiv:2301.06267",
+    where="section 3",
+    differs="class names are training examples beside the pictures",
+    claim="few_shot: a cross-modal probe above a probe of pictures and zero-shot",
+)
+@searches({"learning_rate": [1e-3, 1e-4]})
+def cross_modal_probe(
+    features: np.ndarray,
+    labels: np.ndarray,
+    text: np.ndarray,
+    scale: float,
+    *,
+    steps: int = 12_800,
+    batch_size: int = 32,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.01,
+    seed: int = 0,
+) -> Linear:
+    """Cross-modal linear probing (arXiv:2301.06267, section 3): logits s f V', trained on pictures and class names.
+
+    V [C, D] is first `text`; the text embeddings are training examples of their classes besides the pictures. Of each
+    batch one half are pictures, the other texts. AdamW; the learning rate rises over 50 steps, then falls by a cosine.
+    These and the defaults are of the authors' code, which tries learning rates 1e-3 and 1e-4, weight decays 0, 1e-4 and
+    1e-2 and batches of 8 and 32, and keeps the step that is best on validation; this keeps the last.
+
+    Args:
+      steps: 0 gives `zero_shot`.
+      batch_size: even; a half is no larger than what there is of its kind, and an epoch's last half, if short, is
+        left out.
+      seed: of the order of examples.
+      others: see `heads`.
+    """
+    features, labels, text = few_shot(features, labels, text)
+    if batch_size < 2 or batch_size % 2:
+        raise UserError(f"batch_size is {batch_size}; expected an even number, half for pictures and half for texts")
+    halves = []
+    for kind, count in enumerate((len(features), len(text))):
+        size = min(batch_size // 2, count)
+        rows = shuffled(count, size, -(-steps // (count // size)), (seed, kind))
+        whole = rows[(rows >= 0).all(1)][:steps]
+        halves.append(whole + kind * len(features))
+    rows = np.concatenate(halves, axis=1)
+    if not len(rows):
+        return zero_shot(text, scale)
+    examples = np.concatenate([features, text]), np.concatenate([labels, np.arange(len(text))])
+    weights, losses = _train_linear(rows, *examples, text, scale, learning_rate, weight_decay)
+    return Linear(scale * finite(weights, losses).T, np.zeros(len(text)))
+
+
+@jax.jit
+def _train_linear(rows, features, labels, text, scale, learning_rate, weight_decay):
+    schedule = optax.join_schedules(
+        [
+            optax.constant_schedule(1e-5),
+            optax.linear_schedule(learning_rate / WARMUP, learning_rate, WARMUP - 1),
+            optax.cosine_decay_schedule(learning_rate, len(rows)),
+        ],
+        [1, WARMUP],
+    )
+
+    def loss(weights, rows):
+        return cross_entropy(scale * matmul(features[rows], weights.T), labels[rows])
+
+    return descend(loss, text, optax.adamw(schedule, weight_decay=weight_decay), rows)

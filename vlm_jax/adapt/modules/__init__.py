@@ -1,0 +1,1 @@
+"""Modules inserted beside a model's own: each method makes a `Recipe` from the model."""

@@ -1,0 +1,70 @@
+"""Recipes: what trains, and how it changes the model, effective = combine(base, own)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from vlm_jax.models import insertion
+from vlm_jax.params import masks
+from vlm_jax.params.table import named_leaves
+
+
+class Recipe(Protocol):
+    """What trains."""
+
+    def insertions(self, model: nn.Module, at: int) -> tuple:
+        """What is put into the model; `at` is the place of a context in its texts."""
+
+    def begin(self, rng: jax.Array, model: nn.Module, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """What trains, at the start; `leaves` are the parameters with insertions."""
+
+    def combine(self, own: Mapping[str, jax.Array], leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """The parameters that it changes, by name."""
+
+
+class Inserted(NamedTuple):
+    """Insertions of `vlm_jax.models.insertion`; `tune` says where a `Context` stands."""
+
+    modules: tuple
+
+    def insertions(self, model, at):
+        return tuple(m._replace(at=at) if isinstance(m, insertion.Context) else m for m in self.modules)
+
+    def begin(self, rng, model, leaves):
+        return insertion.new_leaves(leaves)
+
+    def combine(self, own, leaves):
+        return dict(own)
+
+
+class Masked(NamedTuple):
+    """Parameters of the model itself, those of `masks.trainable`: "bias", "norm", "last_1", "head", a table."""
+
+    trainable: str | Sequence[tuple[str, bool]]
+
+    def insertions(self, model, at):
+        return ()
+
+    def begin(self, rng, model, leaves):
+        rows = self._rows(leaves)
+        return {name: leaf if rows[name] is True else leaf[rows[name]] for name, leaf in leaves.items() if name in rows}
+
+    def combine(self, own, leaves):
+        rows = self._rows(leaves)
+        replace = lambda name, value: value if rows[name] is True else leaves[name].at[rows[name]].set(value)
+        return {name: replace(name, value) for name, value in own.items()}
+
+    def _rows(self, leaves):
+        """Of each parameter that trains the layers of a stack, or True for all of it."""
+        mask = named_leaves(masks.trainable(tree(leaves), self.trainable))
+        rows = lambda m: True if np.all(m) else np.flatnonzero(m)
+        return {name: rows(m) for name, m in mask.items() if np.any(m)}
+
+
+def tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """{"image/head/kernel": x} -> {"image": {"head": {"kernel": x}}}."""
+    return unflatten_dict(dict(leaves), sep="/")

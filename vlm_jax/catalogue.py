@@ -1,0 +1,228 @@
+"""The catalogue of methods: each is declared once, by the decorator of its function.
+
+    @method(
+        family="modules", paper="arXiv:2106.09685", where="eq. 3", differs="a low-rank update beside dense layers",
+        claim="few_shot: zero-shot < LoRA",
+    )
+    def lora(model: nn.Module, *, rank: int = 4) -> Recipe: ...
+
+The name is the function's, the options are its keyword-only arguments. Declarations are read by `ast`: their arguments
+are literals, and listing methods imports no JAX. A function is imported when it is used.
+"""
+
+import ast
+import difflib
+import functools
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vlm_jax.errors import UserError
+
+PACKAGE = Path(__file__).parent
+VERDICTS = PACKAGE / "verdicts.json"  # study -> claim -> verdict, written by experiments/study.py
+
+
+class Family(NamedTuple):
+    """What declarations of one family have in common.
+
+    Attributes:
+      kind: what the names are looked up as; names of one kind are unique.
+      takes: what the functions take and return.
+      run: how a method is used, `{name}` stands for its name.
+    """
+
+    kind: str
+    takes: str
+    run: str
+
+
+def _adapts(takes: str) -> Family:
+    return Family("adaptation", takes, "vlm-jax adapt --method={name}")
+
+
+def _part(kind: str, takes: str, key: str) -> Family:
+    return Family(kind, takes, f"--config.{key}={{name}}")
+
+
+FAMILIES = {
+    "recipes": Family("recipe", "variant -> config", "vlm-jax train --config={name}"),
+    "models": _part("model", "sections of its parts -> module", "model.name"),
+    "objectives": _part("objective", "model -> Objective", "objective.name"),
+    "similarities": _part("similarity", "-> Similarity", "objective.similarity"),
+    "penalties": _part("penalty", "-> Penalty", "objective.penalty"),
+    "corruptions": _part("corruption", "-> corrupt(targets, lengths, decoder, rng)", "objective.corruption"),
+    "heads": _adapts("features, labels, text, scale -> head"),
+    "parameters": _adapts("model -> Recipe"),
+    "modules": _adapts("model -> Recipe"),
+    "prompts": _adapts("model -> Recipe"),
+    "retrieval": Family("retrieval", "features, texts, scale -> head", "vlm_jax.adapt.retrieval.{name}"),
+    "averages": Family("average", "parameter trees -> parameters", "vlm_jax.params.averages.{name}"),
+    "regularizers": Family("regularizer", "parameters, pretrained ones", "vlm_jax.params.regularizers.{name}"),
+    "evaluators": Family("evaluator", "data -> evaluator", "vlm-jax evaluate --task={name}"),
+}
+
+
+class Declaration(NamedTuple):
+    """A method, as its decorator and its signature declare it.
+
+    Attributes:
+      name: of the function; of a recipe, of its file.
+      family: a key of `FAMILIES`.
+      differs: what the method changes, in a few words.
+      paper: "arXiv:..." or how else the paper is found; "" for what has none.
+      where: section or equation of the paper.
+      claim: "study: row", a row of `verdicts.json`; "" if nothing was claimed that a study asks.
+      system: name of the published system, where it has another one.
+      module, function: what is imported.
+      path, line: where it is declared, the path relative to the package's parent.
+      options: keyword-only argument -> its default, as source text.
+      summary: first line of the docstring.
+    """
+
+    name: str
+    family: str
+    differs: str
+    paper: str
+    where: str
+    claim: str
+    system: str
+    module: str
+    function: str
+    path: str
+    line: int
+    options: Mapping[str, str]
+    summary: str
+
+    @property
+    def run(self) -> str:
+        """How the method is used."""
+        return FAMILIES[self.family].run.format(name=self.name)
+
+    @property
+    def verdict(self) -> str:
+        """What the study found of the claim; "" without a claim."""
+        study, _, row = self.claim.partition(": ")
+        return _verdicts()[study][row] if study else ""
+
+    def load(self) -> Callable:
+        """The function, imported now."""
+        return getattr(importlib.import_module(self.module), self.function)
+
+
+def method(
+    *, family: str, differs: str, paper: str = "", where: str = "", claim: str = "", system: str = ""
+) -> Callable[[Callable], Callable]:
+    """Declares a function as a method; the arguments are literals, see `Declaration`. The function stays as it is."""
+    return lambda function: function
+
+
+def of(*families: str) -> dict[str, Declaration]:
+    """Name -> declaration of some families, in the order of families, files and lines.
+
+    Raises:
+      UserError: there is no such family; a declaration is wrong, see `read`.
+    """
+    for family in families:
+        if family not in FAMILIES:
+            raise UserError(_unknown(f"there is no family `{family}`", family, FAMILIES))
+    return {d.name: d for family in families for d in read() if d.family == family}
+
+
+def get(families: str | tuple[str, ...], name: str, where: str) -> Callable:
+    """The function of a method.
+
+    Args:
+      families: where it may be declared.
+      name: its name.
+      where: what is chosen, for messages, e.g. "config.objective.penalty".
+
+    Raises:
+      UserError: none of the families has the name.
+    """
+    known = of(*((families,) if isinstance(families, str) else families))
+    if name not in known:
+        raise UserError(_unknown(f"{where} is `{name}`", str(name), known))
+    return known[name].load()
+
+
+def _unknown(what: str, name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"{what}; did you mean `{close[0]}`?" if close else f"{what}; expected one of: {', '.join(known)}"
+
+
+@functools.cache
+def read() -> tuple[Declaration, ...]:
+    """All declarations of the package and of the recipes in configs/.
+
+    Raises:
+      UserError: an argument that is no literal, a family or a claim that does not exist, two methods of one name.
+    """
+    found: dict[tuple[str, str], Declaration] = {}
+    for folder, package in ((PACKAGE, "vlm_jax"), (_configs(), "configs")):
+        for path in sorted(folder.rglob("*.py")):
+            if package == "vlm_jax" and path.is_relative_to(_configs()):
+                continue
+            for declaration in _of_file(path, folder, package):
+                key = FAMILIES[declaration.family].kind, declaration.name
+                if key in found:
+                    first, second = (f"{d.path}:{d.line}" for d in (found[key], declaration))
+                    raise UserError(f"two methods are called `{key[1]}`, in {first} and {second}; rename one")
+                found[key] = declaration
+    return tuple(sorted(found.values(), key=lambda d: (list(FAMILIES).index(d.family), d.path, d.line)))
+
+
+def _configs() -> Path:
+    """The folder of configs: in the repository beside the package, in a wheel inside it."""
+    beside = PACKAGE.parent / "configs"
+    return beside if beside.is_dir() else PACKAGE / "configs"
+
+
+def _of_file(path: Path, folder: Path, package: str) -> list[Declaration]:
+    text = path.read_text(encoding="utf-8")
+    if "@method(" not in text:
+        return []
+    module = ".".join((package, *path.relative_to(folder).with_suffix("").parts)).removesuffix(".__init__")
+    place, declarations = f"{package}/{path.relative_to(folder).as_posix()}", []
+    for node in ast.parse(text).body:
+        for call in getattr(node, "decorator_list", ()):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "method":
+                declarations.append(_declaration(node, call, module, place))
+    return declarations
+
+
+def _declaration(node: Any, call: ast.Call, module: str, place: str) -> Declaration:
+    where = f"{place}:{node.lineno}: @method of `{node.name}`"
+    try:
+        given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        method(*call.args, **given)
+    except ValueError:
+        raise UserError(f"{where} has an argument that is no literal; write its value") from None
+    except TypeError as error:
+        raise UserError(f"{where}: {str(error).removeprefix('method() ')}") from None
+    fields = dict.fromkeys(("paper", "where", "claim", "system"), "") | given
+    if fields["family"] not in FAMILIES:
+        raise UserError(_unknown(f"{where} names no family: `{fields['family']}`", fields["family"], FAMILIES))
+    study, _, row = fields["claim"].partition(": ")
+    if study and row not in _verdicts().get(study, {}):
+        rows = [f"{study}: {row}" for study, rows in _verdicts().items() for row in rows]
+        raise UserError(
+            _unknown(f"{where}: no study has the claim `{fields['claim']}`", fields["claim"], dict.fromkeys(rows))
+        )
+    options = {}
+    if isinstance(node, ast.FunctionDef):
+        pairs = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+        options = {argument.arg: "" if default is None else ast.unparse(default) for argument, default in pairs}
+    name = place.rpartition("/")[2].removesuffix(".py") if fields["family"] == "recipes" else node.name
+    summary = (ast.get_docstring(node) or "").partition("\n")[0]
+    return Declaration(
+        name=name, module=module, function=node.name, path=place, line=node.lineno, options=options, summary=summary,
+        **fields,
+    )  # fmt: skip
+
+
+@functools.cache
+def _verdicts() -> dict[str, dict[str, str]]:
+    return json.loads(VERDICTS.read_text(encoding="utf-8"))
