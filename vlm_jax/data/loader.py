@@ -2,7 +2,7 @@
 
 The unit of work is the batch: batch k is a pure function of (configuration, seed, k), so that threads or
 worker processes may compute batches in any order, and the position to resume from is k itself. Each process of a run
-reads its rows of batch k, whichever they are: the batch is the same for any number of processes.
+reads its rows of batch k: the batch is the same for any number of processes.
 """
 
 import contextlib

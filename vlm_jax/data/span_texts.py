@@ -41,7 +41,7 @@ def read(text: str, tokenizer: Any, vocab_size: int, length: int, sentinels: int
     """The inverse: int32 [length], ended by EOS and padded with 0.
 
     Raises:
-      UserError: the text is too long, or has a sentinel that there is not.
+      UserError: the text is too long, or has an unknown sentinel.
     """
     marks, ids, at = _marks(vocab_size, sentinels), [], 0
     for found in [*MARK.finditer(text), None]:

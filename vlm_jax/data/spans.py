@@ -107,7 +107,7 @@ def plan(
     modes: str | None,
     sentinels: int,
 ) -> Plan:
-    """Looks all of it up once; see `text_ops.denoise` for the arguments.
+    """Looks all of it up once; see `ops.text.denoise` for the arguments.
 
     Raises:
       UserError: the tokenizer has no EOS, or has ids that sentinels and mode tokens would take.

@@ -28,7 +28,7 @@ def crop_to_content(image: object, tolerance: int = 8, margin: float = 0.0, squa
     Args:
       image: [H, W, C].
       tolerance: largest difference of a channel (0-255) that still counts as border.
-      margin: added on each side, as a share of the box's longer side, where the picture has it.
+      margin: added on each side, as a share of the box's longer side; cut at the picture's edge.
       square: widen the shorter side with border colour, so that later resizing keeps the proportions.
     """
     image = pil(image)

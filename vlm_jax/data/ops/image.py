@@ -21,7 +21,7 @@ Picture = Image.Image | np.ndarray
 
 
 def pil(image: Picture) -> Image.Image:
-    """Returns a loaded RGB(A) or grey PIL image of what an op was given (PIL image or uint8 array [H, W, C])."""
+    """Returns a PIL image or a uint8 array [H, W, C] as a loaded PIL image, RGB(A) or grey."""
     if isinstance(image, bytes):
         raise UserError("an image op was given encoded bytes; put `decode` first")
     if isinstance(image, np.ndarray):
@@ -30,7 +30,7 @@ def pil(image: Picture) -> Image.Image:
 
 
 def array(image: Picture) -> np.ndarray:
-    """Returns a uint8 array [H, W, C] of what an op was given."""
+    """Returns a PIL image or a uint8 array as a uint8 array [H, W, C]."""
     if isinstance(image, np.ndarray):
         return image
     image = np.asarray(pil(image))
@@ -46,7 +46,7 @@ def _load(image: Image.Image) -> Image.Image:
 
 
 def height_and_width(image: Picture) -> tuple[int, int]:
-    """(height, width)."""
+    """Returns (height, width) of a PIL image or a uint8 array."""
     return image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
 
 
@@ -54,8 +54,8 @@ def height_and_width(image: Picture) -> tuple[int, int]:
 def decode(image: object, background: tuple[int, ...] | int | None = 255) -> Picture:
     """Decodes JPEG, PNG, WebP, ... bytes into RGB.
 
-    Grey, palette and CMYK become RGB as by `PIL.Image.convert`, on which released preprocessing relies too: 16-bit grey
-    is clipped at 255, and the camera's orientation (EXIF) is not applied.
+    Grey, palette and CMYK become RGB by `PIL.Image.convert`, as in released preprocessing: 16-bit grey is clipped at
+    255, and the camera's orientation (EXIF) is ignored.
 
     Args:
       image: encoded bytes; an array or a PIL image passes through.

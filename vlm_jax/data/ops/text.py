@@ -33,9 +33,9 @@ def caption(example: dict, path: str, join: str | None = None, max_texts: int | 
 
     Args:
       example: holds the field: a text, or a list of texts.
-      path: where.
+      path: of the field.
       join: puts the texts of a list together; None takes the first.
-      max_texts: how many of the list's first texts are joined at most.
+      max_texts: joins only so many of the list's first texts.
     """
     texts = _texts(field(example, path), path)
     example["text"] = texts[0] if join is None else join.join(texts[:max_texts])
@@ -55,7 +55,7 @@ def random_caption(
     Args:
       example: holds the fields: texts, or lists of texts.
       rng: the example's generator.
-      *paths: the fields to draw from; one that is absent or empty is drawn around.
+      *paths: the fields to draw from; if the one drawn is absent or empty, the first other that has a text counts.
       weights: probability of each field, up to a factor; equal by default.
       join: puts the texts of a list together in random order; None draws one of them.
     """
@@ -82,13 +82,13 @@ def random_caption(
 
 @op
 def template(text: str, *templates: str) -> str:
-    """Puts the text in for `{}` of the (first) template: `template("a photo of a {}.")`."""
+    """Replaces `{}` of the (first) template by the text: `template("a photo of a {}.")`."""
     return templates[0].replace("{}", text)
 
 
 @op
 def random_template(text: str, rng: np.random.Generator, *templates: str) -> str:
-    """Puts the text in for `{}` of a template drawn at random."""
+    """Replaces `{}` of a template, drawn at random, by the text."""
     return templates[int(rng.random() * len(templates))].replace("{}", text)
 
 
@@ -131,10 +131,10 @@ def tokenize(
 
 @op
 def room(example: dict, tokenizer: Any, n: int, at: int, key: str = "token_ids") -> dict:
-    """Moves the tokens from place `at` on n to the right: a learned context stands there (`adapt.insert.Context`).
+    """Makes room for n tokens of a learned context (`models.insertion.Context`): moves the tokens from `at` on by n.
 
-    What is there now is of no account. Padding falls off the end; where a text is too long, what is before its last
-    token.
+    Any ids will do in the room; the context overwrites them. Padding falls off the end; a text that is too long is
+    cut, its last token kept.
     """
     token_ids = field(example, key)
     special = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id}
@@ -165,19 +165,20 @@ def denoise(
 ) -> dict:
     """Hides parts of the text: sets `input_ids` int32 [inputs], `token_ids` int32 [targets] and `denoiser`, an int.
 
-    A text that is too long for the denoiser drawn is cut before, to its first `spans.longest` tokens; nothing else is.
+    A text that is too long for the denoiser drawn is first cut to its first `spans.longest` tokens.
 
     Args:
       example: holds the text.
       rng: draws the denoiser, then what it hides.
       tokenizer: with `encode`, `eos_id` and `vocab_size`.
-      inputs, targets: lengths; both end with EOS and are padded with 0.
-      vocab_size: of the model. Its top ids are the sentinels and, below them, the three mode tokens (`spans.mode_ids`).
-      denoisers: a mixture: "ul2", "t5", "prefix", "causal", or literals as `spans.mixture` reads them. `denoiser` is
-        the number in it.
-      modes: what stands before the inputs: "ids" one token; "text" the name as the tokenizer has it, which is how the
-        released UL2 checkpoints know it (theirs is vocab_size=32100); None nothing.
-      sentinels: how many.
+      inputs: their length; inputs end with EOS and are padded with 0.
+      targets: their length; targets end with EOS and are padded with 0.
+      vocab_size: of the model. Its top ids are the sentinels; the three mode tokens are below (`spans.mode_ids`).
+      denoisers: a mixture: "ul2", "t5", "prefix", "causal", or literals as `spans.mixture` reads them. `denoiser`
+        becomes the index of the denoiser drawn.
+      modes: what stands before the inputs: "ids", one token; "text", the mode's name as the tokenizer encodes it, as in
+        the released UL2 checkpoints (theirs is vocab_size=32100); None, nothing.
+      sentinels: their number.
       key: the text's field.
     """
     plan = spans.plan(tokenizer, denoisers, inputs, targets, vocab_size, modes, sentinels)

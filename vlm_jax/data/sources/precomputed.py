@@ -74,13 +74,13 @@ class Precomputed(Source):
 
 
 def shard_names(records: int, shard_size: int) -> list[str]:
-    """Names of the files of that many records."""
+    """File names of the shards of `records` records."""
     count = -(-records // shard_size)
     return [f"embeddings-{k:05d}-of-{count:05d}.array_record" for k in range(count)]
 
 
 def write_shard(path: Path, embeddings: Iterable[np.ndarray | None]) -> None:
-    """Writes float32 [D] each, or None for a picture that cannot be used; the file is there when it is whole."""
+    """Writes float32 [D] each, or None for a picture that cannot be used; the file appears once it is whole."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
     for embedding in embeddings:

@@ -66,7 +66,7 @@ class Jsonl(Table):
 
 
 class Csv(Table):
-    """Comma- or tab-separated rows under a header (tab, where the header has one); held in memory."""
+    """Rows under a header, held in memory; tab-separated if the header has a tab, else comma-separated."""
 
     def __init__(self, path: str):
         self.path = existing(f"csv:{path}", path)

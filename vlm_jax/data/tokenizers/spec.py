@@ -28,7 +28,7 @@ IDS = ("pad_id", "bos_id", "eos_id")
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """Maps texts to ids. Special ids are None where the vocabulary has none. Pickles as its spec."""
+    """Maps texts to ids. Special ids are None if the vocabulary has none. Pickles as its spec."""
 
     spec: str
     vocab_size: int
@@ -52,7 +52,7 @@ class Tokenizer:
     def __call__(self, texts: str | Sequence[str], length: int, bos: bool = True, eos: bool = True) -> np.ndarray:
         """Returns `[BOS] text [EOS] pad pad ...`, int32 [B, length]; a long text is cut, EOS kept.
 
-        `bos` and `eos` are ignored where the vocabulary has no such id.
+        `bos` and `eos` are ignored if the vocabulary has no such id.
         """
         if self.pad_id is None:
             raise UserError(f"tokenizer `{self.spec}` has no padding id; name one, as in `{self.spec}?pad_id=0`")
