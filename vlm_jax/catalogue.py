@@ -2,7 +2,7 @@
 
     @method(
         family="modules", paper="arXiv:2106.09685", where="eq. 3", differs="a low-rank update beside dense layers",
-        claim="few_shot: zero-shot < LoRA",
+        claim="few_shot: LoRA above zero-shot",
     )
     def lora(model: nn.Module, *, rank: int = 4) -> Recipe: ...
 
@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vlm_jax import config
 from vlm_jax.errors import UserError
 
 PACKAGE = Path(__file__).parent
@@ -58,6 +59,7 @@ FAMILIES = {
     "parameters": _adapts("model -> Recipe"),
     "modules": _adapts("model -> Recipe"),
     "prompts": _adapts("model -> Recipe"),
+    "insertions": Family("insertion", "fields -> record", "--config.model.insertions=[dict(type='{name}')]"),
     "retrieval": Family("retrieval", "features, texts, scale -> head", "vlm_jax.adapt.retrieval.{name}"),
     "averages": Family("average", "parameter trees -> parameters", "vlm_jax.params.averages.{name}"),
     "regularizers": Family("regularizer", "parameters, pretrained ones", "vlm_jax.params.regularizers.{name}"),
@@ -148,9 +150,27 @@ def get(families: str | tuple[str, ...], name: str, where: str) -> Callable:
     return known[name].load()
 
 
+def build(family: str, spec: str | Mapping[str, Any], where: str, **fixed: Any) -> Any:
+    """Builds a part from its name, or from a dict with its name and arguments.
+
+    Args:
+      family: of the part.
+      spec: "softmax", or dict(name="softmax", label_smoothing=0.1).
+      where: how the section is called in messages, e.g. "config.objective.penalty".
+      **fixed: arguments that the caller gives and the section may not.
+
+    Raises:
+      UserError: there is no such name, or an argument that it does not take.
+    """
+    arguments = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = arguments.pop("name", None)
+    function = get(family, name, where if isinstance(spec, str) else f"{where}.name")
+    return config.call(function, arguments, where, **fixed)
+
+
 def _unknown(what: str, name: str, known: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
-    return f"{what}; did you mean `{close[0]}`?" if close else f"{what}; expected one of: {', '.join(known)}"
+    return f"{what}; expected one of: {', '.join(known)}" + (f" (did you mean `{close[0]}`?)" if close else "")
 
 
 @functools.cache
@@ -211,10 +231,11 @@ def _declaration(node: Any, call: ast.Call, module: str, place: str) -> Declarat
         raise UserError(
             _unknown(f"{where}: no study has the claim `{fields['claim']}`", fields["claim"], dict.fromkeys(rows))
         )
-    options = {}
-    if isinstance(node, ast.FunctionDef):
-        pairs = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
-        options = {argument.arg: "" if default is None else ast.unparse(default) for argument, default in pairs}
+    if isinstance(node, ast.ClassDef):  # a record, whose fields are the options
+        pairs = [(field.target.id, field.value) for field in node.body if isinstance(field, ast.AnnAssign)]
+    else:
+        pairs = zip((argument.arg for argument in node.args.kwonlyargs), node.args.kw_defaults, strict=True)
+    options = {name: "" if default is None else ast.unparse(default) for name, default in pairs}
     name = place.rpartition("/")[2].removesuffix(".py") if fields["family"] == "recipes" else node.name
     summary = (ast.get_docstring(node) or "").partition("\n")[0]
     return Declaration(

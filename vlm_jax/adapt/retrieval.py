@@ -25,7 +25,7 @@ from vlm_jax.adapt.heads.training import descend, finite, shuffled
 from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
 from vlm_jax.models.transformer import AttentionInputs, Encoder
-from vlm_jax.objectives.contrastive import softmax
+from vlm_jax.objectives.contrastive.penalty import softmax
 
 ROWS = 1024  # refined at a time
 

@@ -3,7 +3,8 @@
 import flax.linen as nn
 import jax
 
-from vlm_jax import config
+from vlm_jax import catalogue, config
+from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
 from vlm_jax.models import efficientnet, insertion, variants
 from vlm_jax.models.captioner import Captioner
@@ -20,7 +21,7 @@ def build(section) -> nn.Module:
     """Builds the model that a config section describes.
 
     Args:
-      section: a mapping: name (a key of `MODELS`) and the arguments of its builder, such as
+      section: a mapping: name (of a method of the family "models") and the arguments of its builder, such as
         dict(name="two_tower", image=dict(variant="B/32", pool="tok", out_dim=512),
              text=dict(variant="M", vocab_size=49408, length=77, out_dim=512), dtype="bfloat16");
         and insertions, what `insertion.of_sections` reads.
@@ -29,7 +30,7 @@ def build(section) -> nn.Module:
       UserError: an unknown name, a key that nothing takes, a key that is missing.
     """
     section = dict(section)
-    builder = config.choose(MODELS, section.pop("name", "two_tower"), "config.model.name")
+    builder = catalogue.get("models", section.pop("name", "two_tower"), "config.model.name")
     insertions = section.pop("insertions", None)
     model = config.call(builder, section, "config.model")
     if not insertions:
@@ -37,6 +38,13 @@ def build(section) -> nn.Module:
     return insertion.inserted(model, *insertion.of_sections(insertions, "config.model.insertions"))
 
 
+@method(
+    family="models",
+    system="TencentPretrain",
+    paper="arXiv:2103.00020",
+    where="section 2.4",
+    differs="an image tower and a text tower in one space",
+)
 def two_tower(image, text, scale_init=10.0, bias_init=None, dtype="float32"):
     """A `TwoTower`; `image` and `text` are sections for `tower` (or None), `dtype` the compute dtype of both."""
     return TwoTower(
@@ -47,6 +55,9 @@ def two_tower(image, text, scale_init=10.0, bias_init=None, dtype="float32"):
     )
 
 
+@method(
+    family="models", paper="arXiv:2306.07915", where="section 3.1", differs="a decoder that attends to the image tower"
+)
 def captioner(image, decoder, dtype="float32"):
     """A `Captioner`; `image` and `decoder` are sections for `tower`, `dtype` the compute dtype of both."""
     return Captioner(
@@ -55,6 +66,12 @@ def captioner(image, decoder, dtype="float32"):
     )
 
 
+@method(
+    family="models",
+    paper="arXiv:1910.10683",
+    where="section 2.1",
+    differs="a text encoder and a decoder that attends to it",
+)
 def encoder_decoder(encoder, decoder, pad_id=0, dtype="float32"):
     """An `EncoderDecoder`; `encoder` and `decoder` are sections for `tower`, which lack no more than a T5's sizes."""
     model = EncoderDecoder(
@@ -68,12 +85,21 @@ def encoder_decoder(encoder, decoder, pad_id=0, dtype="float32"):
     return model
 
 
+@method(
+    family="models", paper="arXiv:1910.10683", where="section 3.2.1", differs="one decoder, whose prefix all tokens see"
+)
 def prefix_lm(decoder, pad_id=0, dtype="float32"):
     """A `PrefixLM`; `decoder` is a section for `tower`, which lacks no more than a T5's sizes."""
     section = {**T5_DECODER, "cross": None, "relative_two_way": True, **decoder}
     return PrefixLM(decoder=tower("token_decoder", section, "config.model.decoder", dtype), pad_id=pad_id)
 
 
+@method(
+    family="models",
+    paper="arXiv:2205.01917",
+    where="section 3.2",
+    differs="a text decoder in two halves, of which the first is a text tower",
+)
 def coca(image, pool, text, decoder, out_dim, scale_init=1 / 0.07, dtype="float32"):
     """A `CoCa`; `image`, `text` and `decoder` are sections for `tower`, `pool` fields of `QueryPool`."""
     return CoCa(
@@ -106,13 +132,6 @@ def count(params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-MODELS = {
-    "two_tower": two_tower,
-    "captioner": captioner,
-    "coca": coca,
-    "encoder_decoder": encoder_decoder,
-    "prefix_lm": prefix_lm,
-}
 TOWERS = {  # the module, and what its variants' names mean
     "vit": (ViT, variants.lookup),
     "text": (TextTransformer, variants.lookup),

@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
-from vlm_jax import config
+from vlm_jax import catalogue, config
+from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
 from vlm_jax.models.layers import ACTIVATIONS, Attention, KeyValues
 from vlm_jax.models.transformer import Block, Encoder
@@ -33,6 +34,7 @@ TABLE = ((NEW, {}), (".*", dict(freeze=True)))
 """The optimizer's parameter table that trains what is new."""
 
 
+@method(family="insertions", differs="a bottleneck beside or after a module")
 class Adapter(NamedTuple):
     """dh = act(x down + b) up + c, with up and c 0 at init (Houlsby et al. 2019, arXiv:1902.00751, section 2.1).
 
@@ -68,6 +70,7 @@ class Adapter(NamedTuple):
         return (h, *others) if others else h
 
 
+@method(family="insertions", differs="a low-rank update of a dense layer")
 class LowRank(NamedTuple):
     """LoRA (Hu et al. 2021, arXiv:2106.09685, equation 3): h = x W + (alpha / r) x a b, with b 0 at init.
 
@@ -98,6 +101,7 @@ class LowRank(NamedTuple):
         return h + (self.factor * _dot(_dot(x, a), b)).astype(h.dtype)
 
 
+@method(family="insertions", differs="keys and values that every token sees")
 class Prefix(NamedTuple):
     """Keys and values that every token sees before the others (Li and Liang 2021, arXiv:2101.00190, section 4.2).
 
@@ -124,6 +128,7 @@ class Prefix(NamedTuple):
         )
 
 
+@method(family="insertions", differs="learned tokens before a tower's own")
 class Prompt(NamedTuple):
     """Learned tokens before a tower's own (visual prompt tuning, Jia et al. 2022, arXiv:2203.12119, section 3.2).
 
@@ -169,6 +174,7 @@ class Prompt(NamedTuple):
         return _new(module, "prompt", init, (self.length, width))
 
 
+@method(family="insertions", differs="learned vectors in the place of a prompt's words")
 class Context(NamedTuple):
     """Learned vectors in the place of a prompt's words (CoOp, Zhou et al. 2022, arXiv:2109.01134, section 3.2).
 
@@ -270,15 +276,12 @@ def class_logits(model: nn.Module, params: Any, images: Any, token_ids: jax.Arra
     return jax.lax.map(one, (found.image, moves), batch_size=8)
 
 
-KINDS = {kind.__name__: kind for kind in (Adapter, LowRank, Prefix, Prompt, Context)}
-
-
 def of_sections(sections: Sequence[Mapping[str, Any]], where: str) -> tuple:
-    """Insertions as a config has them: [dict(type="LowRank", rank=4), ...], `type` being a key of `KINDS`."""
+    """Insertions as a config has them: [dict(type="LowRank", rank=4), ...], `type` being the name of an insertion."""
     insertions = []
     for section in sections:
         fields = dict(section)
-        kind = config.choose(KINDS, fields.pop("type", None), f"the type of {where}")
+        kind = catalogue.get("insertions", fields.pop("type", None), f"the type of {where}")
         insertions.append(config.call(kind, fields, where))
     return tuple(insertions)
 

@@ -3,16 +3,22 @@
 from collections.abc import Mapping
 from typing import Any
 
+from vlm_jax.catalogue import method
 from vlm_jax.models.token_loss import token_loss
-from vlm_jax.objectives.captioning import caption_loss, of_captions
 from vlm_jax.objectives.contrastive import contrastive
+from vlm_jax.objectives.generative.losses import caption_loss, of_captions
 from vlm_jax.objectives.objective import Objective, model_inputs
 
 
+@method(
+    family="objectives",
+    paper="arXiv:2205.01917",
+    where="section 3.2",
+    differs="a contrastive and a captioning loss of one forward pass",
+)
 def coca(
     *,
     model: Any,
-    mesh: Any = None,
     contrastive_loss: Mapping[str, Any] | None = None,
     contrastive_weight: float = 1.0,
     caption_weight: float = 2.0,
@@ -24,14 +30,13 @@ def coca(
 
     Args:
       model: linen module, `models.CoCa`.
-      mesh: as for `contrastive`.
       contrastive_loss: arguments of `contrastive`, such as dict(targets="concept"); None for its defaults.
       contrastive_weight, caption_weight: of the two losses in the sum.
       mean, pad_id, chunk: as for `captioning`.
 
     Metrics: those of `contrastive` and `captioning`, `contrastive_loss` and `caption_loss`.
     """
-    pairs = contrastive(model=model, mesh=mesh, **(contrastive_loss or {}))
+    pairs = contrastive(model=model, **(contrastive_loss or {}))
 
     def encode(params, batch, rng):
         images, token_ids = model_inputs(batch)

@@ -12,10 +12,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
 from vlm_jax.params.table import check_alike
 
 
+@method(
+    family="averages",
+    paper="arXiv:2109.01903",
+    where="section 3",
+    differs="between the pretrained and the tuned parameters",
+)
 def wise_ft(base: Any, tuned: Any, alpha: float | jax.Array) -> Any:
     """Returns (1 - alpha) base + alpha tuned (WiSE-FT: Wortsman et al. 2022, arXiv:2109.01903, section 3).
 
@@ -30,6 +37,13 @@ def wise_ft(base: Any, tuned: Any, alpha: float | jax.Array) -> Any:
     return jax.tree.map(mix, base, tuned)
 
 
+@method(
+    family="averages",
+    system="Model-soups",
+    paper="arXiv:2203.05482",
+    where="section 2",
+    differs="the mean of models tuned from one beginning",
+)
 def uniform_soup(candidates: Sequence[Any]) -> Any:
     """Returns the mean of parameter trees (Wortsman et al. 2022, arXiv:2203.05482, section 2)."""
     if not candidates:
@@ -38,6 +52,13 @@ def uniform_soup(candidates: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]) / len(leaves), *candidates)
 
 
+@method(
+    family="averages",
+    system="Model-soups",
+    paper="arXiv:2203.05482",
+    where="recipe 1",
+    differs="the mean of models that each help on held-out data",
+)
 def greedy_soup(candidates: Sequence[Any], score: Callable[[Any], float]) -> tuple[Any, list[int]]:
     """Returns a soup, and which candidates are in it (arXiv:2203.05482, Recipe 1).
 
@@ -59,12 +80,19 @@ def greedy_soup(candidates: Sequence[Any], score: Callable[[Any], float]) -> tup
     return soup, taken
 
 
+@method(family="averages", paper="arXiv:2212.04089", where="section 2", differs="the difference that tuning makes")
 def task_vector(base: Any, tuned: Any) -> Any:
     """Returns tuned - base (Ilharco et al. 2023, arXiv:2212.04089, section 2)."""
     check_alike(base, tuned)
     return optax.tree.sub(tuned, base)
 
 
+@method(
+    family="averages",
+    paper="arXiv:2212.04089",
+    where="sections 3 and 4",
+    differs="several tasks at once, or one forgotten",
+)
 def add_task_vectors(base: Any, vectors: Sequence[Any], scale: float) -> Any:
     """Returns base + scale * (sum of vectors): several tasks at once, or, with a negative scale, one forgotten.
 
@@ -74,6 +102,7 @@ def add_task_vectors(base: Any, vectors: Sequence[Any], scale: float) -> Any:
     return optax.tree.add_scale(base, scale, functools.reduce(optax.tree.add, vectors)) if vectors else base
 
 
+@method(family="averages", paper="arXiv:2212.04089", where="section 5", differs="a task from three others")
 def analogy(a: Any, b: Any, c: Any) -> Any:
     """Returns the task vector d = c + (b - a), where a is to b as c is to d (arXiv:2212.04089, section 5)."""
     check_alike(a, b, c)

@@ -7,10 +7,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
 from vlm_jax.params.table import check_alike, map_with_name
 
 
+@method(
+    family="regularizers",
+    paper="arXiv:1909.11299",
+    where="section 4",
+    differs="scalars become pretrained ones at random",
+)
 def mixout(rng: jax.Array, params: Any, base: Any, p: float) -> Any:
     """Returns params with each scalar pretrained again with probability p (Lee et al. 2020, arXiv:1909.11299).
 
@@ -36,6 +43,12 @@ def mixout(rng: jax.Array, params: Any, base: Any, p: float) -> Any:
     return map_with_name(mix, params, base)
 
 
+@method(
+    family="regularizers",
+    paper="arXiv:1802.01483",
+    where="section 3",
+    differs="a squared distance from pretrained parameters",
+)
 def l2_sp(params: Any, base: Any, weight: float) -> jax.Array:
     """Returns weight / 2 * |params - base|^2, the penalty L2-SP (Li et al. 2018, arXiv:1802.01483, section 3).
 

@@ -67,7 +67,7 @@ def build_program(
 ) -> Program:
     """Builds the jitted init and train step from config sections; `example` is a batch (only its shapes count)."""
     model = models.build(model)
-    objective = objectives.build(objective, model, mesh)
+    objective = objectives.build(objective, model)
     one = {name: jnp.zeros((1, *np.shape(array)[1:]), array.dtype) for name, array in example.items()}
     init_params = lambda rng: model.init(rng, *objectives.model_inputs(one))["params"]
     shapes = jax.eval_shape(init_params, jax.random.key(seed))

@@ -10,7 +10,7 @@ import pytest
 from vlm_jax import models, objectives
 from vlm_jax.errors import UserError
 from vlm_jax.models.token_loss import token_loss
-from vlm_jax.objectives import captioning
+from vlm_jax.objectives.generative import corruptions
 
 VOCAB, LENGTH = 11, 6
 SIZES = dict(width=32, depth=1, heads=2, mlp_dim=64)
@@ -71,7 +71,7 @@ def test_token_loss_holds_a_chunk_of_logits():
 
 def test_causal():
     ids, lengths = targets()
-    inputs, bidirectional, counts, _ = captioning.causal()(ids, lengths, DECODER, None)
+    inputs, bidirectional, counts, _ = corruptions.causal()(ids, lengths, DECODER, None)
     np.testing.assert_array_equal(inputs, np.concatenate([np.zeros((3, 1)), ids[:, :-1]], axis=1))
     assert bidirectional is None and counts is None
 
@@ -79,13 +79,13 @@ def test_causal():
 def test_parallel():
     """A share `rate` of captions is all mask tokens that see each other; the others are causal."""
     ids, lengths = targets(2000)
-    inputs, bidirectional, counts, _ = captioning.parallel(rate=0.75)(ids, lengths, DECODER, jax.random.key(0))
+    inputs, bidirectional, counts, _ = corruptions.parallel(rate=0.75)(ids, lengths, DECODER, jax.random.key(0))
     at_once = np.asarray((inputs == MASK).all(1))
     assert abs(at_once.mean() - 0.75) < 5 * np.sqrt(0.75 * 0.25 / 2000)
     np.testing.assert_array_equal(bidirectional, np.broadcast_to(at_once[:, None], ids.shape))
-    np.testing.assert_array_equal(inputs[~at_once], captioning.causal()(ids, lengths, DECODER, None).inputs[~at_once])
+    np.testing.assert_array_equal(inputs[~at_once], corruptions.causal()(ids, lengths, DECODER, None).inputs[~at_once])
     assert counts is None
-    half = captioning.parallel(rate=1.0, ratio=0.5)(ids, lengths, DECODER, jax.random.key(1)).inputs
+    half = corruptions.parallel(rate=1.0, ratio=0.5)(ids, lengths, DECODER, jax.random.key(1)).inputs
     assert abs(np.mean(half == MASK) - 0.5) < 0.03
     np.testing.assert_array_equal(half[half != MASK], ids[half != MASK])
 
@@ -93,12 +93,12 @@ def test_parallel():
 def test_prefix():
     """Input j holds token j - 1: of a prefix of n tokens, inputs 0..n are seen by all and tokens n.. count."""
     ids, lengths = targets(5)
-    inputs, bidirectional, counts, _ = captioning.prefix(rate=0.5)(ids, lengths, DECODER, None)
+    inputs, bidirectional, counts, _ = corruptions.prefix(rate=0.5)(ids, lengths, DECODER, None)
     cut = np.minimum(np.asarray(lengths) // 2, np.asarray(lengths) - 1)
     np.testing.assert_array_equal(inputs[:, 1:], ids[:, :-1])
     np.testing.assert_array_equal(np.asarray(bidirectional).sum(1), cut + 1)
     np.testing.assert_array_equal(np.asarray(counts).argmax(1), cut)
-    drawn = captioning.prefix()(*targets(5000), DECODER, jax.random.key(0)).counts
+    drawn = corruptions.prefix()(*targets(5000), DECODER, jax.random.key(0)).counts
     first = np.asarray(drawn)[::5].argmax(1)  # captions of six tokens
     np.testing.assert_allclose(np.bincount(first, minlength=6) / 1000, 1 / 6, atol=0.06)
 
@@ -106,7 +106,7 @@ def test_prefix():
 def test_masked_spans():
     ids = jnp.ones((4000, 40), jnp.int32)
     lengths = jnp.full(4000, 40)
-    corrupt = captioning.masked_spans(rate=0.3, mean_span=3.0)
+    corrupt = corruptions.masked_spans(rate=0.3, mean_span=3.0)
     inputs, bidirectional, counts, _ = corrupt(ids, lengths, DECODER, jax.random.key(0))
     masked = np.asarray(counts)
     np.testing.assert_array_equal(inputs, np.where(masked, MASK, ids))
@@ -114,7 +114,7 @@ def test_masked_spans():
     assert abs(masked.mean() - 0.3) < 0.01
     begins = masked[:, 1:] & ~masked[:, :-1]
     assert abs(masked[:, 1:].sum() / begins.sum() - 3.0 / (1 - 1 / 40)) < 0.2  # spans at the edges are cut
-    short = captioning.masked_spans(rate=0.05)(*targets(500), DECODER, jax.random.key(1)).counts
+    short = corruptions.masked_spans(rate=0.05)(*targets(500), DECODER, jax.random.key(1)).counts
     assert np.asarray(short).any(1).all()
     assert not (np.asarray(short) & ~(np.arange(LENGTH) < np.asarray(targets(500)[1])[:, None])).any()
 
@@ -128,11 +128,11 @@ MIXTURE = dict(
 def test_mixture():
     """Every caption is as its part makes it, and parts come as often as their weights say."""
     ids, lengths = targets(4000)
-    corrupt = captioning.mixture(of=MIXTURE["of"])
+    corrupt = corruptions.mixture(of=MIXTURE["of"])
     inputs, bidirectional, counts, kind = map(np.asarray, corrupt(ids, lengths, DECODER, jax.random.key(0)))
     np.testing.assert_allclose(np.bincount(kind) / 4000, [0.5, 0.25, 0.25], atol=0.04)
     causal, parallel, spans = (kind == k for k in range(3))
-    np.testing.assert_array_equal(inputs[causal], captioning.causal()(ids, lengths, DECODER, None).inputs[causal])
+    np.testing.assert_array_equal(inputs[causal], corruptions.causal()(ids, lengths, DECODER, None).inputs[causal])
     assert (
         (inputs[parallel] == MASK).all() and bidirectional[parallel | spans].all() and not bidirectional[causal].any()
     )

@@ -11,7 +11,7 @@ from vlm_jax import objectives
 from vlm_jax.errors import UserError
 from vlm_jax.models import Embeddings
 
-GOLDEN = np.load(Path(__file__).parents[1] / "golden/losses.npz")
+GOLDEN = np.load(Path(__file__).parents[2] / "golden/losses.npz")
 KEYS = jax.random.split(jax.random.key(0), 4)
 
 

@@ -1,21 +1,16 @@
-"""Captioning and denoising: a corruption of the text x a token loss.
+"""Corruptions: what the decoder sees of a caption, and which of its tokens count."""
 
-A corruption says what the decoder sees of a caption, and which of its tokens count; the loss is the cross-entropy of
-these. Captioning is denoising with an image for a prefix. Where the prefix is a text, as for T5, the data op `denoise`
-has made inputs and targets of it, and what is left is causal.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from vlm_jax import config
+from vlm_jax import catalogue
+from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
 from vlm_jax.models.decoder import shift_right
-from vlm_jax.models.token_loss import TokenLoss, token_loss
-from vlm_jax.objectives.objective import WHERE, Objective, model_inputs
+from vlm_jax.objectives.objective import WHERE
 
 
 class Corrupted(NamedTuple):
@@ -34,11 +29,20 @@ class Corrupted(NamedTuple):
     kind: jax.Array | None = None
 
 
+@method(family="corruptions", paper="arXiv:2306.07915", where="section 3.1", differs="each token given all before it")
 def causal() -> Callable:
     """Each token given all before it (Cap)."""
     return lambda targets, lengths, decoder, rng: Corrupted(shift_right(targets, decoder.start_id))
 
 
+@method(
+    family="corruptions",
+    system="CapPa",
+    paper="arXiv:2306.07915",
+    where="section 3.2",
+    differs="most captions are predicted all at once, from the picture alone",
+    claim="captioning_vs_contrastive: towers rival CLIP's under probes, likelihoods know the order of words",
+)
 def parallel(*, rate: float = 0.75, ratio: float = 1.0) -> Callable:
     """With probability `rate` all of a caption's tokens at once, else causal (CapPa, arXiv:2306.07915, section 3.2).
 
@@ -60,6 +64,12 @@ def parallel(*, rate: float = 0.75, ratio: float = 1.0) -> Callable:
     return corrupt
 
 
+@method(
+    family="corruptions",
+    paper="arXiv:2108.10904",
+    where="section 3.1",
+    differs="the first tokens are given, the others are predicted",
+)
 def prefix(*, rate: float | None = None) -> Callable:
     """The first tokens are seen by all and do not count, the rest is causal (SimVLM, arXiv:2108.10904, section 3.1).
 
@@ -77,6 +87,12 @@ def prefix(*, rate: float | None = None) -> Callable:
     return corrupt
 
 
+@method(
+    family="corruptions",
+    paper="arXiv:1907.10529",
+    where="section 3.1",
+    differs="spans of tokens are masked and predicted",
+)
 def masked_spans(*, rate: float = 0.5, mean_span: float = 3.0) -> Callable:
     """Spans of tokens are mask tokens, all inputs see each other, and what is masked counts.
 
@@ -110,6 +126,12 @@ def masked_spans(*, rate: float = 0.5, mean_span: float = 3.0) -> Callable:
     return corrupt
 
 
+@method(
+    family="corruptions",
+    paper="arXiv:2205.05131",
+    where="section 3.1",
+    differs="each caption by one of several corruptions",
+)
 def mixture(*, of: Mapping[str, tuple[Any, float]]) -> Callable:
     """Each caption by one of several corruptions, drawn by their weights: UL2 with a picture for a prefix.
 
@@ -117,7 +139,7 @@ def mixture(*, of: Mapping[str, tuple[Any, float]]) -> Callable:
     """
     if not of or min(weight for _, weight in of.values()) <= 0:
         raise UserError(f"{WHERE}.corruption mixture: of={dict(of)}; expected name=(corruption, weight above 0)")
-    parts = [config.part(CORRUPTIONS, part, f"{WHERE}.corruption.of.{name}") for name, (part, _) in of.items()]
+    parts = [catalogue.build("corruptions", part, f"{WHERE}.corruption.of.{name}") for name, (part, _) in of.items()]
     log_weights = jnp.log(jnp.asarray([weight for _, weight in of.values()], jnp.float32))
 
     def corrupt(targets, lengths, decoder, rng):
@@ -139,94 +161,3 @@ def mixture(*, of: Mapping[str, tuple[Any, float]]) -> Callable:
 
     corrupt.kinds = tuple(of)
     return corrupt
-
-
-CORRUPTIONS = {
-    "causal": causal,
-    "parallel": parallel,
-    "prefix": prefix,
-    "masked_spans": masked_spans,
-    "mixture": mixture,
-}
-
-
-def captioning(
-    *,
-    model: Any,
-    mesh: Any = None,
-    corruption: str | Mapping[str, Any] = "causal",
-    denoisers: Sequence[str] = (),
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    mean: str = "caption",
-    pad_id: int = 0,
-    chunk: int = 8,
-) -> Objective:
-    """An objective on a `Captioner`, an `EncoderDecoder` or a `PrefixLM`.
-
-    Args:
-      model: linen module with the methods `hidden` and `logits` of `models.decoder.Conditional`.
-      corruption: "causal", or a dict with the name and options, `dict(name="parallel", rate=0.75)`.
-      denoisers: names of those that the op `denoise` has drawn from, for metrics of each: batch["denoiser"] are their
-        numbers.
-      label_smoothing, z_loss, chunk: of `token_loss`.
-      mean: "caption": the mean over captions of the mean over a caption's tokens (Cap); "token": over all tokens (T5).
-      pad_id: id of the targets that never count.
-
-    Metrics: `token_accuracy`, and `perplexity`, exp of the mean cross-entropy of a token that counts, without label
-    smoothing and z-loss; both also of each part of a mixture, `R/perplexity`, NaN where the batch has none.
-    """
-    del mesh
-    corrupt = config.part(CORRUPTIONS, corruption, f"{WHERE}.corruption")
-    if mean not in ("caption", "token"):
-        raise UserError(f"{WHERE}.mean is `{mean}`; expected one of: caption, token")
-    corrupt(jnp.zeros((1, 2), int), jnp.ones(1, int), model.decoder, jax.random.key(0))  # it may need a mask token
-    kinds = tuple(denoisers) or getattr(corrupt, "kinds", ())
-
-    def encode(params, batch, rng):
-        given, targets = model_inputs(batch)
-        real = targets != pad_id
-        rngs = None if rng is None else {"dropout": jax.random.fold_in(rng, 1)}
-        inputs, bidirectional, counts, kind = corrupt(targets, jnp.sum(real, axis=1), model.decoder, rng)
-        hidden = model.apply(
-            {"params": params}, given, inputs, bidirectional=bidirectional, train=rng is not None,
-            rngs=rngs, method="hidden",
-        )  # fmt: skip
-        logits = lambda hidden: model.apply({"params": params}, hidden, method="logits")
-        losses = token_loss(logits, hidden, targets, label_smoothing=label_smoothing, z_loss=z_loss, chunk=chunk)
-        sums = of_captions(losses, real if counts is None else real & counts)
-        return sums | ({"kind": batch["denoiser"] if denoisers else kind} if kinds else {})
-
-    def loss(params, features, batch):
-        value, metrics = caption_loss(features, mean)
-        for number, name in enumerate(kinds):
-            metrics |= {
-                f"{name}/{key}": part for key, part in token_metrics(features, features["kind"] == number).items()
-            }
-        return value, metrics
-
-    return Objective(encode, loss)
-
-
-def of_captions(losses: TokenLoss, counts: jax.Array) -> dict[str, jax.Array]:
-    """Sums over the tokens that count, bool [B, L], of each caption: fp32 [B] each, and their number `tokens`."""
-    sums = {name: jnp.sum(jnp.where(counts, values, 0), axis=1) for name, values in losses._asdict().items()}
-    return sums | {"tokens": jnp.sum(counts, axis=1).astype(jnp.float32)}
-
-
-def caption_loss(features: Mapping[str, jax.Array], mean: str) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(loss, metrics) of what `of_captions` returned; see `captioning`."""
-    tokens = features["tokens"]
-    if mean == "caption":
-        value = jnp.mean(features["loss"] / jnp.maximum(tokens, 1))
-    else:
-        value = jnp.sum(features["loss"]) / jnp.maximum(jnp.sum(tokens), 1)
-    return value, {**token_metrics(features, tokens > 0), "loss": value}
-
-
-def token_metrics(features: Mapping[str, jax.Array], of: jax.Array) -> dict[str, jax.Array]:
-    """Accuracy and perplexity of the tokens of some captions, bool [B]; NaN where these have none."""
-    total = lambda name: jnp.sum(jnp.where(of, features[name], 0))
-    tokens = total("tokens")
-    perplexity = jnp.exp(-total("log_likelihood") / tokens)
-    return {"token_accuracy": total("correct") / tokens, "perplexity": perplexity}

@@ -12,7 +12,7 @@ import vlm_jax
 from configs import filip
 from vlm_jax import evaluators, objectives
 from vlm_jax.models import Embeddings, build
-from vlm_jax.objectives.contrastive import token_wise
+from vlm_jax.objectives.contrastive.similarity import token_wise
 from vlm_jax.params import sharding
 from vlm_jax.pretrained import attention_maps
 from vlm_jax.pretrained.similarity import similarity, similarity_of_pairs
@@ -140,7 +140,7 @@ def test_a_mesh_and_accumulation_change_nothing():
     mesh = sharding.make_mesh(2, 2, 2)
     found = []
     for where, accumulate in ((None, 1), (mesh, 1), (mesh, 2)):
-        objective = objectives.build(dict(name="contrastive", similarity="token_wise"), model, where)
+        objective = objectives.build(dict(name="contrastive", similarity="token_wise"), model)
         step = jax.jit(partial(objectives.value_and_grad, objective, accumulate=accumulate))
         with jax.set_mesh(mesh) if where else nullcontext():
             given = sharding.to_global(batch, mesh, 16) if where else batch

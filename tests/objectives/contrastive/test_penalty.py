@@ -39,9 +39,9 @@ BATCH = {"image": IDS, "token_ids": IDS, "concept": IDS % 31}
 PENALTIES = ("softmax", "sigmoid", {"name": "softmax", "label_smoothing": 0.1})
 
 
-def run(batch, params=PARAMS, accumulate=1, mesh=None, **section):
+def run(batch, params=PARAMS, accumulate=1, **section):
     """(loss, metrics, gradients)"""
-    objective = objectives.build(dict(name="contrastive", **section), Lookup(), mesh)
+    objective = objectives.build(dict(name="contrastive", **section), Lookup())
     step = lambda params, batch: objectives.value_and_grad(objective, params, batch, None, accumulate=accumulate)[:3]
     return jax.jit(step)(params, batch)
 
@@ -66,7 +66,8 @@ def test_around_a_ring(penalty):
     want = run(BATCH, penalty=penalty, targets="concept")
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     batch = jax.device_put(BATCH, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
-    assert_close(run(batch, penalty=penalty, targets="concept", accumulate=2, mesh=mesh), want)
+    with jax.set_mesh(mesh):
+        assert_close(run(batch, penalty=penalty, targets="concept", accumulate=2), want)
 
 
 @pytest.mark.parametrize("targets", ["identity", "concept"])

@@ -1,0 +1,92 @@
+"""Similarities: how well every image of a batch matches every text, before scale and bias."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.catalogue import method
+from vlm_jax.errors import UserError
+from vlm_jax.objectives.objective import WHERE
+
+
+class Similarity(NamedTuple):
+    """How well an image and a text match, before scale and bias.
+
+    Attributes:
+      features: the part of the model's `Embeddings` that is compared: pytree, leading axis B.
+      scores: features -> (of images, of texts), each [B, B], images in rows, texts in columns: what an image finds in
+        texts, and what a text finds in images.
+      embeddings: features -> (images [B, D], texts [B, D]) whose inner products the scores are; None where they are not
+        inner products.
+    """
+
+    features: Callable
+    scores: Callable
+    embeddings: Callable | None = None
+
+
+@method(
+    family="similarities", paper="arXiv:2103.00020", where="figure 3", differs="the cosine of two global embeddings"
+)
+def cosine() -> Similarity:
+    """z_i . z_j of unit-norm global embeddings."""
+
+    def scores(features):
+        image, text = features["image"], features["text"]
+        dtype = jnp.promote_types(image.dtype, jnp.float32)
+        cosines = jnp.matmul(image.astype(dtype), text.astype(dtype).T, precision=jax.lax.Precision.HIGHEST)
+        return cosines, cosines
+
+    return Similarity(vectors, scores, lambda features: (features["image"], features["text"]))
+
+
+@method(
+    family="similarities",
+    system="FILIP",
+    paper="arXiv:2111.07783",
+    where="section 3.1",
+    differs="every patch finds its best word and every word its best patch",
+    claim="token_wise_similarity: FILIP names better than CLIP, and its words find their patches",
+)
+def token_wise(*, chunk: int = 64) -> Similarity:
+    """Of every token its best match in the other modality, on average (FILIP, arXiv:2111.07783, section 3.1).
+
+        of images: mean_k max_r <v_ik, t_jr>        of texts: mean_r max_k <v_ik, t_jr>
+
+    Embeddings [B, N, D] and [B, L, D] are of towers with pool "all": v_ik is patch k of image i, t_jr word r of text j,
+    zeros for padding, which takes no part. `chunk` texts at a time, so that the products of all tokens are never there.
+    """
+
+    def scores(features):
+        images, texts = features["image"], features["text"]
+        is_patch, is_token = (jnp.any(x != 0, axis=-1) for x in (images, texts))
+        mean = lambda x, real: jnp.sum(x * real, axis=-1) / jnp.maximum(jnp.sum(real, axis=-1), 1)
+
+        @jax.checkpoint
+        def with_text(text):
+            tokens, real = text
+            products = jnp.einsum("bkd,rd->bkr", images, tokens, precision=jax.lax.Precision.HIGHEST)
+            best_token = jnp.max(products, axis=2, where=real, initial=-1)
+            best_patch = jnp.max(products, axis=1, where=is_patch[..., None], initial=-1)
+            return mean(best_token, is_patch), mean(best_patch, real)
+
+        of_images, of_texts = jax.lax.map(with_text, (texts, is_token), batch_size=chunk)
+        return of_images.T, of_texts.T
+
+    return Similarity(tokens, scores)
+
+
+def vectors(embeddings: Any) -> dict[str, jax.Array]:
+    """Of `Embeddings` both towers', a vector each."""
+    if embeddings.image.ndim != 2:
+        raise UserError(f'{WHERE}.similarity compares one vector each; give towers another pool than "all"')
+    return {"image": embeddings.image, "text": embeddings.text}
+
+
+def tokens(embeddings: Any) -> dict[str, jax.Array]:
+    """Of `Embeddings` both towers', a vector for every token."""
+    if embeddings.image.ndim != 3:
+        raise UserError(f'{WHERE}.similarity compares tokens; give image and text pool "all"')
+    return {"image": embeddings.image, "text": embeddings.text}

@@ -1,0 +1,32 @@
+"""Losses and metrics of captions, from sums over their tokens."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.models.token_loss import TokenLoss
+
+
+def of_captions(losses: TokenLoss, counts: jax.Array) -> dict[str, jax.Array]:
+    """Sums over the tokens that count, bool [B, L], of each caption: fp32 [B] each, and their number `tokens`."""
+    sums = {name: jnp.sum(jnp.where(counts, values, 0), axis=1) for name, values in losses._asdict().items()}
+    return sums | {"tokens": jnp.sum(counts, axis=1).astype(jnp.float32)}
+
+
+def caption_loss(features: Mapping[str, jax.Array], mean: str) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(loss, metrics) of what `of_captions` returned; see `captioning`."""
+    tokens = features["tokens"]
+    if mean == "caption":
+        value = jnp.mean(features["loss"] / jnp.maximum(tokens, 1))
+    else:
+        value = jnp.sum(features["loss"]) / jnp.maximum(jnp.sum(tokens), 1)
+    return value, {**token_metrics(features, tokens > 0), "loss": value}
+
+
+def token_metrics(features: Mapping[str, jax.Array], of: jax.Array) -> dict[str, jax.Array]:
+    """Accuracy and perplexity of the tokens of some captions, bool [B]; NaN where these have none."""
+    total = lambda name: jnp.sum(jnp.where(of, features[name], 0))
+    tokens = total("tokens")
+    perplexity = jnp.exp(-total("log_likelihood") / tokens)
+    return {"token_accuracy": total("correct") / tokens, "perplexity": perplexity}
