@@ -3,6 +3,7 @@
 # make parity  the same models in Transformers and here, live (installs torch)
 # make docs   every command and snippet of README.md and docs/
 # make notebooks  executes colab/ as it is; STORE=--store writes the outputs into the files instead
+# make site   builds README.md, docs/, experiments/ and the API as a site with search, site/index.html
 # make lint   ruff check and ruff format
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +14,7 @@ TESTS ?= tests
 STORE ?=
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test parity docs notebooks lint format lock clean
+.PHONY: demo test parity docs notebooks site lint format lock clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m vlm_jax.train --config=$(CONFIG) --workdir=$(WORKDIR)
@@ -33,6 +34,9 @@ ifeq ($(STORE),)
 else
 	$(VENV)/bin/python colab/execute.py $(STORE)
 endif
+
+site: $(VENV)/installed-site
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .
@@ -59,9 +63,13 @@ $(VENV)/installed-docs: $(VENV)/installed-test
 	$(PIP) --constraint $(LOCK) --editable '.[test,hf,lit,tpu,colab]'
 	touch $@
 
+$(VENV)/installed-site: $(VENV)/installed-test
+	$(PIP) --constraint $(LOCK) --editable '.[test,site]'
+	touch $@
+
 # The versions that demo and test install; `make test LOCK=/dev/null VENV=.venv-newest` takes the newest instead.
-lock: $(VENV)/installed-parity
+lock: $(VENV)/installed-parity $(VENV)/installed-site
 	$(VENV)/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

