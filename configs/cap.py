@@ -11,8 +11,15 @@ B/16 and L/14 follow section 4.1 of the paper: batch 8,192, 3B examples, Adafact
 from ml_collections import ConfigDict
 
 from configs.embedded import captioner
+from vlm_jax.catalogue import method
 
 
+@method(
+    family="recipes",
+    paper="arXiv:2306.07915",
+    where="section 3.1",
+    differs="an image tower learns by captioning, token by token",
+)
 def get_config(variant: str = "B/16", corruption: str = "causal") -> ConfigDict:
     if variant not in ("B/16", "L/14"):
         config = captioner(variant, corruption)

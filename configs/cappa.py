@@ -9,7 +9,16 @@
 from ml_collections import ConfigDict
 
 from configs import cap
+from vlm_jax.catalogue import method
 
 
+@method(
+    family="recipes",
+    system="CapPa",
+    paper="arXiv:2306.07915",
+    where="section 3.2",
+    differs="Cap that predicts three captions in four all at once",
+    claim="captioning_vs_contrastive: towers rival CLIP's under probes, likelihoods know the order of words",
+)
 def get_config(variant: str = "B/16") -> ConfigDict:
     return cap.get_config(variant, corruption=dict(name="parallel", rate=0.75))

@@ -11,6 +11,7 @@ B/32, B/16 and L/14 follow the paper's tables 18-20 (batch 32,768, 32 epochs); e
 from ml_collections import ConfigDict
 
 from configs.embedded import embedded
+from vlm_jax.catalogue import method
 
 TOWERS = {  # image, text, embedding width, peak learning rate (tables 19 and 20)
     "B/32": ("B/32", "M", 512, 5e-4),
@@ -19,6 +20,12 @@ TOWERS = {  # image, text, embedding width, peak learning rate (tables 19 and 20
 }
 
 
+@method(
+    family="recipes",
+    paper="arXiv:2103.00020",
+    where="section 2",
+    differs="two towers, the softmax over the global batch",
+)
 def get_config(variant: str = "B/32") -> ConfigDict:
     if variant not in TOWERS:
         return embedded(variant, penalty="softmax")

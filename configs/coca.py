@@ -11,10 +11,17 @@ B/32 and L/14 have the sizes of open_clip's released models; losses are weighted
 from ml_collections import ConfigDict
 
 from configs.embedded import coca
+from vlm_jax.catalogue import method
 
 SIZES = {"B/32": (512, 12, 8), "L/14": (768, 12, 12)}  # width, depth and heads of text tower and decoder
 
 
+@method(
+    family="recipes",
+    paper="arXiv:2205.01917",
+    where="section 3.2",
+    differs="contrastive and captioning on one image tower",
+)
 def get_config(variant: str = "L/14") -> ConfigDict:
     if variant not in SIZES:
         return coca(variant)

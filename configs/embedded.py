@@ -13,6 +13,7 @@ SIZE = 32  # pixels
 LENGTH = 8  # tokens
 CAPTION_LENGTH = 8  # tokens, the end included: 1,497 of the 1,515 names
 CONTENT = f"decode | crop_to_content | resize({SIZE})"
+AUGMENTED = f"{CONTENT} | cache | random_affine(10.0, 0.06, (0.82, 1.22)) | flip | jitter(0.1, 0.2, 0.4) | normalize"  # what training pictures go through
 TRAIN_STYLES = ("twemoji", "fluent-emoji", "fluent-emoji-flat", "emojione", "fxemoji")
 
 
@@ -20,9 +21,7 @@ def captioner(variant: str, corruption: str | dict) -> ConfigDict:
     """The captioning counterpart of `embedded`: the same pictures, augmentation, image tower and optimizer."""
     config = embedded(variant, penalty="softmax")
     config.tokenize = f"lower | tokenize({CAPTION_LENGTH}, bos=False)"
-    config.data.ops = config.data.ops.split(" | random_caption")[0] + (
-        f" | caption('name/en') | {config.tokenize} | keep('image', 'token_ids')"
-    )
+    config.data.ops = f"{AUGMENTED} | caption('name/en') | {config.tokenize} | keep('image', 'token_ids')"
     image = config.model.image.to_dict()
     sizes = {key: image[key] for key in ("width", "heads", "mlp_dim", "activation")}
     decoder = dict(vocab_size=2985, length=CAPTION_LENGTH, depth=1, mask_token=True, **sizes)
@@ -40,8 +39,7 @@ def coca(variant: str) -> ConfigDict:
     config = captioner(variant, corruption="causal")
     length = CAPTION_LENGTH + 1
     config.tokenize = f"lower | tokenize({length})"
-    ops = config.data.ops.split(" | caption")[0]
-    config.data.ops = f"{ops} | caption('name/en') | {config.tokenize} | keep('image', 'token_ids', 'concept')"
+    config.data.ops = f"{AUGMENTED} | caption('name/en') | {config.tokenize} | keep('image', 'token_ids', 'concept')"
     decoder = {key: value for key, value in config.model.decoder.to_dict().items() if key != "mask_token"}
     text = decoder | dict(length=length, start_id=1)
     pool = dict(width=decoder["width"], queries=17, heads=decoder["heads"])
@@ -71,9 +69,7 @@ def embedded(variant: str, penalty: str) -> ConfigDict:
             data=dict(
                 uri="tfds:emoji",
                 split="train",
-                ops=f"{CONTENT} | cache"
-                " | random_affine(10.0, 0.06, (0.82, 1.22)) | flip | jitter(0.1, 0.2, 0.4) | normalize"
-                f" | random_caption('name/en', 'keywords/en', join=' ') | {tokenize}"
+                ops=f"{AUGMENTED} | random_caption('name/en', 'keywords/en', join=' ') | {tokenize}"
                 " | keep('image', 'token_ids', 'concept')",
                 workers=0,
             ),

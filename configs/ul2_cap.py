@@ -9,6 +9,7 @@ S-denoising (arXiv:2205.05131, section 3.1) of a caption is Cap, extreme denoisi
 from ml_collections import ConfigDict
 
 from configs import cap
+from vlm_jax.catalogue import method
 
 DENOISERS = dict(
     S=("causal", 1),
@@ -17,5 +18,11 @@ DENOISERS = dict(
 )
 
 
+@method(
+    family="recipes",
+    paper="arXiv:2205.05131",
+    where="section 3.1",
+    differs="UL2's denoisers with a picture for a prefix; this project's",
+)
 def get_config(variant: str = "B/16") -> ConfigDict:
     return cap.get_config(variant, corruption=dict(name="mixture", of=DENOISERS))

@@ -23,6 +23,9 @@ from vlm_jax import config
 from vlm_jax.errors import UserError
 
 PACKAGE = Path(__file__).parent
+CONFIGS = next(
+    filter(Path.is_dir, (PACKAGE / "configs", PACKAGE.with_name("configs")))
+)  # of a wheel, of the repository
 VERDICTS = PACKAGE / "verdicts.json"  # study -> claim -> verdict, written by experiments/study.py
 
 
@@ -129,7 +132,7 @@ def of(*families: str) -> dict[str, Declaration]:
     """
     for family in families:
         if family not in FAMILIES:
-            raise UserError(_unknown(f"there is no family `{family}`", family, FAMILIES))
+            raise UserError(unknown(f"there is no family `{family}`", family, FAMILIES))
     return {d.name: d for family in families for d in read() if d.family == family}
 
 
@@ -146,7 +149,7 @@ def get(families: str | tuple[str, ...], name: str, where: str) -> Callable:
     """
     known = of(*((families,) if isinstance(families, str) else families))
     if name not in known:
-        raise UserError(_unknown(f"{where} is `{name}`", str(name), known))
+        raise UserError(unknown(f"{where} is `{name}`", str(name), known))
     return known[name].load()
 
 
@@ -168,9 +171,11 @@ def build(family: str, spec: str | Mapping[str, Any], where: str, **fixed: Any) 
     return config.call(function, arguments, where, **fixed)
 
 
-def _unknown(what: str, name: str, known: Mapping[str, Any]) -> str:
+def unknown(what: str, name: str, known: Mapping[str, Any]) -> str:
+    """The message for a name that is not among those known."""
     close = difflib.get_close_matches(name, known, n=1)
-    return f"{what}; expected one of: {', '.join(known)}" + (f" (did you mean `{close[0]}`?)" if close else "")
+    hint = f" (did you mean `{close[0]}`?)" if close else ""
+    return f"{what}{hint}" if close and len(known) > 12 else f"{what}; expected one of: {', '.join(known)}{hint}"
 
 
 @functools.cache
@@ -181,9 +186,9 @@ def read() -> tuple[Declaration, ...]:
       UserError: an argument that is no literal, a family or a claim that does not exist, two methods of one name.
     """
     found: dict[tuple[str, str], Declaration] = {}
-    for folder, package in ((PACKAGE, "vlm_jax"), (_configs(), "configs")):
+    for folder, package in ((PACKAGE, "vlm_jax"), (CONFIGS, "configs")):
         for path in sorted(folder.rglob("*.py")):
-            if package == "vlm_jax" and path.is_relative_to(_configs()):
+            if folder is PACKAGE and path.is_relative_to(CONFIGS):
                 continue
             for declaration in _of_file(path, folder, package):
                 key = FAMILIES[declaration.family].kind, declaration.name
@@ -192,12 +197,6 @@ def read() -> tuple[Declaration, ...]:
                     raise UserError(f"two methods are called `{key[1]}`, in {first} and {second}; rename one")
                 found[key] = declaration
     return tuple(sorted(found.values(), key=lambda d: (list(FAMILIES).index(d.family), d.path, d.line)))
-
-
-def _configs() -> Path:
-    """The folder of configs: in the repository beside the package, in a wheel inside it."""
-    beside = PACKAGE.parent / "configs"
-    return beside if beside.is_dir() else PACKAGE / "configs"
 
 
 def _of_file(path: Path, folder: Path, package: str) -> list[Declaration]:
@@ -224,12 +223,12 @@ def _declaration(node: Any, call: ast.Call, module: str, place: str) -> Declarat
         raise UserError(f"{where}: {str(error).removeprefix('method() ')}") from None
     fields = dict.fromkeys(("paper", "where", "claim", "system"), "") | given
     if fields["family"] not in FAMILIES:
-        raise UserError(_unknown(f"{where} names no family: `{fields['family']}`", fields["family"], FAMILIES))
+        raise UserError(unknown(f"{where} names no family: `{fields['family']}`", fields["family"], FAMILIES))
     study, _, row = fields["claim"].partition(": ")
     if study and row not in _verdicts().get(study, {}):
         rows = [f"{study}: {row}" for study, rows in _verdicts().items() for row in rows]
         raise UserError(
-            _unknown(f"{where}: no study has the claim `{fields['claim']}`", fields["claim"], dict.fromkeys(rows))
+            unknown(f"{where}: no study has the claim `{fields['claim']}`", fields["claim"], dict.fromkeys(rows))
         )
     if isinstance(node, ast.ClassDef):  # a record, whose fields are the options
         pairs = [(field.target.id, field.value) for field in node.body if isinstance(field, ast.AnnAssign)]

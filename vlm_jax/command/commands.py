@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
+from vlm_jax.catalogue import FAMILIES
 from vlm_jax.command import configs
 
 
@@ -33,11 +34,13 @@ class Command(NamedTuple):
 
     Attributes:
       flags: heading in `--help` -> the flags below it.
-      arguments: what it takes that is no flag, in words.
+      arguments: what it takes that is no flag, in words; in brackets, what it need not be given.
+      families: whose methods it takes, see `vlm_jax.catalogue`; `--help` lists them.
     """
 
     flags: Mapping[str, Sequence[Flag]]
     arguments: str = ""
+    families: Sequence[str] = ()
 
     def all(self) -> list[Flag]:
         """Its flags, with those of every command."""
@@ -91,7 +94,7 @@ COMMANDS = {
         {
             "": (
                 MODEL,
-                text("task", "zeroshot, retrieval, probe, few_shot, captions, foils", needed=True),
+                text("task", "Name of an evaluator", needed=True),
                 DATA,
                 text("out", "Folder for results.json, artifacts and report", needed=True),
             ),
@@ -109,13 +112,14 @@ COMMANDS = {
                 Flag(flags.DEFINE_float, "memory_share", "Of the free memory, for embeddings (0.25)"),
                 DISTRIBUTED,
             ),
-        }
+        },
+        families=("evaluators",),
     ),
     "adapt": Command(
         {
             "": (
                 MODEL,
-                listed("method", "gda, tip_adapter_f, lora, coop, ...: see vlm_jax/adapt/methods.py", needed=True),
+                listed("method", "Names of methods, with commas between", needed=True),
                 DATA,
                 text("out", "Folder for results.json and the adapters", needed=True),
             ),
@@ -129,7 +133,8 @@ COMMANDS = {
             ),
             "data": LABELLED,
             "model": LOADING,
-        }
+        },
+        families=("heads", "parameters", "modules", "prompts"),
     ),
     "convert": Command(
         {
@@ -164,6 +169,7 @@ COMMANDS = {
             )
         }
     ),
+    "methods": Command({"": (text("family", f"One of: {', '.join(FAMILIES)}"),)}, arguments="[NAME ...]"),
     "data.train_tokenizer": Command(
         {
             "": (

@@ -5,20 +5,17 @@ import re
 import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
-from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
+from vlm_jax.catalogue import CONFIGS
 from vlm_jax.errors import UserError
-
-PACKAGE = Path(__file__).parents[1]
-FOLDER = next(filter(Path.is_dir, (PACKAGE / "configs", PACKAGE.with_name("configs"))))  # of a wheel, of the repository
 
 
 def names() -> list[str]:
-    """The configs of `FOLDER`. A file without `get_config` holds parts of others."""
-    return sorted(path.stem for path in FOLDER.glob("*.py") if "\ndef get_config(" in path.read_text(encoding="utf-8"))
+    """The configs of `CONFIGS`. A file without `get_config` holds parts of others."""
+    return sorted(path.stem for path in CONFIGS.glob("*.py") if "\ndef get_config(" in path.read_text(encoding="utf-8"))
 
 
 def locate(spec: str) -> str:
@@ -35,7 +32,7 @@ def locate(spec: str) -> str:
         close = difflib.get_close_matches(name, known, n=1)
         listed = f"known: {', '.join(known)}; a file of your own is given by its path, such as {name}.py"
         raise UserError(f"there is no config `{name}`; " + (f"did you mean `{close[0]}`?" if close else listed))
-    return f"{FOLDER / name}.py{colon}{variant}"
+    return f"{CONFIGS / name}.py{colon}{variant}"
 
 
 def define(name: str, default: str | None, help_text: str, flag_values: flags.FlagValues) -> None:
@@ -54,11 +51,11 @@ class _Parser(config_flags.config_flags.ConfigFileFlagParser):
 
 
 class _Neighbours(MetaPathFinder):
-    """Finds `configs` and its modules in `FOLDER`, which is on no path: `from configs.embedded import embedded`."""
+    """Finds `configs` and its modules in `CONFIGS`, which is on no path: `from configs.embedded import embedded`."""
 
     @staticmethod
     def find_spec(name: str, path=None, target=None) -> ModuleSpec | None:
         package, _, module = name.partition(".")
         if package == "configs":
-            return PathFinder.find_spec(name, [str(FOLDER if module else FOLDER.parent)])
+            return PathFinder.find_spec(name, [str(CONFIGS if module else CONFIGS.parent)])
         return None

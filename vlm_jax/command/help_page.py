@@ -2,13 +2,17 @@
 
 import ast
 import re
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
+from vlm_jax import catalogue
 from vlm_jax.command.commands import COMMANDS, EVERY, Flag
 
 GROUPS = {
     "train": ("train", "precompute", "plan"),
     "use a model": ("evaluate", "adapt", "convert"),
+    "look up": ("methods",),
     "prepare data": ("data.train_tokenizer", "data.emoji.build"),
 }
 FIRST = ("evaluate", "train")  # whose first examples a newcomer is shown
@@ -33,6 +37,8 @@ def help_of(name: str) -> str:
         lines += ["", heading or "flags", *map(_line, group)]
         if any(flag.name == "config" for flag in group):
             lines.append(f"  {'--config.KEY=VALUE':22}Any value of the config, e.g. --config.optimizer.lr=1e-3")
+    if command.families:
+        lines += ["", "methods", *_methods(command.families)]
     return "\n".join([*lines, "", "any command", *map(_line, EVERY)])
 
 
@@ -59,6 +65,15 @@ def _doc(name: str) -> str:
     path = _path(name)
     path = path if path.is_file() else path.with_suffix("") / "__main__.py"
     return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def _methods(families: Sequence[str]) -> list[str]:
+    """Names of the methods, those of a family together."""
+    lines = []
+    for family in families:
+        names = textwrap.wrap(", ".join(catalogue.of(family)), 94)
+        lines += [f"  {label:22}{line}" for label, line in zip((family, *[""] * len(names)), names, strict=False)]
+    return lines
 
 
 def _shown(example: str) -> str:

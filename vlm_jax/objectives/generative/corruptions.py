@@ -37,11 +37,9 @@ def causal() -> Callable:
 
 @method(
     family="corruptions",
-    system="CapPa",
     paper="arXiv:2306.07915",
     where="section 3.2",
     differs="most captions are predicted all at once, from the picture alone",
-    claim="captioning_vs_contrastive: towers rival CLIP's under probes, likelihoods know the order of words",
 )
 def parallel(*, rate: float = 0.75, ratio: float = 1.0) -> Callable:
     """With probability `rate` all of a caption's tokens at once, else causal (CapPa, arXiv:2306.07915, section 3.2).

@@ -1,0 +1,88 @@
+"""Lists the published methods: paper, what each changes, how to run it, its claim and the verdict.
+
+    vlm-jax methods
+    vlm-jax methods lora
+    vlm-jax methods --family=prompts --json
+
+With names, only these are shown, in full; with --family, one family. A method is declared by the decorator of its
+function, see `vlm_jax.catalogue`.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from absl import flags
+
+from vlm_jax import catalogue, command
+from vlm_jax.catalogue import FAMILIES, PACKAGE, Declaration
+from vlm_jax.errors import UserError
+
+
+def describe(declaration: Declaration) -> dict[str, Any]:
+    """A method as JSON: everything that is declared, its verdict, and where its code and its test are."""
+    fields = declaration._asdict()
+    order = ("name", "family", "system", "paper", "where", "differs", "claim")
+    code = PurePosixPath(declaration.path)
+    test = PurePosixPath("tests", *code.parts[1:]).with_name(f"test_{code.stem}.py")
+    return {
+        **{name: fields[name] for name in order},
+        "verdict": declaration.verdict,
+        "run": declaration.run,
+        "options": dict(declaration.options),
+        "code": f"{declaration.path}:{declaration.line}",
+        "test": str(test) if (PACKAGE.parent / test).is_file() else "",
+    }
+
+
+def table(declarations: Iterable[Declaration]) -> str:
+    """Families with a line for each method: name, paper, what it changes, verdict."""
+    declarations, lines = list(declarations), []
+    width = max((len(d.name) for d in declarations), default=0)
+    for family in FAMILIES:
+        own = [d for d in declarations if d.family == family]
+        if own:
+            lines += ["", f"{family}: {FAMILIES[family].run.format(name='NAME')}"]
+            lines += [f"  {d.name:{width}}  {d.paper:16}  {_short(d)}".rstrip() for d in own]
+    return "\n".join(lines[1:])
+
+
+def _short(declaration: Declaration) -> str:
+    verdict = f" [{declaration.verdict}]" if declaration.verdict else ""
+    return f"{declaration.differs}{verdict}"
+
+
+def page(declaration: Declaration) -> str:
+    """All that is known of one method, a line for each thing."""
+    about = describe(declaration)
+    facts = {
+        "system": about["system"],
+        "paper": ", ".join(filter(None, (about["paper"], about["where"]))),
+        "differs": about["differs"],
+        "run": about["run"],
+        "options": ", ".join(f"{name}={value}" if value else name for name, value in about["options"].items()),
+        "claim": f"{about['claim']} [{about['verdict']}]" if about["claim"] else "",
+        "code": about["code"],
+        "test": about["test"],
+    }
+    lines = [f"  {name:8}  {fact}" for name, fact in facts.items() if fact]
+    return "\n".join([f"{about['name']} ({about['family']})", *lines])
+
+
+def main(argv: Sequence[str], values: flags.FlagValues) -> command.Answer:
+    families = [values.family] if values.family else list(FAMILIES)
+    catalogue.of(*families)  # names a family that does not exist
+    chosen = [d for d in catalogue.read() if d.family in families]
+    names = argv[1:]
+    known = dict.fromkeys(name for d in chosen for name in (d.name, d.system) if name)
+    for name in names:
+        if name not in known:
+            raise UserError(catalogue.unknown(f"there is no method `{name}`", name, known))
+    if names:
+        chosen = [d for d in chosen if d.name in names or d.system in names]
+    text = "\n\n".join(map(page, chosen)) if names else table(chosen)
+    return command.Answer({"methods": [describe(d) for d in chosen]}, text)
+
+
+if __name__ == "__main__":
+    command.run("methods", main)
