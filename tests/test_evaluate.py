@@ -141,7 +141,8 @@ import sys, jax
 import json
 import numpy as np
 import vlm_jax
-from vlm_jax import processes, sharding
+from vlm_jax.params import sharding
+from vlm_jax.run import processes
 from vlm_jax.data.sources import table
 from vlm_jax.evaluate import evaluate
 jax.config.update("jax_num_cpu_devices", 2)
@@ -185,7 +186,8 @@ for name, sizes, order in (("apart", (4, 1, 1), (0, 2, 1, 3)), ("tensor", (1, 2,
 PROGRAM = """
 import time
 from vlm_jax import command, evaluate, pretrained
-from vlm_jax.evaluators import progress, zeroshot
+from vlm_jax.evaluators import progress
+from vlm_jax.evaluators.tasks import zeroshot
 progress.SAVE_SECONDS, zeroshot.PROMPTS, embed = 0, 4, pretrained.Pretrained.embed_image_batch
 pretrained.Pretrained.embed_image_batch = lambda self, images: time.sleep({pause}) or embed(self, images)
 command.run("evaluate", evaluate.main)

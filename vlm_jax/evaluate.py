@@ -79,7 +79,7 @@ def _evaluate(
     pretrained = dataclasses.replace(pretrained, batch_size=section["batch_size"])
     named = {"model": model, "data": section["uri"], "split": section.get("split"), "classes": section.get("classes")}
     named = {key: value for key, value in named.items() if isinstance(value, str)}
-    run = lambda progress: evaluator(pretrained, pretrained.mesh, progress)
+    run = lambda progress: evaluator(pretrained, progress)
     numbers = lambda result: named | {f"{task}/{name}": value for name, value in result.metrics.items()}
     if out is None:
         return numbers(run(Progress(show=show)))

@@ -197,7 +197,7 @@ class Evaluation:
         self._evaluator = evaluators.build(section)
 
     def run(self, pretrained: Pretrained) -> evaluators.Result:
-        result = self._evaluator(pretrained, pretrained.mesh)
+        result = self._evaluator(pretrained)
         return result._replace(metrics={f"{self._prefix}/{name}": value for name, value in result.metrics.items()})
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.errors import UserError
-from vlm_jax.evaluators.caption_metrics import bleu, cider_d, exact_match, rouge_l, tokenize
+from vlm_jax.evaluators.metrics.captions import bleu, cider_d, exact_match, rouge_l, tokenize
 
 # pycocoevalcap 1.2 on `random_case(seed)`: BLEU-1 to BLEU-4 of the corpus, the means of ROUGE-L and CIDEr-D
 THEIRS = {

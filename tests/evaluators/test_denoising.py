@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import ul2
-from tests.evaluators.conftest import partial_to_some_tokens
+from tests.support.models import untrained
 from vlm_jax import evaluators
 from vlm_jax.data import loader
 from vlm_jax.errors import UserError
@@ -15,7 +15,7 @@ from vlm_jax.errors import UserError
 
 @pytest.fixture(scope="module")
 def texts_to_texts():
-    return partial_to_some_tokens(ul2.get_config("smoke"))
+    return untrained(ul2.get_config("smoke"), opinionated=True)
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from PIL import Image
 
 from vlm_jax import evaluators
 from vlm_jax.errors import UserError
-from vlm_jax.evaluators.pixel_neighbour import nearest_by_class, standardise
-from vlm_jax.evaluators.zeroshot import evenly_spaced
+from vlm_jax.evaluators.sampling import evenly_spaced
+from vlm_jax.evaluators.tasks.pixel_neighbour import nearest_by_class, standardise
 from vlm_jax.pretrained import class_embeddings
 
 COLOURS = {

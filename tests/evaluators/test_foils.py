@@ -9,7 +9,7 @@ from PIL import Image
 from vlm_jax import evaluators
 from vlm_jax.data import emoji
 from vlm_jax.errors import UserError
-from vlm_jax.evaluators.foil_texts import KINDS, corpus, foil
+from vlm_jax.evaluators.tasks.foil_texts import KINDS, corpus, foil
 
 CAPTIONS = {
     "black cat": "mammal", "polar bear": "mammal", "dog face": "mammal", "cat face": "mammal", "orange fox": "mammal",

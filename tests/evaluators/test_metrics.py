@@ -87,8 +87,8 @@ def test_blocks_change_nothing(monkeypatch):
         asked.append((i.stop - i.start, t.stop - t.start))
         return similarity(images[i].astype(np.float32), texts[t].astype(np.float32))
 
-    monkeypatch.setattr(metrics, "ROWS", 4)
-    monkeypatch.setattr(metrics, "COLUMNS", 5)
+    monkeypatch.setattr(metrics.ranking, "ROWS", 4)
+    monkeypatch.setattr(metrics.ranking, "COLUMNS", 5)
     blockwise = metrics.retrieval_ranks(scores, 9, image_of_text)
     assert all(np.array_equal(whole[name], blockwise[name]) for name in whole)
     index, best = metrics.top_k(scores, 9, 23, 7)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vlm_jax.evaluators.caption_metrics import bleu, cider_d, rouge_l, tokenize
+from vlm_jax.evaluators.metrics.captions import bleu, cider_d, rouge_l, tokenize
 
 pytest.importorskip("pycocoevalcap", reason="needs pip install pycocoevalcap")
 

@@ -44,9 +44,9 @@ def adapt(
     Args:
       pretrained: a two-tower model.
       out: the folder.
-      methods, seeds: of `evaluators.few_shot`.
+      methods, seeds: of `protocol.few_shot`.
       show: shows progress.
-      **section: the other arguments of `evaluators.few_shot`.
+      **section: the other arguments of `protocol.few_shot`.
     """
     out, bar = Path(out), None
     if (out / "results.json").exists():

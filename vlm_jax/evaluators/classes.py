@@ -8,7 +8,7 @@ import functools
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,13 +105,20 @@ def find_label(source: Any, about: str) -> str:
     raise UserError(f"{about} has no field {' or '.join(LABELS)}; give --label, one of: {', '.join(record)}")
 
 
-def index_of(named: Mapping[int | str, str]) -> Callable[[Iterable], np.ndarray]:
-    """Returns a function from labels (lists of one number or name, as `ops.boxed` makes them) to class indices int [B].
+def index_of(named: Mapping[int | str, str]) -> Callable[[Sequence[int | str]], int | None]:
+    """Returns a function from a label, a number or a name in a list (see `ops.boxed`), to the index of its class.
 
-    -1 stands for a label that is no class's.
+    None stands for a label that is no class's.
     """
     index = {name: i for i, name in enumerate(named.values())} | {label: i for i, label in enumerate(named)}
-    return lambda labels: np.array([index.get(label, -1) for (label,) in labels], np.int64)
+    return lambda fields: index.get(fields[0])
+
+
+def indices(records: Sequence[Sequence[int | str] | None], named: Mapping[int | str, str]) -> np.ndarray:
+    """The class indices of many labels, int [N]; -1 for a label that is no class's, and where a record has none."""
+    index = index_of(named)
+    found = (None if record is None else index(record) for record in records)
+    return np.array([-1 if i is None else i for i in found], np.int64)
 
 
 def _own_names(source: Any, label: str) -> list[str]:

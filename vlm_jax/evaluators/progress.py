@@ -114,27 +114,28 @@ class Progress:
     def __init__(self, folder: str | os.PathLike | None = None, show: bool = False):
         self.folder, self.show = None if folder is None else Path(folder), show
         self._tables: dict[str, Table] = {}
-        self._record = {"facts": None, "counts": {}, "tables": {}}
+        self._record = {"facts": {}, "counts": {}, "tables": {}}
         self._saved_at = time.monotonic()
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             if (self.folder / "progress.json").exists():
                 self._record = json.loads((self.folder / "progress.json").read_text())
+        self._facts = dict(self._record["facts"])  # what it was made with
 
     def begin(self, **facts: int | str) -> dict[str, int]:
-        """Returns the counters that were last saved; empty at the start.
+        """Returns the counters that were last saved; empty at the start. Each pass of an evaluation has its own facts.
 
         Raises:
           UserError: `facts` (of the data, the names) are not those that the progress was made with.
         """
-        before = self._record["facts"] or facts
         for key, value in facts.items():
-            if before.get(key) != value:
+            before = self._facts.get(key) if self._facts else value
+            if before != value:
                 raise UserError(
-                    f"{self.folder} holds the progress of an evaluation with {key} = {before.get(key)}, now it is "
-                    f"{value}; choose another --out or delete it"
+                    f"{self.folder} holds the progress of an evaluation with {key} = {before}, now it is {value}; "
+                    "choose another --out or delete it"
                 )
-        self._record["facts"] = facts
+        self._record["facts"] |= facts
         return self._record["counts"]
 
     def table(self, name: str, limit: float) -> Table:

@@ -1,4 +1,4 @@
-"""Fields of a data set's records, read without their pictures."""
+"""Fields of a data set's records, read without their pictures, and the texts in them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,3 +18,9 @@ def read_fields(source: Source, chosen: np.ndarray | None, paths: Sequence[str])
         except (BadExample, OSError):
             rows.append(None)
     return rows
+
+
+def texts(values: Sequence[str | Sequence[str]]) -> list[str]:
+    """The texts of some fields, each a text or a list of texts; empty ones are left out."""
+    found = [text for value in values for text in ([value] if isinstance(value, str) else value)]
+    return [text for text in found if text.strip()]

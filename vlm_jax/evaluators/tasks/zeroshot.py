@@ -13,10 +13,10 @@ from vlm_jax.data.sources import open_source
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators import classes as class_names
 from vlm_jax.evaluators import metrics
-from vlm_jax.evaluators.ops import boxed, thumbnail  # noqa: F401 (registered as ops)
+from vlm_jax.evaluators.one_pass import Batch, Columns, Pass, picture_ops
 from vlm_jax.evaluators.progress import Progress, Table, memory_limit
 from vlm_jax.evaluators.result import Result
-from vlm_jax.evaluators.stream import look_up, open_pass, stream
+from vlm_jax.evaluators.sampling import evenly_spaced
 from vlm_jax.pretrained import attention_maps, class_embeddings
 from vlm_jax.pretrained.similarity import similarity
 
@@ -41,7 +41,7 @@ def zeroshot(
     gallery: int = 24,
     memory_share: float = 0.25,
 ) -> Callable[..., Result]:
-    """Returns an evaluator `(pretrained, mesh=None, progress=None) -> Result`.
+    """Returns an evaluator `(pretrained, progress=None) -> Result`.
 
     Metrics: `top1`, `top5` (left out below six classes), `mean_per_class`, `examples`, `left_out`. Artifacts: what was
     named and how surely (the probability that `Pretrained.classify` gives), confusions, a gallery, and of some pictures
@@ -66,76 +66,69 @@ def zeroshot(
         source = open_source(uri, split)
         label = label or class_names.find_label(source, about)
     named = class_names.of_source(source, label, about) if classes is None else class_names.read(classes)
-    names, index_of = list(named.values()), class_names.index_of(named)
+    names = list(named.values())
     templates = class_names.read_templates(templates)
     limit = memory_limit(memory_share)
 
-    def evaluate(pretrained: Any, mesh: Any = None, progress: Progress | None = None) -> Result:
-        del mesh  # the model knows where it runs
-        progress = progress or Progress()
-        string = f'decode | boxed("{label}", to="label") | {ops or pretrained.preprocess} | keep("image", "label")'
-        pretrained, hosts, batches = open_pass(
-            pretrained, uri=uri, split=split, where=where, ops=string, batch_size=batch_size
-        )
-        class_names.check_count(batches.examples.source, label, classes, about)
+    def evaluate(pretrained: Any, progress: Progress | None = None) -> Result:
+        prepare = ops or pretrained.preprocess
+        data = Pass(
+            pretrained, progress, uri=uri, split=split, where=where, ops=picture_ops(prepare, label),
+            batch_size=batch_size, memory=limit,
+        )  # fmt: skip
+        pretrained = data.pretrained
+        class_names.check_count(data.source, label, classes, about)
         prompts_sha256 = hashlib.sha256(json.dumps([list(named.items()), templates]).encode()).hexdigest()
-        counts = progress.begin(
-            examples=batches.num_examples, batch_size=hosts.batch_size, classes_and_templates=prompts_sha256
-        )
-        counts = {"classes": 0, "batches": 0, "examples": 0, "left_out": 0} | hosts.from_first(counts)
-        table, examples = progress.table("classes", limit / 2), progress.table("examples", limit / 2)
-        embeddings, chosen = progress.table("embeddings", limit / 2), evenly_spaced(batches.num_examples, EMBEDDED)
+        data.begin("examples", "embeddings", "classes", classes_and_templates=prompts_sha256)
         by_pairs = getattr(pretrained, "compares_pairs", False)
-        step = max(PROMPTS // len(templates), 1)
-        for start in range(counts["classes"], 0 if by_pairs else len(names), step):
-            embedded = class_embeddings(pretrained.embed_texts, names[start : start + step], templates)
-            if hosts.first:
-                table.append(embedding=embedded)
-            progress.save(classes=start + len(embedded))
         scale = 1.0 if by_pairs else math.exp(float(pretrained.params["logit_scale"]))
-        text = table.read("embedding") if hosts.first and not by_pairs else None
-        if text is not None and text.ndim == 2:
-            text = text.astype(np.float64)  # once
+        text = None if by_pairs else _text_embeddings(data, names, templates)
+        chosen = evenly_spaced(data.num_examples, EMBEDDED)
 
-        some, left_out = counts["examples"], counts["left_out"]
-        for batch in stream(batches, hosts, ["label"], counts["batches"], progress.show):
-            truth = index_of(batch.columns["label"])
-            among = batch.mask & (truth >= 0)
-            some, left_out = some + int(among.sum()), left_out + int(batch.mask.sum() - among.sum())
-            if among.any():
-                if by_pairs:
-                    logits = pretrained.class_logits(batch.image, names, templates)[among]
-                else:
-                    embedded = pretrained.embed_image_batch(batch.image)[among]
-                    logits = similarity(embedded, text) if hosts.first else None
-                if hosts.first:
-                    position, labels = batch.position[among], truth[among]
-                    examples.append(position=position, **_row(logits, labels, scale))
-                    if not by_pairs:
-                        few = np.isin(position, chosen)
-                        embeddings.append(position=position[few], truth=labels[few], embedding=embedded[few])
-            progress.save(batches=batch.done, examples=some, left_out=left_out)
-        if not some:
+        def rows(batch: Batch) -> Mapping[str, Columns]:
+            position, labels = batch.position, np.array(batch.about)
+            if by_pairs:
+                logits = pretrained.class_logits(batch.inputs, names, templates)[batch.kept]
+                return {"examples": {"position": position, **_ranked(logits, labels, scale)}}
+            embedded = pretrained.embed_image_batch(batch.inputs)[batch.kept]
+            if not data.first:  # which has the classes' embeddings
+                return {}
+            few = np.isin(position, chosen)
+            return {
+                "examples": {"position": position, **_ranked(similarity(embedded, text), labels, scale)},
+                "embeddings": {"position": position[few], "truth": labels[few], "embedding": embedded[few]},
+            }
+
+        def finish(tables: Mapping[str, Table]) -> Result:
+            result = _result(tables["examples"], names, data.thumbnails, gallery)
+            if len(tables["embeddings"]):
+                pictures = data.thumbnails if gallery else None
+                result.artifacts.update(_embedded(tables["embeddings"], names, text, pictures))
+            return result._replace(metrics=result.metrics | {"left_out": float(data.counts["left_out"])})
+
+        if not data.run(rows, about=class_names.index_of(named)):
             raise UserError(f"{about}: no picture's `{label}` is among the classes {', '.join(names):.60}")
-        result = Result({}, {})
-        if hosts.first:
-            pictures = lambda positions: np.stack(
-                [row["thumbnail"] for row in look_up(batches, 'decode | thumbnail | keep("thumbnail")', positions)]
-            )
-            result = _result(examples, names, pictures, gallery)
-            if len(embeddings):
-                result.artifacts.update(_embedded(embeddings, names, text, pictures if gallery else None))
-        rows = evenly_spaced(some, min(gallery, LOOKED_AT))
-        shown = [examples.read(column)[rows].tolist() for column in ("position", "truth")] if hosts.first else None
-        if maps := _maps(pretrained, ops or pretrained.preprocess, batches, names, *hosts.from_first(shown)):
+        result = data.result(finish)
+        if maps := _maps(data, prepare, names, gallery):
             result.artifacts["attention"] = maps
-        numbers = result.metrics | {"left_out": float(left_out)}
-        return result._replace(metrics=hosts.from_first(numbers))
+        return result
 
     return evaluate
 
 
-def _row(logits: np.ndarray, truth: np.ndarray, scale: float) -> dict[str, np.ndarray]:
+def _text_embeddings(data: Pass, names: list[str], templates: list[str]) -> np.ndarray | None:
+    """The classes' embeddings, float64 [C, D] or float32 [C, T, D]; None on all hosts but the first."""
+    step = max(PROMPTS // len(templates), 1)
+    for start in range(data.counts.get("classes", 0), len(names), step):
+        embedded = class_embeddings(data.pretrained.embed_texts, names[start : start + step], templates)
+        data.append({"classes": {"embedding": embedded}}, classes=start + len(embedded))
+    if not data.first:
+        return None
+    text = data.tables["classes"].read("embedding")
+    return text.astype(np.float64) if text.ndim == 2 else text  # once, not with every batch
+
+
+def _ranked(logits: np.ndarray, truth: np.ndarray, scale: float) -> dict[str, np.ndarray]:
     """What is kept of each picture: its class, that class's rank, the best names, their scores, the class's own score,
     and the probability of the best."""
     best, scores = metrics.top_k(lambda i, c: logits[i, c], *logits.shape, NAMED)
@@ -190,18 +183,16 @@ def _embedded(embeddings: Table, names: list[str], text: np.ndarray, pictures: C
     return found | {"similarity": compared | {"scores": similarity(image[few], text[labels[few]])}}
 
 
-def _maps(
-    pretrained: Any, string: str, batches: Any, names: list[str], positions: list[int], labels: list[int]
-) -> dict[str, Any] | None:
+def _maps(data: Pass, ops: str, names: list[str], gallery: int) -> dict[str, Any] | None:
     """Where the image tower looks in some pictures; on several hosts each has to call this."""
-    if not positions or not attention_maps.has_patches(pretrained) or "pack_patches" in string:
+    examples, shown = data.tables["examples"], None
+    if data.first:
+        rows = evenly_spaced(len(examples), min(gallery, LOOKED_AT))
+        shown = [examples.read(column)[rows].tolist() for column in ("position", "truth")]
+    positions, labels = data.from_first(shown)
+    if not positions or not attention_maps.has_patches(data.pretrained) or "pack_patches" in ops:
         return None
-    look = lambda ops: np.stack([r["image"] for r in look_up(batches, f'decode | {ops} | keep("image")', positions)])
-    drawn = attention_maps.whole_patches(pretrained, look(attention_maps.before_normalize(string)))
-    maps = attention_maps.attention_batch(pretrained, look(string))
+    look = lambda ops: np.stack([row["image"] for row in data.look_up(picture_ops(ops), positions)])
+    drawn = attention_maps.whole_patches(data.pretrained, look(attention_maps.before_normalize(ops)))
+    maps = attention_maps.attention_batch(data.pretrained, look(ops))
     return {"images": drawn, "maps": maps, "titles": [names[i] for i in labels]}
-
-
-def evenly_spaced(length: int, count: int) -> np.ndarray:
-    """At most `count` of range(length), from the first to the last: a choice by rule, not by looks."""
-    return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(np.int64))

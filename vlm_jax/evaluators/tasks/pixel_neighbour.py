@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.data import loader
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators import classes as class_names
 from vlm_jax.evaluators import metrics
-from vlm_jax.evaluators.ops import boxed  # noqa: F401 (registered as an op)
+from vlm_jax.evaluators.one_pass import Batch, Columns, Pass, picture_ops
+from vlm_jax.evaluators.progress import Progress, Table
 from vlm_jax.evaluators.result import Result
 
 
@@ -57,7 +57,7 @@ def pixel_neighbour(
     size: int = 16,
     batch_size: int = 256,
 ) -> Callable[..., Result]:
-    """Returns an evaluator `(pretrained=None, mesh=None) -> Result` that looks at pixels only.
+    """Returns an evaluator `(pretrained=None, progress=None) -> Result` that looks at pixels only.
 
     Pictures are cropped to the drawing's bounding box and resized to `size`; the five best names are the classes of the
     nearest training pictures, each class once. Metrics: `pixel_top1` and `pixel_top5`, of Euclidean distances;
@@ -75,31 +75,33 @@ def pixel_neighbour(
       batch_size: pictures read at a time.
     """
     named = class_names.read(classes)
-    index_of = class_names.index_of(named)
+    string = picture_ops(f"crop_to_content | resize({size}) | to_float", label)
 
-    def read(split, where):
-        pixels = f"decode | crop_to_content | resize({size}) | to_float"
-        ops = f'{pixels} | boxed("{label}", to="label") | keep("image", "label")'
-        images, labels = [], []
-        for batch in loader.eval_batches(uri=uri, split=split, ops=ops, where=where, batch_size=batch_size):
-            index = index_of(batch["label"])
-            among = batch["mask"] & (index >= 0)
-            images.append(batch["image"].reshape(len(among), -1)[among])
-            labels.append(index[among])
-        if not sum(map(len, labels)):
-            raise UserError(f"{uri} {split or ''}: no picture's `{label}` is among the classes {classes!r:.60}")
-        return np.concatenate(images), np.concatenate(labels)
-
-    def evaluate(pretrained: Any = None, mesh: Any = None) -> Result:
-        del pretrained, mesh
-        queries, truth = read(split, where)
-        pictures, labels = read(train_split, train_where)
-        numbers = {}
-        for name, prepare in (("pixel", lambda x: x), ("pixel_standardised", standardise)):
-            scores = nearest_by_class(prepare(queries), prepare(pictures), labels, len(named))
-            ranks = metrics.truth_ranks(scores, truth)
-            numbers |= {f"{name}_top1": float(np.mean(ranks < 1)), f"{name}_top5": float(np.mean(ranks < 5))}
-        numbers["pixel_examples"] = float(len(truth))
-        return Result(numbers, {})
+    def evaluate(pretrained: Any = None, progress: Progress | None = None) -> Result:
+        del pretrained  # the baseline is the same for all
+        progress, shared = progress or Progress(), dict(uri=uri, ops=string, batch_size=batch_size)
+        data = Pass(None, progress, split=split, where=where, **shared)
+        train = Pass(None, progress, split=train_split, where=train_where, name="train_", **shared)
+        data.begin("examples")
+        train.begin("train")
+        for one, table, part in ((data, "examples", split), (train, "train", train_split)):
+            if not one.run(lambda batch, table=table: {table: _pixels(batch)}, about=class_names.index_of(named)):
+                raise UserError(f"{uri} {part or ''}: no picture's `{label}` is among the classes {classes!r:.60}")
+        return data.result(lambda tables: _result(tables["examples"], train.tables["train"], len(named)))
 
     return evaluate
+
+
+def _pixels(batch: Batch) -> Columns:
+    return {"image": batch.inputs[batch.kept].reshape(len(batch.kept), -1), "label": np.array(batch.about)}
+
+
+def _result(examples: Table, train: Table, classes: int) -> Result:
+    queries, truth = examples.read("image"), examples.read("label")
+    pictures, labels = train.read("image"), train.read("label")
+    numbers = {}
+    for name, prepare in (("pixel", lambda x: x), ("pixel_standardised", standardise)):
+        scores = nearest_by_class(prepare(queries), prepare(pictures), labels, classes)
+        ranks = metrics.truth_ranks(scores, truth)
+        numbers |= {f"{name}_top1": float(np.mean(ranks < 1)), f"{name}_top5": float(np.mean(ranks < 5))}
+    return Result(numbers | {"pixel_examples": float(len(truth))}, {})

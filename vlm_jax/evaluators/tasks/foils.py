@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.config import choose
-from vlm_jax.data.sources import open_source
 from vlm_jax.errors import UserError
-from vlm_jax.evaluators import foil_texts
-from vlm_jax.evaluators.progress import Progress, memory_limit
-from vlm_jax.evaluators.records import read_fields
+from vlm_jax.evaluators.one_pass import Batch, Columns, Pass, picture_ops
+from vlm_jax.evaluators.progress import Progress, Table, memory_limit
+from vlm_jax.evaluators.records import texts
 from vlm_jax.evaluators.result import Result
-from vlm_jax.evaluators.stream import open_pass, stream
+from vlm_jax.evaluators.tasks import foil_texts
 from vlm_jax.pretrained.similarity import similarity_of_pairs
 
 
@@ -34,7 +33,7 @@ def foils(
     batch_size: int = 256,
     memory_share: float = 0.25,
 ) -> Callable[..., Result]:
-    """Returns an evaluator `(pretrained, mesh=None, progress=None) -> Result` of two towers and captioners.
+    """Returns an evaluator `(pretrained, progress=None) -> Result` of two towers and captioners.
 
     Metrics: for each kind of foil, named as the kind, the share of pairs whose right caption scores higher, a tie
     counting half (left out where there are no pairs); `object_pairs` and so on, how many pairs there are; `chance`,
@@ -61,67 +60,62 @@ def foils(
     paths = [label, group, caption, *([true] if isinstance(true, str) else true)]
     limit = memory_limit(memory_share)
 
-    def evaluate(pretrained: Any, mesh: Any = None, progress: Progress | None = None) -> Result:
-        del mesh  # the model knows where it runs
-        progress = progress or Progress()
-        string = f'decode | {ops or pretrained.preprocess} | keep("image")'
-        pretrained, hosts, batches = open_pass(
-            pretrained, uri=uri, split=split, where=where, ops=string, batch_size=batch_size
+    def evaluate(pretrained: Any, progress: Progress | None = None) -> Result:
+        string = picture_ops(ops or pretrained.preprocess)
+        data = Pass(
+            pretrained, progress, uri=uri, split=split, where=where, ops=string, batch_size=batch_size, memory=limit
         )
-        right, wrong = _pairs(read_fields(open_source(uri, split), batches.examples.chosen, paths), kinds)
+        pretrained = data.pretrained
+        right, wrong = _pairs(data.fields(*paths), kinds)
         if not any(map(any, wrong)):
             raise UserError(f"{uri} {split or ''}: no text under {caption} has a foil of the kinds {', '.join(kinds)}")
-        counts = hosts.from_first(progress.begin(examples=batches.num_examples, batch_size=hosts.batch_size))
-        table, counts = progress.table("pairs", limit), {"batches": 0, "examples": 0} | counts
-        some = counts["examples"]
-        for batch in stream(batches, hosts, [], counts["batches"], progress.show):
-            rows = [int(i) if real else None for i, real in zip(batch.position, batch.mask, strict=True)]
-            texts = [[None if i is None else own[i] for i in rows] for own in (right, *wrong)]
-            scores = _scores(pretrained, batch.image, texts)
-            if hosts.first and scores is not None:
-                for k, of_foils in enumerate(scores[1:]):
-                    there = np.array([text is not None for text in texts[k + 1]])
-                    columns = {"right": scores[0][there], "wrong": of_foils[there], "position": batch.position[there]}
-                    table.append(kind=np.full(there.sum(), k), **columns)
-            some += sum(text is not None for text in texts[0])
-            progress.save(batches=batch.done, examples=some)
-        result = Result({}, {})
-        if hosts.first:
-            result = _result(table, kinds, right, wrong)
-        return result._replace(metrics=hosts.from_first(result.metrics | {"examples": float(some), "chance": 0.5}))
+        data.begin("pairs")
+
+        def rows(batch: Batch) -> Mapping[str, Columns]:
+            of_right, *of_wrong = _scores(pretrained, batch)
+            pairs = [(k, row) for k in range(len(kinds)) for row, own in enumerate(batch.about) if own[k + 1]]
+            kind, row = np.array(pairs, np.int64).reshape(-1, 2).T
+            of_wrong = np.stack(of_wrong)[:, batch.kept]
+            scores = {"right": of_right[batch.kept][row], "wrong": of_wrong[kind, row]}
+            return {"pairs": {"kind": kind, **scores, "position": batch.position[row]}}
+
+        def finish(tables: Mapping[str, Table]) -> Result:
+            result = _result(tables["pairs"], kinds, right, wrong)
+            return result._replace(metrics=result.metrics | {"examples": float(data.counts["examples"]), "chance": 0.5})
+
+        data.run(rows, about=lambda i: right[i] and [right[i], *(own[i] for own in wrong)], columns=["position"])
+        return data.result(finish)
 
     return evaluate
 
 
 def _pairs(records: list[list | None], kinds: Sequence[str]) -> tuple[list, list[list]]:
     """The captions [N], and for each kind their foils [N]; None for none."""
-    texts = [None if record is None else [_texts(value) for value in record[2:]] for record in records]
-    caption = [own[0][0] if own and own[0] else None for own in texts]
+    found = [None if record is None else [texts([value]) for value in record[2:]] for record in records]
+    caption = [own[0][0] if own and own[0] else None for own in found]
     named = [i for i, text in enumerate(caption) if text is not None]
     true: dict[Any, set[str]] = {}
     for i in named:
-        true.setdefault(records[i][0], set()).update(text for field in texts[i] for text in field)
+        true.setdefault(records[i][0], set()).update(text for field in found[i] for text in field)
     others = foil_texts.corpus([caption[i] for i in named], [records[i][1] for i in named])
     foil = lambda kind, i: foil_texts.foil(kind, caption[i], records[i][1], sorted(true[records[i][0]]), others)
     return caption, [[None if text is None else foil(k, i) for i, text in enumerate(caption)] for k in kinds]
 
 
-def _scores(pretrained: Any, images: Any, texts: list[list[str | None]]) -> list[np.ndarray] | None:
-    """How well each picture fits each of its texts, float [B] for each list of texts; None if there are no texts.
+def _scores(pretrained: Any, batch: Batch) -> list[np.ndarray]:
+    """How well each picture fits its caption and each of its foils, float [B] for each.
 
     All of a batch are scored, and at their place, so that equal texts tie; what has no text is scored with another's.
     """
-    filler = next((text for text in texts[0] if text is not None), None)
-    if filler is None:
-        return None
-    filled = [[text or other or filler for text, other in zip(own, texts[0], strict=True)] for own in texts]
+    filled = [[own[k] or own[0] for own in batch.about] for k in range(len(batch.about[0]))]
+    filled = [batch.spread(own, batch.about[0][0]) for own in filled]
     if getattr(pretrained, "is_captioner", False):
-        return [pretrained.score_batch(images, own)[0] for own in filled]
-    embedded = pretrained.embed_image_batch(images)
+        return [pretrained.score_batch(batch.inputs, own)[0] for own in filled]
+    embedded = pretrained.embed_image_batch(batch.inputs)
     return [similarity_of_pairs(embedded, pretrained.embed_texts(own)) for own in filled]
 
 
-def _result(table: Any, kinds: Sequence[str], caption: list, foils: list[list]) -> Result:
+def _result(table: Table, kinds: Sequence[str], caption: list, foils: list[list]) -> Result:
     kind, right, wrong, position = map(table.read, ("kind", "right", "wrong", "position"))
     share = (right > wrong) + 0.5 * (right == wrong)
     numbers, pairs = {}, []
@@ -134,8 +128,3 @@ def _result(table: Any, kinds: Sequence[str], caption: list, foils: list[list]) 
             (name, int(p), caption[p], foils[k][p], float(s)) for p, s in zip(position[own], share[own], strict=True)
         ]
     return Result(numbers, {"pairs": pairs})
-
-
-def _texts(value: Any) -> list[str]:
-    texts = [value] if isinstance(value, str) else list(value)
-    return [text for text in texts if text.strip()]

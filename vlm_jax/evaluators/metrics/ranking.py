@@ -1,4 +1,4 @@
-"""Pure functions from scores to numbers. N examples or queries, C classes, M candidates.
+"""Ranks of the right candidate, the best candidates, and recalls: N queries, M candidates.
 
 What compares all with all takes its scores block by block, `scores(rows, columns) -> [rows, columns]`, so that the full
 matrix need not exist: `lambda i, t: similarity(images[i], texts[t])`, or `lambda i, t: matrix[i, t]`.
@@ -23,7 +23,7 @@ def truth_ranks(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
       scores: float [N, M], higher is better.
       truth: int [N], index of the true candidate.
     """
-    _check(scores.ndim == 2 and truth.shape == scores.shape[:1], "scores [N, M] and truth [N]", scores, truth)
+    check(scores.ndim == 2 and truth.shape == scores.shape[:1], "scores [N, M] and truth [N]", scores, truth)
     ranks = np.empty(len(scores), np.int64)
     for rows in _slices(len(scores), ROWS):
         own = np.take_along_axis(scores[rows], truth[rows, None], axis=1)
@@ -58,58 +58,6 @@ def top_k(scores: Scores, queries: int, candidates: int, k: int) -> tuple[np.nda
     return np.concatenate(index), np.concatenate(best)
 
 
-def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, mask: np.ndarray | None = None, k: int = 1) -> float:
-    """Returns the share of examples whose label is among the `k` highest logits.
-
-    Args:
-      logits: float [N, C].
-      labels: int [N]; those of masked examples may be anything.
-      mask: bool [N], which examples count; all by default.
-      k: how many classes may be named.
-    """
-    mask = np.ones(len(labels), bool) if mask is None else np.asarray(mask, bool)
-    _check(mask.any(), "at least one example that counts", logits, mask)
-    return float(np.mean(truth_ranks(logits[mask], labels[mask]) < k))
-
-
-def mean_per_class_accuracy(
-    correct: np.ndarray, labels: np.ndarray, num_classes: int, mask: np.ndarray | None = None
-) -> tuple[float, np.ndarray]:
-    """Returns the mean over classes of their accuracy, and the accuracies, float [C]: NaN where a class has no example.
-
-    Args:
-      correct: bool [N].
-      labels: int [N].
-      num_classes: C.
-      mask: bool [N], which examples count; all by default.
-    """
-    mask = np.ones(len(labels), bool) if mask is None else np.asarray(mask, bool)
-    _check(mask.any(), "at least one example that counts", labels, mask)
-    counts = np.bincount(labels[mask], minlength=num_classes)
-    right = np.bincount(labels[mask], weights=correct[mask], minlength=num_classes)
-    per_class = np.divide(right, counts, out=np.full(num_classes, np.nan), where=counts > 0)
-    return float(np.nanmean(per_class)), per_class
-
-
-def confusions(
-    predicted: np.ndarray, labels: np.ndarray, margins: np.ndarray | None = None
-) -> list[tuple[int, int, int]]:
-    """Returns the mistakes as (label, predicted, count), the most frequent first, among equals the surest.
-
-    Args:
-      predicted: int [N].
-      labels: int [N].
-      margins: float [N], how far the predicted class's score is above the label's.
-    """
-    wrong = np.flatnonzero(predicted != labels)
-    pairs = np.stack([labels[wrong], predicted[wrong]], axis=1)
-    pairs, index, counts = np.unique(pairs, axis=0, return_inverse=True, return_counts=True)
-    margins = np.zeros(len(labels)) if margins is None else margins
-    sureness = np.bincount(index.ravel(), weights=margins[wrong], minlength=len(pairs)) / np.maximum(counts, 1)
-    order = np.lexsort((-sureness, -counts))
-    return [(int(pairs[i, 0]), int(pairs[i, 1]), int(counts[i])) for i in order]
-
-
 def retrieval_ranks(scores: Scores, images: int, image_of_text: np.ndarray) -> dict[str, np.ndarray]:
     """Returns how many candidates stand before the right one: `image_to_text` int [N], `text_to_image` int [M].
 
@@ -123,7 +71,7 @@ def retrieval_ranks(scores: Scores, images: int, image_of_text: np.ndarray) -> d
     """
     texts, owner = len(image_of_text), image_of_text
     captions = np.bincount(owner, minlength=images)
-    _check(len(captions) == images and captions.all(), "a caption for each image", captions, owner)
+    check(len(captions) == images and captions.all(), "a caption for each image", captions, owner)
     own = np.empty(texts)  # of each text with its image
     for rows, columns in _blocks(images, texts):
         here = np.flatnonzero((owner[columns] >= rows.start) & (owner[columns] < rows.stop))
@@ -161,8 +109,14 @@ def retrieval_recall(
       ks: how many candidates may be named.
     """
     images, texts = similarity.shape
-    _check(image_of_text.shape == (texts,), "similarity [N, M] and image_of_text [M]", similarity, image_of_text)
+    check(image_of_text.shape == (texts,), "similarity [N, M] and image_of_text [M]", similarity, image_of_text)
     return recall(retrieval_ranks(lambda i, t: similarity[i, t], images, image_of_text), ks)
+
+
+def check(condition: bool, expected: str, *arrays: np.ndarray) -> None:
+    """Raises a ValueError with the shapes of the arrays unless the condition holds."""
+    if not condition:
+        raise ValueError(f"expected {expected}; got shapes {', '.join(str(a.shape) for a in arrays)}")
 
 
 def _before(scores: np.ndarray, own: np.ndarray, earlier: np.ndarray) -> np.ndarray:
@@ -175,8 +129,3 @@ def _blocks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
 
 def _slices(length: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
-
-
-def _check(condition: bool, expected: str, *arrays: np.ndarray) -> None:
-    if not condition:
-        raise ValueError(f"expected {expected}; got shapes {', '.join(str(a.shape) for a in arrays)}")

@@ -7,14 +7,16 @@ import numpy as np
 
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators import metrics
-from vlm_jax.evaluators.ops import boxed, thumbnail  # noqa: F401 (registered as ops)
+from vlm_jax.evaluators.one_pass import Batch, Columns, Pass, field_ops, picture_ops
 from vlm_jax.evaluators.progress import Progress, Table, memory_limit
+from vlm_jax.evaluators.records import texts as texts_of
 from vlm_jax.evaluators.result import Result
-from vlm_jax.evaluators.stream import look_up, open_pass, stream
-from vlm_jax.evaluators.zeroshot import COMPARED, EMBEDDED, evenly_spaced
+from vlm_jax.evaluators.sampling import evenly_spaced
 from vlm_jax.pretrained.similarity import similarity
 
 NAMED = 5  # best captions shown with a picture
+EMBEDDED = 300  # pictures of which the embedding is kept
+COMPARED = 10  # of those, each with the captions of all
 QUERIES, FOUND = 8, 6  # captions shown with their best pictures, and how many of these
 
 
@@ -31,7 +33,7 @@ def retrieval(
     gallery: int = 24,
     memory_share: float = 0.25,
 ) -> Callable[..., Result]:
-    """Returns an evaluator `(pretrained, mesh=None, progress=None) -> Result`.
+    """Returns an evaluator `(pretrained, progress=None) -> Result`.
 
     Metrics: `image_to_text/recall@k`, `text_to_image/recall@k`, `images`, `texts`, `left_out` (pictures without text).
     Artifacts: the ranks; if there is a gallery, also what some pictures and some captions find, and of some pictures
@@ -52,48 +54,43 @@ def retrieval(
       memory_share: of the free memory, for embeddings (half for pictures, half for texts); beyond it, a file.
     """
     captions = (captions,) if isinstance(captions, str) else tuple(captions)
-    fields = ", ".join(f'"{path}"' for path in captions)
     limit = memory_limit(memory_share)
 
-    def evaluate(pretrained: Any, mesh: Any = None, progress: Progress | None = None) -> Result:
-        del mesh  # the model knows where it runs
-        progress = progress or Progress()
-        string = f'decode | boxed({fields}, to="captions") | {ops or pretrained.preprocess} | keep("image", "captions")'
-        pretrained, hosts, batches = open_pass(
-            pretrained, uri=uri, split=split, where=where, ops=string, batch_size=batch_size
-        )
-        counts = hosts.from_first(progress.begin(examples=batches.num_examples, batch_size=hosts.batch_size))
-        counts = {"batches": 0, "images": 0, "left_out": 0} | counts
-        images, texts = progress.table("images", limit / 2), progress.table("texts", limit / 2)
-        some, left_out = counts["images"], counts["left_out"]
-        for batch in stream(batches, hosts, ["captions"], counts["batches"], progress.show):
-            rows = zip(batch.mask, batch.columns["captions"], strict=True)
-            of_row = [_texts(values) if real else [] for real, values in rows]
-            row = np.array([i for i, own in enumerate(of_row) for _ in own], np.int64)
-            kept, number = np.unique(row, return_inverse=True)
-            some, left_out = some + len(kept), left_out + int(batch.mask.sum()) - len(kept)
-            if len(kept):
-                embedded = pretrained.embed_image_batch(batch.image)
-                prompts = [template.replace("{}", text) for own in of_row for text in own]
-                filled = prompts + prompts[:1] * (-len(prompts) % hosts.batch_size)  # few shapes are compiled
-                nth = np.concatenate([np.arange(len(own)) for own in of_row])
-                embedded_texts = pretrained.embed_texts(filled)[: len(prompts)]
-                if hosts.first:
-                    texts.append(embedding=embedded_texts, image=len(images) + number, nth=nth)
-                    images.append(embedding=embedded[kept], position=batch.position[kept])
-            progress.save(batches=batch.done, images=some, left_out=left_out)
-        if not some:
+    def evaluate(pretrained: Any, progress: Progress | None = None) -> Result:
+        prepare = ops or pretrained.preprocess
+        data = Pass(
+            pretrained, progress, uri=uri, split=split, where=where, ops=picture_ops(prepare, *captions),
+            batch_size=batch_size, memory=limit,
+        )  # fmt: skip
+        pretrained = data.pretrained
+        data.begin("images", "texts")
+
+        def rows(batch: Batch) -> Mapping[str, Columns]:
+            embedded = pretrained.embed_image_batch(batch.inputs)[batch.kept]
+            prompts = [template.replace("{}", text) for own in batch.about for text in own]
+            filled = prompts + prompts[:1] * (-len(prompts) % data.batch_size)  # few shapes are compiled
+            of_texts = pretrained.embed_texts(filled)[: len(prompts)]
+            number = np.repeat(np.arange(len(batch.about)), list(map(len, batch.about)))
+            nth = np.concatenate([np.arange(len(own)) for own in batch.about])
+            return {
+                "texts": {"embedding": of_texts, "image": len(data.tables["images"]) + number, "nth": nth},
+                "images": {"embedding": embedded, "position": batch.position},
+            }
+
+        def finish(tables: Mapping[str, Table]) -> Result:
+            result = _result(data, tables["images"], tables["texts"], ks, gallery, captions)
+            return result._replace(metrics=result.metrics | {"left_out": float(data.counts["left_out"])})
+
+        if not data.run(rows, about=lambda fields: texts_of(fields) or None):
             raise UserError(f"{uri} {split or ''}: no picture has a text under {', '.join(captions)}")
-        result = Result({}, {})
-        if hosts.first:
-            look = lambda rows, string: look_up(batches, string, images.read("position")[rows])
-            result = _result(images, texts, ks, gallery, look, fields)
-        return result._replace(metrics=hosts.from_first(result.metrics | {"left_out": float(left_out)}))
+        return data.result(finish)
 
     return evaluate
 
 
-def _result(images: Table, texts: Table, ks: Sequence[int], gallery: int, look: Callable, fields: str) -> Result:
+def _result(
+    data: Pass, images: Table, texts: Table, ks: Sequence[int], gallery: int, fields: Sequence[str]
+) -> Result:  # fmt: skip
     scores = lambda i, t: similarity(images.read("embedding", i), texts.read("embedding", t))
     ranks = metrics.retrieval_ranks(scores, len(images), texts.read("image"))
     if images.read("embedding", slice(0, 1)).ndim == 3:  # what a text finds in a picture is another number
@@ -101,9 +98,10 @@ def _result(images: Table, texts: Table, ks: Sequence[int], gallery: int, look: 
         ranks |= {"text_to_image": metrics.retrieval_ranks(found, len(images), texts.read("image"))["text_to_image"]}
     numbers = metrics.recall(ranks, ks) | {"images": float(len(images)), "texts": float(len(texts))}
     artifacts = {"ranks": ranks}
-    pictures = lambda i: np.stack([r["thumbnail"] for r in look(i, 'decode | thumbnail | keep("thumbnail")')])
-    boxes = f'boxed({fields}, to="captions") | keep("captions")'
-    captions = lambda i: [_texts(r["captions"][()]) for r in look(i, boxes)]
+    position = images.read("position")
+    pictures = lambda rows: data.thumbnails(position[rows])
+    boxed = f'{field_ops(*fields)} | keep("fields")'
+    captions = lambda rows: [texts_of(row["fields"][()]) for row in data.look_up(boxed, position[rows])]
     if gallery:
         shown = evenly_spaced(len(images), gallery)
         artifacts["gallery"] = _gallery(images, texts, shown, pictures, captions)
@@ -157,8 +155,3 @@ def _gallery(images: Table, texts: Table, shown: np.ndarray, pictures: Callable,
         own = np.flatnonzero(owner[row] == i)
         truth.append(texts_of_row[own[0]] if len(own) else named[i][0])
     return {"images": pictures(shown), "truth": truth, "names": names, "scores": nearness}
-
-
-def _texts(values: list) -> list[str]:
-    texts = [text for value in values for text in ([value] if isinstance(value, str) else value)]
-    return [text for text in texts if text.strip()]

@@ -1,0 +1,264 @@
+"""The few-shot protocol: methods that adapt a two-tower model to some pictures of each class, over several draws.
+
+Tests: other pictures of the same classes (CoOp), of classes that were not trained on (base to new: CoCoOp), of other
+data sets (cross data set) and of other styles (domain generalisation).
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from vlm_jax import catalogue, config
+from vlm_jax.adapt.methods import fit
+from vlm_jax.adapt.task import Shots, Task, accuracy, share_right
+from vlm_jax.data.sources import open_source
+from vlm_jax.errors import UserError
+from vlm_jax.evaluators import classes as class_names
+from vlm_jax.evaluators.one_pass import Batch, Columns, Pass, picture_ops
+from vlm_jax.evaluators.progress import Progress, Table, memory_limit
+from vlm_jax.evaluators.result import Result
+from vlm_jax.evaluators.sampling import few_shots
+from vlm_jax.pretrained import Pretrained, class_embeddings
+
+VALIDATION = 4  # pictures of each class on which hyper-parameters are chosen, and as many as shots at most
+
+
+class Test(NamedTuple):
+    """Pictures to be named, and the names to choose among.
+
+    Attributes:
+      uri, split, where: the data set.
+      label: the field with the label.
+      named: label -> name.
+    """
+
+    uri: str
+    split: str | None
+    where: Mapping[str, Sequence] | None
+    label: str
+    named: Mapping[int | str, str]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.named.values())
+
+
+def few_shot(
+    *,
+    uri: str,
+    split: str | None = None,
+    train_split: str | None = "train",
+    label: str | None = None,
+    classes: str | Sequence[str] | Mapping[int, str] | None = None,
+    templates: str | Sequence[str] = "{}",
+    methods: Sequence[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    shots: int = 16,
+    seeds: int = 3,
+    where: Mapping[str, Sequence] | None = None,
+    train_where: Mapping[str, Sequence] | None = None,
+    tests: Mapping[str, Mapping[str, Any]] | None = None,
+    base_to_new: bool = False,
+    ops: str | None = None,
+    batch_size: int = 256,
+    memory_share: float = 0.25,
+    keep: Callable[[str, int, Pretrained], None] | None = None,
+) -> Callable[..., Result]:
+    """Returns an evaluator `(pretrained, progress=None) -> Result`.
+
+    Of each class `shots` training pictures are drawn, and up to 4 others, as many as shots at most, on which
+    hyper-parameters are chosen (the protocol of CoOp, arXiv:2109.01134, section 4.1, and of Tip-Adapter's successors);
+    nothing is chosen on `split`. Metrics: `METHOD/top1`, the mean over seeds, and `METHOD/spread`, their standard
+    deviation; `METHOD/TEST/top1` and `METHOD/TEST/spread` of further tests; with `base_to_new`,
+    `METHOD/new/...` and `METHOD/harmonic_mean`; `examples`, `left_out` (of another label, or unreadable).
+
+    Args:
+      uri, split, train_split, label, where, train_where, ops, batch_size, memory_share: as for `probe`.
+      classes: the labels that count, with their names, see `classes.read`; None: as the data set says.
+      templates: prompts, see `classes.read_templates`.
+      methods: names, see `vlm-jax methods`; None: all heads.
+      options: of the methods, none of which is then a head: steps, learning_rate, rank, ...
+      shots: training pictures of each class; of a class with fewer, all but those to choose on.
+      seeds: how many draws: 0, 1, ...
+      tests: name -> what differs from `uri`, `split`, `where`, `label` and `classes` in a further test. Heads are only
+        tested on the classes that they were trained on.
+      base_to_new: trains on the first half of the classes and tests the others as `new`, too (arXiv:2203.05557,
+        section 4.1), each half among its own names.
+      keep: is called with method, seed and adapted model.
+    """
+    heads = catalogue.of("heads")
+    fits = {method: fit(method) for method in (heads if methods is None else methods)}
+    if options and (fixed := [method for method in fits if method in heads]):
+        raise UserError(f"few_shot: {', '.join(options)} given to {fixed[0]}, which takes no options")
+    if shots < 1 or seeds < 1:
+        raise UserError(f"few_shot wants shots and seeds of 1 or more; got {shots} and {seeds}")
+    if label is None:
+        label = class_names.find_label(open_source(uri, train_split), f"data set `{uri}`")
+    prompts = class_names.read_templates(templates)
+    main = Test(uri, split, where, label, _named(classes, uri, train_split, label))
+    tests = _tests(main, tests or {}, base_to_new, given=classes is not None)
+    training = Test(uri, train_split, train_where, label, tests[""].named)
+    _check_apart(training, tests)
+    pictures = any(method not in heads for method in fits)
+    limit = memory_limit(memory_share)
+
+    def evaluate(pretrained: Pretrained, progress: Progress | None = None) -> Result:
+        _check_model(pretrained, pictures)
+        progress = progress or Progress()
+        asked = {"train": training} | {f"test_{name}": test for name, test in tests.items()}
+        passes = {
+            name: Pass(
+                pretrained, progress, uri=test.uri, split=test.split, where=test.where, batch_size=batch_size,
+                ops=picture_ops(ops or pretrained.preprocess, test.label), memory=limit / len(asked), name=f"{name}_",
+            )
+            for name, test in asked.items()
+        }  # fmt: skip
+        labels = class_names.indices(passes["train"].fields(label), training.named)
+        if not (labels >= 0).any():
+            raise UserError(f"few_shot: no training picture's `{label}` is among the classes")
+        draws = [few_shots(labels, shots + min(shots, VALIDATION), seed) for seed in range(seeds)]
+        drawn = np.unique(np.concatenate(draws))
+        passes["train"].only(drawn)
+        for name, data in passes.items():
+            data.begin(name)
+        for name, data in passes.items():
+            if not _embed(data, name, asked[name].named, pictures):
+                test = name.removeprefix("test_") or "split"
+                raise UserError(f"few_shot: no picture to be named is of the classes of test `{test}`")
+        texts = {name: class_embeddings(pretrained.embed_texts, test.names, prompts) for name, test in tests.items()}
+
+        def finish(_: Any) -> Result:
+            known = _shots(passes["train"].tables["train"], pictures)
+            place = drawn[passes["train"].tables["train"].read("position")]  # of those that could be read
+            queries = {name: _shots(passes[f"test_{name}"].tables[f"test_{name}"], pictures) for name in tests}
+            scale, shares = math.exp(float(pretrained.params["logit_scale"])), {}
+            for seed, draw in enumerate(draws):
+                few, validation = _parts(known, np.flatnonzero(np.isin(place, draw)), shots, seed)
+                task = Task(training.names, prompts, texts[""], scale, seed)
+                for method, adapt in fits.items():
+                    adapted = adapt(pretrained, few, validation, task, **(options or {}))
+                    if keep is not None:
+                        keep(method, seed, adapted)
+                    for name, test in tests.items():
+                        if method == "zero_shot":  # its texts are embedded by all hosts, above
+                            share = share_right(queries[name].features @ texts[name].T, queries[name])
+                        elif adapted.head is None or list(test.named.items()) == list(training.named.items()):
+                            share = accuracy(pretrained, adapted, queries[name], test.names)
+                        else:  # a head names the classes that it was trained on
+                            continue
+                        shares.setdefault((method, name), []).append(share)
+            examples = len(queries[""].labels)
+            numbers = {"examples": float(examples), "left_out": float(passes["test_"].num_examples - examples)}
+            return Result(numbers | _summary(shares), {})
+
+        return passes["train"].result(finish)
+
+    return evaluate
+
+
+def _named(classes, uri, split, label) -> dict[int | str, str]:
+    if classes is not None:
+        return class_names.read(classes)
+    return class_names.of_source(open_source(uri, split), label, f"{uri} {split or ''}")
+
+
+def _tests(main: Test, further: Mapping[str, Mapping[str, Any]], base_to_new: bool, given: bool) -> dict[str, Test]:
+    """Name -> test, "" for the main one; `given`: whether its classes were, else a data set says its own."""
+    tests = {"": main} | {name: _further(main, changes, name, given) for name, changes in further.items()}
+    if base_to_new:
+        if "new" in tests:
+            raise UserError("few_shot: base_to_new has a test `new` of its own; give yours another name")
+        base, new = _halves(main.named)
+        tests |= {"": main._replace(named=base), "new": main._replace(named=new)}
+    return tests
+
+
+def _further(main: Test, changes: Mapping[str, Any], name: str, given: bool) -> Test:
+    """A further test; `given`: whether the classes of the main one were, else a data set says its own."""
+    changes = dict(changes)
+    classes = changes.pop("classes", None)
+    test = config.call(Test, main._asdict() | changes, f"the test `{name}` of few_shot")
+    if classes is not None:
+        return test._replace(named=class_names.read(classes))
+    if not given and {"uri", "label"} & changes.keys():
+        return test._replace(named=_named(None, test.uri, test.split, test.label))
+    return test
+
+
+def _halves(named: Mapping) -> tuple[dict, dict]:
+    """The first half of the classes, the larger one, and the other (CoOp's code, for base to new)."""
+    pairs = list(named.items())
+    if len(pairs) < 2:
+        raise UserError(f"base_to_new halves the classes, of which there is {len(pairs)}")
+    middle = -(-len(pairs) // 2)
+    return dict(pairs[:middle]), dict(pairs[middle:])
+
+
+def _check_model(pretrained: Pretrained, tunes: bool) -> None:
+    if pretrained.is_captioner:
+        raise UserError("few_shot compares embeddings, which a captioner has none of; see `probe`")
+    if getattr(getattr(pretrained.model, "image", None), "pool", None) == "all":
+        raise UserError('few_shot compares one vector for each picture; this one has pool "all", one for each token')
+    if tunes and jax.process_count() > 1:
+        heads = ", ".join(catalogue.of("heads"))
+        raise UserError(f"few_shot tunes on one host; on several there are the heads: {heads}")
+
+
+def _check_apart(training: Test, tests: Mapping[str, Test]) -> None:
+    for name, test in tests.items():
+        if (test.uri, test.split, test.where) == (training.uri, training.split, training.where):
+            raise UserError(
+                f"few_shot: test `{name or 'split'}` would name the pictures that are trained on; "
+                "give another split, or where and train_where"
+            )
+
+
+def _embed(data: Pass, table: str, named: Mapping[int | str, str], pictures: bool) -> int:
+    """Embeds the pictures of the classes and returns their number; with `pictures` the table keeps them, too."""
+
+    def rows(batch: Batch) -> Mapping[str, Columns]:
+        own = {"image": np.asarray(batch.inputs)[batch.kept]} if pictures else {}
+        feature = data.pretrained.embed_image_batch(batch.inputs)[batch.kept]
+        return {table: {"feature": feature, "label": np.array(batch.about), "position": batch.position, **own}}
+
+    return data.run(rows, about=class_names.index_of(named))
+
+
+def _shots(table: Table, pictures: bool) -> Shots:
+    return Shots(table.read("image") if pictures else None, table.read("feature"), table.read("label"))
+
+
+def _parts(known: Shots, row: np.ndarray, shots: int, seed: int) -> tuple[Shots, Shots]:
+    """The pictures of a draw, int [n] of those known, to train on, and those to choose on."""
+    training = np.isin(np.arange(len(row)), _training_places(known.labels[row], shots, seed))
+    if training.all() or not training.any():
+        raise UserError("few_shot: too few pictures of a class to choose hyper-parameters on; fewer shots?")
+    part = lambda rows: Shots(*(None if values is None else values[rows] for values in known))
+    return part(row[training]), part(row[~training])
+
+
+def _summary(shares: Mapping[tuple[str, str], Sequence[float]]) -> dict[str, float]:
+    """Means and standard deviations over seeds."""
+    numbers = {}
+    spread = lambda values: float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    for (method, test), values in shares.items():
+        where = f"{method}/{test}/" if test else f"{method}/"
+        numbers |= {f"{where}top1": float(np.mean(values)), f"{where}spread": spread(values)}
+        if test == "new":
+            base = shares[method, ""]
+            means = [2 * b * n / (b + n) if b + n else 0.0 for b, n in zip(base, values, strict=True)]
+            numbers |= {f"{method}/harmonic_mean": float(np.mean(means)), f"{method}/harmonic_spread": spread(means)}
+    return numbers
+
+
+def _training_places(labels, shots, seed):
+    """Places of up to `shots` examples of each class; of a class with no more, one is left out if it can be."""
+    chosen = []
+    for c in np.unique(labels):
+        own = np.flatnonzero(labels == c)
+        count = max(min(shots, len(own) - 1), 1)
+        chosen.append(np.random.default_rng((seed, int(c), 1)).permutation(own)[:count])
+    return np.concatenate(chosen)

@@ -1,0 +1,57 @@
+"""How many pictures get their class, and which classes are mixed up: N examples, C classes."""
+
+import numpy as np
+
+from vlm_jax.evaluators.metrics.ranking import check, truth_ranks
+
+
+def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, mask: np.ndarray | None = None, k: int = 1) -> float:
+    """Returns the share of examples whose label is among the `k` highest logits.
+
+    Args:
+      logits: float [N, C].
+      labels: int [N]; those of masked examples may be anything.
+      mask: bool [N], which examples count; all by default.
+      k: how many classes may be named.
+    """
+    mask = np.ones(len(labels), bool) if mask is None else np.asarray(mask, bool)
+    check(mask.any(), "at least one example that counts", logits, mask)
+    return float(np.mean(truth_ranks(logits[mask], labels[mask]) < k))
+
+
+def mean_per_class_accuracy(
+    correct: np.ndarray, labels: np.ndarray, num_classes: int, mask: np.ndarray | None = None
+) -> tuple[float, np.ndarray]:
+    """Returns the mean over classes of their accuracy, and the accuracies, float [C]: NaN where a class has no example.
+
+    Args:
+      correct: bool [N].
+      labels: int [N].
+      num_classes: C.
+      mask: bool [N], which examples count; all by default.
+    """
+    mask = np.ones(len(labels), bool) if mask is None else np.asarray(mask, bool)
+    check(mask.any(), "at least one example that counts", labels, mask)
+    counts = np.bincount(labels[mask], minlength=num_classes)
+    right = np.bincount(labels[mask], weights=correct[mask], minlength=num_classes)
+    per_class = np.divide(right, counts, out=np.full(num_classes, np.nan), where=counts > 0)
+    return float(np.nanmean(per_class)), per_class
+
+
+def confusions(
+    predicted: np.ndarray, labels: np.ndarray, margins: np.ndarray | None = None
+) -> list[tuple[int, int, int]]:
+    """Returns the mistakes as (label, predicted, count), the most frequent first, among equals the surest.
+
+    Args:
+      predicted: int [N].
+      labels: int [N].
+      margins: float [N], how far the predicted class's score is above the label's.
+    """
+    wrong = np.flatnonzero(predicted != labels)
+    pairs = np.stack([labels[wrong], predicted[wrong]], axis=1)
+    pairs, index, counts = np.unique(pairs, axis=0, return_inverse=True, return_counts=True)
+    margins = np.zeros(len(labels)) if margins is None else margins
+    sureness = np.bincount(index.ravel(), weights=margins[wrong], minlength=len(pairs)) / np.maximum(counts, 1)
+    order = np.lexsort((-sureness, -counts))
+    return [(int(pairs[i, 0]), int(pairs[i, 1]), int(counts[i])) for i in order]

@@ -1,0 +1,231 @@
+"""One pass of a model over a data set: what every evaluator shares.
+
+The pass opens the data, reads this host's rows, counts, continues after a kill, gathers from all hosts, and hands what
+the first one finds to all. An evaluator adds `rows(batch)`, what is kept of a batch, and `finish(tables)`, the result.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vlm_jax import command
+from vlm_jax.data import loader
+from vlm_jax.data.examples import Examples
+from vlm_jax.data.ops import parse
+from vlm_jax.data.source import Source
+from vlm_jax.data.sources import open_source
+from vlm_jax.evaluators import ops as evaluation_ops  # noqa: F401 (registers `boxed` and `thumbnail`)
+from vlm_jax.evaluators.hosts import Hosts
+from vlm_jax.evaluators.progress import Progress, Table
+from vlm_jax.evaluators.records import read_fields
+from vlm_jax.evaluators.result import Result
+
+Columns = Mapping[str, np.ndarray]
+
+
+class Batch(NamedTuple):
+    """A batch of the whole data set's order, and those of its B rows that count.
+
+    Attributes:
+      inputs: what the model takes, a tree of arrays [B, ...]; on several hosts only this one's rows are filled.
+      size: B.
+      kept: int [n], the rows that count, n > 0.
+      position: int [n], their places in the data set.
+      about: what they are about, n values, see `Pass.run`.
+    """
+
+    inputs: Any
+    size: int
+    kept: np.ndarray
+    position: np.ndarray
+    about: list
+
+    def spread(self, values: Sequence, filler: Any) -> list:
+        """One value for each of the B rows: `values` [n] at the rows that count, `filler` at the others."""
+        rows = [filler] * self.size
+        for row, value in zip(self.kept, values, strict=True):
+            rows[row] = value
+        return rows
+
+
+def picture_ops(ops: str, *fields: str) -> str:
+    """Op string from a record to `image`, made by the op string `ops`, and `fields`, a list of the values at paths."""
+    return f'decode | {field_ops(*fields)} | {ops} | keep("image", "fields")'
+
+
+def field_ops(*fields: str) -> str:
+    """Op that sets `fields` to a list of a record's values at paths."""
+    return f'boxed({"".join(f"{json.dumps(path)}, " for path in fields)}to="fields")'
+
+
+class Pass:
+    """One pass of a model over a data set.
+
+        data = Pass(pretrained, progress, uri="tfds:emoji", ops=picture_ops(pretrained.preprocess, "concept"), ...)
+        data.begin("pictures")
+        data.run(lambda batch: {"pictures": {"embedding": embed(batch)}}, about=lambda fields: fields[0])
+        return data.result(finish)
+
+    Several passes of one evaluation share their progress under different names; all begin before the first runs.
+
+    Args:
+      pretrained: the model; its `mesh` says where it runs. None: no model, each host reads everything.
+      progress: where the tables are and what is done; by default in memory, from the start.
+      uri, split, where, ops, batch_size: as for `loader.eval_batches`.
+      inputs: the fields of a batch that the model takes: one, or several.
+      memory: bytes that the tables may take together; beyond it, files.
+      name: what the counters' names begin with.
+
+    Attributes:
+      pretrained: the model as it embeds such batches.
+      first: whether this process counts and writes.
+      batch_size: examples of a batch over all hosts, see `Hosts`.
+      tables: name -> `Table`; only the first host's are filled.
+      counts: "batches" done, "examples" that count, "left_out", and those of `append`; the same on all hosts.
+    """
+
+    def __init__(
+        self,
+        pretrained: Any,
+        progress: Progress | None = None,
+        *,
+        uri: str,
+        ops: str,
+        batch_size: int,
+        split: str | None = None,
+        where: Mapping[str, Sequence] | None = None,
+        inputs: str | tuple[str, ...] = "image",
+        memory: float = float("inf"),
+        name: str = "",
+    ):
+        self._hosts = Hosts(getattr(pretrained, "mesh", None), batch_size)
+        self._batches = loader.eval_batches(
+            uri=uri, split=split, where=where, ops=ops, tokenizer=getattr(pretrained, "tokenizer", None),
+            batch_size=self._hosts.batch_size, rows=self._hosts.rows,
+        )  # fmt: skip
+        self._progress, self._data, self._inputs = progress or Progress(), (uri, split), inputs
+        self._memory, self._name = memory, name
+        self.pretrained = self._hosts.place(pretrained)
+        self.first, self.batch_size = self._hosts.first, self._hosts.batch_size
+        self.tables: dict[str, Table] = {}
+        self.counts = {"batches": 0, "examples": 0, "left_out": 0}
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of the data set, bad ones included."""
+        return self._batches.num_examples
+
+    @property
+    def source(self) -> Source:
+        """The data set's records, all of them, with the fields that the ops need."""
+        return self._batches.examples.source
+
+    def fields(self, *paths: str) -> list[list[Any] | None]:
+        """The values at `paths` of every example, read without its picture; None for one that lacks a field."""
+        return read_fields(open_source(*self._data), self._batches.examples.chosen, paths)
+
+    def only(self, places: np.ndarray) -> None:
+        """Leaves the examples at these places, in their order."""
+        self._batches = copy.copy(self._batches)
+        examples = self._batches.examples = copy.copy(self._batches.examples)
+        examples.chosen = places if examples.chosen is None else examples.chosen[places]
+        self._batches.num_examples = len(places)
+
+    def begin(self, *tables: str, **facts: int | str) -> None:
+        """Opens tables and counters as the progress has them.
+
+        Raises:
+          UserError: the progress was made with other `facts`, another number of examples or another batch size.
+        """
+        own = {f"{self._name}examples": self.num_examples, "batch_size": self.batch_size}
+        saved = self._hosts.from_first(self._progress.begin(**own | facts))
+        self.counts |= {key.removeprefix(self._name): n for key, n in saved.items() if key.startswith(self._name)}
+        self.tables = {table: self._progress.table(table, self._memory / len(tables)) for table in tables}
+
+    def append(self, rows: Mapping[str, Columns], **counts: int) -> None:
+        """Appends rows to tables, table -> column -> [n, ...], and saves them with counters, see `Progress.save`."""
+        if self.first:
+            for table, columns in rows.items():
+                self.tables[table].append(**columns)
+        self.counts |= counts
+        self._progress.save(**{f"{self._name}{key}": value for key, value in counts.items()})
+
+    def run(
+        self,
+        rows: Callable[[Batch], Mapping[str, Columns]],
+        about: Callable[..., Any],
+        columns: Sequence[str] = ("fields",),
+    ) -> int:
+        """Appends `rows(batch)` of all batches that are not done; returns how many rows the first table then has.
+
+        Args:
+          rows: what is kept of a batch, table -> column -> [n, ...]; every host calls it, the first one's rows count.
+          about: what an example is about, JSON-able, from its values of `columns`; None leaves the example out. Batches
+            without an example that counts are skipped.
+          columns: fields of a batch, or "position", an example's place in the data set.
+        """
+        for k, part in self._parts():
+            every = self._hosts.gather(self._about(k, part, about, columns))
+            kept = np.array([i for i, (_, value) in enumerate(every) if value is not None], np.int64)
+            made = {}
+            if len(kept):
+                inputs = part[self._inputs] if isinstance(self._inputs, str) else tuple(map(part.get, self._inputs))
+                own = [value for _, value in every if value is not None]
+                position = k * self.batch_size + kept
+                made = rows(Batch(self._hosts.whole(inputs), self.batch_size, kept, position, own))
+            left_out = sum(real for real, _ in every) - len(kept)
+            examples, left_out = self.counts["examples"] + len(kept), self.counts["left_out"] + left_out
+            self.append(made, batches=k + 1, examples=examples, left_out=left_out)
+        return self._hosts.from_first(len(next(iter(self.tables.values()))))
+
+    def result(self, finish: Callable[[Mapping[str, Table]], Result]) -> Result:
+        """`finish(tables)`, which the first host calls; the others get its metrics."""
+        result = finish(self.tables) if self.first else Result({}, {})
+        return result._replace(metrics=self._hosts.from_first(result.metrics))
+
+    def from_first(self, value: Any) -> Any:
+        """The first host's JSON-able value."""
+        return self._hosts.from_first(value)
+
+    def look_up(self, ops: str, positions: Sequence[int]) -> list[dict[str, Any]]:
+        """Examples at some places of the data set, made by another op string."""
+        pipeline, own = parse(ops), self._batches.examples
+        examples = Examples(own.source.narrow(pipeline.paths), pipeline, own.chosen, own.seed)
+        return [examples.read(int(i), int(i)) for i in positions]
+
+    def thumbnails(self, positions: Sequence[int]) -> np.ndarray:
+        """Pictures to look at, uint8 [n, 96, 96, 3]."""
+        return np.stack([row["thumbnail"] for row in self.look_up('decode | thumbnail | keep("thumbnail")', positions)])
+
+    def _parts(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """(k, this host's part of batch k) of the batches that are not done, with a progress bar."""
+        done, total, show = self.counts["batches"], len(self._batches), self._progress.show
+        if show and done:
+            print(f"continuing after {done:,} of {total:,} batches")
+        rest = _From(self._batches, done)
+        yield from enumerate(
+            command.bar(rest, initial=done, total=total, desc="embed", unit="batch", disable=not show), done
+        )
+
+    def _about(self, k: int, part: Mapping[str, Any], about: Callable, columns: Sequence[str]) -> list[list]:
+        """[whether it is an example, what it is about] of this host's rows."""
+        rows = np.arange(self.batch_size) if self._hosts.rows is None else self._hosts.rows
+        part = part | {"position": k * self.batch_size + rows}
+        values = zip(part["mask"].tolist(), *(part[name] for name in columns), strict=True)
+        return [[real, about(*own) if real else None] for real, *own in values]
+
+
+class _From(loader.EvalBatches):
+    """The batches from number `start` on."""
+
+    def __init__(self, batches: loader.EvalBatches, start: int):
+        self.__dict__ |= batches.__dict__ | {"start": start}
+
+    def __len__(self) -> int:
+        return super().__len__() - self.start
+
+    def __getitem__(self, k: int) -> Any:
+        return super().__getitem__(self.start + k)

@@ -1,0 +1,128 @@
+"""Probes: how far a linear classifier gets on features that stay as they are, from all pictures or a few a class."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.config import choose
+from vlm_jax.errors import UserError
+from vlm_jax.evaluators import classes as class_names
+from vlm_jax.evaluators import metrics
+from vlm_jax.evaluators.one_pass import Batch, Columns, Pass, picture_ops
+from vlm_jax.evaluators.progress import Progress, Table, memory_limit
+from vlm_jax.evaluators.result import Result
+from vlm_jax.evaluators.sampling import few_shots
+from vlm_jax.pretrained.linear import logistic_regression, ridge
+
+SOLVERS = {"ridge": ridge, "lbfgs": logistic_regression}
+
+
+def probe(
+    *,
+    uri: str,
+    split: str | None = None,
+    train_split: str | None = "train",
+    label: str,
+    classes: str | Sequence[str] | Mapping[int, str] | None = None,
+    shots: int | None = None,
+    solver: str = "ridge",
+    l2: float = 1.0,
+    seed: int = 0,
+    where: Mapping[str, Sequence] | None = None,
+    train_where: Mapping[str, Sequence] | None = None,
+    ops: str | None = None,
+    batch_size: int = 256,
+    memory_share: float = 0.25,
+) -> Callable[..., Result]:
+    """Returns an evaluator `(pretrained, progress=None) -> Result`.
+
+    The features are `Pretrained.image_feature_batch`'s, the mean of the image tower's tokens, each of them shifted and
+    scaled to mean 0 and variance 1 over the training pictures. Metrics: `top1`, `top5` (left out below six classes),
+    `mean_per_class`, `examples`, `left_out` (of another label), `train_examples`.
+
+    Args:
+      uri: the data set, as for `sources.open_source`.
+      split: the split to name.
+      train_split: the split to learn from.
+      label: the record's field with the label.
+      classes: the labels that count, see `classes.read`; by default those of the training pictures.
+      shots: how many training pictures of each class are drawn (all, of a class with fewer); None takes all.
+      solver: "ridge" (least squares, closed form: for few shots) or "lbfgs" (logistic regression), see `linear`.
+      l2: weight of the squared weights in the sum over examples.
+      seed: of the draw.
+      where: field -> values that a picture to be named must have.
+      train_where: the same for training pictures.
+      ops: op string from record to `image`; the model's own preprocessing by default.
+      batch_size: pictures at a time; the numbers do not depend on it.
+      memory_share: of the free memory, for features; beyond it, a file.
+    """
+    solve = choose(SOLVERS, solver, "the solver of a probe")
+    if shots is not None and shots < 1:
+        raise UserError(f"shots is {shots}; expected a number of training pictures of each class, or None for all")
+    given = None if classes is None else class_names.read(classes)
+    limit = memory_limit(memory_share)
+
+    def evaluate(pretrained: Any, progress: Progress | None = None) -> Result:
+        progress = progress or Progress()
+        shared = dict(
+            uri=uri, ops=picture_ops(ops or pretrained.preprocess, label), batch_size=batch_size, memory=limit
+        )
+        train = Pass(pretrained, progress, split=train_split, where=train_where, name="train_", **shared)
+        data = Pass(pretrained, progress, split=split, where=where, **shared)
+        pretrained = data.pretrained
+        records = train.fields(label)
+        named = given or {name: str(name) for name in sorted({record[0] for record in records if record})}
+        labels = class_names.indices(records, named)
+        if not (labels >= 0).any():
+            raise UserError(f"{uri} {train_split or ''}: no training picture's `{label}` is among the classes")
+        train.only(few_shots(labels, shots, seed))
+        train.begin("train")
+        data.begin("examples")
+
+        def features(batch: Batch) -> np.ndarray:
+            return pretrained.image_feature_batch(batch.inputs)[batch.kept]
+
+        def train_rows(batch: Batch) -> Mapping[str, Columns]:
+            return {"train": {"feature": features(batch), "label": np.array(batch.about)}}
+
+        def rows(batch: Batch) -> Mapping[str, Columns]:
+            x, truth = features(batch), np.array(batch.about)
+            if not data.first:  # which has the classifier
+                return {}
+            scores = classify(x)
+            found = {"rank": metrics.truth_ranks(scores, truth), "predicted": scores.argmax(1)}
+            return {"examples": {"position": batch.position, "truth": truth, **found}}
+
+        def finish(tables: Mapping[str, Table]) -> Result:
+            result = _result(tables["examples"], len(train.tables["train"]), named)
+            return result._replace(metrics=result.metrics | {"left_out": float(data.counts["left_out"])})
+
+        index_of = class_names.index_of(named)
+        train.run(train_rows, about=index_of)
+        classify = _fitted(train.tables["train"], len(named), solve, l2) if train.first else None
+        if not data.run(rows, about=index_of):
+            raise UserError(f"{uri} {split or ''}: no picture's `{label}` is among the {len(named)} classes")
+        return data.result(finish)
+
+    return evaluate
+
+
+def _fitted(known: Table, classes: int, solve: Callable, l2: float) -> Callable[[np.ndarray], np.ndarray]:
+    """Features [B, D] -> scores [B, C]."""
+    x = known.read("feature").astype(np.float64)
+    mean, scale = x.mean(0), np.maximum(x.std(0), 1e-6)
+    fitted = solve((x - mean) / scale, known.read("label"), classes, l2)
+    return lambda features: fitted((features - mean) / scale)
+
+
+def _result(found: Table, train_examples: int, named: Mapping) -> Result:
+    truth, rank = found.read("truth"), found.read("rank")
+    numbers = {"examples": float(len(truth)), "train_examples": float(train_examples)}
+    mean, per_class = metrics.mean_per_class_accuracy(rank == 0, truth, len(named))
+    top = {"top1": float(np.mean(rank == 0))} | ({"top5": float(np.mean(rank < 5))} if len(named) > 5 else {})
+    predictions = {
+        "position": found.read("position"), "label": truth, "predicted": found.read("predicted"), "rank_of_label": rank
+    }  # fmt: skip
+    artifacts = {"classes": list(named.values()), "per_class": per_class, "predictions": predictions}
+    return Result(top | {"mean_per_class": mean} | numbers, artifacts)
