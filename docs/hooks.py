@@ -104,7 +104,9 @@ def papers(text: str) -> str:
 
 def configs_page() -> str:
     """The table of configs, and what each says of itself."""
-    docs = {name: ast.get_docstring(ast.parse((configs.FOLDER / f"{name}.py").read_text())) for name in configs.names()}
+    docs = {
+        name: ast.get_docstring(ast.parse((catalogue.CONFIGS / f"{name}.py").read_text())) for name in configs.names()
+    }
     rows, parts = [], []
     for name, text in docs.items():
         run = re.search(r"--config=(?:configs/)?(\w+)(?:\.py)?:(\S+)", text)

@@ -5,6 +5,7 @@ import sys
 import pytest
 from absl import flags
 
+from vlm_jax.catalogue import CONFIGS
 from vlm_jax.command import commands, configs
 from vlm_jax.errors import UserError
 
@@ -13,9 +14,7 @@ from vlm_jax.errors import UserError
 def read(monkeypatch, tmp_path):
     """The config of `train` with some flags, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        sys, "path", ["", *(path for path in sys.path if path not in ("", ".", str(configs.FOLDER.parent)))]
-    )
+    monkeypatch.setattr(sys, "path", ["", *(path for path in sys.path if path not in ("", ".", str(CONFIGS.parent)))])
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
         monkeypatch.delitem(sys.modules, name)
@@ -34,12 +33,12 @@ def read(monkeypatch, tmp_path):
 
 def test_names_are_those_of_the_folder():
     assert "clip" in configs.names() and "embedded" not in configs.names()
-    assert all((configs.FOLDER / f"{name}.py").is_file() for name in configs.names())
+    assert all((CONFIGS / f"{name}.py").is_file() for name in configs.names())
 
 
 @pytest.mark.parametrize("name", configs.names())
 def test_a_name_is_its_file(name, read):
-    path = f"{configs.FOLDER / name}.py"
+    path = f"{CONFIGS / name}.py"
     assert (configs.locate(name), configs.locate(f"{name}:a:b")) == (path, f"{path}:a:b")
     assert read(f"--config={name}").to_dict() == read(f"--config={path}").to_dict()
 

@@ -40,7 +40,11 @@ TABLE = (  # what the command matches; the flags that it is given; why
         "--config.evals.unseen_style.split=unseen_concepts[300:332] --config.evals.unseen_style.classes=emoji:held_out",
         "the likelihood of 129 names, not of 732",
     ),
-    (r"\btrain .*[/=](clip|filip)(\.py)?:(tiny|smoke)", "--config.evals.unseen_style.every=100%", "once, not four times"),
+    (
+        r"\btrain .*[/=](clip|filip)(\.py)?:(tiny|smoke)",
+        "--config.evals.unseen_style.every=100%",
+        "once, not four times",
+    ),
     (r"\btrain .*lit\.py:tiny", "--config.batch_size=32", "as many pictures as precompute is given"),
     (r"\badapt .*(lora|coop)", "--seeds=1", "a minute of training for each draw"),
     (r"\bprecompute ", "--split=train[:64]", "minutes of embedding"),

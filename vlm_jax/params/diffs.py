@@ -58,6 +58,7 @@ def patch(base: Any, diff: Mapping[str, Any]) -> Any:
 
 
 def check_entries(base, entries, where):
+    """Raises a UserError if an entry of a diff does not fit the parameters `base`; `where` names the diff."""
     leaves = named_leaves(base)
     for entry, value in entries.items():
         name, layer = entry, None

@@ -44,6 +44,7 @@ def squeeze(name: str) -> str:
 
 
 def strip_fe0f(hexcode: str) -> str:
+    """A hexcode without variation selectors: "2764-fe0f" -> "2764"."""
     return "-".join(part for part in hexcode.upper().split("-") if part != "FE0F")
 
 

@@ -26,4 +26,5 @@ def held_out(hexcodes: Iterable[str]) -> set[str]:
 
 
 def split_of(style: str, concept_held_out: bool) -> str:
+    """The split of a picture, from its style and whether its concept is held out."""
     return "unseen_concepts" if concept_held_out else STYLE_SPLITS.get(style, "train")

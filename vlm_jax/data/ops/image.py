@@ -79,6 +79,7 @@ def decode(image: object, background: tuple[int, ...] | int | None = 255) -> Pic
 
 
 def composite(image: Image.Image, colour: tuple[int, ...] | int) -> Image.Image:
+    """An RGBA image on a background of one colour, as RGB."""
     colour = (colour,) * 3 if isinstance(colour, int) else tuple(colour)
     canvas = Image.new("RGB", image.size, colour)
     canvas.paste(image, mask=image.getchannel("A"))

@@ -35,6 +35,7 @@ NN, NT = _contract(1, 0), _contract(1, 1)
 
 
 def dot(a, b, dimensions):
+    """`lax.dot_general` with float32 sums; products of float32 are exact to float32."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 

@@ -79,8 +79,10 @@ def pad(side: Side, size: int, label: int) -> Side:
 
 
 def at(tree, j):
+    """Row j of every array."""
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, j, keepdims=False), tree)
 
 
 def put(tree, j, values):
+    """The arrays with `values` as row j."""
     return jax.tree.map(lambda a, v: jax.lax.dynamic_update_index_in_dim(a, v, j, 0), tree, values)

@@ -121,9 +121,11 @@ def closed_walk(rows: int, columns: int) -> list[tuple[int, int]] | None:
 
 
 def halves(tree):
+    """(first halves, second halves) of every array's rows."""
     cut = lambda a: (a[: len(a) // 2], a[len(a) // 2 :])
     return tuple(jax.tree.map(lambda a, i=i: cut(a)[i], tree) for i in (0, 1))
 
 
 def whole(pair):
+    """The inverse of `halves`."""
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *pair)
