@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import vlm_jax
-from vlm_jax.evaluators import zeroshot
+from vlm_jax.evaluators.tasks.zeroshot import zeroshot
 from vlm_jax.report import figures
 
 HERE = Path(__file__).parent

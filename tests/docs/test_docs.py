@@ -68,6 +68,7 @@ def shared(tmp_path_factory):
     return folder, sandbox.write_programs(folder / "programs")
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_page(page, shared, tmp_path, monkeypatch):
     folder, environment = shared
