@@ -1,6 +1,6 @@
-"""What the studies share: results.json, the tables of a README, the style of the plots. Their shape: README.md here.
+"""What the studies share: results.json, tables of a README, verdicts, style of the plots. Their shape: README.md here.
 
-python -m experiments.study [NAME ...]    # the tables and the plot again, from results.json as it is
+python -m experiments.study [NAME ...]    # tables, plot and verdicts again, from results.json as it is
 """
 
 import hashlib
@@ -10,14 +10,18 @@ import os
 import pathlib
 import platform
 import re
+import statistics
 import sys
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
+from typing import Any, NamedTuple
 
 HERE = pathlib.Path(__file__).parent
 NAMES = sorted(path.parent.name for path in HERE.glob("*/run.py"))
 INK, GREY = "#1a1a1a", "#8a8a8a"
 SHADES = ("#3d5a80", "#7fa3c7", "#bfd3e6", "#f4f4f4")  # dark to light: they differ in grey, too
 BAR = dict(edgecolor=INK, linewidth=0.6)
+ROUNDING = 1e-9  # so that rounding decides no comparison
 DOT = dict(marker="o", markersize=3.5, color=INK, markeredgecolor="white", markeredgewidth=0.5, linestyle="")
 
 
@@ -54,6 +58,62 @@ def machine(*packages):
     return found | dict(python=platform.python_version(), packages=versions)
 
 
+class Number(NamedTuple):
+    """A mean over seeds, and their standard deviation, which is 0 where there is one seed."""
+
+    mean: float
+    spread: float = 0.0
+
+
+def number(values: Iterable[float]) -> Number:
+    """The mean and the standard deviation of the seeds' values."""
+    values = list(values)
+    return Number(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
+
+
+def over(results: Mapping, model: str, seeds: Iterable[int], value: Callable[[Any], float]) -> Number | None:
+    """The number of a model from `value(results["model seed"])` of each seed; None if a seed lacks it."""
+    try:
+        return number(value(results[f"{model} {seed}"]) for seed in seeds)
+    except KeyError:
+        return None
+
+
+def above(a: Number | None, b: Number | None) -> bool | None:
+    """Whether a's mean exceeds b's by more than twice the larger spread; None if a number is missing."""
+    if a is None or b is None:
+        return None
+    return a.mean - b.mean > 2 * max(a.spread, b.spread) + ROUNDING
+
+
+def rivals(a: Number | None, b: Number | None) -> bool | None:
+    """Whether b is not above a; None if a number is missing."""
+    worse = above(b, a)
+    return None if worse is None else not worse
+
+
+def verdict(*comparisons: bool | None) -> str:
+    """The verdict on a claim that says all of the comparisons; None is one whose numbers are missing."""
+    if None in comparisons:
+        return "not run"
+    if all(comparisons):
+        return "reproduced"
+    return "partly reproduced" if any(comparisons) else "not reproduced"
+
+
+def claims(verdicts: Mapping[str, str]) -> str:
+    """The table of a study's verdicts."""
+    return markdown(["claim", "verdict"], [[claim, found] for claim, found in verdicts.items()])
+
+
+def record(name: str, verdicts: Mapping[str, str]) -> None:
+    """Puts a study's verdicts in the place of its former ones in the file that the catalogue reads."""
+    from vlm_jax.catalogue import VERDICTS  # late, as `subplots`
+
+    known = json.loads(VERDICTS.read_text()) | {name: verdicts}
+    VERDICTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+
+
 def markdown(head, rows):
     """A table of cells that are text already."""
     return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)])
@@ -76,13 +136,20 @@ def digest(results):
     return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()
 
 
-def publish(name, table, plot):
-    """Puts `table(results)` in the place of the tables of the README's results; writes `plot(results)` to plot.png."""
+def publish(name, table, plot, verdicts=None):
+    """Writes a study's tables into its README, in the place of those there, its plot, and its verdicts if it has any.
+
+    Args:
+      name: of the study.
+      table, plot, verdicts: results -> the text of the tables, a figure, {claim: verdict}.
+    """
     import matplotlib
 
     from vlm_jax.report.figures.style import RC
 
     results, readme = read(name), HERE / name / "README.md"
+    if verdicts:  # first: a table may read the catalogue, which refuses a claim without a row
+        record(name, verdicts(results))
     head, mark, text = readme.read_text().partition("\n## Result\n")
     shown, rest, verdict = text.partition("\n## Verdict\n")
     new, old = tables(table(results)), tables(shown)
@@ -101,4 +168,4 @@ def publish(name, table, plot):
 if __name__ == "__main__":
     for study in sys.argv[1:] or NAMES:
         run = importlib.import_module(f"experiments.{study}.run")
-        publish(study, run.table, run.plot)
+        publish(study, run.table, run.plot, getattr(run, "verdicts", None))

@@ -70,7 +70,39 @@ def numbers(results):
 
 def table(results):
     show = lambda values: f"{np.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})" if values else ""
-    return study.markdown(["", *MODELS], [[row, *map(show, of.values())] for row, of in numbers(results).items()])
+    rows = [[row, *map(show, of.values())] for row, of in numbers(results).items()]
+    return f"{study.markdown(['', *MODELS], rows)}\n\n{study.claims(verdicts(results))}"
+
+
+def verdicts(results):
+    def of(name, row):
+        evaluation, metric = ROWS[row]
+        return study.over(results, name, SEEDS, lambda found: found[evaluation][metric])
+
+    def each(compare, rows, models, others):
+        return [compare(of(model, row), of(other, row)) for row in rows for model in models for other in others]
+
+    above, rivals, verdict = study.above, study.rivals, study.verdict
+    published, clip = ("Cap", "CapPa"), ("CLIP",)
+    names, probes = list(ROWS)[:2], ("linear probe", "one-shot probe")
+    foils = {
+        "foils: attribute": "foils without the picture: attribute",
+        "foils: order": "foils without the picture: order",
+    }
+    return {
+        "towers rival CLIP's under probes, likelihoods know the order of words": verdict(
+            *each(rivals, probes, published, clip), *each(above, ["foils: order"], published, clip)
+        ),
+        "CapPa's tower above Cap's under probes": verdict(*each(above, probes, ["CapPa"], ["Cap"])),
+        "CLIP names better than captioners": verdict(*each(above, names, clip, published)),
+        "captioners know attributes and order better than CLIP": verdict(*each(above, foils, published, clip)),
+        "the picture, not the words alone, tells captioners attributes and order": verdict(
+            *(above(of(name, seen), of(name, blind)) for name in published for seen, blind in foils.items())
+        ),
+        "a mixture of denoisers names and writes better than CapPa": verdict(
+            *each(above, (*names, "writes the exact name"), ["UL2-Cap"], ["CapPa"])
+        ),
+    }
 
 
 def plot(results):
@@ -95,7 +127,7 @@ def main():
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/captioning"))
     runs = parser.parse_args().runs
     study.fill("captioning_vs_contrastive", MODELS, SEEDS, lambda model, seed: measure(model, seed, runs))
-    study.publish("captioning_vs_contrastive", table, plot)
+    study.publish("captioning_vs_contrastive", table, plot, verdicts)
 
 
 if __name__ == "__main__":

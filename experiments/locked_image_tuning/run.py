@@ -94,7 +94,25 @@ def table(results):
     seconds = lambda name: f"{results[f'{name} 0']['seconds']:.0f}"
     large = study.markdown(["", *CHANCES], [[name, *cells] for name, cells in rows.items() if name not in small])
     head = "64 px, 6,000 examples", *TESTS, "seconds of training"
-    return f"{large}\n\n{study.markdown(head, [[name, *rows[name], seconds(name)] for name in small])}"
+    pairs = study.markdown(head, [[name, *rows[name], seconds(name)] for name in small])
+    return "\n\n".join((large, pairs, study.claims(verdicts(results))))
+
+
+def verdicts(results):
+    """Compares pairs of towers on the unseen style, at matched examples: those at 64 px."""
+    Lu, LU, LL, Uu, uu = (
+        study.over(results, letters, (0,), lambda found: found["unseen style"])
+        for letters in ("Lu", "LU", "LL", "Uu", "uu")
+    )
+    above, rivals, verdict = study.above, study.rivals, study.verdict
+    return {
+        "a locked image tower with a text tower from scratch beats unlocked and scratch": verdict(
+            above(Lu, Uu), above(Lu, uu)
+        ),
+        "an unlocked pretrained image tower beats one from scratch": verdict(above(Uu, uu)),
+        "beside a locked image tower a pretrained text tower helps little": verdict(rivals(Lu, LU)),
+        "a text tower that is locked, too, is too stiff": verdict(above(Lu, LL), above(LU, LL)),
+    }
 
 
 def plot(results):
@@ -130,7 +148,7 @@ def main():
             numbers = {test: trained[f"{split}/top1"] for test, (split, _) in TESTS.items()}
             results[f"{name} {seed}"] = numbers | {"seconds": trained["train/seconds"]}
             study.save("locked_image_tuning", results)
-    study.publish("locked_image_tuning", table, plot)
+    study.publish("locked_image_tuning", table, plot, verdicts)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from vlm_jax import config, evaluators
 from vlm_jax.train import train
 
 SEEDS = (0, 1, 2)
+ARCHITECTURES = ("encoder-decoder", "decoder")
 MODELS = {
     "encoder-decoder, spans": ("tiny", "t5"),
     "encoder-decoder, prefixes": ("tiny", "prefix"),
@@ -62,7 +63,28 @@ def table(results):
     digits = lambda value: f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
     show = lambda values: f"{digits(mean(values))} ({digits(min(values))}-{digits(max(values))})"
     rows = [[name, *map(show, of.values())] for name, of in numbers(results).items()]
-    return study.markdown(["perplexity", *TASKS], rows)
+    return f"{study.markdown(['perplexity', *TASKS], rows)}\n\n{study.claims(verdicts(results))}"
+
+
+def verdicts(results):
+    """Compares log-likelihoods, on all tasks and by both architectures."""
+
+    def of(kind, model, task):
+        return study.over(results, f"{kind}, {model}", SEEDS, lambda found: -np.log(found[task]))
+
+    cases = [
+        (kind, task, *(("spans", "prefixes") if task.startswith("fill in") else ("prefixes", "spans")))
+        for kind in ARCHITECTURES
+        for task in TASKS
+    ]
+    return {
+        "spans alone fill in better and prefixes alone continue better": study.verdict(
+            *(study.above(of(kind, own, task), of(kind, other, task)) for kind, task, own, other in cases)
+        ),
+        "the mixture fills in as spans do and continues as prefixes do": study.verdict(
+            *(study.rivals(of(kind, "mixture", task), of(kind, own, task)) for kind, task, own, _ in cases)
+        ),
+    }
 
 
 def plot(results):
@@ -85,7 +107,7 @@ def main():
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/denoisers"))
     runs = parser.parse_args().runs
     study.fill("mixture_of_denoisers", MODELS, SEEDS, lambda model, seed: measure(model, seed, runs))
-    study.publish("mixture_of_denoisers", table, plot)
+    study.publish("mixture_of_denoisers", table, plot, verdicts)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,17 @@ def numbers(results):
 def table(results):
     show = lambda values: f"{np.mean(values):.1f} ({min(values):.1f}-{max(values):.1f})"
     rows = [[name, *map(show, of.values())] for name, of in numbers(results).items()]
-    return study.markdown(["%", *MEASURES.values()], rows)
+    measured = study.markdown(["%", *MEASURES.values()], rows)
+    return f"{measured}\n\n{study.claims(verdicts(results))}"
+
+
+def verdicts(results):
+    of = lambda name, what: study.over(results, name, SEEDS, lambda found: found[what])
+    return {
+        "FILIP names better than CLIP, and its words find their patches": study.verdict(
+            *(study.above(of("FILIP", what), of("CLIP", what)) for what in MEASURES)
+        )
+    }
 
 
 def plot(results):
@@ -104,7 +114,7 @@ def main():
     parser.add_argument("--runs", type=Path, default=Path("runs/token_wise"))
     runs = parser.parse_args().runs
     study.fill("token_wise_similarity", MODELS, SEEDS, lambda model, seed: measure(model, seed, runs))
-    study.publish("token_wise_similarity", table, plot)
+    study.publish("token_wise_similarity", table, plot, verdicts)
 
 
 if __name__ == "__main__":
