@@ -181,10 +181,11 @@ class Pass:
             self.append(made, batches=k + 1, examples=examples, left_out=left_out)
         return self._hosts.from_first(len(next(iter(self.tables.values()))))
 
-    def result(self, finish: Callable[[Mapping[str, Table]], Result]) -> Result:
-        """`finish(tables)`, which the first host calls; the others get its metrics."""
+    def result(self, finish: Callable[[Mapping[str, Table]], Result], *counts: str) -> Result:
+        """`finish(tables)` of the first host, with some counters as metrics; the other hosts get its metrics."""
         result = finish(self.tables) if self.first else Result({}, {})
-        return result._replace(metrics=self._hosts.from_first(result.metrics))
+        metrics = result.metrics | {name: float(self.counts[name]) for name in counts}
+        return result._replace(metrics=self._hosts.from_first(metrics))
 
     def from_first(self, value: Any) -> Any:
         """The first host's JSON-able value."""

@@ -81,13 +81,12 @@ def captions(
 
         def finish(tables: Mapping[str, Table]) -> Result:
             lines = [json.loads(line) for line in tables["lines"].read("byte").tobytes().splitlines()]
-            result = _result(lines, gallery, data.thumbnails)
-            return result._replace(metrics=result.metrics | {"left_out": float(data.counts["left_out"])})
+            return _result(lines, gallery, data.thumbnails)
 
         if not data.run(rows, about):
             counted = f", or none whose `{label}` is among the classes" if index_of else ""
             raise UserError(f"{uri} {split or ''}: no picture has a text under {', '.join(fields)}{counted}")
-        return data.result(finish)
+        return data.result(finish, "left_out")
 
     return evaluate
 

@@ -95,15 +95,14 @@ def probe(
             return {"examples": {"position": batch.position, "truth": truth, **found}}
 
         def finish(tables: Mapping[str, Table]) -> Result:
-            result = _result(tables["examples"], len(train.tables["train"]), named)
-            return result._replace(metrics=result.metrics | {"left_out": float(data.counts["left_out"])})
+            return _result(tables["examples"], len(train.tables["train"]), named)
 
         index_of = class_names.index_of(named)
         train.run(train_rows, about=index_of)
         classify = _fitted(train.tables["train"], len(named), solve, l2) if train.first else None
         if not data.run(rows, about=index_of):
             raise UserError(f"{uri} {split or ''}: no picture's `{label}` is among the {len(named)} classes")
-        return data.result(finish)
+        return data.result(finish, "left_out")
 
     return evaluate
 

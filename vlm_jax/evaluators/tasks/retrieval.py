@@ -78,12 +78,11 @@ def retrieval(
             }
 
         def finish(tables: Mapping[str, Table]) -> Result:
-            result = _result(data, tables["images"], tables["texts"], ks, gallery, captions)
-            return result._replace(metrics=result.metrics | {"left_out": float(data.counts["left_out"])})
+            return _result(data, tables["images"], tables["texts"], ks, gallery, captions)
 
         if not data.run(rows, about=lambda fields: texts_of(fields) or None):
             raise UserError(f"{uri} {split or ''}: no picture has a text under {', '.join(captions)}")
-        return data.result(finish)
+        return data.result(finish, "left_out")
 
     return evaluate
 

@@ -104,11 +104,11 @@ def zeroshot(
             if len(tables["embeddings"]):
                 pictures = data.thumbnails if gallery else None
                 result.artifacts.update(_embedded(tables["embeddings"], names, text, pictures))
-            return result._replace(metrics=result.metrics | {"left_out": float(data.counts["left_out"])})
+            return result
 
         if not data.run(rows, about=class_names.index_of(named)):
             raise UserError(f"{about}: no picture's `{label}` is among the classes {', '.join(names):.60}")
-        result = data.result(finish)
+        result = data.result(finish, "left_out")
         if maps := _maps(data, prepare, names, gallery):
             result.artifacts["attention"] = maps
         return result
