@@ -1,6 +1,6 @@
 """Texts to texts: relative positions, caches, scans, packed texts, and the objective that captioners have.
 
-Values are compared with Transformers' in `tests/zoo/test_references.py`.
+Values are compared with Transformers' in `tests/zoo/formats/test_references.py`.
 """
 
 import math
@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.compare import close
+from tests.support.models import T5_SIZES, VOCAB, run, section, tiny
 from vlm_jax import models, objectives
 from vlm_jax.data import packing
 from vlm_jax.errors import UserError
@@ -20,34 +22,23 @@ from vlm_jax.models.layers import Attention
 from vlm_jax.models.positions import relative_bucket
 from vlm_jax.params.table import named_leaves
 
-SIZES = dict(width=32, depth=2, heads=4, head_dim=12, mlp_dim=48, relative_buckets=8, relative_distance=12)
 INPUTS = jnp.array([[3, 4, 5, 6, 7, 8, 9, 1], [10, 11, 1, 0, 0, 0, 0, 0]])
 TARGETS = jnp.array([[5, 6, 7, 8, 9, 1], [4, 12, 1, 0, 0, 0]])
 
 
 def build(scan=False, **decoder):
-    sizes = dict(SIZES, scan=scan)
-    decoder = dict(**sizes, vocab_size=24, length=8, **decoder)
-    return models.build(dict(name="encoder_decoder", encoder=sizes, decoder=decoder))
+    fields = section("encoder_decoder", scan)
+    return models.build(fields | dict(decoder=fields["decoder"] | decoder))
 
 
 @pytest.fixture(scope="module")
 def t5():
-    """(model, params), with logits that are far from uniform."""
-    model = build()
-    params = jax.jit(model.init)(jax.random.key(0), INPUTS, TARGETS)["params"]
-    params["head"]["kernel"] = 0.3 * jax.random.normal(jax.random.key(1), params["head"]["kernel"].shape)
-    return model, params
+    return tiny("encoder_decoder")
 
 
 @pytest.fixture(scope="module")
 def logits(t5):
-    model, params = t5
-    return jax.jit(model.apply)({"params": params}, INPUTS, TARGETS)
-
-
-def close(got, want):
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    return t5.apply(INPUTS, TARGETS)
 
 
 def published_bucket(ahead, buckets, distance, two_way):
@@ -83,7 +74,7 @@ def test_queries_begin_smaller_where_attention_does_not_scale():
 
 def test_parameters(t5):
     """No bias anywhere, one table of tokens, one of positions in each stack."""
-    names = named_leaves(t5[1])
+    names = named_leaves(t5.params)
     assert not any("bias" in name for name in names)
     tables = {name for name in names if "blocks" not in name and "norm" not in name}
     wanted = {"decoder/token_embed/embedding", "decoder/relative/table", "encoder/relative/table", "head/kernel"}
@@ -103,18 +94,18 @@ def test_released_sizes(variant, count):
 
 
 def test_a_scan_is_the_loop(t5, logits):
-    params = t5[1]
+    params = t5.params
     stack = lambda part: (
         {name: value for name, value in part.items() if "blocks" not in name}
         | {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *(part[f"blocks_{i}"] for i in range(2)))}
     )
     stacked = params | {side: stack(params[side]) for side in ("encoder", "decoder")}
     scanned = build(scan=True, remat="full")
-    close(jax.jit(scanned.apply)({"params": stacked}, INPUTS, TARGETS), logits)
+    close(run(scanned, stacked, INPUTS, TARGETS), logits)
 
 
 def test_cached_steps_are_the_whole(t5, logits):
-    model, params = t5
+    model, params, _ = t5
     apply = lambda *args, **options: model.apply({"params": params}, *args, **options)
     context, mask = jax.jit(partial(apply, method="encode"))(INPUTS)
     shown, caches = shift_right(TARGETS), model.new_caches(2, 8)
@@ -131,16 +122,14 @@ def test_cached_steps_are_the_whole(t5, logits):
 
 
 def test_padding_of_inputs_changes_nothing(t5, logits):
-    model, params = t5
-    close(jax.jit(model.apply)({"params": params}, INPUTS[1:, :3], TARGETS[1:]), logits[1:])
+    close(t5.apply(INPUTS[1:, :3], TARGETS[1:]), logits[1:])
 
 
 def test_packed_texts_do_not_see_each_other(t5, logits):
     """Both examples in one row."""
-    model, params = t5
     packed = packing.pack(np.asarray(INPUTS), np.asarray(TARGETS), eos_id=1, inputs_length=14, targets_length=12)
     segments = packed.input_segments, packed.target_segments
-    got = jax.jit(model.apply)({"params": params}, packed.inputs, packed.targets, segments=segments)
+    got = t5.apply(packed.inputs, packed.targets, segments=segments)
     assert len(got) == 1
     close(got[0, :6], logits[0])
     close(got[0, 6:9], logits[1, :3])
@@ -150,14 +139,15 @@ def test_tied_logits():
     """They are the products with the token table, of hidden states times the factor, without the mask token."""
     tied = build(tied_scale=0.25, mask_token=True)
     assert "head" not in jax.eval_shape(tied.init, jax.random.key(0), INPUTS, TARGETS)["params"]
-    table, hidden = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(25, 32), (2, 6, 32)]))
+    table = jax.random.normal(jax.random.key(0), (VOCAB + 1, 32))
+    hidden = jax.random.normal(jax.random.key(1), (2, 6, 32))
     params = dict(decoder=dict(token_embed=dict(embedding=table)))
-    close(tied.apply({"params": params}, hidden, method="logits"), 0.25 * hidden @ table[:24].T)
+    close(tied.apply({"params": params}, hidden, method="logits"), 0.25 * hidden @ table[:VOCAB].T)
 
 
 def test_likelihoods_and_the_denoising_objective(t5, logits):
     """The same functions as for pictures; the input text stands for the picture."""
-    model, params = t5
+    model, params, _ = t5
     own = jnp.take_along_axis(jax.nn.log_softmax(logits), TARGETS[..., None], axis=2)[..., 0]
     want = jnp.sum(jnp.where(TARGETS != 0, own, 0), axis=1)
     close(log_likelihood(model, params, INPUTS, TARGETS), want)
@@ -167,10 +157,10 @@ def test_likelihoods_and_the_denoising_objective(t5, logits):
 
 
 def test_errors(t5):
-    model, params = t5
+    model, params, _ = t5
     with pytest.raises(UserError, match="share the token table; their widths are 32 and 64"):
         models.build(
-            dict(name="encoder_decoder", encoder=SIZES, decoder=dict(SIZES, width=64, vocab_size=24, length=8))
+            dict(name="encoder_decoder", encoder=T5_SIZES, decoder=dict(T5_SIZES, width=64, vocab_size=24, length=8))
         )
     with pytest.raises(UserError, match=r"token_ids should be integers \[B, L\]"):
         model.apply({"params": params}, jnp.ones((2, 3)), TARGETS)

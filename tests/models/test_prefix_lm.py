@@ -1,42 +1,30 @@
 """A prefix language model: what each token sees, padding, caches, and generation."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.compare import close
+from tests.support.models import T5_SIZES, run, tiny
 from vlm_jax import models
 from vlm_jax.errors import UserError
 from vlm_jax.models.decoder import shift_right
 from vlm_jax.models.generate import Special, beam_search, log_likelihood, log_likelihoods, sample
 
-SIZES = dict(width=32, depth=2, heads=4, head_dim=12, mlp_dim=48, relative_buckets=8, relative_distance=12)
 PREFIXES = jnp.array([[3, 4, 5, 6, 7], [8, 9, 0, 0, 0]])
 TARGETS = jnp.array([[5, 6, 7, 8, 9, 1], [4, 10, 1, 0, 0, 0]])
 
 
-def build(**decoder):
-    return models.build(dict(name="prefix_lm", decoder=dict(**SIZES, vocab_size=14, length=8, **decoder)))
-
-
-@functools.cache
 def made(scan=False):
-    """(model, params, logits), which are far from uniform."""
-    model = build(scan=scan)
-    params = jax.jit(model.init)(jax.random.key(0), PREFIXES, TARGETS)["params"]
-    params["head"]["kernel"] = 0.3 * jax.random.normal(jax.random.key(1), params["head"]["kernel"].shape)
-    return model, params, jax.jit(model.apply)({"params": params}, PREFIXES, TARGETS)
+    """(model, params, logits)."""
+    lm = tiny("prefix_lm", scan)
+    return lm.model, lm.params, lm.apply(PREFIXES, TARGETS)
 
 
 @pytest.fixture
 def lm():
     return made()
-
-
-def close(got, want):
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_a_token_sees_what_it_may(lm):
@@ -52,13 +40,12 @@ def test_a_token_sees_what_it_may(lm):
 
     assert moved(0).all() and moved(4).all()
     np.testing.assert_array_equal(moved(7), np.arange(11) >= 7)
-    run = jax.jit(lambda prefixes, shown: model.apply({"params": params}, prefixes, shown, method="hidden"))
-    close(run(PREFIXES[:1], ids[:, 5:]), decoder(ids, bidirectional=two_way)[:, 5:])
+    close(run(model, params, PREFIXES[:1], ids[:, 5:], method="hidden"), decoder(ids, bidirectional=two_way)[:, 5:])
 
 
 def test_padding_of_prefixes_changes_nothing(lm):
     model, params, logits = lm
-    close(jax.jit(model.apply)({"params": params}, PREFIXES[1:, :2], TARGETS[1:]), logits[1:])
+    close(run(model, params, PREFIXES[1:, :2], TARGETS[1:]), logits[1:])
 
 
 def test_cached_steps_are_the_whole():
@@ -92,9 +79,9 @@ def test_generation(lm):
     model, params, _ = lm
     special = Special(start=0, end=-1, pad=0)
     got = sample(model, params, PREFIXES, length=5, greedy=True, special=special)
-    ids, run = np.zeros((2, 5), np.int32), jax.jit(model.apply)
+    ids = np.zeros((2, 5), np.int32)
     for t in range(5):
-        ids[:, t] = np.argmax(run({"params": params}, PREFIXES, ids)[:, t], axis=-1)
+        ids[:, t] = np.argmax(run(model, params, PREFIXES, ids)[:, t], axis=-1)
     np.testing.assert_array_equal(got.token_ids, ids)
     one = beam_search(model, params, PREFIXES, length=5, beams=1, special=special)
     np.testing.assert_array_equal(one.token_ids[:, 0], ids)
@@ -107,5 +94,6 @@ def test_generation(lm):
 
 
 def test_learned_positions_are_refused():
+    decoder = dict(T5_SIZES, vocab_size=14, length=8, posemb="learned")
     with pytest.raises(UserError, match='a prefix LM has relative positions; set posemb="none", not "learned"'):
-        build(posemb="learned").init(jax.random.key(0), PREFIXES, TARGETS)
+        models.build(dict(name="prefix_lm", decoder=decoder)).init(jax.random.key(0), PREFIXES, TARGETS)

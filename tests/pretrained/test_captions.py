@@ -5,25 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import cappa
-from vlm_jax import config, models
-from vlm_jax.data import tokenizers
 from vlm_jax.errors import UserError
-from vlm_jax.pretrained import Pretrained
 
 NAMES = ["cat", "bird", "grinning face with smiling eyes", "umbrella"]
 
 
-@pytest.fixture(scope="module")
-def pretrained():
-    """The config's model, with a head that prefers some tokens, so that texts end."""
-    settings = config.plain(cappa.get_config("smoke"))
-    model = models.build(settings["model"])
-    example = jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, model.decoder.length), jnp.int32)
-    params = jax.jit(model.init)(jax.random.key(0), *example)["params"]
-    params["head"]["kernel"] = 0.5 * jax.random.normal(jax.random.key(1), params["head"]["kernel"].shape)
-    tokenizer = tokenizers.build(settings["tokenizer"])
-    return Pretrained(model, params, tokenizer, settings["preprocess"], settings["tokenize"], settings)
+@pytest.fixture
+def pretrained(captioner):
+    return captioner
 
 
 @pytest.fixture(scope="module")

@@ -9,27 +9,23 @@ import pytest
 from PIL import Image
 
 import vlm_jax
-from configs import clip
-from vlm_jax import config, models
 from vlm_jax.params import sharding
 from vlm_jax.run import checkpoint
 from vlm_jax.run.program import TrainState
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, two_tower):
     """A workdir with the parameters of an untrained model, and a picture."""
     workdir = tmp_path_factory.mktemp("run")
-    settings = config.plain(clip.get_config("smoke"))
-    model = models.build(settings["model"])
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, 8), jnp.int32))["params"]
+    params = two_tower.params
     saver = checkpoint.Checkpointer(workdir)
     saver.save(1, TrainState(step=jnp.int32(1), params=params, opt_state=(), ema=None), {})
     saver.close()
-    checkpoint.write_json(workdir / "config.json", settings)
+    checkpoint.write_json(workdir / "config.json", two_tower.config)
     pixels = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
     Image.fromarray(pixels[0]).save(workdir / "picture.png")
-    return workdir, model, params, pixels
+    return workdir, two_tower.model, params, pixels
 
 
 def test_load_embeds_as_the_model_does(run):

@@ -91,14 +91,14 @@ def drawn(shapes: Any, seed: int = 0, scale: float = 1.0) -> Any:
     return jax.tree.map(lambda leaf: (scale * rng.standard_normal(leaf.shape)).astype(leaf.dtype), shapes)
 
 
-def untrained(settings: Any, opinionated: bool = False) -> Pretrained:
+def untrained(settings: Any, opinionated: bool = False, seed: int = 0) -> Pretrained:
     """The model of a config as a run starts with it; opinionated, its captions are more than one token's."""
     settings = config.plain(settings)
     model = models.build(settings["model"])
     length = (model.decoder if hasattr(model, "decoder") else model.text).length
     texts = jnp.zeros((1, length), jnp.int32)
     given = texts if settings["preprocess"] is None else jnp.zeros((1, 32, 32, 3))
-    params = jax.jit(model.init)(jax.random.key(0), given, texts)["params"]
+    params = jax.jit(model.init)(jax.random.key(seed), given, texts)["params"]
     if opinionated:
         params = with_opinions(params)
     tokenizer = tokenizers.build(settings["tokenizer"])

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from configs import clip
+from tests.support.models import T5_SIZES, VOCAB, section, tiny, untrained
 from tests.support.paths import GOLDEN
 from vlm_jax import config, load, models, save_pretrained
-from vlm_jax.data import tokenizers
 from vlm_jax.errors import UserError
 from vlm_jax.models import insertion
 from vlm_jax.models.encoder_decoder import T5
@@ -20,7 +20,6 @@ from vlm_jax.train import train
 from vlm_jax.zoo import key_map, model_init, recognize
 from vlm_jax.zoo.load import read_params
 
-SIZES = dict(width=32, depth=2, heads=4, mlp_dim=48, relative_buckets=8)
 TOKENS = jnp.array([[3, 4, 5, 6, 1, 0], [7, 8, 1, 0, 0, 0]])
 
 
@@ -36,18 +35,17 @@ def shapes_of(model, images, texts=TOKENS):
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory):
     """(folder, model, params) of an encoder-decoder without a scan."""
-    section = dict(name="encoder_decoder", encoder=SIZES, decoder=dict(SIZES, vocab_size=24, length=8))
-    model = models.build(section)
-    params = model.init(jax.random.key(0), TOKENS, TOKENS)["params"]
+    model, params, _ = tiny("encoder_decoder")
     folder = tmp_path_factory.mktemp("t5") / "saved"
-    save_pretrained(Pretrained(model, params, None, None, None, dict(model=section)), folder, "native")
+    about = dict(model=section("encoder_decoder"))
+    save_pretrained(Pretrained(model, params, None, None, None, about), folder, "native")
     return folder, model, params
 
 
 def two_towers(**text):
-    text = dict(T5, **SIZES, posemb="none", vocab_size=24, length=8, pad_mask=True, pool="mean", out_dim=16) | text
+    fields = dict(T5, **T5_SIZES, posemb="none", vocab_size=VOCAB, length=8, pad_mask=True, pool="mean", out_dim=16)
     image = dict(width=32, depth=1, heads=4, patch=8, out_dim=16)
-    return models.build(dict(image=image, text=text))
+    return models.build(dict(image=image, text=fields | text))
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -79,8 +77,8 @@ def array(name, params):
 def test_a_tower_of_two():
     """Blocks without a scan from a file that is read with one, and a head that the file has not."""
     released = recognize.understand(GOLDEN / "siglip_loop.npz")
-    section = dict(released.model["image"], scan=False, out_dim=8)
-    model = models.build(dict(image=section, text=None))
+    tower = dict(released.model["image"], scan=False, out_dim=8)
+    model = models.build(dict(image=tower, text=None))
     shapes = shapes_of(model, jnp.zeros((2, 32, 48, 3)), None)
     found = model_init.read({"image": str(GOLDEN / "siglip_loop.npz")}, shapes)
     assert shapes.keys() - found.keys() == {"image/head/kernel", "image/head/bias"}
@@ -108,14 +106,12 @@ def test_what_does_not_fit_is_named(t5, spec, message):
 def test_a_locked_tower_stays_as_it_was_read(tmp_path):
     """LiT: the image tower of another model, locked; the text tower begins anew and learns."""
     settings = clip.get_config("smoke")
-    settings.update(dict(duration="2 steps", evals={}, batch_size=16))
+    settings.update(dict(duration="2 steps", batch_size=16))
+    settings.evals = {}
     settings.model_init = dict(image=str(tmp_path / "other"))
     settings.optimizer = dict(name="sgd", lr=0.1, params=(("image/.*", dict(freeze=True)), (".*", {})))
-    section = config.plain(settings.model)
-    model = models.build(section)
-    params = model.init(jax.random.key(5), jnp.zeros((1, 32, 32, 3)), TOKENS[:1])["params"]
-    other = Pretrained(model, params, tokenizers.build("emoji"), settings.preprocess, settings.tokenize)
-    other.config.update(model=section, tokenizer="emoji", preprocess=settings.preprocess, tokenize=settings.tokenize)
+    other = untrained(settings, seed=5)
+    params = other.params
     save_pretrained(other, tmp_path / "other", "native")
     train(settings, tmp_path / "run")
     before, after = named_leaves(params), named_leaves(load_params(tmp_path / "run"))
