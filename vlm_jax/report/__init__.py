@@ -1,5 +1,5 @@
 """What a run or an evaluation leaves to look at: a page, live curves, figures."""
 
-from vlm_jax.report.page import format_value, save_artifacts, write
+from vlm_jax.report.page import format_value, load_artifacts, save_artifacts, series, write
 
-__all__ = ["format_value", "save_artifacts", "write"]
+__all__ = ["format_value", "load_artifacts", "save_artifacts", "series", "write"]
