@@ -83,6 +83,10 @@ class Declaration(NamedTuple):
       system: name of the published system, where it has another one.
       module, function: what is imported.
       path, line: where it is declared, the path relative to the package's parent.
+      needs: config key -> value, without which the method does not run.
+      count: number of parameters that train, a formula of the options and of D_t, D_v (widths of the text and of the
+        image tower), L_t, L_v (their depths) and E (width of the embeddings); "" where it is not the paper's point.
+      identity: whether the adapted model is the base model before it is trained.
       options: keyword-only argument -> its default, as source text.
       summary: first line of the docstring.
     """
@@ -94,6 +98,9 @@ class Declaration(NamedTuple):
     where: str
     claim: str
     system: str
+    needs: Mapping[str, Any]
+    count: str
+    identity: bool
     module: str
     function: str
     path: str
@@ -104,7 +111,8 @@ class Declaration(NamedTuple):
     @property
     def run(self) -> str:
         """How the method is used."""
-        return FAMILIES[self.family].run.format(name=self.name)
+        words = [FAMILIES[self.family].run.format(name=self.name)]
+        return " ".join([*words, *(f"--config.{key}={value}" for key, value in self.needs.items())])
 
     @property
     def verdict(self) -> str:
@@ -118,7 +126,16 @@ class Declaration(NamedTuple):
 
 
 def method(
-    *, family: str, differs: str, paper: str = "", where: str = "", claim: str = "", system: str = ""
+    *,
+    family: str,
+    differs: str,
+    paper: str = "",
+    where: str = "",
+    claim: str = "",
+    system: str = "",
+    needs: Mapping[str, Any] | None = None,
+    count: str = "",
+    identity: bool = False,
 ) -> Callable[[Callable], Callable]:
     """Declares a function as a method; the arguments are literals, see `Declaration`. The function stays as it is."""
     return lambda function: function
@@ -221,7 +238,9 @@ def _declaration(node: Any, call: ast.Call, module: str, place: str) -> Declarat
         raise UserError(f"{where} has an argument that is no literal; write its value") from None
     except TypeError as error:
         raise UserError(f"{where}: {str(error).removeprefix('method() ')}") from None
-    fields = dict.fromkeys(("paper", "where", "claim", "system"), "") | given
+    fields = (
+        dict.fromkeys(("paper", "where", "claim", "system", "count"), "") | {"needs": {}, "identity": False} | given
+    )
     if fields["family"] not in FAMILIES:
         raise UserError(unknown(f"{where} names no family: `{fields['family']}`", fields["family"], FAMILIES))
     study, _, row = fields["claim"].partition(": ")

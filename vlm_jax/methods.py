@@ -30,6 +30,7 @@ def describe(declaration: Declaration) -> dict[str, Any]:
         "verdict": declaration.verdict,
         "run": declaration.run,
         "options": dict(declaration.options),
+        "parameters": declaration.count,
         "code": f"{declaration.path}:{declaration.line}",
         "test": str(test) if (PACKAGE.parent / test).is_file() else "",
     }
@@ -61,6 +62,7 @@ def page(declaration: Declaration) -> str:
         "differs": about["differs"],
         "run": about["run"],
         "options": ", ".join(f"{name}={value}" if value else name for name, value in about["options"].items()),
+        "trains": about["parameters"],
         "claim": f"{about['claim']} [{about['verdict']}]" if about["claim"] else "",
         "code": about["code"],
         "test": about["test"],

@@ -1,5 +1,7 @@
 """A tiny two-tower model, pictures of three classes, and the few-shot task of naming them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import numpy as np
 from vlm_jax import models
 from vlm_jax.adapt.task import Shots, Task
 from vlm_jax.data import tokenizers
+from vlm_jax.models import insertion
 from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained, class_embeddings
 
@@ -14,6 +17,7 @@ D, DEPTH = 16, 3
 NAMES = ("red", "green", "blue fish")
 
 
+@functools.cache
 def clip_like(scan):
     sizes = dict(width=D, depth=DEPTH, heads=2, mlp_dim=24, out_dim=D, scan=scan)
     text = dict(sizes, vocab_size=2985, length=8, pool="mean", pad_mask=True)
@@ -37,6 +41,16 @@ def few_shot_task(base, pictures):
     part = lambda rows: Shots(images[rows], base.embed_image_batch(images[rows]), labels[rows])
     text = class_embeddings(base.embed_texts, NAMES, ["{}"])
     return part(np.arange(9)), part(np.arange(9, 12)), Task(NAMES, ("{}",), text, 10.0, 0)
+
+
+def params_with(base, recipe):
+    """Name -> leaf of the model with what the recipe inserts, before it is trained."""
+    modules = recipe.insertions(base.model, 0)
+    if not modules:
+        return named_leaves(base.params)
+    model = insertion.inserted(base.model, *modules)
+    given = jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 8), int)
+    return named_leaves(insertion.begin(jax.random.key(0), model, base.params, *given))
 
 
 def moved(base, adapted):

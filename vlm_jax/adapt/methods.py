@@ -43,33 +43,31 @@ def fit(name: str) -> Callable[..., Pretrained]:
     return partial(fit_head if name in catalogue.of("heads") else fit_recipe, make)
 
 
-def fit_head(make: Callable, base: Pretrained, shots: Shots, validation: Shots, task: Task) -> Pretrained:
-    """Makes a head from cached features; what it `searches` is chosen on validation features.
+def fit_head(
+    make: Callable, base: Pretrained, shots: Shots, validation: Shots, task: Task, **options: Any
+) -> Pretrained:
+    """Makes a head from cached features; what it `searches` and no option sets is chosen on validation features.
 
     `make` takes those of features, labels, text, scale that it names, and `reference`, the validation features. A head
     that takes no features is the model itself.
     """
-    given = dict(features=shots.features, labels=shots.labels, text=task.text, scale=task.scale)
-    taken = inspect.signature(make).parameters
-    named = dict(classes=tuple(task.names), templates=tuple(task.templates))
-    if "features" not in taken:
-        return dataclasses.replace(base, **named, head=None)
-    given = {name: value for name, value in given.items() if name in taken}
-    if "reference" in taken:
-        given["reference"] = validation.features
-    found, measured = {}, (validation.features, validation.labels)
-    for grid in make.grids or ({},):
-        head, found = _best(partial(make, **given), grid, found, measured)
-    if make.refine:
-        head = choose(head._replace, make.refine, *measured).head
-    return dataclasses.replace(base, **named, head=head)
-
-
-def _best(build: Callable, grid: dict, found: dict, measured: tuple) -> tuple[Any, dict]:
-    if not grid:
-        return build(), found
-    best = choose(partial(build, **found), grid, *measured)
-    return best.head, found | best.parameters
+    given = dict(
+        features=shots.features, labels=shots.labels, text=task.text, scale=task.scale, reference=validation.features
+    )
+    parameters = inspect.signature(make).parameters
+    given = {name: value for name, value in given.items() if name in parameters}
+    build = lambda **chosen: config.call(make, options | chosen, WHERE, **given)
+    best = lambda build, grid: choose(
+        build, {k: v for k, v in grid.items() if k not in options}, validation.features, validation.labels
+    )
+    head, found = None, {}
+    for grid in getattr(make, "grids", ()) or ({},):
+        choice = best(partial(build, **found), grid)
+        head, found = choice.head, found | choice.parameters
+    if refine := getattr(make, "refine", None):
+        head = best(head._replace, refine).head
+    head = head if "features" in given else None
+    return dataclasses.replace(base, classes=tuple(task.names), templates=tuple(task.templates), head=head)
 
 
 def fit_recipe(

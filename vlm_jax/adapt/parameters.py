@@ -24,6 +24,7 @@ from vlm_jax.pretrained import Pretrained
     where="section 3",
     differs="biases alone train",
     claim="few_shot: biases alone match tuning everything",
+    identity=True,
 )
 def bias(model: nn.Module) -> Masked:
     """BitFit."""
@@ -36,6 +37,7 @@ def bias(model: nn.Module) -> Masked:
     paper="arXiv:2403.20284",
     differs="scales and biases of the norms alone train",
     claim="few_shot: norms alone match tuning everything",
+    identity=True,
 )
 def norm(model: nn.Module) -> Masked:
     """LayerNorm tuning."""
@@ -47,13 +49,18 @@ def norm(model: nn.Module) -> Masked:
     system="XAttn-only",
     paper="arXiv:2104.08771",
     differs="cross-attention of a decoder alone trains",
+    identity=True,
 )
 def cross_attention(model: nn.Module) -> Masked:
     """Cross-attention tuning, of models whose decoder attends to pictures."""
     return Masked("cross_attention")
 
 
-@method(family="parameters", differs="the projection heads of both towers train")
+@method(
+    family="parameters",
+    differs="the projection heads of both towers train",
+    identity=True,
+)
 def head(model: nn.Module) -> Masked:
     """Tuning of the heads."""
     return Masked("head")
@@ -65,13 +72,18 @@ def head(model: nn.Module) -> Masked:
     paper="arXiv:1911.03090",
     differs="the last block of each tower trains, and what follows it",
     claim="few_shot: the last block alone reaches 90 % of what tuning everything gains",
+    identity=True,
 )
 def last_1(model: nn.Module) -> Masked:
     """Tuning of the last block; `vlm_jax.params.masks` takes any number, `last_3`."""
     return Masked("last_1")
 
 
-@method(family="parameters", differs="all parameters train")
+@method(
+    family="parameters",
+    differs="all parameters train",
+    identity=True,
+)
 def full(model: nn.Module) -> Masked:
     """Tuning of everything."""
     return Masked(((".*", True),))

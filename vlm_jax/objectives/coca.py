@@ -15,6 +15,7 @@ from vlm_jax.objectives.objective import Objective, model_inputs
     paper="arXiv:2205.01917",
     where="section 3.2",
     differs="a contrastive and a captioning loss of one forward pass",
+    needs={"model.name": "coca"},
 )
 def coca(
     *,

@@ -14,6 +14,8 @@ from vlm_jax.models.insertion import Adapter
     where="section 2.1; unified view: arXiv:2110.04366, table 1",
     differs="a bottleneck after the MLP of each block; form and place are options",
     claim="few_shot: adapters above zero-shot",
+    count="L_t * (2 * D_t * width + width + D_t) + L_v * (2 * D_v * width + width + D_v)",
+    identity=True,
 )
 def adapter(
     model: nn.Module,
@@ -35,6 +37,8 @@ def adapter(
     where="section 3.2",
     differs="a bottleneck parallel to the MLP, scaled by 0.1",
     claim="few_shot: adapters above zero-shot",
+    count="L_t * (2 * D_t * width + width + D_t) + L_v * (2 * D_v * width + width + D_v)",
+    identity=True,
 )
 def adaptformer(
     model: nn.Module, *, where: str = r".*/mlp", width: int = 64, scale: float = 0.1, activation: str = "relu"

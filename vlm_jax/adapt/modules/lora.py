@@ -13,6 +13,8 @@ from vlm_jax.models.insertion import LowRank
     where="eq. 3",
     differs="a low-rank update beside dense layers, which merges into them",
     claim="few_shot: LoRA above zero-shot",
+    count="4 * rank * (L_t * D_t + L_v * D_v)",
+    identity=True,
 )
 def lora(
     model: nn.Module, *, where: str = r".*/attn/(query|value)", rank: int = 4, alpha: float | None = None

@@ -13,6 +13,7 @@ from vlm_jax.models.insertion import Context
     where="section 3.2",
     differs="one learned context for all classes",
     claim="few_shot: contexts gain on the classes they see and lose on new ones",
+    count="length * D_t",
 )
 def coop(model: nn.Module, *, length: int = 4, std: float = 0.02) -> Inserted:
     """CoOp."""
@@ -25,6 +26,7 @@ def coop(model: nn.Module, *, length: int = 4, std: float = 0.02) -> Inserted:
     where="section 3.2",
     differs="a Meta-Net moves the context by the picture",
     claim="few_shot: CoCoOp's harmonic mean above CoOp's",
+    count="length * D_t + E * (E // 16) + E // 16 + (E // 16) * D_t + D_t",
 )
 def cocoop(model: nn.Module, *, length: int = 4, std: float = 0.02) -> Inserted:
     """CoCoOp."""

@@ -58,6 +58,7 @@ class Coupled(NamedTuple):
     where="section 3.2",
     differs="deep prompts of both towers, coupled linearly",
     claim="few_shot: MaPLe's harmonic mean above CoOp's",
+    count="min(depth, L_t, L_v) * (length * D_t + D_t * D_v + D_v)",
 )
 def maple(model: nn.Module, *, length: int = 2, depth: int = 9, std: float = 0.02) -> Coupled:
     """MaPLe."""

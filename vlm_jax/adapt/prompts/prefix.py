@@ -14,6 +14,7 @@ from vlm_jax.models.insertion import Prefix
     where="section 3.2",
     differs="keys and values before those of every block, as in prefix tuning (arXiv:2101.00190)",
     claim="few_shot: prefixes above zero-shot",
+    count="2 * length * (L_t * D_t + L_v * D_v)",
 )
 def prefix(model: nn.Module, *, where: str = r".*/attn", length: int = 4, std: float = 0.02) -> Inserted:
     """Prefix tuning, which P-Tuning v2 applies to all sizes and tasks."""

@@ -77,6 +77,7 @@ class _Unify(nn.Module):
     where="section 3.3",
     differs="one small transformer makes the prompts of both towers",
     claim="few_shot: UPT's harmonic mean above CoOp's",
+    count="(text_length + image_length + 9) * D_t + 4 * D_t**2 + (2 * D_t + 1) * (hidden or D_t) + (D_t + 1) * D_v",
 )
 def upt(
     model: nn.Module,

@@ -14,6 +14,7 @@ from vlm_jax.models.insertion import Prompt
     where="section 3.2",
     differs="learned tokens before the patches",
     claim="few_shot: prompts in the image tower rival tuning all of it",
+    count="length * D_v",
 )
 def vpt(model: nn.Module, *, length: int = 8) -> Inserted:
     """VPT-shallow."""
@@ -27,6 +28,7 @@ def vpt(model: nn.Module, *, length: int = 8) -> Inserted:
     where="section 3.2",
     differs="learned tokens before the patches, new ones in every block",
     claim="few_shot: prompts in the image tower rival tuning all of it",
+    count="length * D_v * (depth or L_v)",
 )
 def vpt_deep(model: nn.Module, *, length: int = 8, depth: int | None = None) -> Inserted:
     """VPT-deep."""

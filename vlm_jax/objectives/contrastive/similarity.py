@@ -49,6 +49,7 @@ def cosine() -> Similarity:
     where="section 3.1",
     differs="every patch finds its best word and every word its best patch",
     claim="token_wise_similarity: FILIP names better than CLIP, and its words find their patches",
+    needs={"model.image.pool": "all", "model.text.pool": "all"},
 )
 def token_wise(*, chunk: int = 64) -> Similarity:
     """Of every token its best match in the other modality, on average (FILIP, arXiv:2111.07783, section 3.1).

@@ -23,6 +23,7 @@ from vlm_jax.objectives.objective import WHERE, Objective, model_inputs
     paper="arXiv:2306.07915",
     where="section 3",
     differs="the cross-entropy of a corrupted caption's tokens, given the picture",
+    needs={"model.name": "captioner"},
 )
 def captioning(
     *,
@@ -85,6 +86,7 @@ def captioning(
     paper="arXiv:2205.05131",
     where="section 3.1",
     differs="the cross-entropy of what the op `denoise` has hidden of a text",
+    needs={"model.name": "encoder_decoder"},
 )
 def denoising(
     *,

@@ -129,6 +129,7 @@ def masked_spans(*, rate: float = 0.5, mean_span: float = 3.0) -> Callable:
     paper="arXiv:2205.05131",
     where="section 3.1",
     differs="each caption by one of several corruptions",
+    needs={"objective.corruption.of": {"S": ("causal", 2), "X": ("parallel", 1)}},
 )
 def mixture(*, of: Mapping[str, tuple[Any, float]]) -> Callable:
     """Each caption by one of several corruptions, drawn by their weights: UL2 with a picture for a prefix.

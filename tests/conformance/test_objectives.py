@@ -1,0 +1,74 @@
+"""What every objective and every part of one has to do: it enters by being declared."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from tests.support.models import IMAGES, TOKENS, section
+from vlm_jax import catalogue, models, objectives
+from vlm_jax.errors import UserError
+from vlm_jax.params import sharding
+
+PARTS = {"similarities": ("contrastive", "similarity"), "penalties": ("contrastive", "penalty"),
+         "corruptions": ("captioning", "corruption")}  # fmt: skip
+CASES = [d for d in catalogue.read() if d.family == "objectives" or d.family in PARTS]
+ROWS = 8
+
+
+def settings(declaration):
+    """(config.model, config.objective) of a declaration: its family's, and what it needs."""
+    objective = {"name": declaration.name}
+    needs = dict(declaration.needs)
+    if declaration.family in PARTS:
+        name, key = PARTS[declaration.family]
+        objective = {"name": name, key: {"name": declaration.name}}
+        needs = catalogue.of("objectives")[name].needs | needs
+    config = {"model": section(needs.pop("model.name", "two_tower"), scan=True), "objective": objective}
+    for path, value in needs.items():
+        *folders, key = path.split(".")
+        place = functools.reduce(lambda part, folder: part[folder], folders, config)
+        place[key] = value
+    return config["model"], config["objective"]
+
+
+def batch(model):
+    rows = np.resize(np.arange(len(TOKENS)), ROWS)
+    rng = np.random.default_rng(0)
+    given = {"image": (IMAGES[rows] + rng.normal(size=(ROWS, *IMAGES.shape[1:]))).astype(np.float32)}
+    if not hasattr(model, "image"):
+        given = {"input_ids": TOKENS[rows[::-1]]}
+    return given | {"token_ids": TOKENS[rows], "concept": rows, "denoiser": rows % 2}
+
+
+@pytest.mark.parametrize("declaration", CASES, ids=lambda d: f"{d.family}-{d.name}")
+def test_objective(declaration):
+    model_section, section = settings(declaration)
+    model = models.build(model_section)
+    objective, given = objectives.build(section, model), batch(model)
+    params = jax.jit(model.init)(jax.random.key(0), *objectives.model_inputs(given))["params"]
+    run = jax.jit(
+        lambda params, batch, rng, k: objectives.value_and_grad(objective, params, batch, rng, accumulate=k)[:3],
+        static_argnums=3,
+    )
+    value, metrics, grads = whole = run(params, given, None, 1)
+    assert np.isfinite(value) and value == metrics["loss"]
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(grads))
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    with jax.set_mesh(mesh):  # accumulated, on eight devices
+        spread = run(params, sharding.to_global(given, mesh, ROWS), None, 2)
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
+    jax.tree.map(close, spread, whole)
+    moved = jax.tree.map(lambda p, g: p - 1e-2 * g, params, grads)
+    assert run(moved, given, None, 1)[0] < value
+
+
+@pytest.mark.parametrize("declaration", CASES, ids=lambda d: f"{d.family}-{d.name}")
+def test_a_mistyped_key_is_named(declaration):
+    model_section, section = settings(declaration)
+    part = section[PARTS[declaration.family][1]] if declaration.family in PARTS else section
+    part["nonsense"] = 1
+    with pytest.raises(UserError, match="nonsense") as error:
+        objectives.build(section, models.build(model_section))
+    assert "\n" not in str(error.value)
