@@ -1,4 +1,4 @@
-"""The rooms of the package: who may import whom, how large a file may be; tests share through tests/support alone.
+"""The rooms of the package: who may import whom, how large a file may be; tests share through tests/support.
 
 Imports are read from the source, those inside of functions and under `TYPE_CHECKING` too.
 """
@@ -41,6 +41,7 @@ def module_name(path):
 
 
 MODULES = {module_name(path): path for path in sorted((ROOT / "vlm_jax").rglob("*.py"))}
+TESTS = {module_name(path) for path in (ROOT / "tests").rglob("*.py")} | {"conftest"}
 
 
 def room_of(module):
@@ -102,11 +103,13 @@ def test_no_file_is_over_400_lines():
     assert {name: length for name, length in lengths.items() if length > 400} == {}
 
 
-def test_tests_share_through_support_alone():
-    """No test module imports another test module or a conftest, and support imports no test."""
+def test_tests_share_through_support():
+    """No test module imports another test module or a conftest; support imports nothing of the tests but support."""
     for path in sorted((ROOT / "tests").rglob("*.py")):
-        shared = {module for module, _ in imports(path) if module.split(".")[0] in ("tests", "conftest")}
-        wrong = {module for module in shared if not module.startswith("tests.support")}
+        shared = set(imported_modules(path, TESTS))
+        wrong = {module for module in shared if module.split(".")[-1].startswith(("test_", "conftest"))}
+        if (ROOT / "tests" / "support") in path.parents:
+            wrong |= {module for module in shared if not module.startswith("tests.support")}
         assert not wrong, (
             f"{path.relative_to(ROOT)} imports {', '.join(sorted(wrong))}; shared code is in tests/support"
         )
