@@ -108,6 +108,7 @@ OVERRIDES = {
 }
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("kind", OVERRIDES)
 def test_killed_and_continued_gives_the_same_parameters(kind, tmp_path):
     overrides = OVERRIDES[kind]
@@ -130,6 +131,7 @@ def test_killed_and_continued_gives_the_same_parameters(kind, tmp_path):
     assert [line["step"] for line in lines(workdir)] == [line["step"] for line in lines(tmp_path / "whole")]
 
 
+@pytest.mark.subprocess
 def test_sigterm_saves_and_the_run_continues(tmp_path):
     process = start(tmp_path)
     while process.poll() is None and not lines(tmp_path):
@@ -210,6 +212,7 @@ def test_a_run_that_diverges_stops_and_saves_nothing_broken(tmp_path):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(load_params(tmp_path / "run")))
 
 
+@pytest.mark.subprocess
 def test_on_the_command_line_it_is_one_line(tmp_path):
     for override in ("--config.optimizer.lrr=1", "--config.objective.penalty=hinge"):
         code, errors = finish(start(tmp_path, override))

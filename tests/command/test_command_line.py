@@ -7,15 +7,17 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 from absl import flags
 
 from tests.support.paths import ROOT
-from vlm_jax import command
+from vlm_jax import catalogue, command
 from vlm_jax.command import commands, help_page
 from vlm_jax.command.commands import COMMANDS, LOADING
 from vlm_jax.command.values import given
 from vlm_jax.errors import UserError
+from vlm_jax.run import processes
 
 CLIP = "pkg:vlm_jax/zoo/clip_tiny"
 
@@ -28,6 +30,7 @@ def vlm_jax_command(*argv, program="from vlm_jax.__main__ import main; main()"):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.subprocess
 def test_alone_it_says_what_one_can_do():
     code, output, errors = vlm_jax_command()
     assert (code, errors) == (0, "") and output == help_page.overview() + "\n"
@@ -37,19 +40,21 @@ def test_alone_it_says_what_one_can_do():
     assert sorted(name for names in help_page.GROUPS.values() for name in names) == sorted(COMMANDS)
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_is_short_and_imports_no_jax(name):
     code, output, errors = vlm_jax_command(name, "--help")
     assert (code, errors) == (0, "")
     lines = output.splitlines()
     assert len(lines) < 60 and max(map(len, lines)) <= 120
-    assert lines[2].startswith(f"usage: vlm-jax {name} ") and f"  vlm-jax {name} " in lines[5]
+    assert lines[2].startswith(f"usage: vlm-jax {name} ") and f"  vlm-jax {name} " in f"{lines[5]} "
     values = flags.FlagValues()
     commands.define(name, values)
     said = re.findall(r"^  --(\w+)  +\S", output, re.MULTILINE)
     assert sorted(said) == sorted(values)  # all of its own flags, and nothing of absl's
 
 
+@pytest.mark.subprocess
 def test_flags_mistaken_are_told_before_jax_is_imported(tmp_path):
     assert vlm_jax_command("evalute") == (
         2, "", "error: vlm-jax has no command `evalute`; did you mean `evaluate`?\n",
@@ -107,40 +112,51 @@ def test_documented_commands_have_the_flags_they_are_given(monkeypatch):
         left = values(sys.argv)
         own = COMMANDS[name]
         assert all(values[flag.name].value is not None for flag in own.all() if flag.needed), argv
-        assert bool(left[1:]) == bool(own.arguments), argv
+        assert own.arguments or not left[1:], argv
+        assert left[1:] or not own.arguments or own.arguments[0] == "[", argv
         seen.add(name)
     assert seen == COMMANDS.keys()
 
 
 def test_help_names_what_there_is():
-    from vlm_jax.evaluate import TASKS
     from vlm_jax.zoo.load import load
     from vlm_jax.zoo.save import WRITERS
 
     about = {flag.name: flag.help for own in COMMANDS.values() for flag in own.all()}
-    assert about["task"] == ", ".join(TASKS)
+    for name in ("evaluate", "adapt"):
+        shown = help_page.help_of(name)
+        assert all(re.search(rf"\b{one}\b", shown) for one in catalogue.of(*COMMANDS[name].families))
     assert set(about["format"].split(": ")[1].split(", ")) == set(WRITERS)
     assert {flag.name for flag in LOADING} == load.__annotations__.keys() - {"spec", "mesh", "partition", "return"}
 
 
+@pytest.mark.subprocess
 def test_json_is_all_of_stdout(tmp_path):
     code, output, errors = vlm_jax_command("convert", CLIP, tmp_path / "clip", "--json")
     assert code == 0 and json.loads(output) == {"wrote": str(tmp_path / "clip"), "format": "native"}
     assert errors.endswith("JAX\n")
-    code, output, _ = vlm_jax_command("convert", "--inspect", tmp_path / "clip", "--json")
-    about = json.loads(output)
-    assert code == 0 and about["format"] == "vlm_jax" and about["problem"] is None
+    about = convert("--inspect", tmp_path / "clip").results
+    assert about["format"] == "vlm_jax" and about["problem"] is None
     assert about["tensors"][0] == {
         "name": "image/blocks_0/attn/key/bias", "shape": [128], "dtype": "float32",
         "parameters": ["image/blocks_0/attn/key/bias"], "ignored": False,
     }  # fmt: skip
-    code, output, errors = vlm_jax_command("convert", CLIP, tmp_path / "clip", "--json")
-    assert (code, output) == (2, "") and f"error: {tmp_path / 'clip'} exists; remove it or write elsewhere" in errors
+    with pytest.raises(UserError, match="clip exists; remove it or write elsewhere"):
+        convert(CLIP, tmp_path / "clip")
+
+
+def convert(*argv):
+    """The answer of `vlm-jax convert ARGV`, in this process."""
+    from vlm_jax.convert import main
+
+    values = flags.FlagValues()
+    commands.define("convert", values)
+    return main(values(["convert", *map(str, argv)]), values)
 
 
 FAILING = """
 import sys
-from vlm_jax import command
+from vlm_jax import catalogue, command
 def main(argv, values):
     print("on the way")
     {does}
@@ -148,6 +164,7 @@ command.run("convert", main)
 """
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize(
     ("does", "code", "line"),
     [
@@ -183,14 +200,11 @@ def test_errors_are_one_line(does, code, line):
     ],
 )
 def test_inspect_ignores_no_flag(flag, message):
-    from vlm_jax.convert import main
-
-    values = flags.FlagValues()
-    commands.define("convert", values)
     with pytest.raises(UserError, match=message):
-        main(values(["convert", "--inspect", CLIP, flag]), values)
+        convert("--inspect", CLIP, flag)
 
 
+@pytest.mark.subprocess
 def test_json_has_no_nan_and_threads_are_not_waited_for():
     waits = "import threading, time; threading.Thread(target=time.sleep, args=(600,)).start()"
     answer = "command.Answer({'a': [float('nan'), 1.5], 'b': {'c': -float('inf')}}, 'text', 3, at_once=True)"
@@ -199,24 +213,27 @@ def test_json_has_no_nan_and_threads_are_not_waited_for():
     assert (status, output) == (3, '{"a": [null, 1.5], "b": {"c": null}}\n')
 
 
-def test_an_error_of_one_of_several_processes_is_one_line():
-    program = """
-from vlm_jax.run import processes
-try:
-    {does}
-except Exception as error:
-    processes._leave(error)
-"""
-    for does, code, line in [
-        ("raise KeyError('a')", 1, "KeyError: 'a' (a bug? --debug shows the traceback)"),
-        ("raise processes.UserError('a')", 2, "a"),
-        ("raise processes.jax.errors.JaxRuntimeError('UNAVAILABLE: b\\nc')", 1, "a process of the run is lost "
-         "(UNAVAILABLE: b). Start all of them again: they go on from the last checkpoint"),
-    ]:  # fmt: skip
-        status, _, errors = vlm_jax_command(program=program.format(does=does))
-        assert (status, errors) == (code, f"error: process 0 of 1: {line}\n")
-    _, _, errors = vlm_jax_command("--debug", program=program.format(does=does))
-    assert errors.startswith("Traceback") and errors.endswith(f"error: process 0 of 1: {line}\n")
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (KeyError("a"), 1, "KeyError: 'a' (a bug? --debug shows the traceback)"),
+        (UserError("a"), 2, "a"),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: b\nc"), 1, "a process of the run is lost (UNAVAILABLE: b). Start "
+         "all of them again: they go on from the last checkpoint"),
+    ],
+)  # fmt: skip
+def test_an_error_of_one_of_several_processes_is_one_line(error, code, line, capsys, monkeypatch):
+    exits = []
+    monkeypatch.setattr(processes.os, "_exit", exits.append)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    for argv, before in ([], ""), (["--debug"], "Traceback"):
+        monkeypatch.setattr(sys, "argv", ["train", *argv])
+        with processes.joined(None):
+            raise error
+        errors = capsys.readouterr().err
+        assert errors.startswith(before) and errors.endswith(f"error: process 0 of 1: {line}\n")
+        assert argv or errors.count("\n") == 1
+    assert exits == [code] * 2
 
 
 def test_image_size_is_one_side_or_two():
@@ -241,6 +258,7 @@ def test_functions_raise_what_they_raise():
         convert("/nowhere", "/nowhere/else")
 
 
+@pytest.mark.subprocess
 def test_who_reads_may_leave():
     inspect = f"{sys.executable} -m vlm_jax convert --inspect {CLIP} | (read line; echo $line; exec <&-)"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", inspect], cwd=ROOT, capture_output=True, text=True)

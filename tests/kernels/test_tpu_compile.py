@@ -78,6 +78,7 @@ def compile_all(chip):
     print("FOUND " + json.dumps(found))
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("chip", CHIPS)
 def test_every_shape_compiles(chip):
     found = compiled_for(chip, __file__)

@@ -8,6 +8,7 @@ import pytest
 from tests.support.abstract_devices import compiled_for
 
 
+@pytest.mark.subprocess
 def test_memory_is_that_of_the_program_that_train_runs():
     found = compiled_for("v5e", __file__)
     assert found["codegen"] == found["exact"]

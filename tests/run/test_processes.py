@@ -18,6 +18,8 @@ from tests.support.paths import ROOT
 from tests.support.pictures import write_pictures
 from tests.support.runs import lines
 from tests.support.runs import start as start_one
+from vlm_jax.errors import UserError
+from vlm_jax.run import processes
 
 STEPS = 12
 CONFIG = """
@@ -86,6 +88,7 @@ def whole(config, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.subprocess
 def test_two_processes_are_one_bit_for_bit(config, whole, tmp_path):
     first, second = finish(start(config, tmp_path, 2, 1))
     assert first[0] == second[0] == 0, first[2] + second[2]
@@ -101,6 +104,7 @@ def wait_for(run, condition):
         time.sleep(0.01)
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize(
     ("count", "victim", "then"),
     [
@@ -130,6 +134,7 @@ def test_one_killed_stops_all_and_others_go_on(count, victim, then, config, whol
     assert results(tmp_path)["data/bad_examples"] == results(whole)["data/bad_examples"]
 
 
+@pytest.mark.subprocess
 def test_a_preempted_process_makes_all_save_one_step(config, whole, tmp_path):
     run = start(config, tmp_path, 2, 1)
     wait_for(run, (tmp_path / "config.json").exists)  # they have met; the first step is to come
@@ -144,14 +149,24 @@ def test_a_preempted_process_makes_all_save_one_step(config, whole, tmp_path):
     assert results(tmp_path) == results(whole) and losses(tmp_path) == losses(whole)
 
 
-@pytest.mark.parametrize("how", ["localhost", "localhost:1234,two,0", "auto"])
+HOW = "--distributed={} is not `address:port,processes,index`, or `auto` on a TPU"
+
+
+@pytest.mark.parametrize("how", ["localhost", "localhost:1234,two,0"])
 def test_how_processes_meet_is_checked(how):
-    program = f"from vlm_jax.run import processes; processes.start({how!r})"
+    with pytest.raises(UserError, match=HOW.format(how)):
+        processes.start(how)
+
+
+@pytest.mark.subprocess
+def test_nothing_says_which_processes_there_are():
+    program = "from vlm_jax.run import processes; processes.start('auto')"
     nowhere = {"PATH": os.environ["PATH"], "JAX_PLATFORMS": "cpu"}  # no job of Slurm or another
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=nowhere, capture_output=True, text=True)
-    assert f"UserError: --distributed={how} is not `address:port,processes,index`, or `auto` on a TPU" in done.stderr
+    assert f"UserError: {HOW.format('auto')}" in done.stderr
 
 
+@pytest.mark.subprocess
 def test_slurm_says_who_is_there(tmp_path):
     program = """
 import jax
@@ -199,6 +214,7 @@ def scripts(tmp_path):
     return re.findall(r"```bash\n(#!.*?)```", page, re.DOTALL), run
 
 
+@pytest.mark.subprocess
 def test_launch_scripts_give_flags_that_train_has(scripts, monkeypatch):
     texts, run = scripts
     for text, several in zip(texts, (True, True, False), strict=True):
@@ -215,6 +231,7 @@ def test_launch_scripts_give_flags_that_train_has(scripts, monkeypatch):
         assert values.config.mesh.fsdp == 2 and values.workdir
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize(
     ("ends", "status", "again"),
     [("true", 0, False), ("exit 2", 2, False), ("mkdir -p runs/siglip/checkpoints/8; exit 134", 134, True)],
@@ -226,6 +243,7 @@ def test_the_slurm_job_comes_again_as_long_as_it_gets_on(ends, status, again, sc
     assert ("scontrol requeue 17" in done.stdout) == again
 
 
+@pytest.mark.subprocess
 def test_a_disk_that_is_full_on_one_host_is_named(tmp_path):
     program = """
 import sys, resource

@@ -37,6 +37,7 @@ def cuda_module(fn, *args):
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 ENV = dict(
     JAX_PLATFORMS="cpu",
+    JAX_ENABLE_COMPILATION_CACHE="0",  # what is asked of a compiled program is lost in the cache
     XLA_FLAGS="",  # libtpu reads them, too, and does not know those of the tests
     TPU_SKIP_MDS_QUERY="1",
     TPU_ACCELERATOR_TYPE="v5litepod-4",

@@ -22,7 +22,7 @@ def overview() -> str:
     """All commands, by group, and something to try."""
     lines = ["vlm-jax COMMAND: contrastive and generative vision-language models in JAX"]
     for heading, names in GROUPS.items():
-        lines += ["", heading, *(f"  {name:22}{summary(name)}" for name in names)]
+        lines += ["", heading, *(_row(name, summary(name)) for name in names)]
     lines += ["", "try", *(_shown(examples(name)[0]) for name in FIRST)]
     return "\n".join([*lines, "", "vlm-jax COMMAND --help has its flags and more examples"])
 
@@ -36,7 +36,7 @@ def help_of(name: str) -> str:
     for heading, group in command.flags.items():
         lines += ["", heading or "flags", *map(_line, group)]
         if any(flag.name == "config" for flag in group):
-            lines.append(f"  {'--config.KEY=VALUE':22}Any value of the config, e.g. --config.optimizer.lr=1e-3")
+            lines.append(_row("--config.KEY=VALUE", "Any value of the config, e.g. --config.optimizer.lr=1e-3"))
     if command.families:
         lines += ["", "methods", *_methods(command.families)]
     return "\n".join([*lines, "", "any command", *map(_line, EVERY)])
@@ -69,11 +69,7 @@ def _doc(name: str) -> str:
 
 def _methods(families: Sequence[str]) -> list[str]:
     """Names of the methods, those of a family together."""
-    lines = []
-    for family in families:
-        names = textwrap.wrap(", ".join(catalogue.of(family)), 94)
-        lines += [f"  {label:22}{line}" for label, line in zip((family, *[""] * len(names)), names, strict=False)]
-    return lines
+    return [_row(family, ", ".join(catalogue.of(family))) for family in families]
 
 
 def _shown(example: str) -> str:
@@ -82,4 +78,10 @@ def _shown(example: str) -> str:
 
 def _line(flag: Flag) -> str:
     default = "" if flag.default in (None, False) else f" ({flag.default})"
-    return f"  --{flag.name:20}{flag.help}{default}"
+    return _row(f"--{flag.name}", f"{flag.help}{default}")
+
+
+def _row(label: str, text: str) -> str:
+    """A label and what it stands for, in lines of 120 characters at most."""
+    wrap = dict(break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(text, 120, initial_indent=f"  {label:22}", subsequent_indent=" " * 24, **wrap)
