@@ -218,13 +218,13 @@ def read() -> tuple[Declaration, ...]:
 
 def _of_file(path: Path, folder: Path, package: str) -> list[Declaration]:
     text = path.read_text(encoding="utf-8")
-    if "@method(" not in text:
+    if "method(" not in text:
         return []
     module = ".".join((package, *path.relative_to(folder).with_suffix("").parts)).removesuffix(".__init__")
     place, declarations = f"{package}/{path.relative_to(folder).as_posix()}", []
     for node in ast.parse(text).body:
         for call in getattr(node, "decorator_list", ()):
-            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "method":
+            if isinstance(call, ast.Call) and ast.unparse(call.func).removeprefix("catalogue.") == "method":
                 declarations.append(_declaration(node, call, module, place))
     return declarations
 

@@ -19,8 +19,7 @@ from typing import Any
 
 from absl import flags
 
-import vlm_jax
-from vlm_jax import command, config, evaluators, report
+from vlm_jax import __version__, catalogue, command, config, evaluators, report
 from vlm_jax.command.commands import LOADING
 from vlm_jax.command.values import given
 from vlm_jax.errors import UserError
@@ -30,8 +29,7 @@ from vlm_jax.params import sharding
 from vlm_jax.pretrained import Pretrained
 from vlm_jax.run import processes
 from vlm_jax.run.checkpoint import params_sha256, write_json
-
-TASKS = ("zeroshot", "retrieval", "probe", "few_shot", "captions", "foils")
+from vlm_jax.zoo.load import load
 
 
 def evaluate(
@@ -47,7 +45,7 @@ def evaluate(
 
     Args:
       pretrained: the model; its `mesh` says where it runs.
-      task: one of `TASKS`, see `vlm_jax.evaluators`.
+      task: name of an evaluator, see `vlm-jax methods --family=evaluators`.
       out: the folder for results, artifacts, report and progress; None writes nothing.
       model: what the model is called in the results.
       show: shows a progress bar.
@@ -61,7 +59,7 @@ def evaluate(
 
 
 def _evaluator(task: str, section: Mapping[str, Any]) -> Callable[..., evaluators.Result]:
-    config.choose(dict.fromkeys(TASKS), task, "the task")
+    catalogue.get("evaluators", task, "the task")
     return evaluators.build({"type": task, **section})
 
 
@@ -74,7 +72,7 @@ def _evaluate(
     model: str | None,
     show: bool,
 ) -> dict[str, Any]:
-    if pretrained.preprocess is None:
+    if pretrained.preprocess is None and "ops" not in section:
         raise UserError("this model has no image tower")
     pretrained = dataclasses.replace(pretrained, batch_size=section["batch_size"])
     named = {"model": model, "data": section["uri"], "split": section.get("split"), "classes": section.get("classes")}
@@ -85,7 +83,7 @@ def _evaluate(
         return numbers(run(Progress(show=show)))
 
     hosts, out = Hosts(pretrained.mesh, section["batch_size"]), Path(out).absolute()
-    settings = {"task": task, **named, **_model_facts(pretrained), "version": vlm_jax.__version__, "evaluator": section}
+    settings = {"task": task, **named, **_model_facts(pretrained), "version": __version__, "evaluator": section}
     mistake = hosts.from_first(_claim(out, config.plain(settings)) if hosts.first else None)
     if mistake:
         raise UserError(f"{out} holds {mistake}")
@@ -150,7 +148,7 @@ def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer | None:
     evaluator = _evaluator(values.task, section)  # what is wrong with the data is said before the model is loaded
     mesh = config.call(sharding.make_mesh, given(values, ("mesh",)).get("mesh", {}), "--mesh", devices=None)
     with command.doing(f"loading {values.model}", processes.is_first()):
-        pretrained = vlm_jax.load(values.model, mesh=mesh, **given(values, [flag.name for flag in LOADING]))
+        pretrained = load(values.model, mesh=mesh, **given(values, [flag.name for flag in LOADING]))
     with command.doing(f"evaluating {values.task}", processes.is_first()):
         results = _evaluate(pretrained, values.task, evaluator, section, values.out, values.model, show=True)
     if processes.is_first():

@@ -13,7 +13,7 @@ from vlm_jax.errors import UserError
 
 def test_the_command(base, tmp_path, monkeypatch):
     """From flags to a table, results, and a file that `load(...)` takes."""
-    monkeypatch.setattr(vlm_jax, "load", lambda spec, **_: base, raising=False)
+    monkeypatch.setattr(adapt_command, "load", lambda spec, **_: base)
     values = flags.FlagValues()
     commands.define("adapt", values)
     given = [

@@ -6,7 +6,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from vlm_jax.evaluators import mean_per_class_accuracy, metrics, retrieval_recall, top_k_accuracy, truth_ranks
+from vlm_jax.evaluators import metrics
+from vlm_jax.evaluators.metrics import mean_per_class_accuracy, retrieval_recall, top_k_accuracy, truth_ranks
 from vlm_jax.pretrained.similarity import similarity
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"

@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 from tests.support.paths import GOLDEN
-from vlm_jax.evaluators import mean_per_class_accuracy, retrieval_recall, top_k_accuracy
+from vlm_jax.evaluators.metrics import mean_per_class_accuracy, retrieval_recall, top_k_accuracy
 
 
 def fixed_case(seed: int = 0) -> dict[str, np.ndarray]:

@@ -8,8 +8,8 @@ prints a table and leaves results.json and one small file a seed in --out, which
     clip = vlm_jax.load("pkg:vlm_jax/zoo/clip_tiny")
     vlm_jax.load_adapter("runs/adapted/lora_0.safetensors", clip).classify(pictures)
 
-Methods are compared that are given with commas between; all of them: vlm_jax/adapt/methods.py. Pictures to
-train on are drawn from --train_split; --base_to_new trains on half of the classes and tests on the others, too.
+Methods with commas between are compared; `vlm-jax methods` lists them. Training pictures are drawn from
+--train_split. --base_to_new trains on half of the classes and tests the others, too.
 """
 
 import dataclasses
@@ -19,7 +19,6 @@ from typing import Any
 
 from absl import flags
 
-import vlm_jax
 from vlm_jax import command, evaluators
 from vlm_jax.adapt.files import save_adapter
 from vlm_jax.command.commands import LOADING
@@ -28,6 +27,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.evaluators.progress import Progress
 from vlm_jax.pretrained import Pretrained
 from vlm_jax.run.checkpoint import write_json
+from vlm_jax.zoo.load import load
 
 
 def adapt(
@@ -93,7 +93,7 @@ def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer:
     section = given(values, DATA) | {"uri": values.data, "methods": values.method}
     section["options"] = given(values, ["option"]).get("option", {})
     with command.doing(f"loading {values.model}"):
-        pretrained = vlm_jax.load(values.model, **given(values, [flag.name for flag in LOADING]))
+        pretrained = load(values.model, **given(values, [flag.name for flag in LOADING]))
     pretrained = dataclasses.replace(pretrained, batch_size=values.batch_size)
     with command.doing("adapting"):
         numbers = adapt(pretrained, values.out, show=True, batch_size=values.batch_size, **section)

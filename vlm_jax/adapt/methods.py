@@ -118,8 +118,3 @@ def search_rate(
     if best is None:
         raise failed
     return best[1]
-
-
-HEADS = catalogue.of("heads")
-TUNED = catalogue.of(*TRAINED)
-METHODS = {name: lambda *args, name=name, **options: fit(name)(*args, **options) for name in HEADS | TUNED}

@@ -46,6 +46,13 @@ class Test(NamedTuple):
         return list(self.named.values())
 
 
+@catalogue.method(
+    family="evaluators",
+    system="FewShot-Survey",
+    paper="arXiv:2109.01134",
+    where="section 4.1",
+    differs="any method of adaptation, trained on a few pictures of each class, over draws, tests and new classes",
+)
 def few_shot(
     *,
     uri: str,

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from vlm_jax.catalogue import FAMILIES
 from vlm_jax.command import configs
 
 
@@ -169,7 +168,9 @@ COMMANDS = {
             )
         }
     ),
-    "methods": Command({"": (text("family", f"One of: {', '.join(FAMILIES)}"),)}, arguments="[NAME ...]"),
+    "methods": Command(
+        {"": (text("family", "Only one family: heads, modules, prompts, objectives, ..."),)}, arguments="[NAME ...]"
+    ),
     "data.train_tokenizer": Command(
         {
             "": (

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators import classes as class_names
 from vlm_jax.evaluators.metrics import captions as caption_metrics
@@ -17,6 +18,12 @@ from vlm_jax.evaluators.result import Result
 from vlm_jax.evaluators.sampling import evenly_spaced
 
 
+@method(
+    family="evaluators",
+    paper="arXiv:1504.00325",
+    where="section 3",
+    differs="captions that a model writes, against people's",
+)
 def captions(
     *,
     uri: str,

@@ -5,12 +5,19 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators.one_pass import Batch, Columns, Pass
 from vlm_jax.evaluators.progress import Progress, Table
 from vlm_jax.evaluators.result import Result
 
 
+@method(
+    family="evaluators",
+    paper="arXiv:2205.05131",
+    where="section 4.2",
+    differs="the perplexity of what a denoiser hid of a text",
+)
 def denoising(
     *,
     uri: str,

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax.catalogue import method
 from vlm_jax.config import choose
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators.one_pass import Batch, Columns, Pass, picture_ops
@@ -19,6 +20,12 @@ from vlm_jax.evaluators.tasks import foil_texts
 from vlm_jax.pretrained.similarity import similarity_of_pairs
 
 
+@method(
+    family="evaluators",
+    paper="arXiv:2210.01936",
+    where="section 2",
+    differs="a caption against one with a wrong object, attribute or order",
+)
 def foils(
     *,
     uri: str,

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators import classes as class_names
 from vlm_jax.evaluators import metrics
@@ -45,6 +46,10 @@ def nearest_by_class(
     return scores
 
 
+@method(
+    family="evaluators",
+    differs="the nearest training picture in pixels, the baseline that a model must beat",
+)
 def pixel_neighbour(
     *,
     uri: str,

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax.catalogue import method
 from vlm_jax.config import choose
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators import classes as class_names
@@ -18,6 +19,12 @@ from vlm_jax.pretrained.linear import logistic_regression, ridge
 SOLVERS = {"ridge": ridge, "lbfgs": logistic_regression}
 
 
+@method(
+    family="evaluators",
+    paper="arXiv:2103.00020",
+    where="section 3.2",
+    differs="a linear classifier on the image tower's features, of all or a few pictures",
+)
 def probe(
     *,
     uri: str,

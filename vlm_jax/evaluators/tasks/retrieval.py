@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators import metrics
 from vlm_jax.evaluators.one_pass import Batch, Columns, Pass, field_ops, picture_ops
@@ -20,6 +21,12 @@ COMPARED = 10  # of those, each with the captions of all
 QUERIES, FOUND = 8, 6  # captions shown with their best pictures, and how many of these
 
 
+@method(
+    family="evaluators",
+    paper="arXiv:2103.00020",
+    where="table 13",
+    differs="pictures by their captions and captions by their pictures",
+)
 def retrieval(
     *,
     uri: str,

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax.catalogue import method
 from vlm_jax.data.sources import open_source
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators import classes as class_names
@@ -28,6 +29,12 @@ LOOKED_AT = 6  # pictures with a map of the attention, where there is a gallery
 PROMPTS = 2048  # embedded between two looks at the clock
 
 
+@method(
+    family="evaluators",
+    paper="arXiv:2103.00020",
+    where="section 3.1",
+    differs="class names in prompts; the nearest one, or a captioner's likeliest",
+)
 def zeroshot(
     *,
     uri: str,

@@ -1,0 +1,57 @@
+"""What every recipe has to do: it builds the program that `train` compiles, of the released size."""
+
+import numpy as np
+import pytest
+
+from vlm_jax import catalogue, config, models
+from vlm_jax.command import configs
+from vlm_jax.data import ops, tokenizers
+from vlm_jax.errors import UserError
+from vlm_jax.params import optim, sharding
+from vlm_jax.plan.train_step import example_of
+from vlm_jax.run.program import build_program
+
+MILLIONS = {  # parameters, of what its authors released; None of what nobody did
+    "clip": {"B/32": 151.3, "B/16": 149.6, "L/14": 427.6},
+    "siglip": {"B/16": 203.2, "So400m/14": 877.4},
+    "cap": {"B/16": None},
+    "cappa": {"L/14": None},
+    "filip": {"B/32": None},
+    "coca": {"B/32": 253.6},
+    "ul2": {"base": 247.6, "20b": None, "prefix-base": None, "prefix-tiny": None},
+    "ul2_cap": {"B/16": None},
+    "lit": {"B/16": None, "L/16-Uu": None, "tiny-LU": None, "select-Lu": None, "tiny-uu": None},
+}
+RECIPES = catalogue.of("recipes")
+EXPERIMENTS = [
+    (name, variant, millions) for name in RECIPES for variant, millions in ({"": None} | MILLIONS.get(name, {})).items()
+]
+
+
+@pytest.mark.parametrize(("name", "variant", "millions"), EXPERIMENTS)
+def test_builds(name, variant, millions):
+    settings = config.plain(RECIPES[name].load()(*filter(None, [variant])))
+    if settings["tokenizer"] == "emoji":
+        ops.parse(settings["data"]["ops"], tokenizers.build("emoji"))
+    example = example_of(settings["data"]["ops"])
+    if settings["data"]["uri"].startswith("precomputed:"):
+        example["image"] = np.zeros((1, 1280), np.float32)
+    sections = {key: settings[key] for key in ("model", "objective", "optimizer")}
+    steps = lambda length: optim.duration_to_steps(length, 256, 10**6, 10**6)
+    program = build_program(
+        example, sharding.make_mesh(fsdp=8), steps, **sections,
+        partition=sharding.RULES, accumulate=1, ema=None, seed=0,
+    )  # fmt: skip
+    if millions:
+        assert models.count(program.abstract_state.params) == pytest.approx(millions * 1e6, rel=0.005)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_variant_that_does_not_exist_is_named(name):
+    with pytest.raises(UserError, match="nonsense") as error:
+        RECIPES[name].load()("nonsense")
+    assert "\n" not in str(error.value)
+
+
+def test_every_file_of_configs_that_runs_is_declared():
+    assert list(RECIPES) == configs.names()
