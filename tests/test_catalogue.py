@@ -79,6 +79,17 @@ def test_unknown_names():
         catalogue.of("head")
 
 
+def test_a_function_outside_the_package_is_known_from_then_on(monkeypatch):
+    monkeypatch.setattr(catalogue, "_OWN", {})
+
+    @catalogue.method(family="penalties", differs="nothing is penalised")
+    def none():
+        """No penalty."""
+
+    assert catalogue.get("penalties", "none", "config.objective.penalty") is none
+    assert "none" not in catalogue.of("penalties")  # the catalogue is of the package
+
+
 def test_every_published_system_has_its_row():
     """The systems that work are found by the names of their papers."""
     assert {d.system for d in catalogue.read()} >= {

@@ -26,6 +26,7 @@ PACKAGE = Path(__file__).parent
 CONFIGS = next(
     filter(Path.is_dir, (PACKAGE / "configs", PACKAGE.with_name("configs")))
 )  # of a wheel, of the repository
+_OWN: dict[tuple[str, str], Callable] = {}  # (family, name) -> a method declared outside the package
 VERDICTS = PACKAGE / "verdicts.json"  # study -> claim -> verdict, written by experiments/study.py
 
 
@@ -137,8 +138,18 @@ def method(
     count: str = "",
     identity: bool = False,
 ) -> Callable[[Callable], Callable]:
-    """Declares a function as a method; the arguments are literals, see `Declaration`. The function stays as it is."""
-    return lambda function: function
+    """Declares a function as a method; the arguments are literals, see `Declaration`. The function is unchanged.
+
+    A function outside the package, of a notebook or a file of yours, is known in this process from then on, and
+    overrides a method of that name.
+    """
+
+    def declare(function):
+        if family != "recipes" and not function.__module__.startswith("vlm_jax."):
+            _OWN[family, function.__name__] = function
+        return function
+
+    return declare
 
 
 def of(*families: str) -> dict[str, Declaration]:
@@ -164,7 +175,10 @@ def get(families: str | tuple[str, ...], name: str, where: str) -> Callable:
     Raises:
       UserError: none of the families has the name.
     """
-    known = of(*((families,) if isinstance(families, str) else families))
+    families = (families,) if isinstance(families, str) else families
+    if own := [_OWN[family, name] for family in families if (family, name) in _OWN]:
+        return own[0]
+    known = of(*families)
     if name not in known:
         raise UserError(unknown(f"{where} is `{name}`", str(name), known))
     return known[name].load()

@@ -1,0 +1,62 @@
+"""What every evaluator has to do: it enters by being declared. It runs on the first model that can be asked."""
+
+import functools
+import inspect
+
+import numpy as np
+import pytest
+
+from configs import cappa, clip, ul2
+from tests.support.models import untrained
+from vlm_jax import catalogue, evaluators
+from vlm_jax.errors import UserError
+
+EVALUATORS = catalogue.of("evaluators")
+CONCEPTS = {0: "grinning face", 570: "monkey", 571: "gorilla", 575: "dog"}
+TEXTS = dict(ul2.get_config("smoke").evals.unseen_concepts)
+GIVEN = dict(
+    uri="tfds:emoji", split="unseen_style", train_split="train", label="concept", classes=CONCEPTS, captions="name/en",
+    where={"concept": list(CONCEPTS)}, train_where={"concept": list(CONCEPTS)}, shots=2, seeds=1, gallery=2,
+    methods=["zero_shot", "tip_adapter"],
+    ops=TEXTS["ops"], denoisers=TEXTS["denoisers"],
+)  # fmt: skip
+
+
+@functools.cache
+def model(recipe):
+    return untrained(recipe.get_config("smoke"), opinionated=recipe is cappa)
+
+
+def section(declaration):
+    """The arguments that the evaluator takes; op strings only where it has none of its own."""
+    taken = inspect.signature(declaration.load()).parameters
+    own = {name: value for name, value in GIVEN.items() if name in taken}
+    if "ops" in own and taken["ops"].default is not inspect.Parameter.empty:
+        del own["ops"]
+    return {"type": declaration.name} | own
+
+
+def evaluate(declaration, batch_size):
+    evaluator = evaluators.build(section(declaration) | {"batch_size": batch_size})
+    for recipe in (clip, cappa, ul2):
+        try:
+            return evaluator(model(recipe))
+        except UserError as error:
+            assert "\n" not in str(error)
+    pytest.fail(f"{declaration.name} refuses every model")
+
+
+@pytest.mark.parametrize("declaration", EVALUATORS.values(), ids=EVALUATORS)
+def test_numbers_do_not_depend_on_the_batch_size(declaration):
+    few, many = (evaluate(declaration, batch_size).metrics for batch_size in (3, 8))
+    assert few.keys() == many.keys() and all(isinstance(value, float) for value in few.values())
+    for name, value in few.items():
+        assert np.isfinite(value), name
+        np.testing.assert_allclose(many[name], value, rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("declaration", EVALUATORS.values(), ids=EVALUATORS)
+def test_a_mistyped_key_is_named(declaration):
+    with pytest.raises(UserError, match="nonsense") as error:
+        evaluators.build(section(declaration) | {"nonsense": 1})
+    assert "\n" not in str(error.value)
