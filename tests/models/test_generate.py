@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.models import initial, with_opinions
 from vlm_jax import models
 from vlm_jax.models.generate import Rules, Special, beam_search, sample
 
@@ -21,9 +22,10 @@ def captioner(request):
     decoder = dict(**sizes, vocab_size=VOCAB, length=8, mask_token=True)
     model = models.build(dict(name="captioner", image=dict(**sizes, patch=8), decoder=decoder))
     images = jax.random.normal(jax.random.key(0), (BATCH, 16, 16, 3))
-    params = model.init(jax.random.key(1), images, jnp.zeros((BATCH, LENGTH), jnp.int32))["params"]
-    params["head"]["kernel"] = 0.3 * jax.random.normal(jax.random.key(2), params["head"]["kernel"].shape)
-    return model, params, images
+    return model, with_opinions(initial(model, images, jnp.zeros((BATCH, LENGTH), jnp.int32)), 0.3), images
+
+
+in_a_scan = pytest.mark.parametrize("captioner", [True], ids=["scan"], indirect=True)  # rules know only logits
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,7 @@ def test_greedy_takes_the_likeliest_each_time(captioner, texts):
         np.testing.assert_allclose(got.log_likelihood[b], scores[b, row], rtol=1e-5, atol=1e-5)
 
 
+@in_a_scan
 @pytest.mark.parametrize(
     "rules", [Rules(), Rules(temperature=0.5), Rules(top_k=2), Rules(top_p=0.6), Rules(temperature=2.0, top_p=0.8)]
 )
@@ -153,6 +156,7 @@ def test_prefixes_of_different_lengths_are_kept(captioner, texts, beams):
         np.testing.assert_array_equal(ids[2], free.token_ids[2])
 
 
+@in_a_scan
 @pytest.mark.parametrize("n", [1, 2])
 def test_no_ngram_repeats(captioner, n):
     model, params, images = captioner
@@ -166,6 +170,7 @@ def test_no_ngram_repeats(captioner, n):
         assert len(set(grams)) == len(grams)
 
 
+@in_a_scan
 def test_repetition_penalty(captioner):
     """With a huge one greedy never takes a token twice while another is left."""
     model, params, images = captioner
@@ -179,6 +184,7 @@ def test_repetition_penalty(captioner):
             assert token == best or shifted[b, t, best] < 0
 
 
+@in_a_scan
 def test_the_loop_ends_when_all_texts_have(captioner):
     """A head that always ends: one step, whatever the length."""
     model, params, images = captioner

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.models import initial
 from vlm_jax import models
 from vlm_jax.errors import UserError
 from vlm_jax.kernels import attention
@@ -32,7 +33,7 @@ def towers(scan):
 def base():
     """(model, params, embeddings), blocks in a scan."""
     model = towers(scan=True)
-    params = jax.jit(model.init)(jax.random.key(1), IMAGES, TEXTS)["params"]
+    params = initial(model, IMAGES, TEXTS)
     return model, params, embed(model, params)
 
 

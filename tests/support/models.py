@@ -13,6 +13,7 @@ import numpy as np
 
 from vlm_jax import config, models
 from vlm_jax.data import tokenizers
+from vlm_jax.params.table import map_with_name
 from vlm_jax.pretrained import Pretrained
 
 VOCAB, LENGTH, OUT = 14, 8, 16
@@ -66,9 +67,9 @@ def run(model, params, *inputs, method=None, **options):
 @functools.cache
 def tiny(kind: str, scan: bool = False) -> Tiny:
     """The model of `section`; its logits are far from uniform."""
-    model = models.build(section(kind, scan))
     inputs = (TOKENS if kind in ("encoder_decoder", "prefix_lm") else IMAGES), TOKENS
-    params = jax.jit(model.init)(jax.random.key(0), *inputs)["params"]
+    model = models.build(section(kind, scan))
+    params = initial(model, *inputs)
     return Tiny(model, with_opinions(params, 0.3) if "head" in params else params, inputs)
 
 
@@ -85,8 +86,26 @@ def with_opinions(params: Any, scale: float = 0.5) -> Any:
     return params | {"head": params["head"] | {"kernel": kernel}}
 
 
+def initial(model: nn.Module, *inputs: Any) -> Any:
+    """Parameters as large as `model.init` makes them, none of them zero, drawn by numpy: compiling takes seconds."""
+    rng = np.random.default_rng(0)
+
+    def draw(name, leaf):
+        noise = rng.standard_normal(leaf.shape).astype(leaf.dtype)
+        match name.split("/")[-1]:
+            case "kernel":
+                return noise / np.float32(leaf.shape[-2] ** 0.5)
+            case "scale":
+                return 1 + noise / 10
+            case "logit_scale":
+                return np.full_like(noise, np.log(1 / 0.07))
+        return noise / 10
+
+    return map_with_name(draw, jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"])
+
+
 def drawn(shapes: Any, seed: int = 0, scale: float = 1.0) -> Any:
-    """A tree of arrays drawn by numpy: compiling `model.init` takes longer."""
+    """A tree of arrays drawn by numpy."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: (scale * rng.standard_normal(leaf.shape)).astype(leaf.dtype), shapes)
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from configs import clip
-from tests.support.models import T5_SIZES, VOCAB, section, tiny, untrained
+from tests.support.models import T5_SIZES, VOCAB, initial, section, tiny, untrained
 from tests.support.paths import GOLDEN
 from vlm_jax import config, load, models, save_pretrained
 from vlm_jax.errors import UserError
 from vlm_jax.models import insertion
 from vlm_jax.models.encoder_decoder import T5
 from vlm_jax.params import sharding
-from vlm_jax.params.table import named_leaves
+from vlm_jax.params.table import map_with_name, named_leaves
 from vlm_jax.pretrained import Pretrained
 from vlm_jax.run.checkpoint import load_params
 from vlm_jax.train import train
@@ -51,7 +51,7 @@ def two_towers(**text):
 @pytest.mark.parametrize("scan", [False, True])
 def test_a_text_tower_from_an_encoder(t5, scan):
     """Its tokens are the encoder's; the head is new."""
-    folder, model, params = t5
+    folder, model, own = t5
     tower = two_towers(scan=scan)
     shapes = shapes_of(tower, jnp.zeros((2, 16, 16, 3)))
     found = model_init.read({"text": f"{folder}:encoder"}, shapes)
@@ -60,11 +60,10 @@ def test_a_text_tower_from_an_encoder(t5, scan):
         "text/head/bias",
     }
     assert all(found[name].sharding == shapes[name].sharding for name in found)
-    init = lambda rng: tower.init(rng, jnp.zeros((2, 16, 16, 3)), TOKENS)["params"]
-    leaves, structure = jax.tree.flatten(init(jax.random.key(1)))
-    given = [jax.device_get(found.get(name, leaf)) for name, leaf in zip(shapes, leaves, strict=True)]
-    got = tower.apply({"params": jax.tree.unflatten(structure, given)}, None, TOKENS).text_tokens
-    want, seen = model.apply({"params": params}, TOKENS, method="encode")
+    images = jnp.zeros((2, 16, 16, 3))
+    params = map_with_name(lambda name, leaf: jax.device_get(found.get(name, leaf)), initial(tower, images, TOKENS))
+    got = tower.apply({"params": params}, None, TOKENS).text_tokens
+    want, seen = model.apply({"params": own}, TOKENS, method="encode")
     np.testing.assert_allclose(got[seen], want[seen], rtol=1e-5, atol=1e-6)
 
 
