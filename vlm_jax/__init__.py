@@ -13,7 +13,7 @@ __all__ = ["Pretrained", "UserError", "__version__", "load", "load_adapter", "sa
 
 
 def __getattr__(name):
-    """Imports the public names when they are first used, so that data workers and `--help` start without jax."""
+    """Imports a public name at its first use, so that data workers and `--help` start without jax."""
     if name in _PUBLIC:
         import importlib
 

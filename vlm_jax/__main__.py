@@ -1,4 +1,4 @@
-"""vlm-jax COMMAND ...: the same as python -m vlm_jax.COMMAND ..., but --help and mistaken flags take no time."""
+"""Runs `vlm-jax COMMAND ...` like `python -m vlm_jax.COMMAND ...`; `--help` and wrong flags answer at once."""
 
 import difflib
 import os
@@ -18,7 +18,7 @@ def main() -> None:
         hint = f"did you mean `{close[0]}`?" if close else f"expected one of: {', '.join(COMMANDS)}"
         print(f"error: vlm-jax has no command `{name}`; {hint}", file=sys.stderr)
         sys.exit(2)
-    sys.path.insert(0, os.getcwd())  # as python -m does: a config file may import its neighbours
+    sys.path.insert(0, os.getcwd())  # as `python -m` does, so that a config file can import its neighbours
     del sys.argv[1]
     command.run(name)
 

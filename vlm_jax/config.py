@@ -1,4 +1,4 @@
-"""A config section is the keyword arguments of one function: checked here, so that no key is silently unused."""
+"""Config sections: each is the keyword arguments of one function. Unknown and missing keys raise."""
 
 import difflib
 import inspect
@@ -15,11 +15,11 @@ def call(fn: Callable, section: Mapping[str, Any], where: str, **fixed) -> Any:
     Args:
       fn: a function or class whose parameters are named explicitly (`**kwargs` accepts every key).
       section: a config section (dict or ConfigDict).
-      where: how the section is called in messages, e.g. "config.model.image".
-      **fixed: arguments that the caller gives and the config may not.
+      where: name of the section in messages, e.g. "config.model.image".
+      **fixed: arguments from the caller; the config may not set them.
 
     Raises:
-      UserError: the section has a key that `fn` does not take, or lacks one that it needs.
+      UserError: the section has a key that `fn` does not take, or lacks a key that `fn` needs.
     """
     parameters = inspect.signature(fn).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -38,7 +38,7 @@ def call(fn: Callable, section: Mapping[str, Any], where: str, **fixed) -> Any:
 
 
 def choose(options: Mapping[str, Any], name: str, where: str) -> Any:
-    """Returns `options[name]`, or raises a UserError that lists what there is."""
+    """Returns `options[name]`; raises a UserError that lists the options if `name` is unknown."""
     if name not in options:
         raise UserError(f"{where} is `{name}`; expected one of: {', '.join(map(str, options))}")
     return options[name]
@@ -52,12 +52,12 @@ def part(options: Mapping[str, Callable], spec: str | Mapping[str, Any], where: 
 
 
 def plain(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The config as JSON would give it back: dicts, lists, strings, numbers."""
+    """Returns the config after a round trip through JSON: dicts, lists, strings, numbers."""
     return json.loads(json.dumps(section, default=lambda value: value.to_dict()))
 
 
 def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    """Returns nested dicts as one flat dict: {"a": {"b": 1}} -> {"a.b": 1}."""
     if not isinstance(section, Mapping):
         return {prefix: section}
     flat = {}

@@ -3,8 +3,9 @@
     vlm-jax convert --inspect pkg:vlm_jax/zoo/clip_tiny
     vlm-jax convert pkg:vlm_jax/zoo/clip_tiny runs/emoji_clip --format=native
 
-SRC is whatever `vlm_jax.load` takes; DST a folder to make, or an .npz for big_vision. Nothing is executed, one tensor
-is in memory at a time, and the arrays arrive bit for bit. What a format has no words for is an error.
+SRC is any checkpoint that `vlm_jax.load` reads. DST is a new folder, or an .npz file for big_vision. Conversion runs no
+code of the checkpoint, holds one tensor at a time in memory and keeps every bit. A model that the format cannot express
+is an error.
 """
 
 import dataclasses
@@ -39,11 +40,11 @@ def convert(
 
     Args:
       source: "hf:org/name", a folder or a file.
-      destination: a folder to make, or an .npz file for "big_vision".
+      destination: a new folder, or an .npz file for "big_vision".
       format: a key of `zoo.save.WRITERS`.
-      preprocess, tokenizer, tokenize, activation: as for `vlm_jax.load`, where the files do not tell; without them the
-        result does not tell either.
-      image_size: (height, width) in pixels, of files whose position table does not tell.
+      preprocess, tokenizer, tokenize, activation: as for `vlm_jax.load`, for files without this information; without
+        these arguments the result lacks it too.
+      image_size: (height, width) in pixels, for files whose position table does not determine it.
       show: shows a progress bar.
     """
     released = _understood(source, activation, image_size)
@@ -55,7 +56,7 @@ def convert(
 
         def read(name, index):
             array = content.read(name, index)
-            if (name, str(index)) not in seen:  # a tensor of several parts is read for each
+            if (name, str(index)) not in seen:  # a tensor with several parts is read once for each part
                 seen.add((name, str(index)))
                 bar.update(array.nbytes)
             return array
@@ -66,10 +67,10 @@ def convert(
 def describe(
     source: str | os.PathLike, activation: str | None = None, image_size: Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """What a checkpoint is: format, model, preprocessing, tokenizer, licence, and where every tensor goes.
+    """Describes a checkpoint: format, model, preprocessing, tokenizer, licence, and where every tensor goes.
 
-    JSON-able; what the files do not tell, and what is not there, is None. `problem` says why it cannot be loaded.
-    Arguments as for `convert`.
+    The result is JSON-able. Values that are absent or unknown are None. `problem` says why the checkpoint cannot be
+    loaded. Arguments as for `convert`.
     """
     released = _understood(source, activation, image_size)
     goes: dict[str, list[str]] = {}
@@ -116,7 +117,7 @@ def _understood(
 
 
 def text(about: Mapping[str, Any]) -> str:
-    """What `describe` has found, to read."""
+    """Returns the result of `describe` as text."""
     model, unknown = about["model"], "unknown: pass {0}= to load"
     sides = {"preprocess": model.get("image"), **dict.fromkeys(("tokenizer", "tokenize"), recognize.of_texts(model))}
     parts = {"image": "image tower", "text": "text tower", "encoder": "encoder", "decoder": "decoder"}

@@ -1,23 +1,23 @@
-"""The one error a user is meant to read, and what is said of the others."""
+"""`UserError`, the error that users read, and the messages of all other errors."""
 
 import errno
 
-CUT = 300  # characters of an error that is no user's: some print the program
+CUT = 300  # characters kept of any other error: some errors print the program
 MENDABLE = (
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
 )  # fmt: skip
 
 
 class UserError(ValueError):
-    """Something the user can mend: one line that names the thing, what was expected, what came, and the fix."""
+    """An error that the user can fix: one line with the thing, what was expected, what came, and the fix."""
 
 
 class DivergedError(UserError):
-    """A training whose loss is not finite."""
+    """Raised if the loss of a training is not finite."""
 
 
 def mendable(error: BaseException) -> str | None:
-    """What the user reads of an error that is theirs to mend: a `UserError`, no room on a disk, no right to a file."""
+    """Returns the message of an error that the user can fix: a `UserError`, a full disk, a file without permission."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno in MENDABLE:
@@ -26,7 +26,7 @@ def mendable(error: BaseException) -> str | None:
 
 
 def told(error: BaseException) -> tuple[str, int]:
-    """(the line that a command says of an error, its exit status)."""
+    """Returns (the line that a command prints for an error, its exit status)."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     if mendable(error):

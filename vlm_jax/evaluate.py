@@ -5,9 +5,9 @@
     vlm-jax evaluate --model=pkg:vlm_jax/zoo/clip_tiny --task=probe --data=tfds:emoji --split=unseen_style \\
         --label=concept --option=shots=1 --out=runs/probe
 
-prints a table and leaves results.json, artifacts/ and report/index.html in --out. The same command after any
-interruption continues after the last complete chunk and gives the same results, bit for bit. On several hosts the same
-command runs on each of them with --distributed=auto.
+The command prints a table and writes results.json, artifacts/ and report/index.html to --out. After an interruption the
+same command continues after the last complete chunk and gives the same results, bit for bit. On several hosts, run the
+same command on each host with --distributed=auto.
 """
 
 import dataclasses
@@ -41,18 +41,19 @@ def evaluate(
     show: bool = False,
     **section: Any,
 ) -> dict[str, Any]:
-    """Evaluates a model and returns what results.json then holds: "zeroshot/top1" and so on.
+    """Evaluates a model and returns the content of results.json: "zeroshot/top1" and so on.
 
     Args:
-      pretrained: the model; its `mesh` says where it runs.
+      pretrained: the model; runs on the devices of `pretrained.mesh`.
       task: name of an evaluator, see `vlm-jax methods --family=evaluators`.
       out: the folder for results, artifacts, report and progress; None writes nothing.
-      model: what the model is called in the results.
+      model: name of the model in the results.
       show: shows a progress bar.
-      **section: the arguments of the evaluator of that name; `uri` is needed.
+      **section: the arguments of the evaluator; `uri` is needed.
 
     Raises:
-      UserError: an unknown task or argument, a data set or classes that cannot be read, a folder with other results.
+      UserError: the task or an argument is unknown, the data set or the classes cannot be read, or the folder holds
+        other results.
     """
     section = {"batch_size": pretrained.batch_size} | section
     return _evaluate(pretrained, task, _evaluator(task, section), section, out, model, show)
@@ -102,7 +103,7 @@ def _evaluate(
 
 
 def _model_facts(pretrained: Pretrained) -> dict[str, str]:
-    """What makes two models of the same name different."""
+    """Returns the facts that tell two models of one name apart."""
     return {
         "params_sha256": params_sha256(pretrained.params),
         "architecture": " ".join(repr(pretrained.model).split()),
@@ -113,7 +114,7 @@ def _model_facts(pretrained: Pretrained) -> dict[str, str]:
 
 
 def _claim(out: Path, settings: Mapping[str, Any]) -> str | None:
-    """Writes config.json into `out`, or returns what the folder holds instead."""
+    """Writes config.json into `out`, or returns a message about the folder's other content."""
     before = _read_json(out / "config.json")
     if before is None:
         if (out / "results.json").exists():
@@ -145,7 +146,7 @@ DATA = (
 def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer | None:
     section = given(values, DATA)
     section |= {"uri": section.pop("data")} | given(values, ["option"]).get("option", {})
-    evaluator = _evaluator(values.task, section)  # what is wrong with the data is said before the model is loaded
+    evaluator = _evaluator(values.task, section)  # before the model is loaded: errors in the data appear early
     mesh = config.call(sharding.make_mesh, given(values, ("mesh",)).get("mesh", {}), "--mesh", devices=None)
     with command.doing(f"loading {values.model}", processes.is_first()):
         pretrained = load(values.model, mesh=mesh, **given(values, [flag.name for flag in LOADING]))
@@ -157,7 +158,7 @@ def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer | None:
 
 
 def _table(results: Mapping[str, Any]) -> str:
-    """What was evaluated, and a line for each metric."""
+    """Returns a line about the evaluation, and one line for each metric."""
     about = ", ".join(f"{name} {value}" for name, value in results.items() if "/" not in name)
     numbers = {name.partition("/")[2]: value for name, value in results.items() if "/" in name}
     return f"{about}\n{command.table([[name, report.format_value(name, numbers[name])] for name in numbers])}"

@@ -1,10 +1,10 @@
-"""Embeds the pictures of a data set once, for runs whose image tower is locked.
+"""Embeds the pictures of a data set once, for runs with a locked image tower.
 
     vlm-jax precompute --config=configs/lit.py:tiny --data=tfds:emoji --split=train --out=runs/lit_images
 
-The tower (LiT, arXiv:2111.07991, section 3.3) is the config's `model.image` with the parameters that `model_init`
-names, pictures are prepared by its `preprocess`. The run then reads `--config.data.uri=precomputed:runs/lit_images`.
-Killed, it goes on with the same command; hosts share the shards.
+The tower (LiT, arXiv:2111.07991, section 3.3) is the config's `model.image`. `model_init` names its parameters, and the
+config's `preprocess` prepares the pictures. The run then reads `--config.data.uri=precomputed:runs/lit_images`. After
+an interruption the same command continues. Several hosts share the shards.
 """
 
 import json
@@ -38,24 +38,24 @@ def precompute(
     batch_size: int = 64,
     shard_size: int = 4096,
 ) -> dict[str, Any]:
-    """Writes what the image tower of a config returns, pooled, for all pictures of a data set, and returns its index.
+    """Writes the pooled image embeddings of a data set and returns their index.
 
     Args:
-      settings: a config of `vlm_jax.train` with `model_init`.
+      settings: a config of `vlm_jax.train` with `model_init`; its image tower embeds the pictures.
       out: the folder.
       uri, split: the data set, as for `sources.open_source`.
       batch_size: pictures at a time.
-      shard_size: records of a file, a multiple of batch_size.
+      shard_size: records in a file, a multiple of batch_size.
 
     Raises:
-      UserError: the folder holds embeddings of something else, or no `model_init` names the image tower.
+      UserError: the folder holds embeddings of other settings, or `model_init` does not name the image tower.
     """
     settings, out = config.plain(settings), Path(out)
     if shard_size % batch_size:
         raise UserError(f"shard_size={shard_size} should be a multiple of batch_size={batch_size}")
     given = settings.get("model_init")
     if not isinstance(given, Mapping) or "image" not in given:
-        raise UserError("config.model_init.image should name the checkpoint of the image tower; it is not there")
+        raise UserError("the config lacks model_init.image; expected the checkpoint of the image tower")
     batches = loader.eval_batches(
         uri=uri, split=split, ops=f"{settings['preprocess']} | keep('image')", batch_size=batch_size
     )
@@ -90,12 +90,12 @@ def precompute(
 
 
 def _embedder(settings: Mapping[str, Any], spec: str, images: np.ndarray):
-    """Pictures [B, H, W, 3] -> fp32 [B, D], on this host's devices."""
+    """Returns a function: pictures [B, H, W, 3] -> fp32 [B, D], on this host's devices."""
     model = models.build(
         dict(image=settings["model"]["image"], text=None, dtype=settings["model"].get("dtype", "float32"))
     )
     if getattr(model.image, "pool", None) == "all":
-        raise UserError('config.model.image.pool is "all"; what is embedded once is one vector for each picture')
+        raise UserError('config.model.image.pool is "all"; expected a pool that gives one vector for each picture')
     mesh = sharding.make_mesh(devices=jax.local_devices())
     sharding.check_batch_size(len(images), mesh, "--batch_size")
     shapes = jax.eval_shape(model.init, jax.random.key(0), images[:1], None)["params"]
@@ -104,7 +104,7 @@ def _embedder(settings: Mapping[str, Any], spec: str, images: np.ndarray):
     found = model_init.read({"image": spec}, named_leaves(shapes))
     new = named_leaves(shapes).keys() - found.keys()
     if new:
-        raise UserError(f"config.model_init.image: {spec} has no {min(new)}; an image tower that is locked has it all")
+        raise UserError(f"config.model_init.image: {spec} has no {min(new)}; a locked image tower needs it")
     params = jax.tree.unflatten(jax.tree.structure(shapes), [found[name] for name in named_leaves(shapes)])
 
     @jax.jit

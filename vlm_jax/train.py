@@ -3,9 +3,9 @@
     vlm-jax train --config=configs/clip.py:tiny --workdir=runs/demo
     vlm-jax train --config=configs/clip.py:smoke --workdir=runs/smoke --config.optimizer.lr=1e-3
 
-Top to bottom: read the data, build the program from the config, place it on the mesh, continue from the newest
+Top to bottom: read the data, build the program from the config, place the program on the mesh, continue from the newest
 checkpoint, loop, evaluate, report. The same command after any interruption gives the same result, bit for bit. On
-several hosts the same command runs on each of them with --distributed=auto.
+several hosts, run the same command on each host with --distributed=auto.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,10 +33,10 @@ from vlm_jax.zoo.model_init import read as read_init
 
 
 def train(settings: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
-    """Runs the experiment `settings` (a config) in `workdir` and returns what results.json then holds.
+    """Trains by the config `settings` in `workdir` and returns the content of results.json.
 
     Raises:
-      UserError: the config or the data has something wrong. What was saved before stays.
+      UserError: the config or the data is wrong. Earlier checkpoints stay.
     """
     settings = config.plain(settings)
     workdir = Path(workdir).absolute()
@@ -106,9 +106,9 @@ def _train(
             state, progress = saver.restore(program.abstract_state)
         processes.say(f"continuing from step {int(state.step)} of {total}")
     if progress["data"]:
-        counts = {} if processes.is_first() else {"read": 0, "bad": 0}  # of all processes, the first goes on with them
+        counts = {} if processes.is_first() else {"read": 0, "bad": 0}  # the first process keeps the counts of all
         batches.set_state(progress["data"] | counts)
-    batches.start()  # reading goes on while the step compiles
+    batches.start()  # reads data while the step compiles
     with doing("compiling the train step"):
         train_step = program.compile_step(batches.example, batch_size)
     step_flops = lambda: model_flops(
@@ -121,14 +121,14 @@ def _train(
     stop = processes.StopSignal()
     bar = command.bar(total=total, initial=first, desc="train", unit="step", disable=not processes.is_first())
     before = None
-    # whatever ends it, what was saved is written
+    # however the loop ends, pending checkpoints are written
     with closing(saver), closing(writer), closing(batches), closing(bar), closing(tracer):
         for step in range(first + 1, total + 1):
             with tracer.step(step):
                 batch = sharding.to_global(next(batches), mesh, batch_size)
                 state, metrics, norms = train_step(state, batch)
             tracer.after(step, metrics)
-            if before:  # of the step before, so that the device never waits for the host
+            if before:  # checks the step before, so that the device never waits for the host
                 check_finite(*before, saver.latest_step())
             before = step, metrics, norms
             stopped_by = stop.at(step)
@@ -177,7 +177,7 @@ def _train(
 
 
 def position(batches: loader.Loader) -> dict[str, int]:
-    """Where the data is, with the counts of all processes; those that read the same rows count once."""
+    """Returns the data position with the counts of all processes; processes with the same rows count once."""
     by_row = {}
     for row, state in processes.exchange([batches.rows[0], batches.get_state()]):
         by_row.setdefault(row, state)
@@ -185,8 +185,14 @@ def position(batches: loader.Loader) -> dict[str, int]:
 
 
 class Evaluation:
-    """An evaluator of the config: its own arguments, and `every` (a duration; default: only at the end) and `prefix`
-    (of its metrics' names; default: its name)."""
+    """An evaluator of the config.
+
+    Args:
+      name: name of the evaluation.
+      section: the evaluator's arguments, and two more: `every`, a duration (defaults to only at the end), and `prefix`
+        of the metrics' names (defaults to `name`).
+      steps: duration -> number of steps.
+    """
 
     def __init__(self, name: str, section: Mapping[str, Any], steps: Callable[[int | str], int]):
         section = dict(section)
