@@ -5,7 +5,7 @@ Links are those of the repository; `hooks.py` makes them the site's.
 
 import ast
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from vlm_jax import catalogue
 from vlm_jax.command import configs
@@ -17,7 +17,7 @@ def methods_page() -> str:
     """docs/methods.md: a row for each declared method, with links to code, study and test."""
     rows = []
     for one in catalogue.read():
-        study, test = one.claim.partition(":")[0], test_of(one.path)
+        study, test = one.claim.partition(":")[0], one.test
         rows.append([
             f"[{one.name}](../{one.path}#L{one.line})", papers(one.paper), one.family, papers(one.differs),
             f"`{one.run}`", f"[{one.claim}](../experiments/{study}/README.md)" if study else "", one.verdict,
@@ -48,13 +48,3 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def papers(text: str) -> str:
     """A text with its arXiv numbers as links."""
     return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
-
-
-def test_of(path: str) -> str:
-    """The test of a source file, or of a folder around it, under the same path in tests/; "" if there is none."""
-    path = PurePosixPath(path.removesuffix("/__init__.py"))
-    for near in (path, *path.parents[:-2]):
-        test = PurePosixPath("tests", *near.parent.parts[1:], f"test_{near.stem}.py")
-        if (ROOT / test).is_file():
-            return str(test)
-    return ""

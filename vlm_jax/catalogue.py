@@ -16,7 +16,7 @@ import functools
 import importlib
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from vlm_jax import config
@@ -120,6 +120,16 @@ class Declaration(NamedTuple):
         """What the study found of the claim; "" without a claim."""
         study, _, row = self.claim.partition(": ")
         return _verdicts()[study][row] if study else ""
+
+    @property
+    def test(self) -> str:
+        """The test under the same path in tests/, of the file or of a folder around it; "" if there is none here."""
+        path = PurePosixPath(self.path.removesuffix("/__init__.py"))
+        for near in (path, *path.parents[:-2]):
+            test = PurePosixPath("tests", *near.parent.parts[1:], f"test_{near.stem}.py")
+            if (PACKAGE.parent / test).is_file():
+                return str(test)
+        return ""
 
     def load(self) -> Callable:
         """The function, imported now."""

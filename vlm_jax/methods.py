@@ -9,13 +9,12 @@ function, see `vlm_jax.catalogue`.
 """
 
 from collections.abc import Iterable, Sequence
-from pathlib import PurePosixPath
 from typing import Any
 
 from absl import flags
 
 from vlm_jax import catalogue, command
-from vlm_jax.catalogue import FAMILIES, PACKAGE, Declaration
+from vlm_jax.catalogue import FAMILIES, Declaration
 from vlm_jax.errors import UserError
 
 
@@ -23,8 +22,6 @@ def describe(declaration: Declaration) -> dict[str, Any]:
     """A method as JSON: everything that is declared, its verdict, and where its code and its test are."""
     fields = declaration._asdict()
     order = ("name", "family", "system", "paper", "where", "differs", "claim")
-    code = PurePosixPath(declaration.path)
-    test = PurePosixPath("tests", *code.parts[1:]).with_name(f"test_{code.stem}.py")
     return {
         **{name: fields[name] for name in order},
         "verdict": declaration.verdict,
@@ -32,7 +29,7 @@ def describe(declaration: Declaration) -> dict[str, Any]:
         "options": dict(declaration.options),
         "parameters": declaration.count,
         "code": f"{declaration.path}:{declaration.line}",
-        "test": str(test) if (PACKAGE.parent / test).is_file() else "",
+        "test": declaration.test,
     }
 
 

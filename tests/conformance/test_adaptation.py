@@ -10,8 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import vlm_jax
-from tests.support.few_shot import NAMES, clip_like, few_shot_task, moved, pictures
-from tests.support.few_shot import params_with as parameters
+from tests.support.few_shot import NAMES, clip_like, few_shot_task, moved, params_with, pictures
 from vlm_jax import catalogue
 from vlm_jax.adapt import methods
 from vlm_jax.adapt.files import save_adapter
@@ -87,7 +86,7 @@ def test_trained(name, base, task, tmp_path):
     changed = moved(base, tuned)
     assert changed
     if not isinstance(recipe, Fits):
-        leaves = parameters(base, recipe)
+        leaves = params_with(base, recipe)
         own = recipe.begin(jax.random.key(0), base.model, leaves)
         combined = recipe.combine(own, leaves)
         assert changed <= combined.keys()
@@ -96,6 +95,10 @@ def test_trained(name, base, task, tmp_path):
         if declaration.identity:
             untrained = dataclasses.replace(tuned, params=tree(leaves | combined))
             np.testing.assert_array_equal(logits(untrained), logits(base))
+        if declaration.family in ("modules", "prompts"):
+            assert all("/inserted_" in f"/{name}" for name in changed)
+    of_shots = tuned.class_logits(task[0].images, NAMES)
+    assert accuracy(base, tuned, task[0], NAMES) == np.mean(of_shots.argmax(1) == task[0].labels)
     found = logits(tuned)
     assert found.shape == (4, 3) and np.isfinite(found).all()
     comes_back(base, tuned, found, tmp_path)
@@ -113,6 +116,7 @@ def comes_back(base, model, found, folder):
     """A small file gives the same model, bit for bit, on one device and, but for rounding, on eight."""
     save_adapter(folder / "a.safetensors", base, model)
     again = vlm_jax.load_adapter(folder / "a.safetensors", base)
+    assert (again.classes, again.tokenize) == (NAMES, model.tokenize)
     np.testing.assert_array_equal(logits(again), found)
     assert named_leaves(again.params).keys() == named_leaves(model.params).keys()
     mesh = make_mesh(data=8)

@@ -8,6 +8,7 @@ import numpy as np
 
 from vlm_jax import models
 from vlm_jax.adapt.task import Shots, Task
+from vlm_jax.adapt.tune import tune
 from vlm_jax.data import tokenizers
 from vlm_jax.models import insertion
 from vlm_jax.params.table import named_leaves
@@ -61,3 +62,9 @@ def moved(base, adapted):
         for name, leaf in named_leaves(adapted.params).items()
         if name not in own or not np.array_equal(leaf, own[name])
     }
+
+
+def tuned(pretrained, recipe, pictures, **changes):
+    """The model after three steps by a recipe."""
+    settings = dict(steps=3, batch_size=5, learning_rate=1e-2) | changes
+    return tune(pretrained, recipe, *pictures, NAMES, **settings)
