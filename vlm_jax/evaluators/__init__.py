@@ -1,8 +1,8 @@
-"""What a model can do, as numbers: `evaluators.build(section)(pretrained) -> Result(metrics, artifacts)`.
+"""Evaluators: metrics of a model, `evaluators.build(section)(pretrained) -> Result(metrics, artifacts)`.
 
-An evaluator is a file of tasks/: its arguments, its rows of a batch, its result. `one_pass.Pass` does the rest, the
-same during training and alone. Padding is masked, so numbers are the same for every batch size and host count. A second
-argument, a `progress.Progress`, keeps what is done, so that a killed evaluation continues.
+An evaluator is a file of tasks/: its arguments, its rows of a batch, its result. `one_pass.Pass` does the rest, during
+training and alone. Padding is masked: the metrics do not depend on batch size or host count. A second argument, a
+`progress.Progress`, saves finished batches: a killed evaluation continues after the last saved batch.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,10 +15,10 @@ __all__ = ["Result", "build"]
 
 
 def build(section: Mapping[str, Any]) -> Callable[..., Result]:
-    """Returns the evaluator that a config section describes: `type`, and the arguments of the function of that name.
+    """Returns the evaluator of a config section: `type` names a function, the other keys are its arguments.
 
     Raises:
-      UserError: an unknown type or key, a key that is missing, classes that cannot be read.
+      UserError: an unknown type or key, a missing key, or classes that cannot be read.
     """
     section = dict(section)
     kind = section.pop("type", None)

@@ -1,6 +1,6 @@
-"""The classes of a zero-shot task, labels and their names, and the prompts that the names are put into.
+"""The classes of a zero-shot task (label -> name), and its prompts.
 
-`vlm_jax/data/zeroshot` holds names and prompts of the usual data sets; its NOTICE says where they are from.
+`vlm_jax/data/zeroshot` holds names and prompts of the usual data sets; NOTICE in that folder names the sources.
 """
 
 import difflib
@@ -23,7 +23,7 @@ LABELS = ("label", "cls", "concept")  # of TFDS and folders, of webdatasets, of 
 
 @functools.cache
 def packaged(kind: str) -> dict[str, list[str]]:
-    """The package's "classes" or "templates": data set -> names in the order of its labels, or prompts."""
+    """The package's "classes" or "templates": data set -> names in the order of the labels, or prompts."""
     return json.loads((PACKAGED / f"{kind}.json").read_text(encoding="utf-8"))
 
 
@@ -31,10 +31,10 @@ def read(classes: str | Sequence[str] | Mapping[int, str]) -> dict[int | str, st
     """Returns label -> name.
 
     Args:
-      classes: the name of a data set of `vlm_jax/data/zeroshot/classes.json` ("imagenet", "cifar10", ...);
-        "emoji:seen" or "emoji:held_out" (the embedded data set's concepts of groups 3-7), "emoji:subgroups" (the 49
-        kinds that they are of, by the field `subgroup`); a .txt file (line i names
-        label i); a .json file (a list likewise, or an object from labels to names); a list or a mapping.
+      classes: the name of a data set in `vlm_jax/data/zeroshot/classes.json` ("imagenet", "cifar10", ...);
+        "emoji:seen" or "emoji:held_out" (the embedded data set's concepts of groups 3-7); "emoji:subgroups" (the 49
+        kinds of concepts, by the field `subgroup`); a .txt file (line i names label i); a .json file (a list in the
+        same order, or an object from labels to names); a list or a mapping.
     """
     if isinstance(classes, str) and classes.startswith("emoji:"):
         return _emoji(classes)
@@ -51,11 +51,11 @@ def read(classes: str | Sequence[str] | Mapping[int, str]) -> dict[int | str, st
 
 
 def read_templates(templates: str | Sequence[str]) -> list[str]:
-    """Returns prompts, `{}` stands for the name.
+    """Returns prompts; `{}` stands for the name.
 
     Args:
-      templates: one prompt or several; or one name of `vlm_jax/data/zeroshot/templates.json` ("imagenet80",
-        "imagenet7", "cifar10", ...) or a .txt or .json file with a list.
+      templates: one prompt or several; or a name in `vlm_jax/data/zeroshot/templates.json` ("imagenet80",
+        "imagenet7", "cifar10", ...); or a .txt or .json file with a list.
     """
     several = [templates] if isinstance(templates, str) else list(templates)
     if len(several) == 1 and "{}" not in several[0]:
@@ -72,9 +72,9 @@ def read_templates(templates: str | Sequence[str]) -> list[str]:
 
 
 def of_source(source: Any, label: str, about: str) -> dict[int, str]:
-    """Returns label -> name as the data set itself says it: a folder's sub-folders, a TFDS ClassLabel.
+    """Returns label -> name from the data set itself: a folder's sub-folders, a TFDS ClassLabel.
 
-    Underscores become spaces. Raises a UserError where there are no names, or only numbers or WordNet's ids.
+    Underscores become spaces. Raises a UserError if there are no names, or only numbers or WordNet ids.
     """
     names = _own_names(source, label)
     if not names or all(re.fullmatch(r"\d+|n\d{8}", name) for name in names):
@@ -84,7 +84,7 @@ def of_source(source: Any, label: str, about: str) -> dict[int, str]:
 
 
 def check_count(source: Any, label: str, classes: Any, about: str) -> None:
-    """Raises a UserError where packaged classes are not as many as those that the data set says it has."""
+    """Raises a UserError if the number of packaged classes differs from the data set's own number."""
     own = _own_names(source, label)
     if own and isinstance(classes, str) and len(own) != len(packaged("classes").get(classes, own)):
         raise UserError(
@@ -106,16 +106,16 @@ def find_label(source: Any, about: str) -> str:
 
 
 def index_of(named: Mapping[int | str, str]) -> Callable[[Sequence[int | str]], int | None]:
-    """Returns a function from a label, a number or a name in a list (see `ops.boxed`), to the index of its class.
+    """Returns a function from a label to the index of the label's class; None for an unknown label.
 
-    None stands for a label that is no class's.
+    A label is a number or a name, in a list of one (see `ops.boxed`).
     """
     index = {name: i for i, name in enumerate(named.values())} | {label: i for i, label in enumerate(named)}
     return lambda fields: index.get(fields[0])
 
 
 def indices(records: Sequence[Sequence[int | str] | None], named: Mapping[int | str, str]) -> np.ndarray:
-    """The class indices of many labels, int [N]; -1 for a label that is no class's, and where a record has none."""
+    """The class indices of many labels, int [N]; -1 for an unknown label and for a record without a label."""
     index = index_of(named)
     found = (None if record is None else index(record) for record in records)
     return np.array([-1 if i is None else i for i in found], np.int64)

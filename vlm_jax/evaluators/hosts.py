@@ -1,4 +1,4 @@
-"""Evaluation on several hosts: each reads its share of every batch, all embed together, the first one counts."""
+"""Evaluation on several hosts: each host reads its share of a batch, all embed together, the first host counts."""
 
 import dataclasses
 from typing import Any
@@ -12,13 +12,13 @@ from vlm_jax.run import processes
 
 
 class Hosts:
-    """The processes that a model runs on, and which rows of a batch each of them reads.
+    """The processes that a model runs on, and the rows of a batch that each process reads.
 
     Attributes:
-      batch_size: examples of a batch over all processes: `batch_size`, on several rounded up to a multiple of the
-        devices that share a batch, so that every row's device is known.
-      rows: of a batch that this process reads; None: all. Processes whose devices hold the same rows (the mesh's
-        `tensor` axis) read the same.
+      batch_size: examples of a batch over all processes. On several processes `batch_size` is rounded up to a multiple
+        of the devices that share a batch, so that every row has a known device.
+      rows: the rows of a batch that this process reads; None: all. Processes whose devices hold the same rows (the
+        mesh's `tensor` axis) read the same rows.
       first: whether this process counts and writes.
     """
 
@@ -32,13 +32,13 @@ class Hosts:
             self.first = processes.is_first()
 
     def place(self, pretrained: Any) -> Any:
-        """The model, so that it embeds a batch of `batch_size` as one, in the order of its rows."""
+        """The model with batch size `batch_size`: it embeds such a batch as one, in the order of the rows."""
         return dataclasses.replace(pretrained, batch_size=self.batch_size) if self._several else pretrained
 
     def whole(self, images: Any) -> Any:
-        """This process's rows of a batch (a tree of arrays [b, ...]) at their place in one of [batch_size, ...].
+        """Puts this process's rows (a tree of arrays [b, ...]) at their places in arrays [batch_size, ...].
 
-        The other rows are zero: their devices belong to processes that have read them.
+        The other rows are zero: their devices belong to the processes that have read these rows.
         """
         return images if self.rows is None else jax.tree.map(self._put, images)
 
@@ -48,7 +48,7 @@ class Hosts:
         return whole
 
     def gather(self, values: list) -> list:
-        """Values (JSON-able) of this process's rows -> those of all rows, in their order."""
+        """Values (JSON-able) of this process's rows -> the values of all rows, in order."""
         if self.rows is None:
             return values
         by_row = {}

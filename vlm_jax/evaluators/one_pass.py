@@ -1,7 +1,8 @@
-"""One pass of a model over a data set: what every evaluator shares.
+"""One pass of a model over a data set, shared by all evaluators.
 
-The pass opens the data, reads this host's rows, counts, continues after a kill, gathers from all hosts, and hands what
-the first one finds to all. An evaluator adds `rows(batch)`, what is kept of a batch, and `finish(tables)`, the result.
+The pass opens the data, reads this host's rows, counts, continues after a kill, gathers from all hosts, and sends the
+first host's result to all. An evaluator adds `rows(batch)`, the rows to keep of a batch, and `finish(tables)`, the
+result.
 """
 
 import copy
@@ -27,14 +28,14 @@ Columns = Mapping[str, np.ndarray]
 
 
 class Batch(NamedTuple):
-    """A batch of the whole data set's order, and those of its B rows that count.
+    """A batch of B rows in the order of the data set, and the rows that count.
 
     Attributes:
-      inputs: what the model takes, a tree of arrays [B, ...]; on several hosts only this one's rows are filled.
+      inputs: the model's input, a tree of arrays [B, ...]; on several hosts only this host's rows are filled.
       size: B.
       kept: int [n], the rows that count, n > 0.
-      position: int [n], their places in the data set.
-      about: what they are about, n values, see `Pass.run`.
+      position: int [n], the places of these rows in the data set.
+      about: n values, one for each of these rows, see `Pass.run`.
     """
 
     inputs: Any
@@ -52,7 +53,7 @@ class Batch(NamedTuple):
 
 
 def picture_ops(ops: str, *fields: str) -> str:
-    """Op string from a record to `image`, made by the op string `ops`, and `fields`, a list of the values at paths."""
+    """Op string from a record to `image` (by the op string `ops`) and `fields`, a list of the values at paths."""
     return f'decode | {field_ops(*fields)} | {ops} | keep("image", "fields")'
 
 
@@ -69,22 +70,22 @@ class Pass:
         data.run(lambda batch: {"pictures": {"embedding": embed(batch)}}, about=lambda fields: fields[0])
         return data.result(finish)
 
-    Several passes of one evaluation share their progress under different names; all begin before the first runs.
+    Several passes of one evaluation share one progress under different names; all begin before the first runs.
 
     Args:
-      pretrained: the model; its `mesh` says where it runs. None: no model, each host reads everything.
-      progress: where the tables are and what is done; by default in memory, from the start.
+      pretrained: the model, which runs on its `mesh`. None: no model, each host reads everything.
+      progress: the tables and the finished batches; defaults to tables in memory and no finished batch.
       uri, split, where, ops, batch_size: as for `loader.eval_batches`.
-      inputs: the fields of a batch that the model takes: one, or several.
-      memory: bytes that the tables may take together; beyond it, files.
-      name: what the counters' names begin with.
+      inputs: one or several fields of a batch, the model's input.
+      memory: bytes that the tables may take together; larger tables go to files.
+      name: a prefix of the counters' names.
 
     Attributes:
-      pretrained: the model as it embeds such batches.
+      pretrained: the model, prepared to embed such batches.
       first: whether this process counts and writes.
       batch_size: examples of a batch over all hosts, see `Hosts`.
-      tables: name -> `Table`; only the first host's are filled.
-      counts: "batches" done, "examples" that count, "left_out", and those of `append`; the same on all hosts.
+      tables: name -> `Table`; only the first host's tables are filled.
+      counts: "batches" done, "examples" that count, "left_out", and the counters of `append`; equal on all hosts.
     """
 
     def __init__(
@@ -120,22 +121,22 @@ class Pass:
 
     @property
     def source(self) -> Source:
-        """The data set's records, all of them, with the fields that the ops need."""
+        """All records of the data set, with the fields that the ops need."""
         return self._batches.examples.source
 
     def fields(self, *paths: str) -> list[list[Any] | None]:
-        """The values at `paths` of every example, read without its picture; None for one that lacks a field."""
+        """The values at `paths` of every example, read without pictures; None for an example that lacks a field."""
         return read_fields(open_source(*self._data), self._batches.examples.chosen, paths)
 
     def only(self, places: np.ndarray) -> None:
-        """Leaves the examples at these places, in their order."""
+        """Restricts the pass to the examples at these places, in this order."""
         self._batches = copy.copy(self._batches)
         examples = self._batches.examples = copy.copy(self._batches.examples)
         examples.chosen = places if examples.chosen is None else examples.chosen[places]
         self._batches.num_examples = len(places)
 
     def begin(self, *tables: str, **facts: int | str) -> None:
-        """Opens tables and counters as the progress has them.
+        """Opens the tables and restores the counters of the progress.
 
         Raises:
           UserError: the progress was made with other `facts`, another number of examples or another batch size.
@@ -146,7 +147,7 @@ class Pass:
         self.tables = {table: self._progress.table(table, self._memory / len(tables)) for table in tables}
 
     def append(self, rows: Mapping[str, Columns], **counts: int) -> None:
-        """Appends rows to tables, table -> column -> [n, ...], and saves them with counters, see `Progress.save`."""
+        """Appends rows, table -> column -> [n, ...], and saves tables and counters, see `Progress.save`."""
         if self.first:
             for table, columns in rows.items():
                 self.tables[table].append(**columns)
@@ -159,12 +160,13 @@ class Pass:
         about: Callable[..., Any],
         columns: Sequence[str] = ("fields",),
     ) -> int:
-        """Appends `rows(batch)` of all batches that are not done; returns how many rows the first table then has.
+        """Appends `rows(batch)` of all unfinished batches; returns the number of rows of the first table.
 
         Args:
-          rows: what is kept of a batch, table -> column -> [n, ...]; every host calls it, the first one's rows count.
-          about: what an example is about, JSON-able, from its values of `columns`; None leaves the example out. Batches
-            without an example that counts are skipped.
+          rows: batch -> the rows to keep, table -> column -> [n, ...]; every host calls `rows`, only the first host
+            appends the result.
+          about: an example's values of `columns` -> its JSON-able value in `Batch.about`; None leaves the example out.
+            Batches without an example that counts are skipped.
           columns: fields of a batch, or "position", an example's place in the data set.
         """
         for k, part in self._parts():
@@ -182,7 +184,7 @@ class Pass:
         return self._hosts.from_first(len(next(iter(self.tables.values()))))
 
     def result(self, finish: Callable[[Mapping[str, Table]], Result], *counts: str) -> Result:
-        """`finish(tables)` of the first host, with some counters as metrics; the other hosts get its metrics."""
+        """Returns `finish(tables)` with some counters as metrics; all hosts get the first host's metrics."""
         result = finish(self.tables) if self.first else Result({}, {})
         metrics = result.metrics | {name: float(self.counts[name]) for name in counts}
         return result._replace(metrics=self._hosts.from_first(metrics))
@@ -192,17 +194,17 @@ class Pass:
         return self._hosts.from_first(value)
 
     def look_up(self, ops: str, positions: Sequence[int]) -> list[dict[str, Any]]:
-        """Examples at some places of the data set, made by another op string."""
+        """Returns the examples at some places of the data set, made by another op string."""
         pipeline, own = parse(ops), self._batches.examples
         examples = Examples(own.source.narrow(pipeline.paths), pipeline, own.chosen, own.seed)
         return [examples.read(int(i), int(i)) for i in positions]
 
     def thumbnails(self, positions: Sequence[int]) -> np.ndarray:
-        """Pictures to look at, uint8 [n, 96, 96, 3]."""
+        """Returns the pictures at some places, to look at, uint8 [n, 96, 96, 3]."""
         return np.stack([row["thumbnail"] for row in self.look_up('decode | thumbnail | keep("thumbnail")', positions)])
 
     def _parts(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """(k, this host's part of batch k) of the batches that are not done, with a progress bar."""
+        """(k, this host's part of batch k) of the unfinished batches, with a progress bar."""
         done, total, show = self.counts["batches"], len(self._batches), self._progress.show
         if show and done:
             print(f"continuing after {done:,} of {total:,} batches")
@@ -212,7 +214,7 @@ class Pass:
         )
 
     def _about(self, k: int, part: Mapping[str, Any], about: Callable, columns: Sequence[str]) -> list[list]:
-        """[whether it is an example, what it is about] of this host's rows."""
+        """[whether it is an example (no padding), the value of `about`] of each of this host's rows."""
         rows = np.arange(self.batch_size) if self._hosts.rows is None else self._hosts.rows
         part = part | {"position": k * self.batch_size + rows}
         values = zip(part["mask"].tolist(), *(part[name] for name in columns), strict=True)

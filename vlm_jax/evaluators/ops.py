@@ -1,4 +1,4 @@
-"""Ops that evaluation adds to a pipeline: a picture to look at, and fields kept as they are."""
+"""Ops that evaluation adds to a pipeline: a thumbnail to look at, and unchanged fields."""
 
 import numpy as np
 
@@ -12,7 +12,7 @@ SIDE = 96
 
 @op
 def thumbnail(example: dict, side: int = SIDE) -> dict:
-    """Sets `thumbnail` to the picture as people see it, uint8 [side, side, 3], proportions kept on white."""
+    """Sets `thumbnail` to the whole picture on white, proportions kept, uint8 [side, side, 3]."""
     image = pil(example["image"])
     scale = side / max(image.size)
     small = image.convert("RGB").resize([max(round(s * scale), 1) for s in image.size], METHODS["bicubic"])
@@ -24,7 +24,7 @@ def thumbnail(example: dict, side: int = SIDE) -> dict:
 
 @op
 def boxed(example: dict, *paths: str, to: str) -> dict:
-    """Sets `to` to a list of the fields at `paths`, of any type, as a cell of an object array: batched, it is [B]."""
+    """Sets `to` to a list of the fields at `paths`, in an object array of shape (); a batch of them is [B]."""
     cell = np.empty((), object)
     cell[()] = [field(example, path) for path in paths]
     return example | {to: cell}

@@ -1,4 +1,4 @@
-"""What an evaluation has done so far: rows in bounded memory or in files, kept so that it goes on after a kill."""
+"""The progress of an evaluation: rows in bounded memory or in files, so that it continues after a kill."""
 
 import json
 import math
@@ -14,30 +14,30 @@ import numpy as np
 from vlm_jax.errors import UserError
 from vlm_jax.run.checkpoint import write_json
 
-SAVE_SECONDS = 1.0  # at most this much is done again after a kill, and a batch
+SAVE_SECONDS = 1.0  # at most this much work, and one batch, is repeated after a kill
 
 
 def available_memory() -> int:
-    """Bytes of memory that are free now (of all memory, where the system does not tell)."""
+    """Bytes of memory that are free now; all memory if the system does not report free memory."""
     pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
     return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def memory_limit(share: float) -> float:
-    """That share of the available memory, in bytes."""
+    """A share of the available memory, in bytes."""
     if not 0 < share <= 1:
         raise UserError(f"memory_share is {share}; expected a share between 0 and 1, e.g. 0.25")
     return share * available_memory()
 
 
 class Table:
-    """Columns of as many rows, appended in chunks and read in any part.
+    """Columns of equal length: rows are appended in chunks; any range of rows can be read.
 
     Args:
-      folder: where the columns' files are; None keeps them in memory, and in temporary files once they outgrow it.
-      name: the table's, the beginning of its files' names.
-      limit: how many bytes of memory the columns may take together.
-      saved: what `layout` returned when the table was last saved; rows of the files beyond it are dropped.
+      folder: the folder of the columns' files; None keeps columns in memory, and in temporary files beyond `limit`.
+      name: the table's name, a prefix of its files' names.
+      limit: bytes of memory that the columns may take together.
+      saved: the result of `layout` when the table was last saved; later rows in the files are dropped.
     """
 
     def __init__(self, folder: Path | None, name: str, limit: float, saved: dict[str, Any] | None = None):
@@ -56,7 +56,7 @@ class Table:
         return self._rows
 
     def append(self, **columns: np.ndarray) -> None:
-        """Appends arrays [n, ...] of the same n; the first call fixes the columns, their dtypes and shapes."""
+        """Appends arrays [n, ...] of equal n; the first call fixes the columns' names, dtypes and shapes."""
         if not self._columns:
             self._columns = {column: (rows.dtype, rows.shape[1:]) for column, rows in columns.items()}
             self._files = {column: self._open(column) for column in columns}
@@ -73,7 +73,7 @@ class Table:
                 file.rollover()
 
     def read(self, column: str, rows: slice = slice(None)) -> np.ndarray:
-        """Returns some consecutive rows of a column, [n, ...]; only they are read."""
+        """Returns consecutive rows of a column, [n, ...]; reads only these rows."""
         start, stop, _ = rows.indices(self._rows)
         dtype, shape = self._columns[column]
         self._files[column].seek(start * self._row_bytes(column))
@@ -81,7 +81,7 @@ class Table:
         return np.frombuffer(data, dtype).reshape(stop - start, *shape)
 
     def layout(self) -> dict[str, Any]:
-        """Puts the files on disk and returns what opens the table again, JSON-able."""
+        """Flushes the files to disk; returns the `saved` argument that opens the table again, JSON-able."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -104,11 +104,11 @@ class Table:
 
 
 class Progress:
-    """Tables and counters of one evaluation, in `folder`, which is made; with None nothing outlives the process.
+    """Tables and counters of one evaluation, saved in a folder.
 
     Args:
-      folder: where; what an evaluation that was killed has left there is continued.
-      show: prints what is continued and shows a progress bar.
+      folder: is made if missing; the progress of a killed evaluation in it continues. None: nothing is saved.
+      show: prints where the evaluation continues and shows a progress bar.
     """
 
     def __init__(self, folder: str | os.PathLike | None = None, show: bool = False):
@@ -120,13 +120,13 @@ class Progress:
             self.folder.mkdir(parents=True, exist_ok=True)
             if (self.folder / "progress.json").exists():
                 self._record = json.loads((self.folder / "progress.json").read_text())
-        self._facts = dict(self._record["facts"])  # what it was made with
+        self._facts = dict(self._record["facts"])  # of the saved progress
 
     def begin(self, **facts: int | str) -> dict[str, int]:
-        """Returns the counters that were last saved; empty at the start. Each pass of an evaluation has its own facts.
+        """Returns the last saved counters; empty at the start. Each pass of an evaluation has its own facts.
 
         Raises:
-          UserError: `facts` (of the data, the names) are not those that the progress was made with.
+          UserError: `facts` (about the data, the names) differ from the facts of the saved progress.
         """
         for key, value in facts.items():
             before = self._facts.get(key) if self._facts else value
@@ -139,12 +139,12 @@ class Progress:
         return self._record["counts"]
 
     def table(self, name: str, limit: float) -> Table:
-        """The table of this name: new, or as it was last saved. `limit`: see `Table`."""
+        """Opens the table of this name: new, or as last saved. `limit`: see `Table`."""
         self._tables[name] = Table(self.folder, name, limit, self._record["tables"].get(name))
         return self._tables[name]
 
     def save(self, now: bool = False, **counts: int) -> None:
-        """Sets counters, and about every second (or `now`) makes tables and counters what a kill leaves."""
+        """Sets counters; saves tables and counters about every second, or `now`."""
         self._record["counts"] |= counts
         if self.folder is None or (not now and time.monotonic() < self._saved_at + SAVE_SECONDS):
             return

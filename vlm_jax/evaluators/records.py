@@ -1,4 +1,4 @@
-"""Fields of a data set's records, read without their pictures, and the texts in them."""
+"""Fields of a data set's records, read without pictures, and the texts in these fields."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,10 @@ from vlm_jax.data.source import BadExample, Source, field
 
 
 def read_fields(source: Source, chosen: np.ndarray | None, paths: Sequence[str]) -> list[list[Any] | None]:
-    """The values at `paths` of the chosen records (None: of all), on every host; None for a record that lacks one."""
+    """The values at `paths` of the chosen records, on every host.
+
+    `chosen` None: all records. None stands for a record that cannot be read or lacks a field.
+    """
     source, rows = source.narrow(frozenset(paths)), []
     for i in range(len(source)) if chosen is None else chosen:
         try:
@@ -21,6 +24,6 @@ def read_fields(source: Source, chosen: np.ndarray | None, paths: Sequence[str])
 
 
 def texts(values: Sequence[str | Sequence[str]]) -> list[str]:
-    """The texts of some fields, each a text or a list of texts; empty ones are left out."""
+    """The texts of some fields, each a text or a list of texts; empty texts are left out."""
     found = [text for value in values for text in ([value] if isinstance(value, str) else value)]
     return [text for text in found if text.strip()]

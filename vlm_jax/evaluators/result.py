@@ -1,14 +1,14 @@
-"""What an evaluator returns."""
+"""The result of an evaluator."""
 
 from typing import Any, NamedTuple
 
 
 class Result(NamedTuple):
-    """Numbers to log and material to look at.
+    """Metrics to log and artifacts to look at.
 
     Attributes:
       metrics: name -> number, shares in [0, 1].
-      artifacts: name -> array, list or a dict of those; `report.save_artifacts` writes them.
+      artifacts: name -> array, list or a dict of arrays and lists; `report.save_artifacts` writes them.
     """
 
     metrics: dict[str, float]

@@ -1,20 +1,20 @@
-"""Which examples are shown, and which are trained on."""
+"""Chooses the examples that are shown, and the examples that are trained on."""
 
 import numpy as np
 
 
 def evenly_spaced(length: int, count: int) -> np.ndarray:
-    """At most `count` of range(length), from the first to the last: a choice by rule, not by looks."""
+    """At most `count` of range(length), evenly spaced from the first to the last: a choice by rule, not by looks."""
     return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(np.int64))
 
 
 def few_shots(labels: np.ndarray, shots: int | None, seed: int) -> np.ndarray:
-    """The places of `shots` examples of each class, in order, drawn by the seed; all of a class with fewer.
+    """Draws `shots` examples of each class; returns their places, in order. A smaller class gives all its examples.
 
     Args:
-      labels: int [N]; negative ones are no class.
-      shots: how many; None for all.
-      seed: the draw of a class depends on it, the class, and how many it has.
+      labels: int [N]; a negative label is no class.
+      shots: examples of each class; None for all.
+      seed: the draw of a class depends on the seed, the class, and the class's number of examples.
     """
     chosen = []
     for c in np.unique(labels[labels >= 0]):

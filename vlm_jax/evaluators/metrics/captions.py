@@ -1,7 +1,7 @@
-"""How near captions are to their references, as the COCO caption server counts it (arXiv:1504.00325, section 3).
+"""Metrics of captions against references, as in the COCO caption server (arXiv:1504.00325, section 3).
 
-All is counted over tokens (see `tokenize`): `captions` are N of them, `references` N lists of at least one. METEOR and
-SPICE are left out: they need WordNet and a Java program.
+All metrics compare tokens (see `tokenize`): `captions` are N lists of tokens; `references` are N lists of at least one
+list of tokens. METEOR and SPICE are left out: they need WordNet and a Java program.
 """
 
 import collections
@@ -21,11 +21,11 @@ _REMOVED = set("\"'`.?!,:-;()[]{}…–—“”‘")
 
 
 def tokenize(text: str) -> list[str]:
-    """Lower-case words, numbers and signs, as the Penn Treebank splits them ("man's" -> "man", "'s"; "don't" -> "do",
-    "n't"; hyphens stay), without the punctuation that COCO's evaluation removes, and without brackets.
+    """Splits a text into lower-case words, numbers and signs, as the Penn Treebank does.
 
-    Equal to the Stanford tokenizer with COCO's list but for brackets ("-lrb-" there), the points of abbreviations,
-    slashes between words, and "gonna" and its like.
+    "man's" -> "man", "'s"; "don't" -> "do", "n't"; hyphens stay. Brackets and the punctuation on COCO's list are
+    removed. The result equals the Stanford tokenizer's with COCO's list, except for brackets ("-lrb-" there), the
+    points of abbreviations, slashes between words, and words such as "gonna".
     """
     return [token for token in _TOKEN.findall(text.lower().replace("’", "'")) if token not in _REMOVED]
 
@@ -33,10 +33,10 @@ def tokenize(text: str) -> list[str]:
 def bleu(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]], n: int = 4) -> list[float]:
     """BLEU-1 to BLEU-n of all captions together, in [0, 1] (Papineni et al. 2002, section 2.3).
 
-    The geometric mean of the precisions of 1..k-grams, each n-gram counted at most as often as in the reference that
-    has the most of it, times exp(1 - r / c) where the captions' tokens c are fewer than r, the sum of the lengths of
-    the references that are closest to their captions in length (the shorter of two). 0 where no k-gram is right
-    (COCO's program adds 1e-15 to the count, which gives up to 1e-4); captions of less than k tokens have no k-grams.
+    BLEU-k = min(1, exp(1 - r / c)) * (p_1 ... p_k)^(1/k). p_j is the precision of j-grams, each counted at most as
+    often as in the reference that contains it most often. c is the number of tokens of the captions; r sums, over
+    captions, the length of the reference closest in length (the shorter of two). BLEU-k is 0 if no k-gram is right
+    (COCO's program adds 1e-15 to the count, which gives up to 1e-4). A caption of less than k tokens has no k-grams.
     """
     _check(captions, references)
     right, there, length, closest = np.zeros(n), np.zeros(n), 0, 0
@@ -57,8 +57,8 @@ def bleu(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]], n: 
 def rouge_l(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]], beta: float = 1.2) -> np.ndarray:
     """ROUGE-L of each caption, float64 [N] in [0, 1] (Lin 2004, section 3.1): (1 + b^2) P R / (R + b^2 P).
 
-    P and R are the longest common subsequence's share of the caption's and of a reference's tokens, each the best over
-    the references, as COCO has it.
+    P and R are the shares of the longest common subsequence in the caption's and in a reference's tokens. As in COCO's
+    program, P and R are each the best over the references.
     """
     _check(captions, references)
     scores = np.zeros(len(captions))
@@ -76,10 +76,10 @@ def cider_d(
 ) -> np.ndarray:
     """CIDEr-D of each caption, float64 [N] in [0, 10] (Vedantam et al. 2015, arXiv:1411.5726).
 
-    The mean over references and over 1..n-grams of the cosine of the n-grams' counts, weighted by log(N / how many
-    pictures have it in their references), the caption's clipped to the reference's, times exp(-(difference in
-    length)^2 / 2 sigma^2), times 10. As in COCO's program, counts are clipped as they are, not as shares. A caption of
-    m < n tokens reaches at most 10 m / n, and an n-gram of every picture's references (N = 1: all) counts nothing.
+    10 * mean of exp(-(difference in length)^2 / 2 sigma^2) * cosine(clipped counts), over references and over
+    1..n-grams. Counts are weighted by log(N / number of pictures with the n-gram in their references); the caption's
+    counts are clipped to the reference's. As in COCO's program, absolute counts are clipped, not shares. A caption of
+    m < n tokens reaches at most 10 m / n. An n-gram in every picture's references (N = 1: all) has weight 0.
     """
     _check(captions, references)
     scores = np.zeros(len(captions))
@@ -101,7 +101,7 @@ def cider_d(
 
 
 def exact_match(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> np.ndarray:
-    """Whether each caption has a reference's tokens, all of them in its order, bool [N]."""
+    """Whether each caption's tokens equal a reference's tokens, bool [N]."""
     _check(captions, references)
     pairs = zip(captions, references, strict=True)
     return np.array([any(list(caption) == list(reference) for reference in own) for caption, own in pairs], bool)

@@ -1,4 +1,4 @@
-"""How many pictures get their class, and which classes are mixed up: N examples, C classes."""
+"""Accuracies and confusions of N examples and C classes."""
 
 import numpy as np
 
@@ -10,9 +10,9 @@ def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, mask: np.ndarray | No
 
     Args:
       logits: float [N, C].
-      labels: int [N]; those of masked examples may be anything.
-      mask: bool [N], which examples count; all by default.
-      k: how many classes may be named.
+      labels: int [N]; labels of masked examples may be anything.
+      mask: bool [N], which examples count; defaults to all.
+      k: number of classes that may be named.
     """
     mask = np.ones(len(labels), bool) if mask is None else np.asarray(mask, bool)
     check(mask.any(), "at least one example that counts", logits, mask)
@@ -22,13 +22,13 @@ def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, mask: np.ndarray | No
 def mean_per_class_accuracy(
     correct: np.ndarray, labels: np.ndarray, num_classes: int, mask: np.ndarray | None = None
 ) -> tuple[float, np.ndarray]:
-    """Returns the mean over classes of their accuracy, and the accuracies, float [C]: NaN where a class has no example.
+    """Returns the mean accuracy of the classes, and each accuracy, float [C]; NaN for a class without examples.
 
     Args:
       correct: bool [N].
       labels: int [N].
       num_classes: C.
-      mask: bool [N], which examples count; all by default.
+      mask: bool [N], which examples count; defaults to all.
     """
     mask = np.ones(len(labels), bool) if mask is None else np.asarray(mask, bool)
     check(mask.any(), "at least one example that counts", labels, mask)
@@ -41,12 +41,14 @@ def mean_per_class_accuracy(
 def confusions(
     predicted: np.ndarray, labels: np.ndarray, margins: np.ndarray | None = None
 ) -> list[tuple[int, int, int]]:
-    """Returns the mistakes as (label, predicted, count), the most frequent first, among equals the surest.
+    """Returns the mistakes as (label, predicted, count), the most frequent first.
+
+    Mistakes of equal count stand by mean margin, the largest first.
 
     Args:
       predicted: int [N].
       labels: int [N].
-      margins: float [N], how far the predicted class's score is above the label's.
+      margins: float [N], the predicted class's score minus the label's score.
     """
     wrong = np.flatnonzero(predicted != labels)
     pairs = np.stack([labels[wrong], predicted[wrong]], axis=1)

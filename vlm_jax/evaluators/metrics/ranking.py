@@ -1,6 +1,6 @@
 """Ranks of the right candidate, the best candidates, and recalls: N queries, M candidates.
 
-What compares all with all takes its scores block by block, `scores(rows, columns) -> [rows, columns]`, so that the full
+Functions that compare all with all take scores block by block, `scores(rows, columns) -> [rows, columns]`; the full
 matrix need not exist: `lambda i, t: similarity(images[i], texts[t])`, or `lambda i, t: matrix[i, t]`.
 """
 
@@ -16,8 +16,8 @@ Scores = Callable[[slice, slice], np.ndarray]
 def truth_ranks(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Returns how many candidates stand before the true one, int [N]: 0 is right.
 
-    Equal scores stand in the order of their index, as in a stable sort. A true candidate whose score is NaN stands
-    last (rank M): a model that has diverged gets nothing right.
+    Equal scores are ordered by index, as in a stable sort. A true candidate with score NaN stands last (rank M): a
+    model that has diverged gets nothing right.
 
     Args:
       scores: float [N, M], higher is better.
@@ -35,13 +35,13 @@ def truth_ranks(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
 def top_k(scores: Scores, queries: int, candidates: int, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the `k` best candidates of each query, int [N, k], and their scores, float [N, k], best first.
 
-    Equal scores stand in the order of their index. Memory: one block.
+    Equal scores are ordered by index. Memory: one block.
 
     Args:
       scores: the scores, block by block.
       queries: N.
-      candidates: M; with fewer than `k`, all are returned.
-      k: how many.
+      candidates: M; if M < `k`, all candidates are returned.
+      k: number of candidates.
     """
     found = []
     for rows in _slices(queries, ROWS):
@@ -49,7 +49,7 @@ def top_k(scores: Scores, queries: int, candidates: int, k: int) -> tuple[np.nda
         for columns in _slices(candidates, COLUMNS):
             block = scores(rows, columns)
             at = np.broadcast_to(np.arange(columns.start, columns.stop), block.shape)
-            if best is not None:  # what was found stands first: its indices are lower
+            if best is not None:  # earlier candidates stand first: their indices are lower
                 block, at = np.concatenate([best, block], axis=1), np.concatenate([index, at], axis=1)
             order = np.argsort(-block, axis=1, kind="stable")[:, :k]
             best, index = (np.take_along_axis(x, order, axis=1) for x in (block, at))
@@ -61,8 +61,8 @@ def top_k(scores: Scores, queries: int, candidates: int, k: int) -> tuple[np.nda
 def retrieval_ranks(scores: Scores, images: int, image_of_text: np.ndarray) -> dict[str, np.ndarray]:
     """Returns how many candidates stand before the right one: `image_to_text` int [N], `text_to_image` int [M].
 
-    An image with several texts has the rank of the best of them. Ties and NaN as in `truth_ranks`. Each block of scores
-    is computed once (those with pairs twice) for both directions. Memory: one block and a few numbers for each row.
+    An image with several texts has the rank of its best text. Ties and NaN as in `truth_ranks`. Each block of scores
+    is computed once for both directions, blocks with pairs twice. Memory: one block and a few numbers for each row.
 
     Args:
       scores: the similarity of images (rows) and texts (columns), block by block.
@@ -72,7 +72,7 @@ def retrieval_ranks(scores: Scores, images: int, image_of_text: np.ndarray) -> d
     texts, owner = len(image_of_text), image_of_text
     captions = np.bincount(owner, minlength=images)
     check(len(captions) == images and captions.all(), "a caption for each image", captions, owner)
-    own = np.empty(texts)  # of each text with its image
+    own = np.empty(texts)  # the score of each text with its image
     for rows, columns in _blocks(images, texts):
         here = np.flatnonzero((owner[columns] >= rows.start) & (owner[columns] < rows.stop))
         if len(here):
@@ -106,7 +106,7 @@ def retrieval_recall(
     Args:
       similarity: float [N, M], of N images with M texts.
       image_of_text: int [M], which image a text describes.
-      ks: how many candidates may be named.
+      ks: numbers of candidates that may be named.
     """
     images, texts = similarity.shape
     check(image_of_text.shape == (texts,), "similarity [N, M] and image_of_text [M]", similarity, image_of_text)

@@ -1,5 +1,4 @@
-"""Captions that a model writes, against those that people gave (COCO's metrics, arXiv:1504.00325, section 3), and how
-surprised the model is by theirs."""
+"""Captioning: a model's captions against references (COCO's metrics, arXiv:1504.00325, section 3), and perplexity."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -43,22 +42,22 @@ def captions(
 
     Metrics: `exact_match`, `bleu1` to `bleu4`, `rouge_l`, `cider` (CIDEr-D, up to 10), see `metrics.captions`;
     `perplexity` of the references, exp(-(sum of log p) / (number of tokens, ends included)); `examples`, `left_out`
-    (pictures without text, or of no class that counts). BLEU-4 and CIDEr are made for sentences: a name of one or two
-    words has no 4-grams, and its CIDEr is at most 2.5 or 5.
+    (pictures without text, or of a class that does not count). BLEU-4 and CIDEr are made for sentences: a name of one
+    or two words has no 4-grams, and a CIDEr of at most 2.5 or 5.
 
     Args:
       uri: the data set, as for `sources.open_source`.
       split: its split.
       captions: the record's fields with references, each a text or a list of texts; empty texts do not count.
-      method: how captions are written, see `Pretrained.caption`. What "sample" draws depends on the batch size.
-      options: its other arguments, such as `beams` and `prefix`.
-      classes: where given, only pictures whose label is among these count, see `classes.read`.
+      method: how captions are written, see `Pretrained.caption`. The draws of "sample" depend on the batch size.
+      options: other arguments of `Pretrained.caption`, such as `beams` and `prefix`.
+      classes: if given, only pictures with these labels count, see `classes.read`.
       label: the record's field with the label.
-      where: field -> values that a record must have to take part.
-      ops: op string from record to `image`; the model's own preprocessing by default.
+      where: field -> values; other records are left out.
+      ops: op string from record to `image`; defaults to the model's preprocessing.
       batch_size: pictures at a time.
-      gallery: how many pictures to show with their captions and these captions' ROUGE-L, evenly spaced over the split.
-      memory_share: of the free memory, for the texts; beyond it, a file.
+      gallery: number of pictures to show with caption and ROUGE-L, evenly spaced over the split.
+      memory_share: share of the free memory for the texts; more texts go to a file.
     """
     fields = [captions] if isinstance(captions, str) else list(captions)
     index_of = None if classes is None else class_names.index_of(class_names.read(classes))
@@ -99,9 +98,10 @@ def captions(
 
 
 def _log_likelihood(pretrained: Any, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """The sum of log p of each picture's references, float64 [B], and of their tokens, int [B]; 0 where none counts.
+    """The sum of log p over each picture's references, float64 [B], and the number of their tokens, int [B].
 
-    The first references of all pictures together, then the second ones and so on: the images stay a whole batch.
+    Both are 0 for rows that do not count. The first references of all pictures are scored together, then the second
+    references, and so on: the images stay a whole batch.
     """
     log_p, tokens = np.zeros(batch.size), np.zeros(batch.size, np.int64)
     references, filler = batch.spread(batch.about, []), batch.about[0][0]

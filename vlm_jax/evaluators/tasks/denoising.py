@@ -1,4 +1,4 @@
-"""How surprised a model is by what a denoiser hid of texts: span corruption is filling in, a prefix is continuing."""
+"""Perplexity of the tokens that a denoiser hides: span corruption tests filling in, a prefix tests continuing."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,16 +30,16 @@ def denoising(
     """Returns an evaluator `(pretrained, progress=None) -> Result` of models from texts to texts.
 
     Metrics: `perplexity` of the targets' tokens, exp(-(sum of log p) / (number of tokens, sentinels and ends
-    included)), and of each denoiser that any text met, `S/perplexity`; `examples`.
+    included)); the same of each denoiser that was drawn, `S/perplexity`; `examples`.
 
     Args:
       uri: the data set, as for `sources.open_source`.
       split: its split.
-      ops: op string from record to `input_ids`, `token_ids` and `denoiser`, see the op `denoise`. What it hides depends
-        on an example's place in the data set alone.
-      denoisers: names of those that the op draws from, in its order.
-      where: field -> values that a record must have to take part.
-      batch_size: texts at a time; the numbers do not depend on it.
+      ops: op string from record to `input_ids`, `token_ids` and `denoiser`, see the op `denoise`. The hidden tokens
+        depend only on an example's place in the data set.
+      denoisers: names of the op's denoisers, in the op's order.
+      where: field -> values; other records are left out.
+      batch_size: texts at a time; the metrics do not depend on the batch size.
     """
 
     def evaluate(pretrained: Any, progress: Progress | None = None) -> Result:

@@ -1,12 +1,14 @@
-"""Wrong captions made from right ones, by rules: the hard negatives of ARO (arXiv:2210.01936) and SugarCrepe
-(arXiv:2306.14610), without a language model to write them."""
+"""Foils: rules turn right captions into wrong captions, the hard negatives of ARO and SugarCrepe.
+
+ARO: arXiv:2210.01936. SugarCrepe: arXiv:2306.14610, where a language model writes the wrong captions.
+"""
 
 import re
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple
 
-# Words of which one at most is true of a thing: a picture of a red one shows no green one.
+# At most one word of a family is true of a thing: a red thing is not green.
 ATTRIBUTES = (
     ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "grey"),
     ("small", "medium", "large"),
@@ -45,12 +47,12 @@ _HYPHENATED = re.compile(rf"{_WORD.pattern}(?:-[\w'’]+)*")
 
 
 class Corpus(NamedTuple):
-    """What foils are made from.
+    """The texts that foils are made from.
 
     Attributes:
       words: all words of the captions, lower-case.
       captions: the captions, sorted, each once.
-      nouns: (group, bare) -> what its captions are about, sorted, each once; bare: without leading attributes.
+      nouns: (group, bare) -> the subjects of the group's captions, sorted, each once; bare: without leading attributes.
     """
 
     words: frozenset[str]
@@ -59,7 +61,7 @@ class Corpus(NamedTuple):
 
 
 def corpus(captions: Sequence[str], groups: Sequence[Hashable]) -> Corpus:
-    """What the foils of captions are made from; `groups` [N] says which captions name things of a kind."""
+    """Returns the corpus of N captions; captions of one group of `groups` [N] name things of one kind."""
     nouns: dict[tuple[Hashable, bool], set[str]] = {}
     for text, group in zip(captions, groups, strict=True):
         start, end = _noun(text)
@@ -71,20 +73,20 @@ def corpus(captions: Sequence[str], groups: Sequence[Hashable]) -> Corpus:
 
 
 def foil(kind: str, caption: str, group: Hashable, true: Sequence[str], others: Corpus) -> str | None:
-    """A caption that is wrong in one respect, or None where the rules give none. The same for the same arguments.
+    """Returns a caption that is wrong in one respect, or None if the rules give no such caption. Deterministic.
 
-    Among several that fit, a checksum of the caption chooses. What is left out as possibly true: a text that `true` has
-    and, of objects and attributes, one that has no word which the caption and `true` lack.
+    Among several candidates a checksum of the caption chooses. A candidate may be true, and is left out, if it is in
+    `true`, or (for objects and attributes) if all its words are in the caption and `true`.
 
     Args:
-      kind: "object": what the caption is about (its words before a preposition or a verb in -ing) becomes what another
-        caption of the group is about, with no word in common, and leading attributes stay ("black cat", "black fox");
-        where the group has none, the whole caption becomes another one. Captions about a person or people have none:
-        a man is a person. "attribute": its first word of `ATTRIBUTES` becomes another of the same family that the
-        captions use. "order": its first and its last content word change places; captions with an "and" or "or" have
-        none, since their order may not matter.
+      kind: "object": the caption's subject (its words before a preposition or a verb in -ing) is replaced with the
+        subject of another caption of the group, with no word in common; leading attributes stay ("black cat", "black
+        fox"). If the group has no such subject, another caption replaces the whole caption. Captions about a person or
+        people have no foil: a man is a person. "attribute": the caption's first word of `ATTRIBUTES` is replaced with
+        another word of the same family that the captions use. "order": the first and the last content word change
+        places; captions with an "and" or "or" have no foil, since their order may not matter.
       caption: the right caption.
-      group: its group.
+      group: the caption's group.
       true: other texts that are true of the same picture.
       others: the `corpus` of all captions.
     """
@@ -139,7 +141,7 @@ def _words(text: str) -> list[str]:
 
 
 def _noun(caption: str) -> tuple[int, int]:
-    """Where the words stand that say what the caption is about; all of it where there are none."""
+    """The start and the end of the caption's subject; of the whole caption if no subject is found."""
     words, end = [], 0
     for match in _HYPHENATED.finditer(caption):
         word = match[0].lower()
@@ -153,6 +155,6 @@ def _noun(caption: str) -> tuple[int, int]:
 
 
 def _from_one_on(texts: list[str], seed: str) -> Iterator[str]:
-    """All texts, from one on that a checksum chooses, and around."""
+    """All texts, starting at a text that a checksum chooses, and wrapping around."""
     start = zlib.crc32(seed.encode()) % max(len(texts), 1)
     yield from (texts[(start + i) % len(texts)] for i in range(len(texts)))

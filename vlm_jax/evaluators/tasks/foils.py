@@ -1,7 +1,7 @@
-"""Foils: does a picture fit its caption better than one that is wrong in a word, or in the order of the words?
+"""Foils: does a picture fit its caption better than a caption with a wrong word, or with words in a wrong order?
 
-As ARO (arXiv:2210.01936) and SugarCrepe (arXiv:2306.14610) measure it; the wrong captions are
-made by the rules of `foil_texts`.
+The measure is that of ARO (arXiv:2210.01936) and SugarCrepe (arXiv:2306.14610); the rules of `foil_texts` make the
+wrong captions.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -42,24 +42,24 @@ def foils(
 ) -> Callable[..., Result]:
     """Returns an evaluator `(pretrained, progress=None) -> Result` of two towers and captioners.
 
-    Metrics: for each kind of foil, named as the kind, the share of pairs whose right caption scores higher, a tie
-    counting half (left out where there are no pairs); `object_pairs` and so on, how many pairs there are; `chance`,
-    which is 0.5; `examples`. Two towers score a caption by the cosine with its picture, captioners by its
-    log-likelihood, the sum over its tokens, which knows the captions' language, too: a model that ignores the picture
-    may be above chance, most of all in `order`.
+    Metrics: for each kind of foil, under the kind's name, the share of pairs whose right caption scores higher; a tie
+    counts half; without pairs the metric is left out. `object_pairs` and so on: the number of pairs. `chance`: 0.5.
+    `examples`. Two towers score a caption by the cosine with its picture. Captioners score a caption by its
+    log-likelihood, summed over tokens; this includes the language's likelihood, so a model that ignores the picture may
+    be above chance, most of all in `order`.
 
     Args:
       uri: the data set, as for `sources.open_source`.
       split: its split.
-      caption: the record's field with the caption, a text or a list of texts, of which the first is scored.
-      label: the field that says which pictures show the same: a text of any of them is no foil of the others.
-      group: the field that says which captions name things of a kind: an object is taken for another of its group.
+      caption: the record's field with the caption, a text or a list of texts; the first text is scored.
+      label: a field; pictures of equal label show the same, and their texts are no foils of each other.
+      group: a field; captions of equal group name things of one kind, and an object becomes another of its group.
       true: fields with more texts that are true of a picture.
-      kinds: of "object", "attribute" and "order", see `foil_texts.foil`.
-      where: field -> values that a record must have to take part.
-      ops: op string from record to `image`; the model's own preprocessing by default.
-      batch_size: pictures at a time; the numbers do not depend on it.
-      memory_share: of the free memory, for the scores; beyond it, a file.
+      kinds: any of "object", "attribute" and "order", see `foil_texts.foil`.
+      where: field -> values; other records are left out.
+      ops: op string from record to `image`; defaults to the model's preprocessing.
+      batch_size: pictures at a time; the metrics do not depend on the batch size.
+      memory_share: share of the free memory for the scores; more scores go to a file.
     """
     kinds = [kinds] if isinstance(kinds, str) else list(kinds)
     for kind in kinds:
@@ -97,7 +97,7 @@ def foils(
 
 
 def _pairs(records: list[list | None], kinds: Sequence[str]) -> tuple[list, list[list]]:
-    """The captions [N], and for each kind their foils [N]; None for none."""
+    """The captions [N], and the foils [N] of each kind; None for a missing caption or foil."""
     found = [None if record is None else [texts([value]) for value in record[2:]] for record in records]
     caption = [own[0][0] if own and own[0] else None for own in found]
     named = [i for i, text in enumerate(caption) if text is not None]
@@ -112,7 +112,7 @@ def _pairs(records: list[list | None], kinds: Sequence[str]) -> tuple[list, list
 def _scores(pretrained: Any, batch: Batch) -> list[np.ndarray]:
     """How well each picture fits its caption and each of its foils, float [B] for each.
 
-    All of a batch are scored, and at their place, so that equal texts tie; what has no text is scored with another's.
+    All rows of a batch are scored in place, so that equal texts tie; a row without a text is scored with another text.
     """
     filled = [[own[k] or own[0] for own in batch.about] for k in range(len(batch.about[0]))]
     filled = [batch.spread(own, batch.about[0][0]) for own in filled]

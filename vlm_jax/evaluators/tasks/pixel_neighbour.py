@@ -1,4 +1,4 @@
-"""Naming a picture after the training picture that is nearest in pixels: what a model must beat."""
+"""A baseline: a picture gets the name of the training picture that is nearest in pixels."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,9 +15,9 @@ from vlm_jax.evaluators.result import Result
 
 
 def standardise(pictures: np.ndarray) -> np.ndarray:
-    """Takes each picture's mean away and scales it to unit norm, float64 [N, F]; an even picture becomes zero.
+    """Subtracts each picture's mean and scales the picture to unit norm, float64 [N, F]; an even picture becomes zero.
 
-    Distances are then correlations, which brightness and contrast do not touch.
+    Distances are then correlations, independent of brightness and contrast.
     """
     pictures = pictures - pictures.mean(axis=1, keepdims=True, dtype=np.float64)
     return pictures / np.maximum(np.linalg.norm(pictures, axis=1, keepdims=True), 1e-6)
@@ -26,14 +26,14 @@ def standardise(pictures: np.ndarray) -> np.ndarray:
 def nearest_by_class(
     queries: np.ndarray, pictures: np.ndarray, labels: np.ndarray, num_classes: int, rows: int = 256
 ) -> np.ndarray:
-    """Returns minus the squared distance to each class's nearest picture, float64 [N, C]; NaN for a class without one.
+    """Returns minus the squared distance to each class's nearest picture, float64 [N, C]; NaN for an empty class.
 
     Args:
       queries: float [N, F].
       pictures: float [M, F].
       labels: int [M], the pictures' classes.
       num_classes: C.
-      rows: queries at a time; bounds the memory.
+      rows: queries at a time, which bounds the memory.
     """
     order = np.argsort(labels, kind="stable")
     present, first = np.unique(labels[order], return_index=True)
@@ -64,15 +64,15 @@ def pixel_neighbour(
 ) -> Callable[..., Result]:
     """Returns an evaluator `(pretrained=None, progress=None) -> Result` that looks at pixels only.
 
-    Pictures are cropped to the drawing's bounding box and resized to `size`; the five best names are the classes of the
-    nearest training pictures, each class once. Metrics: `pixel_top1` and `pixel_top5`, of Euclidean distances;
-    `pixel_standardised_top1` and `pixel_standardised_top5`, of pictures standardised first; `pixel_examples`.
+    Pictures are cropped to the drawing's bounding box and resized to `size`. The five best names are the classes of the
+    nearest training pictures, each class once. Metrics: `pixel_top1` and `pixel_top5`, by Euclidean distance;
+    `pixel_standardised_top1` and `pixel_standardised_top5`, the same of standardised pictures; `pixel_examples`.
 
     Args:
       uri: the data set, as for `sources.open_source`.
       split: the split to name.
       train_split: the split to compare with.
-      classes: the classes that count, see `classes.read`; all other pictures are left out on both sides.
+      classes: the classes that count, see `classes.read`; other pictures are left out of both splits.
       label: the record's field with the label.
       where: field -> values that a picture to be named must have.
       train_where: the same for training pictures.
@@ -83,7 +83,7 @@ def pixel_neighbour(
     string = picture_ops(f"crop_to_content | resize({size}) | to_float", label)
 
     def evaluate(pretrained: Any = None, progress: Progress | None = None) -> Result:
-        del pretrained  # the baseline is the same for all
+        del pretrained  # the baseline is the same for all models
         progress, shared = progress or Progress(), dict(uri=uri, ops=string, batch_size=batch_size)
         data = Pass(None, progress, split=split, where=where, **shared)
         train = Pass(None, progress, split=train_split, where=train_where, name="train_", **shared)

@@ -1,4 +1,4 @@
-"""Probes: how far a linear classifier gets on features that stay as they are, from all pictures or a few a class."""
+"""Probes: the accuracy of a linear classifier on frozen features, trained on all pictures or a few of each class."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -44,25 +44,25 @@ def probe(
 ) -> Callable[..., Result]:
     """Returns an evaluator `(pretrained, progress=None) -> Result`.
 
-    The features are `Pretrained.image_feature_batch`'s, the mean of the image tower's tokens, each of them shifted and
-    scaled to mean 0 and variance 1 over the training pictures. Metrics: `top1`, `top5` (left out below six classes),
-    `mean_per_class`, `examples`, `left_out` (of another label), `train_examples`.
+    The features are those of `Pretrained.image_feature_batch`, the mean of the image tower's tokens. Each feature is
+    shifted and scaled to mean 0 and variance 1 over the training pictures. Metrics: `top1`, `top5` (left out below six
+    classes), `mean_per_class`, `examples`, `left_out` (pictures of another label), `train_examples`.
 
     Args:
       uri: the data set, as for `sources.open_source`.
       split: the split to name.
       train_split: the split to learn from.
       label: the record's field with the label.
-      classes: the labels that count, see `classes.read`; by default those of the training pictures.
-      shots: how many training pictures of each class are drawn (all, of a class with fewer); None takes all.
+      classes: the labels that count, see `classes.read`; defaults to the labels of the training pictures.
+      shots: training pictures drawn of each class; a smaller class gives all its pictures; None takes all.
       solver: "ridge" (least squares, closed form: for few shots) or "lbfgs" (logistic regression), see `linear`.
       l2: weight of the squared weights in the sum over examples.
-      seed: of the draw.
-      where: field -> values that a picture to be named must have.
+      seed: seed of the draw.
+      where: field -> values; other pictures are not named.
       train_where: the same for training pictures.
-      ops: op string from record to `image`; the model's own preprocessing by default.
-      batch_size: pictures at a time; the numbers do not depend on it.
-      memory_share: of the free memory, for features; beyond it, a file.
+      ops: op string from record to `image`; defaults to the model's preprocessing.
+      batch_size: pictures at a time; the metrics do not depend on the batch size.
+      memory_share: share of the free memory for the features; more features go to a file.
     """
     solve = choose(SOLVERS, solver, "the solver of a probe")
     if shots is not None and shots < 1:
@@ -95,7 +95,7 @@ def probe(
 
         def rows(batch: Batch) -> Mapping[str, Columns]:
             x, truth = features(batch), np.array(batch.about)
-            if not data.first:  # which has the classifier
+            if not data.first:  # only the first host has the classifier
                 return {}
             scores = classify(x)
             found = {"rank": metrics.truth_ranks(scores, truth), "predicted": scores.argmax(1)}

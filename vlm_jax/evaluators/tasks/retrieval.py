@@ -16,9 +16,9 @@ from vlm_jax.evaluators.sampling import evenly_spaced
 from vlm_jax.pretrained.similarity import similarity
 
 NAMED = 5  # best captions shown with a picture
-EMBEDDED = 300  # pictures of which the embedding is kept
-COMPARED = 10  # of those, each with the captions of all
-QUERIES, FOUND = 8, 6  # captions shown with their best pictures, and how many of these
+EMBEDDED = 300  # pictures whose embedding is kept
+COMPARED = 10  # of these pictures, compared with each other's captions
+QUERIES, FOUND = 8, 6  # captions shown with their best pictures, and best pictures of each caption
 
 
 @method(
@@ -43,22 +43,22 @@ def retrieval(
     """Returns an evaluator `(pretrained, progress=None) -> Result`.
 
     Metrics: `image_to_text/recall@k`, `text_to_image/recall@k`, `images`, `texts`, `left_out` (pictures without text).
-    Artifacts: the ranks; if there is a gallery, also what some pictures and some captions find, and of some pictures
-    the embeddings, with those of their captions, and the similarities.
-    A picture may have several captions; any of them is right. (The usual Flickr30k and COCO protocol has five for each
-    picture.) Similarities are made and ranked in blocks, never the whole matrix.
+    Artifacts: the ranks; with a gallery, also the best captions of some pictures, the best pictures of some captions,
+    and the embeddings and similarities of some pictures and their captions.
+    A picture may have several captions; each counts as right. (The usual Flickr30k and COCO protocol has five for each
+    picture.) Similarities are computed and ranked in blocks, never as a whole matrix.
 
     Args:
       uri: the data set, as for `sources.open_source`.
       split: its split.
       captions: the record's fields with captions, each a text or a list of texts; empty texts do not count.
-      template: prompt, `{}` stands for the caption.
-      ks: how many candidates may be named.
-      where: field -> values that a record must have to take part.
-      ops: op string from record to `image`; the model's own preprocessing by default.
-      batch_size: pictures at a time; the numbers do not depend on it.
-      gallery: how many pictures to show with their best captions, evenly spaced over the split.
-      memory_share: of the free memory, for embeddings (half for pictures, half for texts); beyond it, a file.
+      template: prompt; `{}` stands for the caption.
+      ks: numbers of candidates that may be named.
+      where: field -> values; other records are left out.
+      ops: op string from record to `image`; defaults to the model's preprocessing.
+      batch_size: pictures at a time; the metrics do not depend on the batch size.
+      gallery: number of pictures to show with their best captions, evenly spaced over the split.
+      memory_share: share of the free memory for the embeddings (half for pictures, half for texts); more go to a file.
     """
     captions = (captions,) if isinstance(captions, str) else tuple(captions)
     limit = memory_limit(memory_share)
@@ -75,7 +75,7 @@ def retrieval(
         def rows(batch: Batch) -> Mapping[str, Columns]:
             embedded = pretrained.embed_image_batch(batch.inputs)[batch.kept]
             prompts = [template.replace("{}", text) for own in batch.about for text in own]
-            filled = prompts + prompts[:1] * (-len(prompts) % data.batch_size)  # few shapes are compiled
+            filled = prompts + prompts[:1] * (-len(prompts) % data.batch_size)  # so that few shapes are compiled
             of_texts = pretrained.embed_texts(filled)[: len(prompts)]
             number = np.repeat(np.arange(len(batch.about)), list(map(len, batch.about)))
             nth = np.concatenate([np.arange(len(own)) for own in batch.about])
@@ -99,7 +99,7 @@ def _result(
 ) -> Result:  # fmt: skip
     scores = lambda i, t: similarity(images.read("embedding", i), texts.read("embedding", t))
     ranks = metrics.retrieval_ranks(scores, len(images), texts.read("image"))
-    if images.read("embedding", slice(0, 1)).ndim == 3:  # what a text finds in a picture is another number
+    if images.read("embedding", slice(0, 1)).ndim == 3:  # token-wise similarity differs between the directions
         found = lambda i, t: similarity(texts.read("embedding", t), images.read("embedding", i)).T
         ranks |= {"text_to_image": metrics.retrieval_ranks(found, len(images), texts.read("image"))["text_to_image"]}
     numbers = metrics.recall(ranks, ks) | {"images": float(len(images)), "texts": float(len(texts))}
@@ -132,7 +132,7 @@ def _found(images: Table, texts: Table, pictures: Callable, captions: Callable) 
 
 
 def _embedded(images: Table, texts: Table, pictures: Callable, captions: Callable) -> dict[str, Any]:
-    """Some pictures in one space with the first caption of each, and a few, each with the captions of all."""
+    """Some pictures and their first captions in one space; and a few pictures compared with each other's captions."""
     some = evenly_spaced(len(images), EMBEDDED)
     first = np.unique(texts.read("image"), return_index=True)[1][some]
     image, text, names = _rows(images, some), _rows(texts, first), [own[0] for own in captions(some)]
@@ -148,7 +148,7 @@ def _rows(table: Table, index: np.ndarray) -> np.ndarray:
 
 
 def _gallery(images: Table, texts: Table, shown: np.ndarray, pictures: Callable, captions: Callable) -> dict[str, Any]:
-    """Some pictures with their best captions; `truth` is the best of a picture's own, or its first."""
+    """Some pictures with their best captions; `truth`: the picture's own caption among the best, else its first."""
     queries = _rows(images, shown)
     scores = lambda i, t: similarity(queries[i], texts.read("embedding", t))
     best, nearness = metrics.top_k(scores, len(shown), len(texts), NAMED)

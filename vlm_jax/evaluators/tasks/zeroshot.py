@@ -1,5 +1,8 @@
-"""Zero-shot classification: the class whose name, put into prompts, embeds nearest (arXiv:2103.00020, section 3.1), or
-for captioners is the likeliest (arXiv:2306.07915, section 4.3)."""
+"""Zero-shot classification: the class whose name in prompts fits a picture best.
+
+Two towers choose the nearest embedding (arXiv:2103.00020, section 3.1), captioners the likeliest text
+(arXiv:2306.07915, section 4.3).
+"""
 
 import hashlib
 import json
@@ -23,10 +26,10 @@ from vlm_jax.pretrained.similarity import similarity
 
 NAMED = 5  # best names kept for each picture
 MIXED_UP = 24  # confusions kept
-EMBEDDED = 300  # pictures of which the embedding is kept
-COMPARED = 10  # of those, each with the names of all
-LOOKED_AT = 6  # pictures with a map of the attention, where there is a gallery
-PROMPTS = 2048  # embedded between two looks at the clock
+EMBEDDED = 300  # pictures whose embedding is kept
+COMPARED = 10  # of these pictures, compared with each other's names
+LOOKED_AT = 6  # pictures with a map of the attention, if there is a gallery
+PROMPTS = 2048  # embedded between two saves of the progress
 
 
 @method(
@@ -50,23 +53,23 @@ def zeroshot(
 ) -> Callable[..., Result]:
     """Returns an evaluator `(pretrained, progress=None) -> Result`.
 
-    Metrics: `top1`, `top5` (left out below six classes), `mean_per_class`, `examples`, `left_out`. Artifacts: what was
-    named and how surely (the probability that `Pretrained.classify` gives), confusions, a gallery, and of some pictures
-    the embeddings, with those of their names, the similarities, and where the image tower looks.
+    Metrics: `top1`, `top5` (left out below six classes), `mean_per_class`, `examples`, `left_out`. Artifacts: the
+    predictions with their confidence (the probability that `Pretrained.classify` gives), confusions, a gallery; and of
+    some pictures the embeddings, their names' embeddings, the similarities and maps of the image tower's attention.
 
     Args:
       uri: the data set, as for `sources.open_source`.
       split: its split.
-      classes: the names to choose among, see `classes.read`; by default those that the data set itself has. Pictures
-        with another label are left out and counted.
-      label: the record's field with the label: a number of `classes`, or a class name; by default the first of
-        `classes.LABELS` that there is.
-      templates: prompts, `{}` stands for the name; or the name of packaged ones, see `classes.read_templates`.
-      where: field -> values that a record must have to take part.
-      ops: op string from record to `image`; the model's own preprocessing by default.
-      batch_size: pictures at a time; the numbers do not depend on it.
-      gallery: how many pictures to show with their best names, evenly spaced over the split.
-      memory_share: of the free memory, for what is kept of each picture (74 bytes); beyond it, a file.
+      classes: the names to choose among, see `classes.read`; defaults to the data set's own names. Pictures with
+        another label are left out and counted.
+      label: the record's field with the label: a number of `classes`, or a class name; defaults to the first field of
+        `classes.LABELS` that the data set has.
+      templates: prompts, `{}` stands for the name; or the name of packaged prompts, see `classes.read_templates`.
+      where: field -> values; other records are left out.
+      ops: op string from record to `image`; defaults to the model's preprocessing.
+      batch_size: pictures at a time; the metrics do not depend on the batch size.
+      gallery: number of pictures to show with their best names, evenly spaced over the split.
+      memory_share: share of the free memory for the rows of the pictures (74 bytes each); more rows go to a file.
     """
     about = f"data set `{uri}`, split `{split}`" if split else f"data set `{uri}`"
     if label is None or classes is None:
@@ -98,7 +101,7 @@ def zeroshot(
                 logits = pretrained.class_logits(batch.inputs, names, templates)[batch.kept]
                 return {"examples": {"position": position, **_ranked(logits, labels, scale)}}
             embedded = pretrained.embed_image_batch(batch.inputs)[batch.kept]
-            if not data.first:  # which has the classes' embeddings
+            if not data.first:  # only the first host has the classes' embeddings
                 return {}
             few = np.isin(position, chosen)
             return {
@@ -132,12 +135,12 @@ def _text_embeddings(data: Pass, names: list[str], templates: list[str]) -> np.n
     if not data.first:
         return None
     text = data.tables["classes"].read("embedding")
-    return text.astype(np.float64) if text.ndim == 2 else text  # once, not with every batch
+    return text.astype(np.float64) if text.ndim == 2 else text  # cast once, not with every batch
 
 
 def _ranked(logits: np.ndarray, truth: np.ndarray, scale: float) -> dict[str, np.ndarray]:
-    """What is kept of each picture: its class, that class's rank, the best names, their scores, the class's own score,
-    and the probability of the best."""
+    """The row of each picture: its class, the class's rank, the best names and their scores, the class's score, and
+    the probability of the best name."""
     best, scores = metrics.top_k(lambda i, c: logits[i, c], *logits.shape, NAMED)
     ranks = metrics.truth_ranks(logits, truth)
     own = np.take_along_axis(logits, truth[:, None], axis=1)[:, 0]
@@ -177,7 +180,7 @@ def _result(examples: Table, names: list[str], pictures: Callable, gallery: int)
 
 
 def _embedded(embeddings: Table, names: list[str], text: np.ndarray, pictures: Callable | None) -> dict[str, Any]:
-    """Some pictures in one space with their names, and a few of different classes, each with the names of all."""
+    """Some pictures and their names in one space; and a few, of different classes, compared with each other's names."""
     position, labels, image = map(embeddings.read, ("position", "truth", "embedding"))
     found = {}
     if image.ndim == 2:  # one vector for each, no tokens
@@ -191,7 +194,7 @@ def _embedded(embeddings: Table, names: list[str], text: np.ndarray, pictures: C
 
 
 def _maps(data: Pass, ops: str, names: list[str], gallery: int) -> dict[str, Any] | None:
-    """Where the image tower looks in some pictures; on several hosts each has to call this."""
+    """Maps of the image tower's attention on some pictures; every host has to call this function."""
     examples, shown = data.tables["examples"], None
     if data.first:
         rows = evenly_spaced(len(examples), min(gallery, LOOKED_AT))
