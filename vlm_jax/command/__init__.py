@@ -1,4 +1,4 @@
-"""Runs a command: its flags, its answer as a table or JSON, its errors in one line, and what is seen while it works."""
+"""Runs a command: flags, progress, the answer as a table or JSON, errors in one line."""
 
 import contextlib
 import importlib
@@ -20,18 +20,18 @@ from vlm_jax.command import help_page
 from vlm_jax.command.commands import COMMANDS, define
 from vlm_jax.errors import UserError, mendable, told
 
-WIPED = "\r\033[K"  # a terminal's line
-LONG = 5  # seconds after which a log, which is no terminal, says what is being waited for
+WIPED = "\r\033[K"  # erases a terminal's line
+LONG = 5  # seconds until a log (stderr is no terminal) names the running activity
 
 
 class Answer(NamedTuple):
-    """What a command has found.
+    """The result of a command.
 
     Attributes:
-      results: all of it, JSON-able: an object; a number that is not finite is shown as null.
-      text: what a person reads of it.
+      results: all results, JSON-able; non-finite numbers become null.
+      text: the results as text.
       status: the process's exit status.
-      at_once: ends the process without waiting for what its threads still do.
+      at_once: ends the process without waiting for its threads.
     """
 
     results: dict[str, Any]
@@ -44,31 +44,31 @@ Main = Callable[[Sequence[str], flags.FlagValues], Answer | None]
 
 
 def run(name: str, main: Main | None = None) -> None:
-    """Runs a command with the flags of `sys.argv`, and ends the process if it fails.
+    """Runs a command with the flags of `sys.argv`; ends the process if the command fails.
 
-    What a user can mend is one line on stderr and exit status 2, any other error one line and status 1; the flag
-    `--debug` adds the traceback. Status 1 is also that of a `train` that a signal stops, once it has saved, 3 that of
-    a `plan` that does not fit, 130 of Ctrl-C. With `--json` nothing but the answer is on stdout.
+    Every error is one line on stderr; the flag `--debug` adds the traceback. Exit status 2: the user can fix the error.
+    1: any other error, or a signal stopped `train` after a save. 3: a `plan` does not fit. 130: Ctrl-C. With `--json`
+    stdout holds only the answer.
 
     Args:
       name: a key of `COMMANDS`.
-      main: given what is left of the arguments and the flags; None is that of the command's module, imported here.
-        Only the first of several processes has an answer.
+      main: takes the remaining arguments and the flags; None imports the main of the command's module. Among several
+        processes only the first returns an answer.
     """
     if {"--help", "--helpshort", "-h"} & set(sys.argv[1:]):
         show(help_page.help_of(name))
         return
     define(name, flags.FLAGS)
-    # orbax tells of every step of a save, and of what it raises, too; --verbosity=0 shows it
+    # orbax logs every step of a save, and also the errors that it raises; --verbosity=0 shows these logs
     logging.set_verbosity(logging.WARNING)
     shown = lambda record: "orbax" not in record.pathname or logging.get_verbosity() >= logging.INFO
     logging.get_absl_logger().addFilter(shown)
     try:
         app.run(partial(_answer, name, main), flags_parser=partial(_parse, name))
     except (Exception, KeyboardInterrupt) as error:
-        if "--debug" in sys.argv:  # the flags may not have been read
+        if "--debug" in sys.argv:  # the flags may not be parsed yet
             traceback.print_exc()
-        for one in _bars():  # the message has a line of its own
+        for one in _bars():  # the message gets its own line
             one.close()
         if sys.stderr.isatty():
             print(WIPED, end="", file=sys.stderr)
@@ -78,7 +78,7 @@ def run(name: str, main: Main | None = None) -> None:
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Rows of cells as aligned lines; the first `left` columns begin at the same place, the others end there."""
+    """Returns rows of cells as aligned lines: the first `left` columns flush left, the others flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = [str.ljust] * left + [str.rjust] * (len(widths) - left)
     cells = lambda row: (side(cell, width) for side, cell, width in zip(sides, row, widths, strict=True))
@@ -86,7 +86,7 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
 
 
 def show(text: str) -> None:
-    """Prints what a user asked for; whoever was reading may have gone, as `head` does."""
+    """Prints text for the user; ignores a closed pipe, e.g. after `| head`."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -94,19 +94,20 @@ def show(text: str) -> None:
 
 
 def bar(*args: Any, **options: Any) -> tqdm:
-    """A progress bar on stderr of what takes more than a second; in a log, which is no terminal, every 15 seconds."""
+    """Returns a progress bar on stderr, shown after one second; in a log it prints every 15 seconds."""
     return tqdm(*args, mininterval=0.5 if sys.stderr.isatty() else 15, delay=1, **options)
 
 
 @contextlib.contextmanager
 def doing(what: str, seen: bool = True) -> Iterator[None]:
-    """Says on stderr what goes on: on a terminal a line that counts seconds until it is done, or the bars there are.
+    """Shows on stderr what the program is doing.
 
-    In a log it is a line, once, of what takes more than `LONG` seconds.
+    A terminal shows a line that counts the seconds, or the open progress bars. A log gets one line, after `LONG`
+    seconds.
 
     Args:
-      what: "compiling the train step".
-      seen: False says nothing.
+      what: the activity, e.g. "compiling the train step".
+      seen: False shows nothing.
     """
     ended, began = threading.Event(), time.monotonic()
 
@@ -134,13 +135,13 @@ def doing(what: str, seen: bool = True) -> Iterator[None]:
 
 
 def _bars() -> list[tqdm]:
-    """Those on the screen; tqdm has no public list of them."""
+    """Returns the open progress bars; tqdm has no public list of them."""
     with tqdm.get_lock():
         return [one for one in tqdm._instances if hasattr(one, "start_t")]
 
 
 def _answer(name: str, main: Main | None, argv: Sequence[str]) -> int:
-    """Runs the main with the other processes, if there are, shows its answer and returns the exit status."""
+    """Runs the main, shows its answer and returns the exit status."""
     values = flags.FLAGS
     with contextlib.redirect_stdout(sys.stderr) if values.json else contextlib.nullcontext():
         with doing("starting"):
@@ -156,7 +157,7 @@ def _answer(name: str, main: Main | None, argv: Sequence[str]) -> int:
 
 
 def _finite(value: Any) -> Any:
-    """None for what JSON has no number for: NaN and the infinities, at any depth."""
+    """Returns the value with None for NaN and infinities, at any depth: JSON has no such numbers."""
     if isinstance(value, dict):
         return {key: _finite(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
@@ -165,17 +166,17 @@ def _finite(value: Any) -> Any:
 
 
 def _parse(name: str, argv: Sequence[str]) -> Sequence[str]:
-    """Reads the flags, and returns what is left of the arguments."""
+    """Parses the flags and returns the remaining arguments."""
     try:
         left = flags.FLAGS(list(argv))
         if "config" in flags.FLAGS:
-            getattr(flags.FLAGS.config, "lock", None)  # any use raises what is kept of a file that is not there
+            getattr(flags.FLAGS.config, "lock", None)  # any use raises the deferred error of a missing file
     except (UserError, flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         message = str(error).removeprefix("flag ")
-        if isinstance(error, KeyError | AttributeError):  # an override of what the config does not hold
+        if isinstance(error, KeyError | AttributeError):  # an override of a key that the config lacks
             message = str(error.args[0]).replace("\\n", "; ").replace("\n", "; ")
             message = "the config has no key " + message.translate(str.maketrans("", "", "\"'\\"))
-        elif isinstance(error, OSError):  # of a config file, in its last line
+        elif isinstance(error, OSError):  # a config file; the last line has the reason
             message = f"--config: {message.splitlines()[-1].strip()}"
         elif ": Error whilst parsing config file:" in message:  # ml_collections' words and a traceback
             flag, cause = message.split(": Error whilst")[0], error.__context__.__context__

@@ -1,6 +1,6 @@
-"""The commands of vlm-jax and their flags. Nothing heavy is imported here: `--help` answers at once.
+"""The commands of vlm-jax and their flags. This module imports nothing heavy, so that `--help` answers at once.
 
-What a command does, and its examples, stand in its module's docstring; see `help_page`.
+A command's description and examples stand in the docstring of its module; see `help_page`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +17,8 @@ class Flag(NamedTuple):
 
     Attributes:
       define: a function of absl.flags, or `configs.define`.
-      name, help, default: what it is given.
-      needed: whether the command does not run without it.
+      name, help, default: arguments of `define`.
+      needed: whether the command requires the flag.
     """
 
     define: Callable
@@ -32,9 +32,9 @@ class Command(NamedTuple):
     """A command: `vlm_jax.NAME`.
 
     Attributes:
-      flags: heading in `--help` -> the flags below it.
-      arguments: what it takes that is no flag, in words; in brackets, what it need not be given.
-      families: whose methods it takes, see `vlm_jax.catalogue`; `--help` lists them.
+      flags: heading in `--help` -> the flags below that heading.
+      arguments: names of the positional arguments; brackets mark optional ones.
+      families: families of the methods that the command takes, see `vlm_jax.catalogue`; `--help` lists the methods.
     """
 
     flags: Mapping[str, Sequence[Flag]]
@@ -42,7 +42,7 @@ class Command(NamedTuple):
     families: Sequence[str] = ()
 
     def all(self) -> list[Flag]:
-        """Its flags, with those of every command."""
+        """Returns the command's flags and the flags of every command."""
         return [*(flag for group in self.flags.values() for flag in group), *EVERY]
 
 
@@ -194,6 +194,6 @@ COMMANDS = {
 
 
 def define(name: str, values: flags.FlagValues) -> None:
-    """Defines the flags of a command; not done by an import, since the program that imports has its own."""
+    """Defines the flags of a command. An import defines none, because the importing program has its own flags."""
     for flag in COMMANDS[name].all():
         flag.define(flag.name, flag.default, flag.help, flag_values=values)

@@ -14,12 +14,12 @@ from vlm_jax.errors import UserError
 
 
 def names() -> list[str]:
-    """The configs of `CONFIGS`. A file without `get_config` holds parts of others."""
+    """Returns the names of the configs in `CONFIGS`. A file without `get_config` only holds parts of other configs."""
     return sorted(path.stem for path in CONFIGS.glob("*.py") if "\ndef get_config(" in path.read_text(encoding="utf-8"))
 
 
 def locate(spec: str) -> str:
-    """Returns "PATH:VARIANT" of "NAME:VARIANT". What holds a slash or ends with .py is a path and stays as it is.
+    """Returns "PATH:VARIANT" for "NAME:VARIANT"; returns a path (with a slash or .py) unchanged.
 
     Raises:
       UserError: no config has this name.
@@ -36,7 +36,7 @@ def locate(spec: str) -> str:
 
 
 def define(name: str, default: str | None, help_text: str, flag_values: flags.FlagValues) -> None:
-    """Defines the flag of a config, as `config_flags.DEFINE_config_file`, but names are found too."""
+    """Defines the flag of a config like `config_flags.DEFINE_config_file`, and also accepts names of configs."""
     config_flags.DEFINE_config_file(name, default, help_text, flag_values=flag_values)
     flag_values[name].parser = _Parser(name)
 
@@ -44,14 +44,14 @@ def define(name: str, default: str | None, help_text: str, flag_values: flags.Fl
 class _Parser(config_flags.config_flags.ConfigFileFlagParser):
     def parse(self, path: str):
         located = locate(path)
-        # neighbours of a config given by name come from its folder, whatever `configs` the working directory holds
+        # a config given by name imports its neighbours from its own folder, even if the working directory has `configs`
         finders = [_Neighbours, *sys.meta_path] if located != path else [*sys.meta_path, _Neighbours]
         sys.meta_path[:] = dict.fromkeys(finders)
         return super().parse(located)
 
 
 class _Neighbours(MetaPathFinder):
-    """Finds `configs` and its modules in `CONFIGS`, which is on no path: `from configs.embedded import embedded`."""
+    """Finds `configs` and its modules in `CONFIGS` (not on sys.path): `from configs.embedded import embedded`."""
 
     @staticmethod
     def find_spec(name: str, path=None, target=None) -> ModuleSpec | None:

@@ -1,4 +1,4 @@
-"""What `vlm-jax` and `vlm-jax COMMAND --help` print, from modules' docstrings, which are read and not imported."""
+"""The output of `vlm-jax` and `vlm-jax COMMAND --help`, read from docstrings without importing the modules."""
 
 import ast
 import re
@@ -15,11 +15,11 @@ GROUPS = {
     "look up": ("methods",),
     "prepare data": ("data.train_tokenizer", "data.emoji.build"),
 }
-FIRST = ("evaluate", "train")  # whose first examples a newcomer is shown
+FIRST = ("evaluate", "train")  # the overview shows the first example of these commands
 
 
 def overview() -> str:
-    """All commands, by group, and something to try."""
+    """Returns all commands by group, and examples to try."""
     lines = ["vlm-jax COMMAND: contrastive and generative vision-language models in JAX"]
     for heading, names in GROUPS.items():
         lines += ["", heading, *(_row(name, summary(name)) for name in names)]
@@ -28,7 +28,7 @@ def overview() -> str:
 
 
 def help_of(name: str) -> str:
-    """What a command does, how it is called, and its flags, a line each."""
+    """Returns a command's summary, usage and examples, and its flags, one a line."""
     command = COMMANDS[name]
     needed = [f"--{flag.name}=..." for flag in command.all() if flag.needed]
     lines = [summary(name), "", " ".join(filter(None, ["usage: vlm-jax", name, command.arguments, *needed, "[flags]"]))]
@@ -43,17 +43,17 @@ def help_of(name: str) -> str:
 
 
 def summary(name: str) -> str:
-    """The first line of a command's docstring."""
+    """Returns the first line of a command's docstring."""
     return _doc(name).splitlines()[0]
 
 
 def examples(name: str) -> list[str]:
-    """The command lines in a command's docstring, those of several lines with their backslashes."""
+    """Returns the command lines in a command's docstring; long ones keep their backslashes."""
     return re.findall(r"^    (vlm-jax (?:.*\\\n)*.*)", _doc(name), re.MULTILINE)
 
 
 def module_of(name: str) -> str:
-    """The module with a command's `main`."""
+    """Returns the name of the module with a command's `main`."""
     return f"vlm_jax.{name}" if _path(name).is_file() else f"vlm_jax.{name}.__main__"
 
 
@@ -68,7 +68,7 @@ def _doc(name: str) -> str:
 
 
 def _methods(families: Sequence[str]) -> list[str]:
-    """Names of the methods, those of a family together."""
+    """Returns the names of the methods, one row a family."""
     return [_row(family, ", ".join(catalogue.of(family))) for family in families]
 
 
@@ -82,6 +82,6 @@ def _line(flag: Flag) -> str:
 
 
 def _row(label: str, text: str) -> str:
-    """A label and what it stands for, in lines of 120 characters at most."""
+    """Returns a label and its text, in lines of at most 120 characters."""
     wrap = dict(break_long_words=False, break_on_hyphens=False)
     return textwrap.fill(text, 120, initial_indent=f"  {label:22}", subsequent_indent=" " * 24, **wrap)

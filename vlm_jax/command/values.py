@@ -1,4 +1,4 @@
-"""The values of flags as the functions behind the commands take them."""
+"""Parses the values of flags into Python values."""
 
 import ast
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from vlm_jax.errors import UserError
 
 
 def given(values: flags.FlagValues, names: Sequence[str]) -> dict[str, Any]:
-    """The flags among `names` that have a value, as Python values."""
+    """Returns the flags among `names` that have a value, as Python values."""
     found = {}
     for name in names:
         value = values[name].value

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: asynchronous, atomic, complete, written and read by all processes, each its shards.
+"""Checkpoints of a run: asynchronous, atomic, complete. Each process writes and reads its own shards.
 
 A checkpoint holds the train state (parameters, optimizer, EMA, objective state, step), the data position and the
-run's counters. A run that is killed at any point and started again continues from the newest one that is whole, on
+run's counters. A run that is killed at any point and started again continues from the newest undamaged checkpoint, on
 any mesh and any number of processes.
 """
 
@@ -26,11 +26,11 @@ from vlm_jax.errors import UserError
 from vlm_jax.params.table import named_leaves
 from vlm_jax.run import processes
 
-# Of a config, what says where and how fast a run goes, not what it is after: it may change between restarts.
+# Config keys that may change between restarts: they set where and how fast a run goes, and do not change its result.
 FREE = ("mesh", "accumulate", "log", "checkpoint", "profile", "data.workers", "data.threads")
-NOT_DAMAGE = (jax.errors.JaxRuntimeError, MemoryError, PermissionError)  # says nothing of what is in a file
-WRITE_SECONDS = 300  # that processes wait for the slowest to have written
-# orbax warns of files that it does not need; in a notebook that is all that a reader sees
+NOT_DAMAGE = (jax.errors.JaxRuntimeError, MemoryError, PermissionError)  # errors that do not mean a damaged file
+WRITE_SECONDS = 300  # time that processes wait for the slowest writer
+# orbax warns about files that it does not need; a notebook would show nothing but these warnings
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno != logging.WARNING)
 
 
@@ -39,7 +39,7 @@ class Checkpointer:
 
     Args:
       workdir: the run's folder, on a file system that all processes share.
-      keep: how many checkpoints stay; with 1 there is none to fall back to.
+      keep: number of checkpoints to keep; with 1 there is no older checkpoint to fall back to.
 
     Raises:
       UserError: the processes do not see the same folder.
@@ -56,7 +56,7 @@ class Checkpointer:
                 cleanup_tmp_directories=True,
             ),
         )
-        # a thread of orbax asks, too, about steps of before, and would disturb `processes.StopSignal`
+        # a thread of orbax also asks, about earlier steps, and would disturb `processes.StopSignal`
         self._manager.reached_preemption = lambda step: False
         seen = processes.exchange([self._folder.is_dir(), sorted(self._manager.all_steps())])
         if any(other != seen[0] for other in seen):
@@ -68,10 +68,10 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, progress: Mapping[str, Any]) -> None:
-        """Copies the state off the devices and returns; writing goes on in the background.
+        """Copies the state off the devices and returns; a background thread writes the checkpoint.
 
         Raises:
-          UserError: this checkpoint, or the one before, cannot be written.
+          UserError: this checkpoint or the previous checkpoint cannot be written.
         """
         if step == self.latest_step():
             return
@@ -81,14 +81,14 @@ class Checkpointer:
             self._manager.save(step, args=args)
 
     def restore(self, abstract_state: Any) -> tuple[Any, dict]:
-        """Returns the newest whole checkpoint's state and progress; those that are damaged are set aside.
+        """Returns state and progress of the newest undamaged checkpoint; renames damaged ones.
 
         Args:
-          abstract_state: tree of ShapeDtypeStructs with shardings: how the state is to be placed. Every process reads
-            its shards alone. Dtypes may differ from what was saved; its checksum is then left unchecked.
+          abstract_state: tree of ShapeDtypeStructs with shardings: the target placement. Every process reads only its
+            own shards. Dtypes may differ from the saved dtypes; the checksum is then not checked.
 
         Raises:
-          UserError: the checkpoint holds another model or optimizer than the config; none is whole.
+          UserError: the checkpoint does not fit the config's model or optimizer, or all checkpoints are damaged.
         """
         damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -102,13 +102,13 @@ class Checkpointer:
                 return state, progress
             logging.warning("checkpoint %d is damaged (%s); taking the one before", step, damages[0])
             damaged.append(step)
-            state = None  # before another is read: devices may not hold two
+            state = None  # frees the devices for the next one: memory may not hold two states
         raise UserError(
             f"none of the checkpoints {damaged} in {self._folder} can be read; move them away to start anew"
         )
 
     def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict, str | None]:
-        """State, progress, and what is wrong with them. No process waits for another, one of them may fail."""
+        """Returns (state, progress, description of the damage or None). No process waits for others: one may fail."""
         path = self._folder / str(step)
         handler = ocp.StandardCheckpointHandler()
         try:
@@ -127,7 +127,7 @@ class Checkpointer:
         return state, progress, None
 
     def _set_aside(self, steps: list[int]) -> None:
-        """Renames them to damaged-<step>, so that the run can save these steps again; nothing deletes them."""
+        """Renames checkpoints to damaged-<step>, so that the run can save these steps again; deletes nothing."""
         if steps and processes.is_first():
             for step in steps:
                 names = itertools.chain([f"damaged-{step}"], (f"damaged-{step}-{n}" for n in itertools.count(2)))
@@ -150,9 +150,9 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
-            waited = (jax.errors.JaxRuntimeError, TimeoutError)  # for other processes
+            waited = (jax.errors.JaxRuntimeError, TimeoutError)  # a wait for other processes failed
             cause = error
-            while isinstance(cause, waited) and cause.__context__:  # perhaps after an error of this one
+            while isinstance(cause, waited) and cause.__context__:  # perhaps after an error of this process
                 cause = cause.__context__
             if isinstance(cause, waited):
                 raise
@@ -165,14 +165,14 @@ class Checkpointer:
 
 
 def checksum(state: Any) -> int:
-    """A number that the change of any one bit changes; the same on any mesh."""
+    """Returns a checksum that is the same on any mesh; a change of any one bit changes it."""
     sums = jax.device_get(_sums_of_bits(jax.tree.leaves(state)))
     return sum((2 * place + 1) * int(bits) for place, bits in enumerate(sums)) % 2**32
 
 
 @jax.jit
 def _sums_of_bits(leaves: list[jax.Array]) -> list[jax.Array]:
-    """One program: of several at once, devices of a CPU with fewer cores would wait for each other."""
+    """Sums all leaves in one program: on a CPU with few cores, the devices of several programs would block."""
     return [_sum_of_bits(leaf) for leaf in leaves]
 
 
@@ -193,20 +193,20 @@ def _check_fits(step: int, saved: Mapping[str, Any], wanted: Mapping[str, Any]) 
 
 
 def _reason(error: Exception) -> str:
-    """What the system says where it does, else the first line."""
+    """Returns the operating system's message if the error holds an error code, else the error's first line."""
     number = re.search(r"os_error_code='(\d+)'", str(error)) or re.search(r"\[Errno (\d+)\]", str(error))
     return os.strerror(int(number[1])) if number else (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def load_params(workdir: str | os.PathLike, shardings: Callable[[Any], Any] | None = None) -> Any:
-    """Returns the newest checkpoint's parameters (the EMA's where the run kept one).
+    """Returns the newest checkpoint's parameters (the EMA if the run kept one).
 
     Args:
       workdir: the run's folder.
-      shardings: tree of shapes -> tree of shardings, where the arrays go; None gives numpy arrays.
+      shardings: tree of shapes -> tree of shardings for the arrays; None gives numpy arrays.
 
     Raises:
-      UserError: the folder holds no finished checkpoint, or it is damaged.
+      UserError: the folder holds no finished checkpoint, or the newest one is damaged.
     """
     folder = Path(workdir).absolute() / "checkpoints"
     steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
@@ -236,7 +236,7 @@ def _params(path: Path, shardings: Callable[[Any], Any] | None) -> Any:
 
 
 def check_same_config(path: Path, settings: Mapping[str, Any]) -> None:
-    """Writes config.json, or raises a UserError if the workdir holds a run of another config; `FREE` may differ."""
+    """Writes config.json, or raises a UserError if the workdir's config differs in keys other than `FREE`."""
     if any(other != settings for other in processes.exchange(settings)):
         raise UserError("the processes were given different configs; give all of them the same flags")
     if not path.exists():
@@ -253,7 +253,7 @@ def check_same_config(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def params_sha256(params: Any) -> str:
-    """Hex digest of every parameter's name, dtype, shape and bytes, in the order of their names."""
+    """Returns the hex digest of every parameter's name, dtype, shape and bytes, in the order of names."""
     digest = hashlib.sha256()
     for name, leaf in sorted(named_leaves(params).items()):
         digest.update(f"{name}:{np.dtype(leaf.dtype)}:{tuple(leaf.shape)}".encode())
@@ -263,7 +263,7 @@ def params_sha256(params: Any) -> str:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes JSON so that a reader (or a kill) sees the old file or the new one, never half of it."""
+    """Writes JSON atomically: a reader (or a kill) sees the old file or the new file, never a part."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(value, indent=2) + "\n")

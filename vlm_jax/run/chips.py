@@ -1,4 +1,4 @@
-"""Accelerators that programs are compiled for without being there: what they can do, and slices of them."""
+"""Accelerators: peak numbers of chips, and device lists of slices for compiling without the hardware."""
 
 import collections
 import os
@@ -10,13 +10,13 @@ from vlm_jax.errors import UserError
 
 
 class Chip(NamedTuple):
-    """What an accelerator can do at most.
+    """Peak numbers of an accelerator.
 
     Attributes:
       hbm: bytes of memory.
-      bandwidth: bytes a second of it.
-      flops: a second, dense bf16 products.
-      links: bytes a second that it sends to other chips, all its links together.
+      bandwidth: bytes a second of the memory.
+      flops: FLOPs a second, dense bf16 products.
+      links: bytes a second that the chip sends to other chips over all its links.
     """
 
     hbm: int
@@ -25,7 +25,7 @@ class Chip(NamedTuple):
     links: float
 
     def shared(self, devices: int) -> "Chip":
-        """The share of each of the devices that a chip is to JAX."""
+        """Returns the numbers of one JAX device if JAX sees the chip as several `devices`."""
         return Chip(self.hbm // devices, *(value / devices for value in self[1:]))
 
 
@@ -33,7 +33,7 @@ def _chip(gib: int, gb: float, tflops: float, links: float) -> Chip:
     return Chip(gib * 2**30, gb * 1e9, tflops * 1e12, links * 1e9)
 
 
-# Of a chip: GiB, GB/s, TFLOP/s in bf16, GB/s sent: half of what is published as bidirectional.
+# GiB, GB/s, TFLOP/s in bf16, GB/s sent (half of the published bidirectional number).
 CHIPS = {
     "v4": _chip(32, 1200, 275, 300),  # cloud.google.com/tpu/docs/v4; links: Jouppi et al. 2023 (arXiv:2304.01433)
     "v5e": _chip(16, 819, 197, 200),  # cloud.google.com/tpu/docs/v6e, which compares the two
@@ -42,12 +42,12 @@ CHIPS = {
     "tpu7x": _chip(192, 7380, 2307, 600),  # cloud.google.com/tpu/docs/tpu7x; two devices to JAX
     "h100": _chip(80, 3350, 989, 450),  # nvidia.com/en-us/data-center/h100, SXM; links: NVLink
 }
-# What jax.Device.device_kind says.
+# jax.Device.device_kind -> chip.
 KINDS = {
     "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e",
     "TPU v6e": "v6e", "TPU7x": "tpu7x",
 }  # fmt: skip
-# XLA compiles for a GPU that is not there from this description of it (GpuTargetConfigProto); numbers of an H100 SXM.
+# From this description (GpuTargetConfigProto) XLA compiles for a GPU without the hardware; numbers of an H100 SXM.
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -61,16 +61,17 @@ platform_name: "CUDA" dnn_version_info { major: 9 } device_description_str: "NVI
 
 
 def slice_of(topology: str) -> tuple[list, Chip]:
-    """(devices, what each can do) of a slice that is not there, "v5e:16x16", "v5p:4x8x8", "h100:1x1x8", ...
+    """Returns (devices, chip numbers of one device) of a slice, without the hardware.
 
-    A v4 or v5p is one device to JAX, as on their hosts; a tpu7x is two.
+    Slices are "v5e:16x16", "v5p:4x8x8", "h100:1x1x8", ... JAX sees a v4 or v5p as one device, as on their hosts, and a
+    tpu7x as two.
 
     Raises:
       UserError: no such slice, no libtpu, or, for GPUs, no CUDA plugin.
     """
     name, _, shape = topology.partition(":")
     chip = config.choose(CHIPS, name, "--topology's chip")
-    # without them libtpu looks for a TPU and asks the cloud who it is, and the CUDA plugin for a driver
+    # without these, libtpu looks for a TPU and asks the cloud's metadata server, and the CUDA plugin looks for a driver
     defaults = dict(
         TPU_SKIP_MDS_QUERY="1",
         TPU_ACCELERATOR_TYPE="v5litepod-4",
@@ -89,7 +90,7 @@ def slice_of(topology: str) -> tuple[list, Chip]:
             options["chip_config_name"] = "megacore"
     try:
         devices = topologies.get_topology_desc(**options).devices
-    except Exception as error:  # of several kinds, none of jax's own
+    except Exception as error:  # several kinds, no class of jax's own
         reason = str(error).strip().splitlines()[0]
         needs = "libtpu" if extra == "tpu" else "jax's CUDA plugin"
         raise UserError(
@@ -100,7 +101,7 @@ def slice_of(topology: str) -> tuple[list, Chip]:
 
 
 def chip_of(devices: Sequence) -> Chip | None:
-    """What each of some devices that are there can do; None if it is not known, as of CPUs."""
+    """Returns the chip numbers of one of the devices; None if unknown, e.g. for CPUs."""
     kind = devices[0].device_kind
     name = KINDS.get(kind, "h100" if "H100" in kind else None)
     return CHIPS[name].shared(_devices_of_a_chip(devices)) if name else None

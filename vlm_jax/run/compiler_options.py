@@ -1,18 +1,18 @@
-"""What XLA is told beyond its defaults, so that FSDP's gathers and reductions run beside the step's products.
+"""XLA options that overlap FSDP's gathers and reductions with the step's matrix products.
 
-`vlm_jax.plan` shows what comes of it; without these options a v5e waits for every reduce-scatter, a v5p and a v6e for
-every all-gather, too.
+`vlm_jax.plan` shows the effect. Without these options a v5e waits for every reduce-scatter; a v5p and a v6e also wait
+for every all-gather.
 """
 
 import jax
 
-# A v5e computes and communicates in one fusion.
+# A v5e overlaps compute and communication in one fusion.
 V5E = {
     "xla_enable_async_reduce_scatter_fusion": True,  # schedules the start of a reduce-scatter apart from its end
-    "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": True,  # and puts products between them
-    "xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions": True,  # and elementwise work, as the optimizer's
-    "xla_tpu_ars_combiner_threshold_in_bytes": 0,  # several reduce-scatters made one cannot be fused
-    "xla_tpu_scoped_vmem_limit_kib": 32_768,  # of 128 MiB: one that is fused takes 16 MiB, which is all by default
+    "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": True,  # puts products between start and end
+    "xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions": True,  # and elementwise work, e.g. the optimizer's
+    "xla_tpu_ars_combiner_threshold_in_bytes": 0,  # combined reduce-scatters cannot be fused
+    "xla_tpu_scoped_vmem_limit_kib": 32_768,  # of 128 MiB: a fused reduce-scatter takes 16 MiB, the whole default
 }
 # From v5p on, SparseCores communicate while the TensorCores compute.
 SPARSE_CORE = {
@@ -33,5 +33,5 @@ BY_KIND = {
 
 
 def compiler_options(device: jax.Device) -> dict[str, bool | int]:
-    """Options of XLA for programs on devices of this kind; none for CPUs, GPUs and TPUs that are not in the table."""
+    """Returns XLA options for devices of this kind; empty for CPUs, GPUs and TPUs outside the table."""
     return BY_KIND.get(device.device_kind, {})

@@ -1,4 +1,4 @@
-"""A run that diverges stops at the step where it does, and says which parameters went first."""
+"""Stops a diverging run at its first non-finite step, and names the parameters with the largest gradients."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from vlm_jax.params.table import named_leaves
 
 
 def gradient_norms(grads: Any) -> dict[str, jax.Array]:
-    """The norm of each group of gradients, a group being the first two parts of the parameters' names."""
+    """Returns the gradient norm of each group of parameters; names with equal first two parts form a group."""
     groups = {}
     for name, leaf in named_leaves(grads).items():
         groups.setdefault("/".join(name.split("/")[:2]), []).append(leaf)

@@ -1,12 +1,12 @@
 """FLOPs of matrix products and convolutions, counted in a jaxpr: a scan's body times its length.
 
-Two counts of a train step (PaLM, Chowdhery et al. 2022, arXiv:2204.02311, appendix B, tells them apart):
+A train step has two counts (PaLM, Chowdhery et al. 2022, arXiv:2204.02311, appendix B):
 
-- hardware FLOPs, of all that the step computes: gradients, what remat and kernels compute again, the optimizer's.
-- model FLOPs, of what the loss and its gradients need once: MFU is made of them.
+- hardware FLOPs, of everything that the step computes: gradients, recomputation by remat and kernels, the optimizer.
+- model FLOPs, of everything that the loss and its gradients need once. MFU uses model FLOPs.
 
-A product [m, k] x [k, n] is 2 m k n FLOPs. Its gradients are a product of that size for each of the two operands
-that depends on trained parameters: that is how model FLOPs follow from the loss alone.
+A product [m, k] x [k, n] is 2 m k n FLOPs. Its gradients are one product of that size for each of the two operands that
+depends on trained parameters. Model FLOPs therefore follow from the loss alone.
 """
 
 import itertools
@@ -24,8 +24,8 @@ from vlm_jax.params import optim
 from vlm_jax.params.table import map_with_name
 from vlm_jax.run.program import Program
 
-# Pallas kernels of `vlm_jax.kernels` by name: products of the size of q k^T, or of x y^T, in one call. Backward
-# kernels compute the logits again. Causal attention counts whole, as XLA's does.
+# Pallas kernels of `vlm_jax.kernels`: name -> number of products of the size of q k^T, or of x y^T, in one call.
+# Backward kernels recompute the logits. Causal attention counts as full attention, as in XLA.
 KERNELS = {
     "attention_forward": 2,
     "attention_backward": 5,
@@ -37,23 +37,23 @@ KERNELS = {
 
 
 def hardware_flops(jaxpr: Any) -> float:
-    """FLOPs of one call of a jaxpr (closed) on all devices; what no output needs is left out, as XLA leaves it out.
+    """Returns the FLOPs of one call of a closed jaxpr on all devices, without dead code.
 
-    The larger branch of a `cond` counts, the body of a `while` whose number of turns is not known once, the body of a
-    `shard_map` on each device. What XLA computes on several devices alike counts once.
+    The larger branch of a `cond` counts. The body of a `while` counts once, because the number of iterations is
+    unknown. The body of a `shard_map` counts once for each device. Work that XLA replicates over devices counts once.
     """
     needed, _ = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
     return _walk(needed, [False] * len(needed.invars))[0]
 
 
 def model_flops(settings: Mapping[str, Any], program: Program, batch: Mapping[str, Any], steps: Callable) -> float:
-    """FLOPs of the loss of a batch and of its gradients, without recomputation, whatever the mesh and the chip.
+    """Returns the FLOPs of a batch's loss and gradients without recomputation, for any mesh and chip.
 
     Args:
       settings: a config of `vlm_jax.train`, as plain dicts.
-      program: its program.
+      program: the config's program.
       batch: shapes and dtypes of a global batch.
-      steps: duration -> steps, of the run.
+      steps: duration -> number of steps of the run.
     """
     params = program.abstract_state.params
     objective = objectives.build(settings["objective"], program.model)
@@ -73,7 +73,7 @@ def model_flops(settings: Mapping[str, Any], program: Program, batch: Mapping[st
 
 
 def _walk(jaxpr: Any, active: Sequence[bool]) -> tuple[float, list[bool]]:
-    """FLOPs of a jaxpr with those of the gradients with respect to its active inputs; which outputs are active."""
+    """Returns (FLOPs of a jaxpr and of the gradients of its active inputs, which outputs are active)."""
     depends = dict(zip(jaxpr.invars, active, strict=True))
     of = lambda var: not isinstance(var, Literal) and depends.get(var, False)
     total = 0.0
@@ -85,7 +85,7 @@ def _walk(jaxpr: Any, active: Sequence[bool]) -> tuple[float, list[bool]]:
 
 
 def _equation(eqn: Any, active: Sequence[bool]) -> tuple[float, list[bool]]:
-    """As `_walk`, of one equation."""
+    """Like `_walk`, for one equation."""
     name, params = eqn.primitive.name, eqn.params
     shapes = [getattr(var.aval, "shape", ()) for var in eqn.invars]
     share = lambda flops: (flops * (1 + sum(active)), [any(active)])
@@ -93,15 +93,15 @@ def _equation(eqn: Any, active: Sequence[bool]) -> tuple[float, list[bool]]:
         ((contracted, _), _) = params["dimension_numbers"]
         return share(2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shapes[0][axis] for axis in contracted))
     if name == "conv_general_dilated":
-        summed = params["dimension_numbers"].rhs_spec[1:]  # in features of a group, and space
+        summed = params["dimension_numbers"].rhs_spec[1:]  # input features of a group, and space
         size = 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shapes[1][axis] for axis in summed)
-        return share(size / math.prod(params["lhs_dilation"]))  # between dilated inputs are zeros
+        return share(size / math.prod(params["lhs_dilation"]))  # dilation puts zeros between inputs
     if name == "pallas_call":
         return _kernel(params, shapes, active), [any(active)] * len(eqn.outvars)
     if name == "scan":
         body = params["jaxpr"].jaxpr
         alike = lambda inner, outer: sum(a.aval.shape == b.aval.shape for a, b in zip(inner, outer, strict=True))
-        carry = alike(body.outvars, eqn.outvars)  # of what is stacked, the loop has an axis more than its body
+        carry = alike(body.outvars, eqn.outvars)  # stacked arrays have one axis more in the loop than in its body
         flops, out = _loop(body, active, alike(body.invars, eqn.invars) - carry, carry)
         return flops * params["length"], out
     if name == "while":
@@ -111,7 +111,7 @@ def _equation(eqn: Any, active: Sequence[bool]) -> tuple[float, list[bool]]:
         flops, out = zip(*branches, strict=True)
         return max(flops), [any(same) for same in zip(*out, strict=True)]
     inner = next((params[key] for key in ("jaxpr", "call_jaxpr", "call") if key in params), None)
-    if inner is not None:  # of jit, checkpoint, custom_jvp, custom_vjp, custom_vmap, shard_map
+    if inner is not None:  # jit, checkpoint, custom_jvp, custom_vjp, custom_vmap, shard_map
         flops, out = _walk(getattr(inner, "jaxpr", inner), active)
         devices = math.prod(params["mesh"].shape[axis] for axis in params.get("newly_manual_axes", ()))
         return flops * devices, out
@@ -119,7 +119,10 @@ def _equation(eqn: Any, active: Sequence[bool]) -> tuple[float, list[bool]]:
 
 
 def _loop(body: Any, active: Sequence[bool], consts: int, carry: int | None = None) -> tuple[float, list[bool]]:
-    """One turn, once it is known what of the carry is active: what is so after any turn. `carry` None: all others."""
+    """Like `_walk`, for one iteration; a carry is active if it is active after any iteration.
+
+    `carry` None: every input after the `consts` is a carry.
+    """
     active = list(active)
     state = slice(consts, None if carry is None else consts + carry)
     while True:
@@ -131,14 +134,14 @@ def _loop(body: Any, active: Sequence[bool], consts: int, carry: int | None = No
 
 
 def _kernel(params: Mapping[str, Any], shapes: Sequence[tuple[int, ...]], active: Sequence[bool]) -> float:
-    """By the formula of its name, else by its `cost_estimate`, else its body on every step of the grid."""
+    """Returns a kernel's FLOPs: by `KERNELS`, else by its `cost_estimate`, else its body times the grid's steps."""
     name = str(params.get("name"))
     if name in KERNELS:
         rank, count = (3, 3) if name.startswith("attention") else (2, 2)
         places = [i for i, shape in enumerate(shapes) if len(shape) == rank and shape[0] * shape[-2] > 1][:count]
         *batch, queries, width = shapes[places[0]]  # [B, L, H * D], or [N, D]; vectors are [1, N]
         size = 2 * math.prod(batch) * queries * shapes[places[1]][-2] * width
-        # two of three, or of two, products of a gradient are of active operands where they all are
+        # gradients cost twice the forward products if all operands are active, else the active operands' share of it
         return KERNELS[name] * size * (1 + 2 * sum(active[place] for place in places) / count)
     if params.get("cost_estimate"):
         return float(params["cost_estimate"].flops)

@@ -1,4 +1,4 @@
-"""Metrics of a run, written in the background: metrics.jsonl, TensorBoard and, if asked for, Weights & Biases."""
+"""Writes a run's metrics in the background: metrics.jsonl, TensorBoard and, optionally, Weights & Biases."""
 
 import json
 import os
@@ -14,15 +14,14 @@ from vlm_jax.run import processes
 
 
 class MetricWriter:
-    """Writes `{"step": n, name: number, ...}` lines without holding up the training loop.
+    """Writes `{"step": n, name: number, ...}` lines without blocking the training loop.
 
-    Numbers may be arrays on a device: they are fetched by the writing thread. Lines after `start_step`, which a killed
-    run left behind, are dropped, so that a resumed run's file reads like an uninterrupted one's. Only the first process
-    of several writes.
+    Numbers may be arrays on a device: the writing thread fetches them. Lines after `start_step`, left by a killed run,
+    are dropped, so that a resumed run's file equals an uninterrupted run's file. Only the first process writes.
 
     Args:
       workdir: the run's folder.
-      start_step: the step that the run starts from.
+      start_step: the run continues after this step.
       tensorboard: also write event files into `workdir/tensorboard`.
       wandb: project name for Weights & Biases (extra `wandb`), or None.
     """
@@ -76,10 +75,10 @@ class MetricWriter:
             step, values = item
             try:
                 numbers = {name: float(np.asarray(value)) for name, value in values.items()}
-                numbers = {name: value for name, value in numbers.items() if value == value}  # NaN: a mean of nothing
+                numbers = {name: value for name, value in numbers.items() if value == value}  # NaN: an empty mean
                 for sink in self._sinks:
                     sink(step, numbers)
-            except Exception as error:  # handed to the training thread at its next write
+            except Exception as error:  # raised in the training thread at its next write
                 self._error = error
 
     def _write_line(self, step, values):
@@ -99,7 +98,7 @@ class MetricWriter:
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:
-    """The complete lines of a metrics file; a last one that a kill cut short is left out."""
+    """Returns the complete lines of a metrics file; drops a last line that a kill cut short."""
     lines = []
     if Path(path).is_file():
         for line in Path(path).read_text().splitlines():

@@ -1,7 +1,7 @@
-"""A run of several processes, one a host: how they find each other, what they agree on, how they end.
+"""Runs with several processes, one a host: joining, exchanging values, ending together.
 
-Every process runs the same command. One of them may die: the others learn it from their next collective or from its
-missing heartbeat, and end too, so that the scheduler can start all of them again.
+Every process runs the same command. If one process dies, the next collective or the missing heartbeat tells the others,
+and these end too. The scheduler can then restart all processes.
 """
 
 import functools
@@ -22,20 +22,22 @@ from jax.experimental import multihost_utils
 from vlm_jax.errors import UserError, told
 
 PIECE_BYTES = 2**26
-HEARTBEAT_SECONDS = 30  # without a sign of life, after which a process counts as dead
-LOST = re.compile("Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED")  # what a collective says of a dead peer
+HEARTBEAT_SECONDS = 30  # a process without a heartbeat for this time counts as dead
+LOST = re.compile("Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED")  # a collective's error: a peer is dead
 
 
 @contextmanager
 def joined(how: str | None, preemptible: bool = False) -> Iterator[None]:
     """Joins this process to the others of the run, for a command's main.
 
+    If some processes do not come, JAX ends the others after five minutes.
+
     Args:
-      how: None: it is alone; "auto": a TPU slice, Slurm or Open MPI says; or "address:port,processes,index".
-      preemptible: SIGTERM does not end it, it asks `StopSignal`.
+      how: None for a single process; "auto" on a TPU slice, under Slurm or Open MPI; or "address:port,processes,index".
+      preemptible: SIGTERM does not end the process; the run asks `StopSignal`.
 
     Raises:
-      UserError: `how` is neither. Where not all of the processes come, JAX ends the others after five minutes.
+      UserError: `how` is none of these.
     """
     if how:
         start(how, preemptible)
@@ -48,7 +50,7 @@ def joined(how: str | None, preemptible: bool = False) -> Iterator[None]:
 
 
 def joins(preemptible: bool = False) -> Callable:
-    """Decorates a command's main, so that it runs `joined` as its flag `--distributed` says."""
+    """Decorates a command's main: runs it under `joined` with the value of `--distributed`."""
 
     def decorate(main):
         @functools.wraps(main)
@@ -62,9 +64,9 @@ def joins(preemptible: bool = False) -> Callable:
 
 
 def start(how: str, preemptible: bool = False) -> None:
-    """`jax.distributed.initialize`, before anything asks for a device; arguments as of `joined`."""
+    """Calls `jax.distributed.initialize`; must run before any use of devices. Arguments as for `joined`."""
     jax.config.update("jax_enable_preemption_service", preemptible)
-    # who is done first may wait long for the others; if one of them dies, its heartbeat ends the waiting
+    # the first process to finish may wait long for the others; if one dies, its missing heartbeat ends the wait
     seconds = dict(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=24 * 3600)
     try:
         if how == "auto":
@@ -82,7 +84,7 @@ def start(how: str, preemptible: bool = False) -> None:
 
 
 def _leave(error: Exception) -> None:
-    """Ends this process without waiting for the others, as an exit in order would; they notice."""
+    """Ends this process at once; a normal exit would wait for the others. The others notice."""
     message, status = told(error)
     reason = str(error).strip().partition("\n")[0]
     if isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(reason):
@@ -96,23 +98,23 @@ def _leave(error: Exception) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process writes what is written once."""
+    """Returns whether this is the first process, which writes the shared files."""
     return jax.process_index() == 0
 
 
 def say(text: str) -> None:
-    """Prints, once for all processes."""
+    """Prints once, on the first process."""
     if is_first():
         print(text)
 
 
 def whole(x: Any) -> np.ndarray:
-    """An array, on every process, parts of which are held by others."""
+    """Returns a distributed array as a whole numpy array, on every process."""
     return np.asarray(x if getattr(x, "is_fully_addressable", True) else multihost_utils.process_allgather(x, True))
 
 
 def pieces(x: Any) -> Iterator[np.ndarray]:
-    """As `whole`, in pieces along the first axis: a model may be larger than a device."""
+    """Yields `whole(x)` in pieces along the first axis: a model may be larger than a device."""
     if getattr(x, "is_fully_addressable", True) or not x.ndim:
         yield whole(x)
         return
@@ -122,12 +124,12 @@ def pieces(x: Any) -> Iterator[np.ndarray]:
 
 
 def exchange(value: Any) -> list:
-    """Every process's JSON-able value, in their order."""
+    """Returns the JSON-able values of all processes, in process order."""
     if jax.process_count() == 1:
         return [value]
     payload = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = np.ravel(multihost_utils.process_allgather(np.int32(len(payload))))
-    room = 1 << int(sizes.max()).bit_length()  # a power of two: few shapes are compiled
+    room = 1 << int(sizes.max()).bit_length()  # a power of two, so that few shapes are compiled
     rows = multihost_utils.process_allgather(np.pad(payload, (0, room - len(payload))))
     return [json.loads(bytes(row[:size])) for row, size in zip(np.asarray(rows), sizes, strict=True)]
 
@@ -135,7 +137,8 @@ def exchange(value: Any) -> list:
 class StopSignal:
     """Remembers SIGTERM (a preemption notice) and SIGINT, so that a loop can save and leave.
 
-    Of several processes any may be told; JAX's preemption service, which then has SIGTERM, makes them agree on a step.
+    With several processes, any process may get the signal. JAX's preemption service then handles SIGTERM and makes all
+    processes agree on a step.
     """
 
     def __init__(self):
@@ -148,13 +151,13 @@ class StopSignal:
                 signal.signal(number, self._remember)
 
     def at(self, step: int) -> str | None:
-        """The signal for which the run stops after this step; to be asked at every step."""
+        """Returns the signal's name if the run stops after this step, else None; call it at every step."""
         if self._several:
             return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
         return self._name
 
     def close(self) -> None:
-        """From now on the signals end the process."""
+        """Restores the default handlers: the signals end the process again."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

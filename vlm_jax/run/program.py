@@ -20,7 +20,7 @@ from vlm_jax.run.divergence import gradient_norms
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a step reads and writes; randomness and data follow from `step`."""
+    """The state that a step reads and writes; randomness and data follow from `step`."""
 
     step: jax.Array
     params: Any
@@ -30,8 +30,11 @@ class TrainState:
 
 
 class Program(NamedTuple):
-    """The compiled side of a run: `step(state, batch) -> (state, metrics, group norms)`, and `init(rng, given) ->
-    TrainState`, where parameters that are given by name are those."""
+    """The compiled functions of a run.
+
+    `step(state, batch) -> (state, metrics, group norms)`. `init(rng, given) -> TrainState`; `given` overrides initial
+    parameters by name.
+    """
 
     model: Any
     init: Callable
@@ -41,13 +44,13 @@ class Program(NamedTuple):
     mesh: Mesh
 
     def lower_step(self, example: Mapping[str, np.ndarray], batch_size: int) -> jax.stages.Lowered:
-        """`step` for global batches of examples like those of `example`, `[b, ...]`."""
+        """Lowers `step` for global batches; `example` [b, ...] gives the examples' shapes and dtypes."""
         batch = sharding.abstract_batch(example, batch_size, self.mesh)
-        with jax.set_mesh(self.mesh):  # kernels ask it where they run, models how batches are split
+        with jax.set_mesh(self.mesh):  # kernels and models read the mesh: where to run, how batches are split
             return self.step.lower(self.abstract_state, batch)
 
     def compile_step(self, example: Mapping[str, np.ndarray], batch_size: int) -> jax.stages.Compiled:
-        """As `lower_step`, compiled."""
+        """Lowers and compiles `step`; arguments as for `lower_step`."""
         options = compiler_options(self.mesh.devices.flat[0])
         return self.lower_step(example, batch_size).compile(compiler_options=options)
 
@@ -65,7 +68,7 @@ def build_program(
     ema: float | None,
     seed: int,
 ) -> Program:
-    """Builds the jitted init and train step from config sections; `example` is a batch (only its shapes count)."""
+    """Builds the jitted init and train step from config sections; `example` is a batch that gives shapes and dtypes."""
     model = models.build(model)
     objective = objectives.build(objective, model)
     one = {name: jnp.zeros((1, *np.shape(array)[1:]), array.dtype) for name, array in example.items()}

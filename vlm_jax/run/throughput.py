@@ -1,4 +1,4 @@
-"""How fast a run is, and whether it could be faster: examples a second, waits for data, MFU, memory; a trace."""
+"""The speed of a run: examples a second, waits for data, MFU, memory; and profiler traces."""
 
 import math
 import time
@@ -15,13 +15,15 @@ from vlm_jax.run.chips import chip_of
 
 
 class Throughput:
-    """Seconds of training over all restarts, compiling and evaluating left out, and how many of them data was late.
+    """Counts seconds of training and seconds of waiting for data, over all restarts.
+
+    Compiling and evaluating do not count.
 
     Args:
-      batches: where the data comes from.
+      batches: the loader.
       batch_size: examples of a step.
-      step_flops: counts the model FLOPs of a step on all devices; called where it is known what the devices can do.
-      seconds, data_wait: those before this start.
+      step_flops: returns the model FLOPs of a step on all devices; called only if the chip's peak numbers are known.
+      seconds, data_wait: seconds counted before this start.
     """
 
     def __init__(
@@ -39,11 +41,11 @@ class Throughput:
         self._start = time.perf_counter()
 
     def metrics(self, steps: int) -> dict[str, float]:
-        """Numbers for the log, of the `steps` since this start.
+        """Returns numbers for the log, over the `steps` since this start.
 
-        `examples_per_second`, `data_wait_fraction`; on accelerators `mfu` (model FLOPs utilisation: Chowdhery et al.
-        2022, arXiv:2204.02311, appendix B) and `hbm_gib`, `hbm_fraction`, the most that a device has held so far.
-        Those of this process: another may wait longer, or hold more.
+        `examples_per_second`, `data_wait_fraction`; on accelerators also `mfu` (model FLOPs utilisation: Chowdhery et
+        al. 2022, arXiv:2204.02311, appendix B) and the peak memory of a device so far, `hbm_gib` and `hbm_fraction`.
+        Waits and memory are those of this process; other processes may have larger numbers.
         """
         seconds = time.perf_counter() - self._start
         rate = steps / seconds
@@ -60,7 +62,7 @@ class Throughput:
         return numbers
 
     def progress(self) -> dict[str, float]:
-        """What a restart goes on from."""
+        """Returns the counts for the checkpoint; a restart continues from them."""
         seconds = self._seconds + time.perf_counter() - self._start
         return {"seconds": seconds, "data_wait": self._data_wait + self._batches.wait_seconds}
 
@@ -72,11 +74,11 @@ class Throughput:
 
 
 class Profile:
-    """A trace of some steps in `workdir/profile`, for XProf and https://ui.perfetto.dev.
+    """Traces some steps into `workdir/profile`, for XProf and https://ui.perfetto.dev.
 
     Args:
       workdir: the run's folder.
-      steps: "100:105" traces steps 100 to 104; "" none.
+      steps: "100:105" traces steps 100 to 104; "" traces none.
     """
 
     def __init__(self, workdir: Path, steps: str = ""):
@@ -90,17 +92,17 @@ class Profile:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around all that a step does."""
+        """Returns a context for all the work of a step."""
         if number in self._steps and not self._tracing:
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # every call of Python: slow, and most of the trace
+            options.python_tracer_level = 0  # a trace of every Python call would be slow and large
             jax.profiler.start_trace(self._folder, create_perfetto_trace=True, profiler_options=options)
             self._tracing = True
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             yield
 
     def after(self, number: int, metrics: dict[str, jax.Array]) -> None:
-        """Ends the trace with its last step, whose metrics are given."""
+        """Ends the trace after its last step; waits for that step's `metrics`."""
         if self._tracing and number == self._steps[-1]:
             jax.block_until_ready(metrics)
             self.close()
