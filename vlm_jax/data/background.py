@@ -1,4 +1,4 @@
-"""Computes the elements of a sequence ahead of time, in order, by Grain: in threads, or in worker processes."""
+"""Computes the elements of a sequence ahead of time, in order, in threads or worker processes (Grain)."""
 
 import contextlib
 import multiprocessing
@@ -16,16 +16,16 @@ from absl import flags
 
 
 class Ahead(Iterator):
-    """Iterator over `elements[0], elements[1], ...`, whose computation starts at once.
+    """Iterator over `elements[0], elements[1], ...`; computation starts at once.
 
     Args:
-      elements: `elements[i]` must not depend on the elements computed before; picklable, if there are workers.
-      workers: processes; 0 for threads of this one.
-      threads: threads, in this process or in each worker.
+      elements: `elements[i]` must not depend on other elements; picklable if `workers > 0`.
+      workers: number of processes; 0 uses threads of this process.
+      threads: number of threads, in this process or in each worker.
     """
 
     def __init__(self, elements: Sequence[Any], *, workers: int, threads: int):
-        # Elements are batches, large ones: few are kept ready.
+        # Elements are large batches, so only a few are kept ready.
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads if workers else threads + 1)
         data = grain.MapDataset.source(elements).to_iter_dataset(options)
         self._first = None
@@ -61,7 +61,7 @@ class Ahead(Iterator):
 
 @contextlib.contextmanager
 def _main_module_hidden():
-    """Spawned processes import the program's main module again; these need nothing of it, and it takes seconds."""
+    """Hides the main module from spawned processes: they do not need this import, which takes seconds."""
     main = sys.modules["__main__"]
     hidden = {name: vars(main).pop(name) for name in ("__spec__", "__file__") if name in vars(main)}
     main.__spec__ = None
@@ -72,7 +72,7 @@ def _main_module_hidden():
 
 
 def _init_worker(index: int, count: int) -> None:
-    """Leaves Ctrl-C to the parent, and ends with it, however it ends."""
+    """Ignores Ctrl-C, which the parent handles, and exits once the parent has ended."""
     del index, count
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()

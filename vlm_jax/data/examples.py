@@ -17,7 +17,7 @@ Batch = dict[str, np.ndarray]
 BadRecord = tuple[str, str]  # key, reason
 # bool before int: a bool is an int.
 DTYPES = {bool | np.bool_: bool, int | np.integer: np.int32, float | np.floating: np.float32}
-# Records tried in the place of one that is bad before the data set is given up.
+# Number of records tried in place of a bad one before an error is raised.
 SUBSTITUTES = 100
 
 
@@ -25,7 +25,10 @@ _thread = threading.local()
 
 
 def generator(seed: int, draw: int) -> np.random.Generator:
-    """`Generator(Philox(key=(seed, draw)))`; one object per thread, re-keyed: a tenth of the time of a new one."""
+    """Returns `Generator(Philox(key=(seed, draw)))`.
+
+    Each thread re-keys one object, in a tenth of the time that a new object takes.
+    """
     if not hasattr(_thread, "rng"):
         _thread.rng = np.random.Generator(np.random.Philox(key=0))
         _thread.state = _thread.rng.bit_generator.state
@@ -35,7 +38,7 @@ def generator(seed: int, draw: int) -> np.random.Generator:
 
 
 class Examples:
-    """Examples by record number; remembers what the pipeline marks with `cache`."""
+    """Examples by record number; remembers the results of the ops before `cache`."""
 
     def __init__(self, source: Source, pipeline: Pipeline, chosen: np.ndarray | None, seed: int):
         self.source, self.pipeline, self.chosen, self.seed = source, pipeline, chosen, seed
@@ -66,11 +69,11 @@ class Examples:
         return self.memory[i]
 
     def read(self, i: int, draw: int) -> dict[str, Any]:
-        """Example `i` with the randomness of draw number `draw`. Raises BadExample."""
+        """Returns example `i` with the randomness of draw number `draw`; raises BadExample."""
         return self.pipeline.finish(self._prepared(i), generator(self.seed, draw))
 
     def read_or_next(self, i: int, following: Iterable[int], draw: int, bad: list[BadRecord]) -> dict[str, Any]:
-        """Example `i`, or the first good one of `following`; appends (key, reason) of the bad ones to `bad`."""
+        """Returns example `i`, or the first good one of `following`; appends (key, reason) of bad ones to `bad`."""
         before = len(bad)
         for j in itertools.chain((i,), following):
             try:
@@ -81,13 +84,13 @@ class Examples:
 
 
 def log_bad(bad: list[BadRecord]) -> None:
-    """One line for each bad example."""
+    """Logs one line for each bad example."""
     for key, reason in bad:
         log.warning("bad example %s: %s", key, reason)
 
 
 def check_bad(count: int, allowed: float, read: int, max_bad_fraction: float, bad: list[BadRecord]) -> None:
-    """Raises UserError where more examples are bad than allowed."""
+    """Raises UserError if more than `allowed` examples are bad."""
     if count > allowed:
         raise UserError(
             f"{count} of {read} examples read are bad, more than max_bad_fraction={max_bad_fraction:g}; "
@@ -101,7 +104,7 @@ def collate(rows: list[dict[str, Any]], texts: bool = False) -> Batch:
     With `texts`, str and lists become object arrays [B]. A dict of arrays is stacked too. Other fields are left out.
 
     Raises:
-      UserError: a field's shape differs between examples, or not all have it.
+      UserError: a field's shape differs between examples, or some examples lack the field.
     """
     batch = {}
     for key, first in rows[0].items():
@@ -116,7 +119,7 @@ def collate(rows: list[dict[str, Any]], texts: bool = False) -> Batch:
                 batch[key] = np.stack(values)
             except ValueError:
                 shapes = sorted({np.shape(v) for v in values})
-                raise UserError(f"`{key}` has shapes {shapes[:3]}; the ops must give one (resize, pad)") from None
+                raise UserError(f"`{key}` has shapes {shapes[:3]}; the ops must give one shape (resize, pad)") from None
         elif isinstance(first, bool | int | float | np.number | np.bool_):
             batch[key] = np.asarray(values, next(d for t, d in DTYPES.items() if isinstance(first, t)))
         elif texts and isinstance(first, str | list | tuple):

@@ -22,17 +22,17 @@ from vlm_jax.data.source import BadExample, select
 from vlm_jax.data.sources import open_source
 from vlm_jax.errors import UserError
 
-# The share of bad examples is taken of at least this many reads (or of the data set, where that is smaller): a share
-# of the first few reads says little.
+# The share of bad examples is computed over at least this many reads (or over a smaller data set): the share of the
+# first few reads says little.
 ENOUGH_READS = 10_000
 
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, n: int) -> Sequence[int]:
-    """A permutation of range(n) for an epoch: in memory up to 8 MB, beyond that computed index by index."""
+    """Returns an epoch's permutation of range(n): an array up to 8 MB, computed index by index above."""
     if n <= 2**20:
         return np.random.default_rng((seed, epoch)).permutation(n)
-    # A cipher over the indices, no memory; on small ranges it walks long cycles (2 ms an index at n=40).
+    # A cipher over the indices needs no memory. On small ranges the cipher walks long cycles (2 ms per index at n=40).
     return grain.MapDataset.range(n).shuffle(seed=(seed * 1_000_003 + epoch) % 2**32)
 
 
@@ -54,13 +54,13 @@ class TrainBatches:
         rows, bad = [], []
         for slot in self.slots:
             at, draw = within * self.batch_size + slot, k * self.batch_size + slot
-            # Substitutes come from the next batch on: the records of this one are in it already.
+            # Substitutes come from the next batches: the records of this batch are already used.
             following = (int(order[(at + self.batch_size + t) % self.n]) for t in range(min(SUBSTITUTES, self.n) - 1))
             rows.append(self.examples.read_or_next(int(order[at]), following, draw, bad))
         return collate(rows, self.examples.pipeline.keeps), bad
 
     def one(self) -> Batch:
-        """A batch of one example."""
+        """Returns a batch of one example."""
         row = self.examples.read_or_next(0, range(1, min(SUBSTITUTES, self.n)), 0, [])
         return collate([row], self.examples.pipeline.keeps)
 
@@ -71,7 +71,7 @@ class Loader(Iterator[Batch]):
     Attributes:
       example: a batch of one example, for its fields, shapes and dtypes.
       num_examples: examples of the data set.
-      rows: of each batch that this process reads.
+      rows: numbers of the rows that this process reads of each batch.
       batches_per_epoch: whole batches of an epoch; the rest of the epoch is dropped.
       read, bad: examples of this process read so far, and how many of them were bad (counts survive resuming).
       wait_seconds: time spent waiting in `next`.
@@ -118,7 +118,7 @@ class Loader(Iterator[Batch]):
         check_bad(self.bad, allowed, self.read, self._max_bad_fraction, bad)
 
     def get_state(self) -> dict[str, int]:
-        """The position after the last batch returned, JSON-able."""
+        """Returns the position after the last returned batch, JSON-able."""
         return {
             "batch": self._k,
             "read": self.read,
@@ -129,7 +129,7 @@ class Loader(Iterator[Batch]):
         }
 
     def set_state(self, state: Mapping[str, int]) -> None:
-        """Goes to a position that `get_state` returned: the next batch is the one after it.
+        """Continues from a position that `get_state` returned, with the next batch.
 
         Raises:
           UserError: the position belongs to other data, another batch size or another seed.
@@ -165,20 +165,20 @@ def train_loader(
     max_bad_fraction: float = 0.001,
     rows: Sequence[int] | None = None,
 ) -> Loader:
-    """Shuffled, infinite batches of a data set; every process gets its rows of each batch.
+    """Returns shuffled, infinite batches of a data set; every process gets its rows of each batch.
 
     Args:
       uri: the source, see `sources.open_source`.
-      ops: the op string, see `ops.parse`; without `keep`, numbers and arrays of the example make the batch.
+      ops: the op string, see `ops.parse`; without `keep`, a batch holds the numbers and arrays of its examples.
       batch_size: examples of the batch over all processes.
       split: the source's split.
       seed: fixes order and augmentation.
-      tokenizer: for `tokenize`.
-      where: keeps the records whose field (path) is among the values: `{"style": ("twemoji", "fluent")}`.
+      tokenizer: for ops such as `tokenize`.
+      where: field path -> accepted values; keeps the records that match: `{"style": ("twemoji", "fluent")}`.
       workers: processes that compute batches; 0 computes them in threads of this process.
       threads: threads that compute batches, in this process or in each worker.
-      max_bad_fraction: share of examples that may be bad (counted, logged and replaced); beyond it UserError.
-      rows: of each batch that this process reads, see `sharding.rows_of_process`; None: all.
+      max_bad_fraction: allowed share of bad examples (counted, logged and replaced); a larger one raises UserError.
+      rows: numbers of the rows that this process reads, see `sharding.rows_of_process`; None reads all.
 
     Raises:
       UserError: the batch is larger than the data set.
@@ -227,7 +227,7 @@ class EvalBatches:
                 rows.append(None)
                 bad.append((self.examples.key(i), str(error)))
         mask = np.array([row is not None for row in rows])
-        # Rows that are no examples repeat one, for its shape; any good example does where the batch has none.
+        # Masked rows repeat a good example, for its shape: one of the batch, or any other if the batch has none.
         filler = next((row for row in rows if row is not None), None)
         if filler is None:
             tries = range(min(SUBSTITUTES, self.num_examples))
@@ -260,10 +260,10 @@ def eval_batches(
     max_bad_fraction: float = 0.001,
     rows: Sequence[int] | None = None,
 ) -> EvalBatches:
-    """One pass in the source's order, in batches of one size, with `mask` (bool [B]) of the rows that are examples.
+    """Returns one pass in the source's order, in batches of equal size.
 
-    Rows beyond the last example, and bad examples, are masked. All processes get as many batches, each its rows of
-    them. Arguments as in `train_loader`; can be iterated again.
+    `mask` (bool [B]) is False for rows beyond the last example and for bad examples. All processes get the same number
+    of batches, and each process its rows. Arguments as in `train_loader`. The result can be iterated again.
     """
     examples = _examples(uri, split, ops, tokenizer, where, seed)
     if not len(examples):

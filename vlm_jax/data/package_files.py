@@ -1,4 +1,4 @@
-"""Files that come with installed Python packages: `pkg:name/path`, the same words on every machine."""
+"""Files inside installed Python packages: `pkg:name/path`, the same path on every machine."""
 
 import importlib.util
 import os
@@ -8,7 +8,7 @@ from vlm_jax.errors import UserError
 
 
 def locate(path: str | os.PathLike) -> Path:
-    """The path itself, or what "pkg:name/path" stands for: a path in the folder of the package `name`.
+    """Returns `path` itself, or for "pkg:name/path" the path inside the package `name`.
 
     Raises:
       UserError: the package is not installed.

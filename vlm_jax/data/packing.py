@@ -1,4 +1,4 @@
-"""Several pairs of inputs and targets in a row, for `EncoderDecoder(..., segments=...)`: short texts, no padding."""
+"""Packs several pairs of short inputs and targets into a row, for `EncoderDecoder(..., segments=...)`."""
 
 from typing import NamedTuple
 
@@ -9,13 +9,13 @@ from vlm_jax.errors import UserError
 
 
 class Packed(NamedTuple):
-    """Several pairs in a row: int32 [R, inputs_length] or [R, targets_length]; 0 where nothing is.
+    """Packed pairs: int32 [R, inputs_length] or [R, targets_length], padded with 0.
 
     Attributes:
       inputs, targets: token ids.
       input_segments, target_segments: 1, 2, ... for the pairs of a row: a token sees its own segment only.
       input_positions, target_positions: 0, 1, ... in each segment.
-      order: int32 [N]: the numbers of the pairs, as met in the rows from left to right.
+      order: int32 [N], the pairs' numbers, row by row from left to right.
     """
 
     inputs: np.ndarray
@@ -36,13 +36,13 @@ def pack(
     targets_length: int,
     rows: int | None = None,
 ) -> Packed:
-    """Packs pairs, in their order, each into the first row that has room for its inputs and its targets.
+    """Packs pairs in order, each into the first row with room for inputs and targets.
 
     Args:
       inputs, targets: integers [N, ...], each with its EOS.
-      eos_id: where they end.
-      inputs_length, targets_length: of a row.
-      rows: R; None for as many as are needed.
+      eos_id: ends inputs and targets.
+      inputs_length, targets_length: lengths of a row.
+      rows: number of rows, R; None for as many as needed.
 
     Raises:
       UserError: a pair is longer than a row, or `rows` are too few.
@@ -84,7 +84,7 @@ def pack(
 
 
 def unpack(packed: Packed) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The pairs that were packed, in their first order, without padding."""
+    """Returns the packed pairs in their original order, without padding."""
     pairs = [
         (packed.inputs[r][packed.input_segments[r] == s], packed.targets[r][packed.target_segments[r] == s])
         for r in range(len(packed.inputs))

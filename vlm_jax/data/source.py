@@ -7,7 +7,10 @@ import numpy as np
 
 
 class BadExample(Exception):  # noqa: N818 (it is a property of the data, counted and skipped, not of the program)
-    """This record cannot be used: the reason, as a short phrase. Sources and ops raise it, the loader handles it."""
+    """A record cannot be used, for a reason given as a short phrase.
+
+    Sources and ops raise this error; the loader handles it.
+    """
 
 
 class Source:
@@ -17,15 +20,15 @@ class Source:
         raise NotImplementedError
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """The raw record: encoded bytes under "image", text and numbers under their own names."""
+        """Returns the raw record: encoded bytes under "image", text and numbers under their own names."""
         raise NotImplementedError
 
     def key(self, i: int) -> str:
-        """The name of the record for people: a file, a line, a member of a shard."""
+        """Returns the name of the record for people: a file, a line, a member of a shard."""
         raise NotImplementedError
 
     def narrow(self, paths: frozenset[str]) -> Self:
-        """The same records; fields whose paths are not among `paths` may be left out, if that is cheaper."""
+        """Returns the same records; may leave out fields that are not in `paths`, if that is cheaper."""
         return self
 
 
@@ -41,9 +44,10 @@ def field(record: Mapping[str, Any], path: str) -> Any:
 
 
 def select(source: Source, where: Mapping[str, Iterable[Any]]) -> np.ndarray:
-    """Indices of the records whose fields (paths such as "name/en") are all among the values that `where` gives.
+    """Returns the indices of the records whose fields all have values in `where`.
 
-    Reads each record once. A record that lacks the field, or that cannot be read, is not selected.
+    `where` maps field paths, such as "name/en", to accepted values. A record that lacks the field, or that cannot be
+    read, is not selected. Reads each record once.
     """
     wanted = {path: {values} if isinstance(values, str) else set(values) for path, values in where.items()}
     source = source.narrow(frozenset(wanted))

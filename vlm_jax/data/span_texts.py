@@ -1,7 +1,7 @@
-"""What denoisers make of texts, in writing: `[NLU] cat, <0>, face` and `<0> animal`; see `data.spans`.
+"""Denoising inputs and targets as text: `[NLU] cat, <0>, face` and `<0> animal`; see `data.spans`.
 
-Sentinel k is written <k>, mode tokens by their names. So a person can read what a model is trained on, and write blanks
-for it to fill in.
+Sentinel k is written <k>, a mode token by its name. So people can read the training data, and write blanks for a model
+to fill in.
 """
 
 import re
@@ -17,13 +17,13 @@ MARK = re.compile(r"<\d+>|" + "|".join(map(re.escape, spans.MODES)))
 
 
 def write(ids: Iterable[int], tokenizer: Any, vocab_size: int, sentinels: int = spans.SENTINELS) -> str:
-    """The text of inputs or targets, up to their EOS.
+    """Returns the text of inputs or targets, up to EOS.
 
     Args:
       ids: int [L].
       tokenizer: with `decode` and `eos_id`.
-      vocab_size: of the model.
-      sentinels: how many it has.
+      vocab_size: the model's.
+      sentinels: their number.
     """
     ids = np.asarray(ids)
     names = {i: mark for mark, i in _marks(vocab_size, sentinels).items()}
@@ -38,7 +38,7 @@ def write(ids: Iterable[int], tokenizer: Any, vocab_size: int, sentinels: int = 
 
 
 def read(text: str, tokenizer: Any, vocab_size: int, length: int, sentinels: int = spans.SENTINELS) -> np.ndarray:
-    """The inverse: int32 [length], ended by EOS and padded with 0.
+    """Returns the ids of a text, the inverse of `write`: int32 [length], with EOS, padded with 0.
 
     Raises:
       UserError: the text is too long, or has an unknown sentinel.

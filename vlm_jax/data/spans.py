@@ -6,11 +6,11 @@ A denoiser turns a text's tokens into inputs and targets that together hold ever
     inputs    A B <0> E F <1> EOS               of a sequential denoiser (prefix LM):  A B C D E EOS
     targets   <0> C D <1> G H EOS                                                      F G H EOS
 
-That is t5.data.preprocessors `denoise` with `random_spans_noise_mask`, `noise_span_to_unique_sentinel` for the inputs
-and `nonnoise_span_to_unique_sentinel` for the targets: a mask ends with noise, so no sentinel closes the targets, as it
-does in the paper's figure 2. Ids come from the top of the model's vocabulary: sentinel k is `vocab_size - 1 - k`, as in
-T5, where <extra_id_0> is the last; the mode tokens stand below the sentinels (`mode_ids`). Ends are told by EOS, not by
-padding, which is 0: in CLIP's vocabulary 0 is a token.
+This is t5.data.preprocessors `denoise` with `random_spans_noise_mask`, `noise_span_to_unique_sentinel` for the inputs
+and `nonnoise_span_to_unique_sentinel` for the targets. A mask ends with noise, so no sentinel closes the targets (in
+the paper's figure 2 one does). Sentinels are the top ids of the model's vocabulary: sentinel k is
+`vocab_size - 1 - k`, as in T5, where <extra_id_0> is the last id. The mode tokens are below the sentinels (`mode_ids`).
+EOS marks the end of a sequence. Padding, 0, cannot: in CLIP's vocabulary 0 is a token.
 """
 
 import functools
@@ -27,13 +27,13 @@ SENTINELS = 100  # of T5
 
 
 class Denoiser(NamedTuple):
-    """What is hidden of a text.
+    """A rule that hides part of a text.
 
     Attributes:
-      mean_span: mean length of a span of noise, in tokens; None for a sequential denoiser: the end of the text is
-        the target, and its length uniform.
-      rate: share of the tokens that are noise, in (0, 1); of a sequential denoiser the mean share, in (0, 0.5], or 1:
-        all of every text.
+      mean_span: mean length of a span of noise, in tokens; None for a sequential denoiser, whose target is
+        the end of the text, of uniform length.
+      rate: share of noise tokens, in (0, 1). For a sequential denoiser: the mean share, in (0, 0.5], or 1 for all of
+        every text.
       mode: the token before the inputs, of MODES, or None.
     """
 
@@ -84,12 +84,12 @@ def mixture(spec: str | Sequence) -> Mixture:
 
 
 def mode_ids(vocab_size: int, sentinels: int = SENTINELS) -> dict[str, int]:
-    """The ids of MODES: the three below the sentinels, the first the highest."""
+    """Returns the ids of MODES: the three below the sentinels, in descending order."""
     return {mode: vocab_size - sentinels - 1 - i for i, mode in enumerate(MODES)}
 
 
 class Plan(NamedTuple):
-    """What the op `denoise` needs: D denoisers, cumulative weights [D], ids before the inputs, longest texts."""
+    """The prepared op `denoise`: D denoisers, cumulative weights [D], ids before the inputs, longest texts."""
 
     denoisers: tuple[Denoiser, ...]
     weights: np.ndarray
@@ -107,10 +107,10 @@ def plan(
     modes: str | None,
     sentinels: int,
 ) -> Plan:
-    """Looks all of it up once; see `ops.text.denoise` for the arguments.
+    """Prepares the op `denoise` once; see `ops.text.denoise` for the arguments.
 
     Raises:
-      UserError: the tokenizer has no EOS, or has ids that sentinels and mode tokens would take.
+      UserError: the tokenizer has no EOS, or its ids overlap those of sentinels and mode tokens.
     """
     if tokenizer.eos_id is None:
         raise UserError(f"tokenizer `{tokenizer.spec}` has no EOS; name one, as in `{tokenizer.spec}?eos_id=1`")
@@ -148,10 +148,10 @@ def _table(denoisers: tuple[Denoiser, ...]) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def _noise(n: np.ndarray, mean_span: np.ndarray, rate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and spans of noise in texts of n tokens, int [B].
+    """Returns the numbers of noise tokens and noise spans in texts of n tokens, int [B] each.
 
     Rounded as in T5, in fp32 and half to even: 190 tokens at a rate of 0.15 have 29 of noise, since 28.5 is 28.500002.
-    The text of 1 token has an empty span. Spans are never more than the tokens between them (T5 fails there).
+    A text of 1 token has an empty span. There are never more spans than tokens between them (T5 fails there).
     """
     noise = _clip(np.rint(np.float32(n) * rate), n - 1)
     spans = _clip(np.rint(np.float32(noise) / mean_span), n - noise)
@@ -159,12 +159,12 @@ def _noise(n: np.ndarray, mean_span: np.ndarray, rate: np.ndarray) -> tuple[np.n
 
 
 def _clip(x: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Whole numbers from 1 to the larger of 1 and `high`."""
+    """Clips to whole numbers from 1 to max(1, `high`)."""
     return np.maximum(np.minimum(x, high), 1).astype(int)
 
 
 def _longest_target(n: np.ndarray, rate: np.ndarray) -> np.ndarray:
-    """Of sequential denoisers, int [B]; the target's length is uniform from 1 to this, so `rate` of n on average."""
+    """Longest targets of sequential denoisers, int [B]; lengths are uniform from 1, so `rate * n` on average."""
     return np.where(rate == 1, n, _clip(np.rint(2 * rate * np.float32(n)) - 1, n - 1))
 
 
@@ -172,15 +172,15 @@ def _longest_target(n: np.ndarray, rate: np.ndarray) -> np.ndarray:
 def longest(
     inputs_length: int, targets_length: int, denoiser: Denoiser, *, mode_length: int = 0, sentinels: int = SENTINELS
 ) -> int:
-    """How many tokens a text may have so that inputs and targets fit, EOS included, whatever is drawn.
+    """Returns the largest length of a text whose inputs and targets always fit, with EOS.
 
-    `longest(512, 114, T5)` is 568: what t5.data's `random_spans_helper` finds.
+    `longest(512, 114, T5)` is 568, as in t5.data's `random_spans_helper`.
 
     Args:
-      inputs_length, targets_length: the room.
-      denoiser: which.
+      inputs_length, targets_length: the available lengths.
+      denoiser: the denoiser.
       mode_length: tokens before the inputs.
-      sentinels: how many there are.
+      sentinels: their number.
 
     Raises:
       UserError: there is no room for a text of one token.
@@ -199,22 +199,22 @@ def longest(
             f"room for one token under {denoiser} and {mode_length} mode tokens; expected at least "
             f"{seen[0] + mode_length + 1}, {hidden[0] + 1} and {int(not sequential[0])}"
         )
-    return int(np.sum(fits))  # lengths never shrink as a text grows, so those that fit are the first
+    return int(np.sum(fits))  # lengths never shrink as a text grows, so the shortest texts fit
 
 
 def before(counts: np.ndarray) -> np.ndarray:
-    """How many stand before each: the sums of the counts ahead of it."""
+    """Returns for each count the sum of the counts before."""
     return counts.cumsum() - counts
 
 
 def _partition(
     noise: np.ndarray, seen: np.ndarray, spans: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths of the runs of noise and of text, int [sum(spans)] each: for every b a partition of noise[b] tokens into
-    spans[b] non-empty runs, and one of seen[b] tokens, all equally likely.
+    """Draws lengths of the runs of noise and of seen text, int [sum(spans)] each.
 
-    The first token starts a run, and so do spans[b] - 1 of the others: those of the smallest random keys. A tie there
-    gives too many; all keys are then drawn again, so that it favours none.
+    For every b, noise[b] tokens are partitioned into spans[b] non-empty runs, and seen[b] tokens likewise. All
+    partitions are equally likely. The first token starts a run, and so do the spans[b] - 1 other tokens with the
+    smallest random keys. A tie gives too many runs; all keys are then drawn again, which keeps the draw uniform.
     """
     noise_runs, seen_runs = noise.repeat(spans), seen.repeat(spans)
     several = spans > 1
@@ -222,7 +222,7 @@ def _partition(
         return noise_runs, seen_runs
     a, n, parts = noise[several], (noise + seen)[several], spans[several]
     rows, at = np.arange(len(n)), np.arange(n.max())
-    is_seen = at >= a[:, None]  # [., width], in whose rows the tokens of noise stand before those seen
+    is_seen = at >= a[:, None]  # [., width]; in each row noise tokens come before seen tokens
     region = is_seen.astype(np.uint32) << np.uint32(31)
     while True:
         keys = rng.integers(0, 2**64, (len(n), -(-len(at) // 2)), np.uint64).view(np.uint32)[:, : len(at)]
@@ -256,34 +256,34 @@ def corrupt_batch(
     modes: Sequence[Sequence[int]] | None = None,
     sentinels: int = SENTINELS,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Corrupts a batch of texts, each by its own denoiser. All masks that a denoiser allows are equally likely.
+    """Corrupts a batch of texts, each by its own denoiser.
 
-    T5's masks begin with text and end with noise. So a text that has but one span of noise (the captions of a denoiser
-    with long spans) always loses its end, the same each time.
+    All masks that a denoiser allows are equally likely. T5's masks begin with text and end with noise. So a text
+    with a single span of noise (a caption under long spans) always loses the same tokens, at the end.
 
     Args:
-      token_ids: integers [B, L], without BOS and EOS; what stands behind a text's length is ignored.
+      token_ids: integers [B, L], without BOS and EOS; entries after a text's length are ignored.
       lengths: integers [B], at least 1.
       which: integers [B], the denoiser of each text.
       denoisers: D of them.
-      rng: two batches of the same shapes and generator state are the same.
-      vocab_size: of the model: sentinel k is vocab_size - 1 - k.
+      rng: draws the masks; equal lengths, denoisers and generator states give equal masks.
+      vocab_size: the model's; sentinel k is vocab_size - 1 - k.
       eos_id: ends inputs and targets.
-      inputs_length, targets_length: what both are padded to, with 0.
+      inputs_length, targets_length: lengths after padding with 0.
       modes: D sequences of ids that stand before the inputs; None for nothing.
-      sentinels: how many the vocabulary has.
+      sentinels: their number in the vocabulary.
 
     Returns:
-      (inputs, targets): int32 [B, inputs_length] and [B, targets_length]. A text of 1 token is not hidden by a denoiser
-      of spans (T5): its targets are a sentinel and EOS.
+      (inputs, targets): int32 [B, inputs_length] and [B, targets_length]. A denoiser of spans hides nothing of a
+      text of 1 token (T5): the targets are a sentinel and EOS.
 
     Raises:
-      UserError: a text is empty or does not fit (nothing is cut here; see `longest`), or its ids are reserved.
+      UserError: a text is empty, does not fit (see `longest`; nothing is cut here), or has reserved ids.
     """
     n, which, (batch, width) = np.asarray(lengths), np.asarray(which), np.shape(token_ids)
     if n.shape != (batch,) or n.min() < 1 or n.max() > width:
         raise UserError(
-            f"texts to corrupt stand in an array [{batch}, {width}] and have {n.size} lengths from {n.min()} to "
+            f"texts to corrupt are [{batch}, {width}] and have {n.size} lengths from {n.min()} to "
             f"{n.max()}; expected one for each text, from 1 to {width}: drop empty texts"
         )
     mean_spans, rates, sequential = (column[which] for column in _table(tuple(denoisers)))
@@ -304,7 +304,7 @@ def corrupt_batch(
         raise UserError(
             f"a text of {n[b]} tokens under {denoiser} needs inputs of {start[b] + seen[b] + 1}, targets of "
             f"{hidden[b] + 1} and {marks[b]} sentinels; there are {inputs_length}, {targets_length} and {sentinels}: "
-            f"cut it before to `longest(...)` = {longest(inputs_length, targets_length, denoiser, **room)} tokens"
+            f"first cut the text to `longest(...)` = {longest(inputs_length, targets_length, denoiser, **room)} tokens"
         )
     text = np.asarray(token_ids, np.int32)
     text = text.reshape(-1) if (n == width).all() else text[np.arange(width) < n[:, None]]  # one text after the other
@@ -346,11 +346,11 @@ def corrupt(
     mode: Sequence[int] = (),
     **options: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Corrupts one text; see `corrupt_batch`, whose other keywords are taken.
+    """Corrupts one text; see `corrupt_batch`.
 
     Args:
       token_ids: integers [n], n >= 1.
-      denoiser: which.
+      denoiser: the denoiser.
       rng: draws the spans.
       mode: ids before the inputs.
       **options: vocab_size, eos_id, inputs_length, targets_length, sentinels.
@@ -365,10 +365,10 @@ def corrupt(
 
 
 def ends(ids: np.ndarray, eos_id: int) -> np.ndarray:
-    """Lengths [...] of sequences [..., L], the first EOS included."""
+    """Returns the lengths [...] of sequences [..., L], up to and including the first EOS."""
     is_eos = ids == eos_id
     if not is_eos.any(-1).all():
-        raise UserError(f"a sequence has no EOS, id {eos_id}, where it ends; is that the eos_id it was made with?")
+        raise UserError(f"a sequence has no EOS, id {eos_id}, at its end; pass the eos_id of its tokenizer")
     return is_eos.argmax(-1) + 1
 
 
@@ -381,11 +381,11 @@ def restore(
     mode: Sequence[int] = (),
     sentinels: int = SENTINELS,
 ) -> np.ndarray:
-    """The inverse of `corrupt`: int32 [n] of inputs [inputs_length] and targets [targets_length]."""
+    """Returns the text, int32 [n], of inputs [inputs_length] and targets [targets_length]: inverts `corrupt`."""
     seen = inputs[len(mode) : ends(inputs, eos_id) - 1].tolist()
     hidden = targets[: ends(targets, eos_id) - 1].tolist()
     spans = {None: []}
-    span = spans[None]  # what stands before any sentinel: the target of a sequential denoiser
+    span = spans[None]  # tokens before any sentinel: the target of a sequential denoiser
     for token in hidden:
         if token >= vocab_size - sentinels:
             span = spans[token] = []

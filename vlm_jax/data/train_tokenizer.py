@@ -19,7 +19,7 @@ from vlm_jax.errors import UserError
 
 
 def corpus(source: Source, fields: Sequence[str]) -> list[str]:
-    """Returns the distinct texts under `fields` of all records, in the order they come. A field may hold a list."""
+    """Returns the distinct texts under `fields` of all records, in order. A field may hold a list."""
     source = source.narrow(frozenset(fields))
     texts = {}
     for i in command.bar(range(len(source)), desc="read", unit="record"):

@@ -11,10 +11,10 @@ Splits, by the rules of splits.py:
 
     train            5,945   twemoji, fluent-emoji, fluent-emoji-flat, emojione, fxemoji
     unseen_style     1,503   noto
-    near_style       1,044   noto-v1, noto's ancestor: a few of its pictures nearly equal noto's
+    near_style       1,044   noto-v1, noto's ancestor: a few pictures nearly equal noto's
     unseen_concepts    779   all seven styles of the 129 held-out concepts, which stand in no other split
 
-fluent-emoji and fluent-emoji-flat are the same drawings with and without shading, and always on the same side. No
+fluent-emoji and fluent-emoji-flat are the same drawings with and without shading, and always in the same split. No
 training picture has the pixels of a test picture. NOTICE lists the licences and what was left out.
 """
 
@@ -29,17 +29,17 @@ PREPARED = Path(__file__).parent / "prepared"
 
 @functools.cache
 def concept_table() -> tuple[dict, ...]:
-    """Every concept, by id: dict(id, hexcode, group, subgroup, held_out, names: language -> name)."""
+    """Returns every concept, by id: dict(id, hexcode, group, subgroup, held_out, names: language -> name)."""
     return tuple(json.loads((PREPARED / "concepts.json").read_text(encoding="utf-8")))
 
 
 def concepts(held_out: bool = False, groups=(3, 4, 5, 6, 7), language: str = "en") -> dict[int, str]:
-    """Concept id -> name, of the concepts that are held out, or of those that are not.
+    """Returns concept id -> name, for the held-out concepts or for all others.
 
     Args:
-      held_out: which side; held-out concepts stand only in groups 3-7.
+      held_out: whether to return the held-out concepts, all of which are in groups 3-7.
       groups: emojibase groups (3 animals & nature, 4 food & drink, 5 travel & places, 6 activities, 7 objects).
-      language: of the names; one of en, de, fr, es, it, pt, ja, ko, zh.
+      language: the names'; one of en, de, fr, es, it, pt, ja, ko, zh.
     """
     return {
         row["id"]: row["names"][language]
@@ -49,5 +49,5 @@ def concepts(held_out: bool = False, groups=(3, 4, 5, 6, 7), language: str = "en
 
 
 def subgroups(groups=(3, 4, 5, 6, 7)) -> list[str]:
-    """The subgroups that concepts of some groups are of, in Unicode's order: "animal-mammal", "food-fruit", ..."""
+    """Returns the subgroups of the concepts in `groups`, in Unicode's order: "animal-mammal", "food-fruit", ..."""
     return list(dict.fromkeys(row["subgroup"] for row in concept_table() if row["group"] in groups))

@@ -2,7 +2,7 @@
 
     vlm-jax data.emoji.build --tarballs=runs/tarballs --out=runs/emoji
 
-fetches with `npm pack` what DIR lacks, checks every tarball's sha256, renders with resvg_py (extra `emoji`) and writes
+fetches missing tarballs with `npm pack`, checks every sha256, renders with resvg_py (extra `emoji`) and writes
 
     *.array_record-*, dataset_info.json, features.json    what tfds.builder_from_directory reads
     concepts.json    id, hexcode, group, subgroup, held_out and names of every concept
@@ -29,7 +29,7 @@ from vlm_jax.errors import UserError
 
 
 def fetch(directory: Path, tarballs: tuple[packs.Tarball, ...]) -> None:
-    """`npm pack` for what the directory lacks."""
+    """Fetches the tarballs that the directory lacks, with `npm pack`."""
     directory.mkdir(parents=True, exist_ok=True)
     missing = [f"{t.package}@{t.version}" for t in tarballs if not (directory / t.filename).is_file()]
     if not missing:
@@ -44,7 +44,7 @@ def fetch(directory: Path, tarballs: tuple[packs.Tarball, ...]) -> None:
 
 
 def repack(path: Path) -> None:
-    """Writes an ArrayRecord file again, as small as it gets (a fifth less) and with one possible byte sequence.
+    """Rewrites an ArrayRecord file: a fifth smaller, and with the same bytes in every run.
 
     TFDS leaves the order of a record's fields to protobuf's hash table, which differs from run to run.
     """
@@ -61,7 +61,7 @@ def repack(path: Path) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    """One line per element of a top-level list or dict, so that a change shows in a diff."""
+    """Writes one line per element of a top-level list or dict, so that diffs show changes."""
     dump = lambda x: json.dumps(x, ensure_ascii=False, separators=(",", ":"))
     if isinstance(value, list):
         text = "[\n" + ",\n".join(map(dump, value)) + "\n]\n"
@@ -71,7 +71,7 @@ def write_json(path: Path, value) -> None:
 
 
 def build(tarballs: Path, out: Path, *, words=packs.WORDS, pack_tarballs=packs.PACKS) -> None:
-    """Writes the prepared files into `out`, replacing what is there."""
+    """Writes the prepared files into `out`, and replaces older ones."""
     import tensorflow_datasets as tfds
 
     from vlm_jax.data.emoji import builder as builder_lib
@@ -87,7 +87,7 @@ def build(tarballs: Path, out: Path, *, words=packs.WORDS, pack_tarballs=packs.P
         if out.exists():
             shutil.rmtree(out)
         shutil.copytree(builder.data_dir, out)
-    (out / "LICENSE").unlink()  # one line by TFDS; the NOTICE beside the code says it all
+    (out / "LICENSE").unlink()  # TFDS writes one line; the NOTICE beside the code has all licences
     with command.doing("packing"):
         for path in sorted(out.glob("*.array_record-*")):
             repack(path)
@@ -112,7 +112,7 @@ def build(tarballs: Path, out: Path, *, words=packs.WORDS, pack_tarballs=packs.P
 
 
 def report(collected) -> dict:
-    """Counts, and every picture left out, for the NOTICE and the tests."""
+    """Returns counts and every picture left out, for the NOTICE and the tests."""
     pictures = collections.defaultdict(collections.Counter)
     for picture in collected.pictures:
         split = splits.split_of(picture.style, picture.concept.hexcode in collected.held_out)

@@ -24,11 +24,11 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Collected:
-    """What the tarballs hold.
+    """The contents of the tarballs.
 
     Attributes:
       concepts: all concepts, by id.
-      held_out: hexcodes of the held-out ones.
+      held_out: hexcodes of the held-out concepts.
       pictures: the pictures kept, by concept, then in the order of the packs.
       left_out: the pictures left out, with the reason.
       unmatched: style -> icons that show no concept (skin tones, flags, retired names).
@@ -43,7 +43,7 @@ class Collected:
 
 @functools.cache
 def collect(directory: Path, words: packs.Tarball, pack_tarballs: tuple[packs.Tarball, ...]) -> Collected:
-    """Reads, matches and renders everything (a minute); cached, because the builder and its command both need it."""
+    """Reads, matches and renders all pictures (a minute); cached, because builder and command both call this."""
     concepts = names.read_concepts(packs.read_json(directory, words, names.FILES))
     held_out = splits.held_out(c.hexcode for c in concepts if c.group in splits.HELD_OUT_GROUPS)
     pictures, unmatched = [], {}

@@ -25,7 +25,7 @@ class Concept:
       subgroup: emojibase's name of the subgroup, such as "animal-mammal".
       names: language -> CLDR short name.
       keywords: language -> CLDR keywords.
-      slugs: squeezed English names that a pack may call it by, best first: label, Unicode name, shortcodes.
+      slugs: squeezed English names that packs may use, best first: label, Unicode name, shortcodes.
     """
 
     id: int
@@ -38,18 +38,18 @@ class Concept:
 
 
 def squeeze(name: str) -> str:
-    """ASCII lower-case letters and digits of a name, nothing else: "Men’s room" -> "mensroom"."""
+    """Returns the letters and digits of a name, as lower-case ASCII: "Men’s room" -> "mensroom"."""
     text = unicodedata.normalize("NFKD", name.lower()).encode("ascii", "ignore").decode().replace("&", "and")
     return re.sub("[^a-z0-9]", "", text)
 
 
 def strip_fe0f(hexcode: str) -> str:
-    """A hexcode without variation selectors: "2764-fe0f" -> "2764"."""
+    """Returns a hexcode without variation selectors: "2764-fe0f" -> "2764"."""
     return "-".join(part for part in hexcode.upper().split("-") if part != "FE0F")
 
 
 def read_concepts(emojibase: dict[str, object]) -> list[Concept]:
-    """The concepts, from the files of the emojibase-data package (path inside the package -> parsed JSON)."""
+    """Returns the concepts, from files of the emojibase-data package (path in the package -> parsed JSON)."""
     groups = emojibase["meta/groups.json"]
     left_out = {int(number) for number, name in groups["groups"].items() if name in LEFT_OUT_GROUPS}
     by_language = {

@@ -1,4 +1,4 @@
-"""The picture packs: which tarballs, which icon shows which concept, and its SVG."""
+"""The picture packs: the tarballs, the icon of each concept, and icons as SVG."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Tarball:
 
     @property
     def filename(self) -> str:
-        """As `npm pack` names it."""
+        """The name that `npm pack` gives the file."""
         return f"{self.package.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
 
 
@@ -44,8 +44,8 @@ PACKS = tuple(
     )
 )
 
-# Icons whose name is one concept's and whose picture is another's, found by looking: the name to go by instead, or None
-# where it shows no concept as it is drawn today. Applies to matching by name.
+# Icons that have the name of one concept and show another, found by looking: icon -> the right name, or None if the
+# icon shows no concept as drawn today. Applies to matching by name.
 CORRECTIONS: dict[str, dict[str, str | None]] = {
     "noto-v1": {"pistol": None},
     "emojione": {"pistol": None},
@@ -66,7 +66,7 @@ CORRECTIONS: dict[str, dict[str, str | None]] = {
         "pouting": "enraged face",
         "sunglasses": "smiling face with sunglasses",
         "tiger": "tiger face",
-        "tramcar": None,  # its colours are lost in the pack: a black silhouette
+        "tramcar": None,  # the pack has lost the colours: a black silhouette
         "umbrella": "closed umbrella",
         "up": None,
         "wave": "water wave",
@@ -76,7 +76,7 @@ CORRECTIONS: dict[str, dict[str, str | None]] = {
 
 
 def read_json(directory: Path, tarball: Tarball, names: tuple[str, ...]) -> dict[str, object]:
-    """Parsed JSON files of a tarball by their path inside the package. Raises UserError if it is not the pinned one."""
+    """Returns parsed JSON files of a tarball by path; raises UserError if the sha256 is not the pinned one."""
     path = Path(directory) / tarball.filename
     if not path.is_file():
         raise UserError(f"{path} is missing; run `npm pack {tarball.package}@{tarball.version}` in {directory}")
@@ -90,10 +90,10 @@ def read_json(directory: Path, tarball: Tarball, names: tuple[str, ...]) -> dict
 def match(
     pack: dict[str, object], concepts: list[Concept], corrections: Mapping[str, str | None] = MappingProxyType({})
 ) -> dict[int, str]:
-    """Concept id -> icon name, for an iconify pack (`icons.json`, `chars.json`).
+    """Returns concept id -> icon name, for an iconify pack (`icons.json`, `chars.json`).
 
-    Code points decide where the pack lists them; then names, the label before the Unicode name before the shortcodes,
-    exact icons before aliases. An icon serves one concept; a label that two concepts share serves none.
+    Code points decide first, if the pack lists them. Then names decide: the label before the Unicode name before the
+    shortcodes, exact icons before aliases. An icon serves one concept; a label that two concepts share serves none.
     `corrections` maps an icon to the name it should have, or None for none.
     """
     icons, aliases = pack["icons.json"]["icons"], pack["icons.json"].get("aliases", {})
@@ -127,7 +127,7 @@ def match(
 
 
 def svg(pack: dict[str, object], name: str) -> str:
-    """An icon as an SVG document, on a square canvas around its own."""
+    """Returns an icon as an SVG document, centred on a square canvas."""
     collection = pack["icons.json"]
     flip = False
     while name in collection.get("aliases", {}):

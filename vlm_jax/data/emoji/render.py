@@ -12,16 +12,16 @@ from PIL import Image
 from vlm_jax.errors import UserError
 
 SIDE = 64
-# Lossless WebP of a picture of at most so many colours. The palette costs less than lossy WebP would (root mean square
-# error 2.3 levels on noto against 8.8 at the same size), whose subsampled colour smears the edges of flat drawings.
+# Pictures are lossless WebP of at most this many colours. The palette has a root mean square error of 2.3 levels on
+# noto. Lossy WebP of the same size has 8.8: its subsampled colour smears the edges of flat drawings.
 COLOURS = 64
-# A pixel is ink if a channel is this far from white; a picture with a smaller share of ink shows nothing.
+# A pixel is ink if a channel is this far from white; a picture with a smaller share of ink is blank.
 INK_LEVEL = 24
 INK_SHARE = 0.02
 
 
 def render(svg: str) -> np.ndarray:
-    """uint8 [64, 64, 3] of an SVG document, composited on white."""
+    """Returns an SVG document as uint8 [64, 64, 3], composited on white."""
     try:
         import resvg_py
     except ImportError as error:
@@ -34,7 +34,7 @@ def render(svg: str) -> np.ndarray:
 
 
 def encode(pixels: np.ndarray) -> bytes:
-    """WebP bytes of uint8 [64, 64, 3]: the nearest picture of 64 colours, without loss."""
+    """Returns WebP bytes of uint8 [64, 64, 3], reduced to 64 colours, then lossless."""
     palette = Image.fromarray(pixels).quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     buffer = io.BytesIO()
     palette.convert("RGB").save(buffer, format="WEBP", lossless=True, quality=90, method=6)
@@ -42,16 +42,16 @@ def encode(pixels: np.ndarray) -> bytes:
 
 
 def ink(pixels: np.ndarray) -> float:
-    """Share of pixels that differ visibly from white."""
+    """Returns the share of pixels that differ visibly from white."""
     return float((pixels.min(-1) < 255 - INK_LEVEL).mean())
 
 
 def left_out(pictures: Iterable[tuple[str, int, np.ndarray]], styles_apart: tuple[str, ...]) -> dict[tuple, str]:
-    """(style, concept) -> reason, for pictures (style, concept, pixels) that carry no or a wrong lesson.
+    """Returns (style, concept) -> reason, for those `pictures` (style, concept, pixels) that would mislead.
 
     blank      nearly no ink
-    ambiguous  another concept of the same style has the same pixels: the picture does not tell which it is
-    leak       the same pixels stand in one of `styles_apart`, which are kept for testing
+    ambiguous  another concept of the same style has the same pixels
+    leak       one of `styles_apart`, which are kept for testing, has the same pixels
     """
     reasons = {}
     by_pixels = collections.defaultdict(list)

@@ -1,4 +1,4 @@
-"""Which split a picture belongs to: by rule, so that the splits mean something and never move.
+"""The split of a picture: by rule, so that the splits mean something and never change.
 
 A concept of groups 3-7 is held out if the sha256 of its hexcode is among the smallest 15 %.
 
@@ -20,11 +20,11 @@ SPLITS = ("train", "unseen_style", "unseen_concepts", "near_style")
 
 
 def held_out(hexcodes: Iterable[str]) -> set[str]:
-    """The held-out hexcodes among those of groups 3-7."""
+    """Returns the held-out hexcodes among `hexcodes`, those of groups 3-7."""
     ranked = sorted(hexcodes, key=lambda hexcode: hashlib.sha256(hexcode.encode()).hexdigest())
     return set(ranked[: round(HELD_OUT_SHARE * len(ranked))])
 
 
 def split_of(style: str, concept_held_out: bool) -> str:
-    """The split of a picture, from its style and whether its concept is held out."""
+    """Returns the split of a picture, from its style and whether its concept is held out."""
     return "unseen_concepts" if concept_held_out else STYLE_SPLITS.get(style, "train")

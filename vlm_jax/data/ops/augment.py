@@ -53,7 +53,7 @@ def random_resized_crop(
     h, w = height_and_width(image)
     box = np.array(_random_box(h, w, rng, scale, ratio), float)
     if isinstance(image, Image.Image) and image.format == "JPEG":
-        # The decoder scales by 1/2, 1/4, 1/8 almost for nothing: never below the size that the box is resized to.
+        # The decoder scales by 1/2, 1/4, 1/8 almost for free; the box stays at least as large as its resized copy.
         shrink = min(box[2] - box[0], box[3] - box[1]) / size
         if shrink >= 2 and image.draft("RGB", (math.ceil(w / shrink), math.ceil(h / shrink))):
             box *= np.tile((image.size[0] / w, image.size[1] / h), 2)

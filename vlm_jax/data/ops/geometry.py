@@ -23,7 +23,7 @@ METHODS = {
 
 @op
 def crop_to_content(image: object, tolerance: int = 8, margin: float = 0.0, square: bool = True) -> Picture:
-    """Crops to the bounding box of what differs from the border colour (the top left pixel).
+    """Crops to the bounding box of all pixels unlike the border colour (the top left pixel).
 
     Args:
       image: [H, W, C].
@@ -58,9 +58,10 @@ def crop_to_content(image: object, tolerance: int = 8, margin: float = 0.0, squa
 def resize(
     image: object, height: int, width: int | None = None, method: Method = "bicubic", antialias: bool = True
 ) -> Picture:
-    """Resizes to [height, width] (width: as height), proportions not kept. Equals `PIL.Image.resize`.
+    """Resizes to [height, width], proportions not kept, as `PIL.Image.resize` does; width defaults to height.
 
-    Without `antialias` (bilinear only) it equals `tf.image.resize`, truncated to uint8: big_vision's preprocessing.
+    Without `antialias` (bilinear only) the result equals `tf.image.resize`, truncated to uint8: big_vision's
+    preprocessing.
     """
     width = height if width is None else width
     if antialias:
@@ -71,7 +72,7 @@ def resize(
 
 
 def _bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [h, w, C] -> [height, width, C] from two neighbours an axis; centres at half pixels."""
+    """uint8 [h, w, C] -> [height, width, C] from two neighbours per axis; centres at half pixels."""
     (top, bottom, y), (left, right, x) = _neighbours(image.shape[0], height), _neighbours(image.shape[1], width)
     image = image.astype(np.float32)
     image = image[:, left] + (image[:, right] - image[:, left]) * x[:, None]
@@ -88,9 +89,9 @@ def _neighbours(size: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 @op
 def resize_shortest(image: object, size: int | tuple[int, int], method: Method = "bicubic") -> Picture:
-    """Resizes so that the shorter side is `size`; the longer is truncated to whole pixels, as in torchvision.
+    """Resizes the shorter side to `size`; the longer side is truncated to whole pixels, as in torchvision.
 
-    A size (height, width) is covered, proportions kept, sides rounded, as in open_clip.
+    The result covers a size (height, width), proportions kept, sides rounded, as in open_clip.
     """
     h, w = height_and_width(image)
     if isinstance(size, tuple):
@@ -151,7 +152,7 @@ def central_crop(
 ) -> Picture:
     """Cuts [height, width] out of the middle; a smaller image is padded with black first.
 
-    An odd margin is halved by rounding to even, as in torchvision, or down, as in Transformers.
+    Half of an odd margin is rounded to even, as in torchvision, or down, as in Transformers.
     """
     h, w = height_and_width(image)
     width = height if width is None else width

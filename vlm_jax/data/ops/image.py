@@ -1,4 +1,4 @@
-"""What an image is between ops, and its way in and out: decode bytes, make numbers."""
+"""Images between ops: types, decoding of bytes, conversion to floats."""
 
 import functools
 import io
@@ -79,7 +79,7 @@ def decode(image: object, background: tuple[int, ...] | int | None = 255) -> Pic
 
 
 def composite(image: Image.Image, colour: tuple[int, ...] | int) -> Image.Image:
-    """An RGBA image on a background of one colour, as RGB."""
+    """Returns an RGBA image on a background of one colour, as RGB."""
     colour = (colour,) * 3 if isinstance(colour, int) else tuple(colour)
     canvas = Image.new("RGB", image.size, colour)
     canvas.paste(image, mask=image.getchannel("A"))
@@ -98,7 +98,7 @@ def normalize(
     mean: float | tuple[float, ...] | Literal["clip", "imagenet", "efficientnet_lite"] = 0.5,
     std: float | tuple[float, ...] | None = None,
 ) -> np.ndarray:
-    """uint8 [H, W, C] -> float32 `(image / 255 - mean) / std`; std is 0.5 by default, or the one of a named mean."""
+    """uint8 [H, W, C] -> float32 `(image / 255 - mean) / std`; std defaults to 0.5, or to that of a named mean."""
     image = array(image)
     if image.dtype != np.uint8:
         raise UserError(f"op `normalize` was given an image of {image.dtype}; expected uint8: leave out `to_float`")

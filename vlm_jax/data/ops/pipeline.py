@@ -1,4 +1,4 @@
-"""The parser of op strings, and what it returns."""
+"""Parses op strings into pipelines."""
 
 import ast
 import dataclasses
@@ -57,12 +57,12 @@ class Pipeline:
 
     @property
     def keeps(self) -> bool:
-        """Whether the fields of the example are chosen by `keep`; else a batch has its numbers and arrays."""
+        """Whether `keep` chooses the fields of the example; else a batch has all numbers and arrays."""
         return any(step.name == "keep" for step in (*self.before, *self.after))
 
     @property
     def paths(self) -> frozenset[str] | None:
-        """Paths of the record that the ops may read: all that their arguments name; None for any, without `keep`."""
+        """Record paths that the ops may read: all strings in their arguments; without `keep` None, any path."""
         steps = (*self.before, *self.after)
         names = {v for s in steps for v in (*s.args, *s.kwargs.values()) if isinstance(v, str)}
         return frozenset(names | set(SUBJECTS)) if self.keeps else None
@@ -71,7 +71,7 @@ class Pipeline:
         return self.finish(self.prepare(record), rng)
 
     def prepare(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Runs the ops before `cache`: what may be remembered for the record."""
+        """Runs the ops before `cache`; the result may be remembered for the record."""
         example = dict(record)
         for step in self.before:
             example = step(example, None)
@@ -96,13 +96,13 @@ def parse(string: str, tokenizer: Any = None) -> Pipeline:
     """Parses an op string without evaluating it.
 
     Args:
-      string: ops joined by `|`, e.g. `"decode | resize(32) | normalize"`. Empty: the record as it is.
+      string: ops joined by `|`, e.g. `"decode | resize(32) | normalize"`. An empty one returns the record.
       tokenizer: `tokenizer(texts, length, bos, eos) -> int32 [B, length]`, for ops that need one (`tokenize`).
 
     Raises:
-      UserError: an op is unknown or its arguments are wrong; the message names the op and what it takes.
+      UserError: an op is unknown or its arguments are wrong; the message names the op and its usage.
     """
-    # `a | b(1)` is a Python expression: its tree gives the ops with literal arguments, and nothing is executed.
+    # `a | b(1)` is a Python expression. Its tree gives the ops with literal arguments; nothing is executed.
     try:
         tree = ast.parse(string.strip(), mode="eval").body if string.strip() else None
     except SyntaxError as error:

@@ -9,7 +9,7 @@ INJECTED = (*SUBJECTS, "rng", "tokenizer")  # parameters of an op that no op str
 
 
 def op(function: Callable) -> Callable:
-    """Registers `function` as an op under its name. Its parameters say what it works on:
+    """Registers `function` as an op under its name. The parameters say what the op works on:
 
     * the first is `image` or `text`: the op's result replaces that field of the example;
       or `example`: the op takes and returns the whole dict;

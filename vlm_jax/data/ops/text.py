@@ -33,9 +33,9 @@ def caption(example: dict, path: str, join: str | None = None, max_texts: int | 
 
     Args:
       example: holds the field: a text, or a list of texts.
-      path: of the field.
-      join: puts the texts of a list together; None takes the first.
-      max_texts: joins only so many of the list's first texts.
+      path: path of the field.
+      join: separator that joins the texts of a list; None takes the first text.
+      max_texts: joins at most this many of the first texts.
     """
     texts = _texts(field(example, path), path)
     example["text"] = texts[0] if join is None else join.join(texts[:max_texts])
@@ -55,9 +55,9 @@ def random_caption(
     Args:
       example: holds the fields: texts, or lists of texts.
       rng: the example's generator.
-      *paths: the fields to draw from; if the one drawn is absent or empty, the first other that has a text counts.
+      *paths: the fields to draw from; if the drawn field is absent or empty, the first other field with a text counts.
       weights: probability of each field, up to a factor; equal by default.
-      join: puts the texts of a list together in random order; None draws one of them.
+      join: separator that joins the texts of a list in random order; None draws one text.
     """
     if weights is not None and len(weights) != len(paths):
         raise UserError(f"op `random_caption` has {len(paths)} fields and {len(weights)} weights; expected as many")
@@ -94,7 +94,7 @@ def random_template(text: str, rng: np.random.Generator, *templates: str) -> str
 
 @op
 def lower(text: str) -> str:
-    """Lower case."""
+    """Lower-cases the text."""
     return text.lower()
 
 
@@ -103,7 +103,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 @op
 def canonicalize(text: str, lower: bool = True) -> str:
-    """Lower case, ASCII punctuation dropped, single spaces: what SigLIP's zero-shot evaluation does to its prompts."""
+    """Lower-cases, drops ASCII punctuation, makes spaces single: SigLIP's treatment of zero-shot prompts."""
     text = (text.lower() if lower else text).translate(_PUNCTUATION)
     return " ".join(text.split())
 
@@ -134,7 +134,7 @@ def room(example: dict, tokenizer: Any, n: int, at: int, key: str = "token_ids")
     """Makes room for n tokens of a learned context (`models.insertion.Context`): moves the tokens from `at` on by n.
 
     Any ids will do in the room; the context overwrites them. Padding falls off the end; a text that is too long is
-    cut, its last token kept.
+    cut, and its last token kept.
     """
     token_ids = field(example, key)
     special = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id}
@@ -165,19 +165,19 @@ def denoise(
 ) -> dict:
     """Hides parts of the text: sets `input_ids` int32 [inputs], `token_ids` int32 [targets] and `denoiser`, an int.
 
-    A text that is too long for the denoiser drawn is first cut to its first `spans.longest` tokens.
+    A text that is too long for the drawn denoiser is first cut to its first `spans.longest` tokens.
 
     Args:
       example: holds the text.
       rng: draws the denoiser, then what it hides.
       tokenizer: with `encode`, `eos_id` and `vocab_size`.
-      inputs: their length; inputs end with EOS and are padded with 0.
-      targets: their length; targets end with EOS and are padded with 0.
-      vocab_size: of the model. Its top ids are the sentinels; the three mode tokens are below (`spans.mode_ids`).
+      inputs: length of the inputs, which end with EOS and are padded with 0.
+      targets: length of the targets, which end with EOS and are padded with 0.
+      vocab_size: the model's. Its top ids are the sentinels; the three mode tokens are below (`spans.mode_ids`).
       denoisers: a mixture: "ul2", "t5", "prefix", "causal", or literals as `spans.mixture` reads them. `denoiser`
         becomes the index of the denoiser drawn.
-      modes: what stands before the inputs: "ids", one token; "text", the mode's name as the tokenizer encodes it, as in
-        the released UL2 checkpoints (theirs is vocab_size=32100); None, nothing.
+      modes: tokens before the inputs: "ids", one mode token; "text", the mode's name as the tokenizer encodes it, as in
+        the released UL2 checkpoints (with vocab_size=32100); None, nothing.
       sentinels: their number.
       key: the text's field.
     """

@@ -1,4 +1,4 @@
-"""Records whose pictures are files of their own."""
+"""Records whose pictures are separate files."""
 
 import copy
 from pathlib import Path

@@ -1,7 +1,7 @@
 """`precomputed:`: embeddings instead of pictures, written by `python -m vlm_jax.precompute`.
 
-The folder holds index.json (the data set, and what made the embeddings) and shards of ArrayRecord: one float32 vector
-for each record of the data set, in its order; an empty one if the picture could not be used.
+The folder holds index.json (the data set, image tower, initial parameters and preprocessing) and ArrayRecord shards:
+one float32 vector for each record of the data set, in order; an empty vector if the picture could not be used.
 """
 
 import copy
@@ -49,7 +49,7 @@ class Precomputed(Source):
         if not len(self.source) == len(self.embeddings) == index["records"]:
             raise UserError(
                 f"data source `precomputed:{path}` has {len(self.embeddings)} embeddings, {index['uri']} has "
-                f"{len(self.source)} records: it has changed; write to another folder"
+                f"{len(self.source)} records: the data set has changed; write to another folder"
             )
 
     def __len__(self) -> int:
@@ -74,13 +74,13 @@ class Precomputed(Source):
 
 
 def shard_names(records: int, shard_size: int) -> list[str]:
-    """File names of the shards of `records` records."""
+    """Returns the file names of the shards of `records` records."""
     count = -(-records // shard_size)
     return [f"embeddings-{k:05d}-of-{count:05d}.array_record" for k in range(count)]
 
 
 def write_shard(path: Path, embeddings: Iterable[np.ndarray | None]) -> None:
-    """Writes float32 [D] each, or None for a picture that cannot be used; the file appears once it is whole."""
+    """Writes float32 [D], or None for an unusable picture, each; the file appears once complete."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
     for embedding in embeddings:

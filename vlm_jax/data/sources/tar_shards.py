@@ -50,7 +50,7 @@ class TarShards(Source):
             which = (
                 f"`{missing[0]}` is missing ({len(missing)} of {len(self.paths)} are)" if missing else "none matches"
             )
-            raise UserError(f"data source `wds:{pattern}`: shard {which}; mend the pattern or fetch it again")
+            raise UserError(f"data source `wds:{pattern}`: shard {which}; fix the pattern or fetch the shard again")
         members, firsts, shards = [], [], []
         self.keys: list[str] = []
         for number, path in enumerate(self.paths):
@@ -146,7 +146,7 @@ def scan(path: str) -> Iterator[tuple[str, int, int]]:
 
 
 def _is_header(header: bytes) -> bool:
-    """Whether the checksum is right: the sum of the bytes, those of the checksum itself taken as spaces."""
+    """Whether the checksum equals the sum of the bytes, with its own bytes as spaces."""
     stored = header[148:156].strip(b"\0 ")
     return stored.isdigit() and int(stored, 8) == sum(header) - sum(header[148:156]) + 8 * 32
 

@@ -10,7 +10,8 @@ A tokenizer is named by a spec, a string that can stand in a config:
     json:/path/tokenizer.json       any file of the `tokenizers` library, `train_tokenizer`'s own among them
 
 Options follow a `?`, as in `sentencepiece:/path/spm.model?pad_id=1&lower=true` (SigLIP's use of T5's vocabulary).
-BOS and EOS of a tokenizer.json are what its post-processor puts around a text; without one, their usual names count.
+BOS and EOS of a tokenizer.json are the tokens that its post-processor puts around a text. Without a post-processor, the
+usual names decide.
 """
 
 from vlm_jax.data.tokenizers.spec import Tokenizer, build

@@ -15,8 +15,8 @@ MERGES = pathlib.Path(__file__).parent / "vocab" / "clip" / "bpe_simple_vocab_16
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 SPECIALS = ("<|startoftext|>", "<|endoftext|>")
 
-# What CLIP's use of ftfy does to text that is not mis-decoded: straight quotes, plain letters for ligatures and
-# full-width forms, no control characters, NFC. (Repair of mis-decoded text, "CafÃ©", is not done.)
+# The part of CLIP's ftfy step that is needed without mis-decoded text: straight quotes, plain letters for ligatures and
+# full-width forms, no control characters, NFC. (Repair of mis-decoded text, "CafÃ©", is not included.)
 _CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]")
 _WIDE = (0x3000, *range(0xFF01, 0xFFF0))
 _LIGATURES = (0x0132, 0x0133, *range(0x01C4, 0x01CD), *range(0x01F1, 0x01F4), *range(0xFB00, 0xFB07))
@@ -40,7 +40,7 @@ def _byte_alphabet() -> list[str]:
 
 
 def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """OpenAI's pieces with their ids, without the two specials after them, and the merges."""
+    """Returns OpenAI's pieces with their ids, without the two specials at the end, and the merges."""
     lines = gzip.decompress(MERGES.read_bytes()).decode().split("\n")
     merges = [tuple(line.split()) for line in lines[1 : 49_152 - 256 - 2 + 1]]  # 49,152 = vocabulary before </w> bytes
     alphabet = _byte_alphabet()
@@ -63,7 +63,7 @@ def _packaged_model() -> hf.Tokenizer:
 
 
 def packaged() -> dict:
-    """The fields of OpenAI's tokenizer: <|startoftext|> and <|endoftext|> are BOS and EOS, 0 pads."""
+    """Returns the fields of OpenAI's tokenizer: <|startoftext|> and <|endoftext|> are BOS and EOS, 0 pads."""
     model = _packaged_model()
     return {
         "encode": lambda text: model.encode(clean(text)).ids,
@@ -76,7 +76,9 @@ def packaged() -> dict:
 
 
 def from_files(path: str) -> hf.Tokenizer:
-    """The tokenizer that Transformers builds from vocab.json and merges.txt; it leaves HTML and encodings as they are.
+    """Returns the tokenizer that Transformers builds from vocab.json and merges.txt.
+
+    HTML and encodings stay unchanged.
 
     Raises:
       UserError: merges.txt is missing, or the files are not CLIP's byte pairs.
@@ -93,7 +95,7 @@ def from_files(path: str) -> hf.Tokenizer:
 
 
 def from_pairs(vocab: dict[str, int], merges: list[tuple[str, str]], start: int, end: int) -> hf.Tokenizer:
-    """Byte pairs under the rules of Transformers' `CLIPTokenizer`: NFC, single spaces, lower case."""
+    """Returns byte pairs under the rules of Transformers' `CLIPTokenizer`: NFC, single spaces, lower case."""
     unknown = SPECIALS[1]
     model = hf.Tokenizer(hf.models.BPE(vocab, merges, unk_token=unknown, end_of_word_suffix="</w>"))
     space = hf.normalizers.Replace(hf.Regex(r"\s+"), " ")

@@ -1,4 +1,4 @@
-"""Tokenizers of the `tokenizers` library: read from a tokenizer.json, and made into our fields."""
+"""Tokenizers of the `tokenizers` library: read from a tokenizer.json, and converted to our fields."""
 
 import pathlib
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ import tokenizers as hf
 from vlm_jax.errors import UserError
 
 EMOJI = pathlib.Path(__file__).parent / "vocab" / "emoji" / "tokenizer.json"
-# The usual names of special tokens; the first that a vocabulary has counts.
+# The usual names of special tokens; the first name in the vocabulary is used.
 SPECIALS = {
     "pad_id": ("<pad>", "[PAD]", "<|pad|>", "<|endoftext|>"),
     "bos_id": ("<s>", "[CLS]", "<bos>", "<|startoftext|>", "<|begin_of_text|>"),
@@ -17,7 +17,7 @@ SPECIALS = {
 
 
 def from_file(path: str | pathlib.Path) -> hf.Tokenizer:
-    """The tokenizer of a file of the `tokenizers` library."""
+    """Returns the tokenizer of a file of the `tokenizers` library."""
     try:
         return hf.Tokenizer.from_file(str(path))
     except Exception as e:  # the library raises a bare Exception
@@ -25,7 +25,7 @@ def from_file(path: str | pathlib.Path) -> hf.Tokenizer:
 
 
 def fields(model: hf.Tokenizer) -> dict:
-    """The fields of a tokenizer; bytes are decoded if byte pairs have no decoder of their own."""
+    """Returns the fields of a tokenizer; byte pairs without a decoder get one for bytes."""
     if model.decoder is None and isinstance(model.model, hf.models.BPE):
         model.decoder = hf.decoders.ByteLevel()
     return special_ids(model) | {
@@ -36,9 +36,9 @@ def fields(model: hf.Tokenizer) -> dict:
 
 
 def special_ids(model: hf.Tokenizer) -> dict[str, int | None]:
-    """pad_id, bos_id and eos_id: by the model's own padding and post-processor, else by their usual names.
+    """Returns pad_id, bos_id and eos_id, and switches the model's padding and truncation off.
 
-    Switches the model's padding and truncation off.
+    The model's own padding and post-processor decide, else the usual names.
     """
     ids = {key: _first(map(model.token_to_id, names)) for key, names in SPECIALS.items()}
     if model.padding:
@@ -49,7 +49,7 @@ def special_ids(model: hf.Tokenizer) -> dict[str, int | None]:
 
 
 def around(model: hf.Tokenizer) -> tuple[int | None, int | None] | None:
-    """The ids that the post-processor puts before and after a text; None without a post-processor."""
+    """Returns the ids that the post-processor puts before and after a text; None without a post-processor."""
     if model.post_processor is None or isinstance(model.post_processor, hf.processors.ByteLevel):
         return None
     for text in ("a", "0", "."):  # the first that the vocabulary has

@@ -8,7 +8,7 @@ from vlm_jax.errors import UserError
 
 
 def from_file(path: str, cased: bool = False) -> hf.Tokenizer:
-    """The tokenizer that Transformers builds from BERT's vocab.txt: [CLS] and [SEP] stand around a text.
+    """Returns the tokenizer that Transformers builds from BERT's vocab.txt: [CLS] text [SEP].
 
     Raises:
       UserError: the file is not UTF-8, or lacks a special piece.
