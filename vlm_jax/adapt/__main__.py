@@ -1,15 +1,15 @@
-"""Adapts a model to a few labelled pictures, and says how well over several draws of them.
+"""Adapts a model to a few labelled pictures and reports the accuracy over several draws.
 
     vlm-jax adapt --model=pkg:vlm_jax/zoo/clip_tiny --method=zero_shot,gda,lora --data=tfds:emoji \\
         --split=unseen_style --classes=emoji:subgroups --label=subgroup --shots=16 --out=runs/adapted
 
-prints a table and leaves results.json and one small file a seed in --out, which hold only what was trained:
+prints a table and writes results.json and a small file for each method and seed, with the trained parameters alone:
 
     clip = vlm_jax.load("pkg:vlm_jax/zoo/clip_tiny")
     vlm_jax.load_adapter("runs/adapted/lora_0.safetensors", clip).classify(pictures)
 
-Methods with commas between are compared; `vlm-jax methods` lists them. Training pictures are drawn from
---train_split. --base_to_new trains on half of the classes and tests the others, too.
+--method takes several methods, separated by commas; `vlm-jax methods` lists them. Training pictures are drawn from
+--train_split. --base_to_new trains on half of the classes and tests the other half, too.
 """
 
 import dataclasses
@@ -47,6 +47,9 @@ def adapt(
       methods, seeds: of `protocol.few_shot`.
       show: shows progress.
       **section: the other arguments of `protocol.few_shot`.
+
+    Raises:
+      UserError: `out` holds results already.
     """
     out, bar = Path(out), None
     if (out / "results.json").exists():
@@ -55,7 +58,7 @@ def adapt(
     def keep(method: str, seed: int, adapted: Pretrained) -> None:
         nonlocal bar
         save_adapter(out / f"{method}_{seed}.safetensors", pretrained, adapted)
-        if show and bar is None:  # after those of embedding
+        if show and bar is None:  # after the bars of embedding
             bar = command.bar(total=len(methods) * seeds, desc="adapt", unit="fit")
         if show:
             bar.update()
@@ -70,7 +73,7 @@ def adapt(
 
 
 def table(numbers: Mapping[str, float], methods: Sequence[str]) -> str:
-    """A line for each method: top-1 in percent with its standard deviation over seeds, of every test."""
+    """A line for each method: top-1 of every test in percent, with the standard deviation over seeds."""
     columns = {name.partition("/")[2] for name in numbers if name.endswith(("top1", "harmonic_mean"))}
     columns = sorted(columns, key=lambda name: (name != "top1", name))
     rows = [["", *(name.removesuffix("/top1") for name in columns)]]

@@ -1,7 +1,7 @@
-"""Small files of adapted models: what differs from the model that was adapted, as safetensors.
+"""Small files of adapted models: the difference from the base model, as safetensors.
 
-Parameters that were inserted, parameters that changed (of a stack, the layers that did), or a head; and in
-`__metadata__`, as JSON, the insertions, the classes and how their names are put into prompts.
+Tensors: inserted parameters, changed parameters (of a stack, the changed layers), or a head. `__metadata__`, as JSON:
+the insertions, the classes and their prompts.
 """
 
 import json
@@ -29,7 +29,7 @@ KEY = "vlm_jax.adapter"
 
 
 def save_adapter(path: str | os.PathLike, base: Pretrained, adapted: Pretrained) -> None:
-    """Writes what makes `adapted` of `base`; `load_adapter(path, base)` is it again, bit for bit."""
+    """Writes the difference of `adapted` from `base`; `load_adapter(path, base)` returns `adapted`, bit for bit."""
     leaves = named_leaves(adapted.params)
     new = insertion.new_leaves(adapted.params)
     own = unflatten_dict({name: leaf for name, leaf in leaves.items() if name not in new}, sep="/")
@@ -47,10 +47,10 @@ def save_adapter(path: str | os.PathLike, base: Pretrained, adapted: Pretrained)
 
 
 def load_adapter(path: str | os.PathLike, base: Pretrained) -> Pretrained:
-    """Returns `base` as it was when `save_adapter` wrote the file.
+    """Returns the adapted model that `save_adapter` wrote.
 
     Raises:
-      UserError: the file is damaged, is no adapter, or is one of another model.
+      UserError: the file is damaged, is no adapter, or belongs to another model.
     """
     file = open_tensors(path)
     if KEY not in file.metadata:
@@ -88,7 +88,7 @@ def _head_type(name: str) -> type:
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Any]) -> Any:
-    """JSON of a tree of named tuples; its arrays go to `tensors`."""
+    """JSON of a tree of named tuples; the tree's arrays go to `tensors`."""
     if isinstance(value, np.ndarray):
         tensors[name] = value
         return {"type": "array"}
@@ -113,10 +113,10 @@ def save_diff(path: str | os.PathLike, diff: Mapping[str, Any]) -> None:
 
 
 def load_diff(path: str | os.PathLike, base: Any) -> dict[str, np.ndarray]:
-    """Reads what `save_diff` wrote; base is the parameter tree that it belongs to, arrays or shapes.
+    """Reads a file of `save_diff`; `base` is the parameter tree that the diff belongs to, arrays or shapes.
 
     Raises:
-      UserError: the file is damaged, or has an entry that base has not, or has with another shape or dtype.
+      UserError: the file is damaged, or an entry is not in `base`, or has another shape or dtype there.
     """
     tensors = open_tensors(path).tensors
     check_entries(base, tensors, os.fspath(path))

@@ -1,7 +1,7 @@
-"""The ways to adapt a model to a few labelled pictures: `fit(NAME)(base, shots, validation, task, **options)`.
+"""The methods that adapt a model to a few labelled pictures: `fit(NAME)(base, shots, validation, task, **options)`.
 
-A method is declared in the folder of its family: `heads`, `parameters`, `modules`, `prompts`. It returns the adapted
-`Pretrained`; hyper-parameters that are searched are chosen on the validation pictures.
+A method is declared in the folder of its family: `heads`, `parameters`, `modules`, `prompts`. A fit returns the adapted
+`Pretrained` and chooses hyper-parameters on the validation pictures.
 """
 
 import dataclasses
@@ -32,9 +32,9 @@ class Fits(Protocol):
 
 
 def fit(name: str) -> Callable[..., Pretrained]:
-    """The method of that name, `(base, shots, validation, task, **options) -> Pretrained`.
+    """Returns a method by name, `(base, shots, validation, task, **options) -> Pretrained`.
 
-    Options are the method's own, and of `fit_recipe` for those that train the model.
+    Options are the method's own options; methods that train the model also take the options of `search_rate`.
 
     Raises:
       UserError: there is no such method.
@@ -46,10 +46,10 @@ def fit(name: str) -> Callable[..., Pretrained]:
 def fit_head(
     make: Callable, base: Pretrained, shots: Shots, validation: Shots, task: Task, **options: Any
 ) -> Pretrained:
-    """Makes a head from cached features; what it `searches` and no option sets is chosen on validation features.
+    """Makes a head from cached features; chooses the options that `make` `searches` on validation features.
 
-    `make` takes those of features, labels, text, scale that it names, and `reference`, the validation features. A head
-    that takes no features is the model itself.
+    Given options are not searched. `make` may take features, labels, text, scale, and `reference` (the validation
+    features). If `make` takes no features, the model itself is the classifier and has no head.
     """
     given = dict(
         features=shots.features, labels=shots.labels, text=task.text, scale=task.scale, reference=validation.features
@@ -78,7 +78,7 @@ def fit_recipe(
     task: Task,
     **options: Any,
 ) -> Pretrained:
-    """Trains a recipe, which `make` makes of the model and its own options; the others are those of `search_rate`."""
+    """Trains the recipe `make(model, **its own options)`; the other options go to `search_rate` or the recipe's fit."""
     own = inspect.signature(make).parameters
     trains = inspect.signature(search_rate).parameters
     recipe = config.call(
@@ -101,7 +101,7 @@ def search_rate(
     learning_rate: float | None = None,
     weight_decay: float = 0.0,
 ) -> Pretrained:
-    """Tunes by a recipe; a learning rate that is not given is the best of `LEARNING_RATES` on validation."""
+    """Tunes by a recipe; `learning_rate` defaults to the best of `LEARNING_RATES` on validation."""
     best = failed = None
     for rate in LEARNING_RATES if learning_rate is None else [learning_rate]:
         try:

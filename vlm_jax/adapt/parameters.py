@@ -75,7 +75,7 @@ def head(model: nn.Module) -> Masked:
     identity=True,
 )
 def last_1(model: nn.Module) -> Masked:
-    """Tuning of the last block; `vlm_jax.params.masks` takes any number, `last_3`."""
+    """Tuning of the last block; `vlm_jax.params.masks` takes any number, for instance `last_3`."""
     return Masked("last_1")
 
 

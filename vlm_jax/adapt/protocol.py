@@ -1,7 +1,7 @@
-"""The few-shot protocol: methods that adapt a two-tower model to some pictures of each class, over several draws.
+"""The few-shot protocol: methods adapt a two-tower model to some pictures of each class, over several draws.
 
-Tests: other pictures of the same classes (CoOp), of classes that were not trained on (base to new: CoCoOp), of other
-data sets (cross data set) and of other styles (domain generalisation).
+Tests: other pictures of the same classes (CoOp), of new classes (base to new: CoCoOp), of other data sets (cross data
+set) and of other styles (domain generalisation).
 """
 
 import math
@@ -23,11 +23,11 @@ from vlm_jax.evaluators.result import Result
 from vlm_jax.evaluators.sampling import few_shots
 from vlm_jax.pretrained import Pretrained, class_embeddings
 
-VALIDATION = 4  # pictures of each class on which hyper-parameters are chosen, and as many as shots at most
+VALIDATION = 4  # pictures of each class to choose hyper-parameters on; at most as many as shots
 
 
 class Test(NamedTuple):
-    """Pictures to be named, and the names to choose among.
+    """Pictures to name, and the names to choose among.
 
     Attributes:
       uri, split, where: the data set.
@@ -76,24 +76,24 @@ def few_shot(
 ) -> Callable[..., Result]:
     """Returns an evaluator `(pretrained, progress=None) -> Result`.
 
-    Of each class `shots` training pictures are drawn, and up to 4 others, as many as shots at most, on which
-    hyper-parameters are chosen (the protocol of CoOp, arXiv:2109.01134, section 4.1, and of Tip-Adapter's successors);
-    nothing is chosen on `split`. Metrics: `METHOD/top1`, the mean over seeds, and `METHOD/spread`, their standard
-    deviation; `METHOD/TEST/top1` and `METHOD/TEST/spread` of further tests; with `base_to_new`,
-    `METHOD/new/...` and `METHOD/harmonic_mean`; `examples`, `left_out` (of another label, or unreadable).
+    Each draw takes `shots` training pictures of each class, and up to min(4, shots) other pictures to choose
+    hyper-parameters on (the protocol of CoOp, arXiv:2109.01134, section 4.1, and of Tip-Adapter's successors); nothing
+    is chosen on `split`. Metrics: `METHOD/top1`, the mean over seeds, and `METHOD/spread`, the standard deviation over
+    seeds; `METHOD/TEST/top1` and `METHOD/TEST/spread` of further tests; with `base_to_new`, `METHOD/new/...` and
+    `METHOD/harmonic_mean`; `examples`, `left_out` (pictures of another label, or unreadable).
 
     Args:
       uri, split, train_split, label, where, train_where, ops, batch_size, memory_share: as for `probe`.
-      classes: the labels that count, with their names, see `classes.read`; None: as the data set says.
+      classes: the labels that count, with their names, see `classes.read`; defaults to the data set's own.
       templates: prompts, see `classes.read_templates`.
-      methods: names, see `vlm-jax methods`; None: all heads.
-      options: of the methods, none of which is then a head: steps, learning_rate, rank, ...
-      shots: training pictures of each class; of a class with fewer, all but those to choose on.
-      seeds: how many draws: 0, 1, ...
-      tests: name -> what differs from `uri`, `split`, `where`, `label` and `classes` in a further test. Heads are only
-        tested on the classes that they were trained on.
-      base_to_new: trains on the first half of the classes and tests the others as `new`, too (arXiv:2203.05557,
-        section 4.1), each half among its own names.
+      methods: names, see `vlm-jax methods`; defaults to all heads.
+      options: options of the methods: steps, learning_rate, rank, ...; heads take none.
+      shots: training pictures of each class; a smaller class gives all its pictures but one to choose on.
+      seeds: number of draws: 0, 1, ...
+      tests: name -> changes of `uri`, `split`, `where`, `label` and `classes` in a further test. Heads are tested only
+        on the classes that they were trained on.
+      base_to_new: trains on the first half of the classes, and tests the other half, too, as `new` (arXiv:2203.05557,
+        section 4.1); each half is named among its own names.
       keep: is called with method, seed and adapted model.
     """
     heads = catalogue.of("heads")
@@ -139,7 +139,7 @@ def few_shot(
 
         def finish(_: Any) -> Result:
             known = _shots(passes["train"].tables["train"], pictures)
-            place = drawn[passes["train"].tables["train"].read("position")]  # of those that could be read
+            place = drawn[passes["train"].tables["train"].read("position")]  # of the readable pictures
             queries = {name: _shots(passes[f"test_{name}"].tables[f"test_{name}"], pictures) for name in tests}
             scale, shares = math.exp(float(pretrained.params["logit_scale"])), {}
             for seed, draw in enumerate(draws):
@@ -150,11 +150,11 @@ def few_shot(
                     if keep is not None:
                         keep(method, seed, adapted)
                     for name, test in tests.items():
-                        if method == "zero_shot":  # its texts are embedded by all hosts, above
+                        if method == "zero_shot":  # all hosts have embedded the texts, above
                             share = share_right(queries[name].features @ texts[name].T, queries[name])
                         elif adapted.head is None or list(test.named.items()) == list(training.named.items()):
                             share = accuracy(pretrained, adapted, queries[name], test.names)
-                        else:  # a head names the classes that it was trained on
+                        else:  # a head knows only the classes that it was trained on
                             continue
                         shares.setdefault((method, name), []).append(share)
             examples = len(queries[""].labels)
@@ -173,7 +173,7 @@ def _named(classes, uri, split, label) -> dict[int | str, str]:
 
 
 def _tests(main: Test, further: Mapping[str, Mapping[str, Any]], base_to_new: bool, given: bool) -> dict[str, Test]:
-    """Name -> test, "" for the main one; `given`: whether its classes were, else a data set says its own."""
+    """Name -> test, "" for the main test; `given`: see `_further`."""
     tests = {"": main} | {name: _further(main, changes, name, given) for name, changes in further.items()}
     if base_to_new:
         if "new" in tests:
@@ -184,7 +184,7 @@ def _tests(main: Test, further: Mapping[str, Mapping[str, Any]], base_to_new: bo
 
 
 def _further(main: Test, changes: Mapping[str, Any], name: str, given: bool) -> Test:
-    """A further test; `given`: whether the classes of the main one were, else a data set says its own."""
+    """A further test. If `given`, the main test's classes apply; else another data set or label has its own classes."""
     changes = dict(changes)
     classes = changes.pop("classes", None)
     test = config.call(Test, main._asdict() | changes, f"the test `{name}` of few_shot")
@@ -196,7 +196,7 @@ def _further(main: Test, changes: Mapping[str, Any], name: str, given: bool) -> 
 
 
 def _halves(named: Mapping) -> tuple[dict, dict]:
-    """The first half of the classes, the larger one, and the other (CoOp's code, for base to new)."""
+    """The first half of the classes (the larger one if the number is odd), and the second half, as in CoOp's code."""
     pairs = list(named.items())
     if len(pairs) < 2:
         raise UserError(f"base_to_new halves the classes, of which there is {len(pairs)}")
@@ -224,7 +224,7 @@ def _check_apart(training: Test, tests: Mapping[str, Test]) -> None:
 
 
 def _embed(data: Pass, table: str, named: Mapping[int | str, str], pictures: bool) -> int:
-    """Embeds the pictures of the classes and returns their number; with `pictures` the table keeps them, too."""
+    """Embeds the pictures of the classes and returns their number; with `pictures` the table also keeps pictures."""
 
     def rows(batch: Batch) -> Mapping[str, Columns]:
         own = {"image": np.asarray(batch.inputs)[batch.kept]} if pictures else {}
@@ -239,7 +239,7 @@ def _shots(table: Table, pictures: bool) -> Shots:
 
 
 def _parts(known: Shots, row: np.ndarray, shots: int, seed: int) -> tuple[Shots, Shots]:
-    """The pictures of a draw, int [n] of those known, to train on, and those to choose on."""
+    """The pictures to train on and to choose on, of a draw: `row` int [n], rows of `known`."""
     training = np.isin(np.arange(len(row)), _training_places(known.labels[row], shots, seed))
     if training.all() or not training.any():
         raise UserError("few_shot: too few pictures of a class to choose hyper-parameters on; fewer shots?")
@@ -262,7 +262,7 @@ def _summary(shares: Mapping[tuple[str, str], Sequence[float]]) -> dict[str, flo
 
 
 def _training_places(labels, shots, seed):
-    """Places of up to `shots` examples of each class; of a class with no more, one is left out if it can be."""
+    """Places of up to `shots` examples of each class; at least one example of a class is left out, if it has two."""
     chosen = []
     for c in np.unique(labels):
         own = np.flatnonzero(labels == c)

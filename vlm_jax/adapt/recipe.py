@@ -1,4 +1,4 @@
-"""Recipes: what trains, and how it changes the model, effective = combine(base, own)."""
+"""Recipes: the parameters that train, and how they change the model, effective = combine(base, own)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -14,16 +14,16 @@ from vlm_jax.params.table import named_leaves
 
 
 class Recipe(Protocol):
-    """What trains."""
+    """Own parameters that train, and their effect on the model."""
 
     def insertions(self, model: nn.Module, at: int) -> tuple:
-        """What is put into the model; `at` is the place of a context in its texts."""
+        """Returns the modules to insert into the model; `at` is the place of a context in texts."""
 
     def begin(self, rng: jax.Array, model: nn.Module, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """What trains, at the start; `leaves` are the parameters with insertions."""
+        """Returns the initial own parameters; `leaves` are the model's parameters with insertions."""
 
     def combine(self, own: Mapping[str, jax.Array], leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """The parameters that it changes, by name."""
+        """Returns the changed parameters of the model, by name."""
 
 
 class Inserted(NamedTuple):
@@ -42,7 +42,7 @@ class Inserted(NamedTuple):
 
 
 class Masked(NamedTuple):
-    """Parameters of the model itself, those of `masks.trainable`: "bias", "norm", "last_1", "head", a table."""
+    """Trains parameters of the model itself, chosen by `masks.trainable`: "bias", "norm", "last_1", "head", a table."""
 
     trainable: str | Sequence[tuple[str, bool]]
 
@@ -59,7 +59,7 @@ class Masked(NamedTuple):
         return {name: replace(name, value) for name, value in own.items()}
 
     def _rows(self, leaves):
-        """Of each parameter that trains the layers of a stack, or True for all of it."""
+        """Name -> the layers of a stack that train, or True for a whole parameter."""
         mask = named_leaves(masks.trainable(tree(leaves), self.trainable))
         rows = lambda m: True if np.all(m) else np.flatnonzero(m)
         return {name: rows(m) for name, m in mask.items() if np.any(m)}

@@ -1,14 +1,14 @@
-"""RECO: embeddings of a frozen two-tower model, refined by what a memory of pictures with texts holds near them.
+"""RECO: refines embeddings of a frozen two-tower model with near pairs from a memory of pictures and texts.
 
-    head = reco(features, texts, scale)                                # trained on pairs, which are the memory too
+    head = reco(features, texts, scale)                                # trains on pairs, which are also the memory
     zero_shot(head.texts(names), scale)(head.images(pictures))         # class names and pictures, both refined
-    head._replace(memory=(more, their_texts)).images(pictures)         # with another memory, nothing trained anew
+    head._replace(memory=(more, their_texts)).images(pictures)         # another memory, without training
 
-Iscen et al. 2023, "Retrieval-Enhanced Contrastive Vision-Text Models", arXiv:2306.07196. The paper's, as others tell
-it: the search within a modality and what it returns (section 3.1); a layer of self-attention for pictures, one for
-texts, the losses (3.2); the learning rate (4.1). It takes near-duplicates of test pictures out of the memory, here the
-caller does. Chosen here: k, heads, width of the MLP; no positions, pre-norm, branches that begin at 0; Adam; no
-training pair finds itself.
+Iscen et al. 2023, "Retrieval-Enhanced Contrastive Vision-Text Models", arXiv:2306.07196. From the paper, by second-hand
+descriptions: the search within a modality and its results (section 3.1); one layer of self-attention for pictures, one
+for texts, and the losses (3.2); the learning rate (4.1). The paper removes near-duplicates of test pictures from the
+memory; here the caller has to. Choices of this project: k, heads, width of the MLP; no positions, pre-norm, branches
+that begin at 0; Adam; no training pair finds itself.
 """
 
 import functools
@@ -31,7 +31,7 @@ ROWS = 1024  # refined at a time
 
 
 class Fusion(Encoder, kw_only=True):
-    """A block over an embedding and what was found for it, in any order; it begins as the identity."""
+    """A transformer block over an embedding and its retrieved embeddings, in any order; the identity at init."""
 
     depth: int = 1
     layer_scale: float | None = 0.0  # slow at first; matrices of zeros leap beside entries as small as embeddings'
@@ -39,19 +39,20 @@ class Fusion(Encoder, kw_only=True):
 
     @nn.compact
     def __call__(self, x, found):
-        """Embeddings [B, D], found [B, k, D] -> the block's output at the embedding's place, unit norm [B, D]."""
+        """Embeddings [B, D], found [B, k, D] -> refined embeddings, unit norm [B, D]: the output at the first place."""
         tokens = jnp.concatenate([x[:, None], found], axis=1)
         x = self.stack(tokens, AttentionInputs(), norm=False)[0][:, 0]
         return x / jnp.linalg.norm(x, axis=1, keepdims=True)
 
 
 class Reco(NamedTuple):
-    """Refines pictures with the texts of pictures like them, and texts with the pictures of texts like them.
+    """Refines pictures with the texts of similar pictures, and texts with the pictures of similar texts.
 
     Attributes:
       memory: embeddings of pictures and of their texts, float32 [P, D] each, unit norm.
-      k: how many pairs are found for an embedding.
-      fusion, params: the layer, and its parameters for pictures and for texts, a leading axis of 2.
+      k: pairs found for an embedding.
+      fusion: the layer.
+      params: the layer's parameters, for pictures and for texts along a leading axis of 2.
     """
 
     memory: tuple[np.ndarray, np.ndarray]
@@ -85,13 +86,13 @@ def _fuse(fusion, params, x, found):
 
 
 def retrieve(queries: np.ndarray, memory: np.ndarray, k: int, exclude: np.ndarray | None = None) -> np.ndarray:
-    """Returns the rows of the memory with the largest inner products with each query, int [M, k], the largest first.
+    """Returns the rows of the memory nearest to each query by inner product, int [M, k], nearest first.
 
-    Exact; equals stand in the order of their rows. Products are made in blocks of 1,024 queries.
+    Exact; equal products are ordered by row. Products are computed in blocks of 1,024 queries.
 
     Args:
       queries, memory: float [M, D] and [P, D].
-      exclude: int [M], a row that a query may not find (itself, say), -1 for none; None: each may find all.
+      exclude: int [M], a row that a query may not find (for instance itself), -1 for none; None: no row is excluded.
     """
     queries, memory = np.asarray(queries, np.float32), np.asarray(memory, np.float32)
     if queries.ndim != 2 or queries.shape[1:] != memory.shape[1:]:
@@ -138,21 +139,23 @@ def reco(
     learning_rate: float = 1e-3,
     seed: int = 0,
 ) -> Reco:
-    """Trains RECO's fusion on pairs by `alignment`. The paper's batches have 4096 pairs, of 10 million, for 10 epochs.
+    """Trains RECO's fusion on pairs by `alignment`.
+
+    The paper trains on 10 million pairs for 10 epochs, in batches of 4096.
 
     Args:
       features, texts: float [N, D] each, unit norm: embeddings of the training pictures and of their texts.
-      scale: the model's logit scale, 100 in CLIP; it is not trained.
-      memory: pictures and their texts, float [P, D] each, unit norm, to be searched in training and later. By default
-        the training pairs, none of which finds itself in training.
-      exclude: int [N], which pair of the memory is the training pair, -1 for none: in training it is not found.
-      targets: int [N]: pictures and texts of equal targets describe each other. By default only those of a pair do.
+      scale: the model's logit scale, 100 in CLIP; stays fixed.
+      memory: pictures and their texts, float [P, D] each, unit norm, searched in training and later. Defaults to the
+        training pairs; in training no pair finds itself.
+      exclude: int [N], the memory's row of each training pair, -1 for none; this row is not found in training.
+      targets: int [N]; pictures and texts of equal targets match. By default only the two of a pair match.
       k: pairs found for an embedding.
-      heads: of the attention; they divide D.
-      mlp_dim: width of the hidden layer; None is 4 D.
-      steps: 0 gives what refines nothing.
-      batch_size: all pairs at most; an epoch's last batch, if short, is left out.
-      learning_rate: the first one.
+      heads: attention heads; a divisor of D.
+      mlp_dim: width of the hidden layer; defaults to 4 D.
+      steps: 0 gives the identity.
+      batch_size: at most all pairs; the last batch of an epoch, if short, is left out.
+      learning_rate: the initial one.
       seed: of the parameters and of the order of pairs.
     """
     pairs = _pairs(features, texts, "training")
@@ -186,7 +189,8 @@ def _init(fusion, key):
 def alignment(images, texts, refined_images, refined_texts, scale, targets):
     """L(V', T') + L(V', T) + L(V, T') of embeddings V, T and refined V', T', [B, D] each (the paper's section 3.2).
 
-    L is CLIP's, a mean; the paper's is a sum, 2 B times that. Targets: int [B], equal where an image and a text match.
+    L is CLIP's loss, a mean; the paper's L is a sum, 2 B times the mean. Targets: int [B], equal if an image and a text
+    match.
     """
     positives, nce = targets[:, None] == targets, softmax().plain
     pairs = (refined_images, refined_texts), (refined_images, texts), (images, refined_texts)
@@ -205,7 +209,7 @@ def _train(fusion, params, batches, pairs, memory, found, targets, scale, learni
 
 
 def _pairs(images, texts, name, width=None):
-    """Both in float32 [2, N, D], or a UserError if they are not of unit norm, of one width, a text for each image."""
+    """Returns both in float32 [2, N, D]; raises a UserError unless both have unit norm, one width and one length."""
     texts = unit(texts, f"{name} texts", width)
     images = unit(images, f"{name} images", texts.shape[1])
     if len(images) != len(texts):

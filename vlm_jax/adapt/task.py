@@ -1,4 +1,4 @@
-"""A few-shot task: labelled pictures, the classes to tell apart, and how many pictures a model names right."""
+"""A few-shot task: labelled pictures, the classes to tell apart, and a model's accuracy."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ class Shots(NamedTuple):
     """Labelled pictures.
 
     Attributes:
-      images: preprocessed, [N, H, W, 3], or None where no method asks for them.
+      images: preprocessed, [N, H, W, 3], or None if no method needs pictures.
       features: their embeddings, unit norm, float [N, D].
       labels: int [N], in range(C).
     """
@@ -24,14 +24,14 @@ class Shots(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What is to be told apart.
+    """The classes to tell apart.
 
     Attributes:
       names: of the C classes.
       templates: prompts.
       text: embeddings of the classes, unit norm, float [C, D].
       scale: of the model's logits.
-      seed: of what is drawn.
+      seed: of all random draws.
     """
 
     names: Sequence[str]
@@ -42,7 +42,10 @@ class Task(NamedTuple):
 
 
 def accuracy(base: Pretrained, adapted: Pretrained, queries: Shots, names: Sequence[str]) -> float:
-    """The share of pictures that an adapted model names right; cached features serve an unchanged image tower."""
+    """The share of pictures that an adapted model names right.
+
+    Cached features are reused if the image tower is unchanged.
+    """
     if adapted.head is not None:
         logits = adapted.head(queries.features)
     elif adapted.compares_pairs or _image_tower_changed(base, adapted):

@@ -1,10 +1,10 @@
-"""Few-shot tuning: a recipe's parameters on labelled pictures, by cross-entropy over class names.
+"""Few-shot tuning: trains a recipe's parameters on labelled pictures, by cross-entropy over class names.
 
     clip = vlm_jax.load("runs/clip")
     adapted = tune(clip, Inserted(LowRank(rank=4)), images, labels, names, learning_rate=1e-3)
     adapted.classify(pictures)
 
-A recipe says what trains and how it changes the model, see `vlm_jax.adapt.recipe`.
+A recipe states the parameters that train and their effect on the model, see `vlm_jax.adapt.recipe`.
 """
 
 import dataclasses
@@ -42,11 +42,11 @@ def tune(
     seed: int = 0,
     show: bool = False,
 ) -> Pretrained:
-    """Trains what the recipe says and returns the adapted model, which names pictures by `names`.
+    """Trains a recipe's parameters and returns the adapted model, which names pictures by `names`.
 
     AdamW under a cosine schedule to 0, on the mean cross-entropy of softmax(scale * cosine) over all names (CoOp,
-    arXiv:2109.01134, equation 3), whatever loss the towers were trained with. A tower that nothing changes embeds
-    once. Pictures are as the model prepares them, without augmentation.
+    arXiv:2109.01134, equation 3), whatever loss the towers were trained with. An unchanged tower embeds its inputs
+    once. Pictures pass the model's preprocessing, without augmentation.
 
     Args:
       pretrained: a two-tower model.
@@ -54,10 +54,10 @@ def tune(
       images: preprocessed, [N, H, W, 3], or a list as for `Pretrained.embed_images`.
       labels: int [N], in range(len(names)).
       names: of the classes.
-      templates: prompts; one where the recipe changes the text tower.
+      templates: prompts; exactly one if the recipe changes the text tower.
       steps, batch_size, learning_rate, weight_decay: of the optimizer.
-      seed: of what is drawn at the start, and of the order of examples.
-      show: a progress bar.
+      seed: of the initial parameters and of the order of examples.
+      show: shows a progress bar.
 
     Raises:
       UserError: the recipe and the model do not fit, or the loss is not finite.
@@ -119,7 +119,7 @@ def _optimizer(steps, learning_rate, weight_decay):
 
 
 def with_room(pretrained: Pretrained, insertions: tuple) -> Pretrained:
-    """The model with insertions, not in its parameters yet, whose texts have room for those that are contexts."""
+    """The model with insertions and with room for contexts in its texts; the parameters have no insertions yet."""
     if not insertions:
         return pretrained
     room = "".join(f" | room({m.length}, {m.at})" for m in insertions if isinstance(m, insertion.Context))
@@ -128,6 +128,6 @@ def with_room(pretrained: Pretrained, insertions: tuple) -> Pretrained:
 
 
 def _context_place(pretrained: Pretrained) -> int:
-    """1 where texts begin with a start token, else 0."""
+    """1 if texts begin with a start token, else 0."""
     first = pretrained._token_ids(["a", "the"])[:, 0]
     return int(first[0] == first[1])

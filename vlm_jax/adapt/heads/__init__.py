@@ -1,6 +1,6 @@
 """Few-shot classifiers on frozen, cached, unit-norm features of a two-tower model; no gradient through the towers.
 
-A head maps features [M, D] to logits, float64 [M, C]. Common arguments of the functions that make one:
+A head maps features [M, D] to logits, float64 [M, C]. Common arguments of the functions that make heads:
 
     features  float [N, D], unit norm: image embeddings of the training pictures
     labels    int [N], in range(C)

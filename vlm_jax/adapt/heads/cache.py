@@ -17,7 +17,7 @@ ALPHAS, BETAS = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0], [0.3, 1.0, 2.0, 3.5, 5.
 
 
 class TipAdapter(NamedTuple):
-    """Logits alpha exp(-beta (1 - f F')) L + s f W'; the cache's part in float32, with [M, N] numbers at a time.
+    """Logits alpha exp(-beta (1 - f F')) L + s f W'; the first term in float32, with [M, N] numbers in memory.
 
     Attributes:
       text: W, float [C, D].
@@ -82,15 +82,15 @@ def tip_adapter_f(
     weight_decay: float = 0.01,
     seed: int = 0,
 ) -> TipAdapter:
-    """Tip-Adapter-F (arXiv:2207.09519, section 3.2): the cache's keys, first the training features, are trained.
+    """Tip-Adapter-F (arXiv:2207.09519, section 3.2): trains the cache's keys, which start as the training features.
 
-    By AdamW with a cosine schedule to 0 on the mean cross-entropy; the weight decay is torch's default, which the
-    authors' code leaves. That code trains on augmented pictures, drawn anew each epoch, and keeps the epoch that is
-    best on test; this trains on the cached features, and looks at nothing else.
+    The optimizer is AdamW with a cosine schedule to 0, the loss the mean cross-entropy. The weight decay is torch's
+    default, as in the authors' code. The authors' code trains on augmented pictures, drawn anew each epoch, and keeps
+    the epoch that is best on test; this function trains on the cached features alone.
 
     Args:
       epochs: 0 gives Tip-Adapter.
-      batch_size: the last batch of an epoch has what is left.
+      batch_size: the last batch of an epoch may be smaller.
       seed: of the order of examples.
       others: see `heads`; alpha and beta as in `TipAdapter`.
     """

@@ -1,4 +1,4 @@
-"""Checks of what heads are given: features, labels and texts that fit each other."""
+"""Checks of the arguments of heads: features, labels and texts that fit each other."""
 
 import numpy as np
 
@@ -6,14 +6,14 @@ from vlm_jax.errors import UserError
 
 
 def few_shot(features: np.ndarray, labels: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features and text in float64, and labels, checked against each other; a UserError says what does not fit."""
+    """Returns features and text in float64, and labels; raises a UserError if their shapes or norms do not fit."""
     text = unit(text, "text embeddings")
     features = unit(features, "training features", text.shape[1])
     return features, check_labels(labels, len(features), len(text)), text
 
 
 def unit(x: np.ndarray, name: str, width: int | None = None) -> np.ndarray:
-    """`x` in float64, or a UserError if it is not [any, width], of unit norm as far as bfloat16 can tell."""
+    """Returns `x` in float64; raises a UserError unless `x` is [any, width], of unit norm to bfloat16's precision."""
     x = np.asarray(x, np.float64)
     if x.ndim != 2 or not len(x) or (width is not None and x.shape[1] != width):
         raise UserError(f"{name} have shape {x.shape}; expected [rows, {width or 'width'}], as the texts have it")
@@ -24,7 +24,7 @@ def unit(x: np.ndarray, name: str, width: int | None = None) -> np.ndarray:
 
 
 def check_labels(labels: np.ndarray, rows: int, classes: int) -> np.ndarray:
-    """`labels`, or a UserError if they are not [rows] integers in range(classes), rows > 0."""
+    """Returns `labels`; raises a UserError unless `labels` are [rows] integers in range(classes), rows > 0."""
     labels = np.asarray(labels)
     if labels.shape != (rows,) or not rows or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(f"labels are {labels.dtype} {labels.shape} of {rows} pictures; expected an integer for each")

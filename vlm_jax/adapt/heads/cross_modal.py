@@ -38,15 +38,16 @@ def cross_modal_probe(
 ) -> Linear:
     """Cross-modal linear probing (arXiv:2301.06267, section 3): logits s f V', trained on pictures and class names.
 
-    V [C, D] is first `text`; the text embeddings are training examples of their classes besides the pictures. Of each
-    batch one half are pictures, the other texts. AdamW; the learning rate rises over 50 steps, then falls by a cosine.
-    These and the defaults are of the authors' code, which tries learning rates 1e-3 and 1e-4, weight decays 0, 1e-4 and
-    1e-2 and batches of 8 and 32, and keeps the step that is best on validation; this keeps the last.
+    V [C, D] starts as `text`; the text embeddings are training examples of their classes, beside the pictures. Half of
+    each batch are pictures, half texts. AdamW; the learning rate rises over 50 steps, then falls by a cosine. These
+    settings and the defaults are of the authors' code. The authors' code also tries learning rates 1e-3 and 1e-4,
+    weight decays 0, 1e-4 and 1e-2 and batches of 8 and 32, and keeps the step that is best on validation; this function
+    keeps the last step.
 
     Args:
       steps: 0 gives `zero_shot`.
-      batch_size: even; a half is no larger than what there is of its kind, and an epoch's last half, if short, is
-        left out.
+      batch_size: even; a half is at most as large as the number of pictures or texts, and the last half of an epoch, if
+        short, is left out.
       seed: of the order of examples.
       others: see `heads`.
     """

@@ -20,24 +20,24 @@ PRIORS = {
 def gaussian(
     features: np.ndarray, labels: np.ndarray, classes: int, *, shrinkage: float | None = None, prior: str = "uniform"
 ) -> Linear:
-    """Log densities, up to what classes share, of Gaussians with means mu_k and one covariance.
+    """Log densities of Gaussians with means mu_k and one covariance, without the terms common to all classes.
 
-    Weights P mu_k, bias log p_k - mu_k' P mu_k / 2 (arXiv:2402.04087, equation 3). P is the inverse of the covariance:
-    by default the paper's estimate (equation 4), D ((N - 1) S + tr(S) I)^-1, S being the scatter around the class means
-    over N - 1, which is the authors' code's divisor.
+    Weights P mu_k, bias log p_k - mu_k' P mu_k / 2 (arXiv:2402.04087, equation 3). P is the inverse of the covariance.
+    P defaults to the paper's estimate (equation 4), D ((N - 1) S + tr(S) I)^-1. S is the scatter around the class means
+    over N - 1, the divisor of the authors' code.
 
-    With a shrinkage x and prior "frequency", equal to scikit-learn's `LinearDiscriminantAnalysis(solver="lsqr",
-    shrinkage=x)` for three classes and more: P = ((1 - x) S + x tr(S) / D I)^-1, S being the scatter over N.
+    With a shrinkage x, P = ((1 - x) S + x tr(S) / D I)^-1, and S is the scatter over N. With prior "frequency" this
+    equals scikit-learn's `LinearDiscriminantAnalysis(solver="lsqr", shrinkage=x)` for three classes and more.
 
     Args:
-      features: float [N, D]; their norm does not matter.
+      features: float [N, D], of any norm.
       labels: int [N], in range(classes), at least one of each class.
       classes: C.
       shrinkage: x, from 0 to 1; None for the paper's estimate.
       prior: p_k: "uniform", as in the authors' code, or "frequency", as in `labels`.
 
     Raises:
-      UserError: a class without examples; a covariance that has no inverse, as that of one example a class.
+      UserError: a class has no examples; the covariance has no inverse, for instance with one example of each class.
     """
     x = np.asarray(features, np.float64)
     if x.ndim != 2 or not len(x) or not np.isfinite(x).all():

@@ -20,5 +20,5 @@ def zero_shot(text: np.ndarray, scale: float) -> Linear:
 def linear_probe(
     features: np.ndarray, labels: np.ndarray, text: np.ndarray, scale: float, *, l2: float = 1.0
 ) -> Linear:
-    """CLIP's linear probe, `logistic_regression`; of `text` and `scale` only the number of classes counts."""
+    """CLIP's linear probe, `logistic_regression`; `text` gives only the number of classes, `scale` is not used."""
     return logistic_regression(features, labels, len(text), l2)

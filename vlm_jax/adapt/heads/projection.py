@@ -1,4 +1,4 @@
-"""The image tower's last projection, trained on what it takes."""
+"""The image tower's last projection, trained on cached inputs of the projection."""
 
 from typing import NamedTuple
 
@@ -50,23 +50,23 @@ def train_projection(
     steps: int = 300,
     learning_rate: float = 1e-5,
 ) -> Projected:
-    """ProLIP (arXiv:2410.05270): the image tower's last projection K is trained, its bias b is not.
+    """ProLIP (arXiv:2410.05270): trains the image tower's last projection K; the bias b stays.
 
-    Minimises the mean cross-entropy of s normalise(x K + b) W' plus lambda |K - K_0|_F^2 by Adam, all examples at each
-    step, under a cosine schedule to 0. Defaults are of the authors' code. Adam's steps have about the size of the
-    learning rate, however large lambda is: K stays that near K_0, not on it.
+    Minimises the mean cross-entropy of s normalise(x K + b) W' plus lambda |K - K_0|_F^2 by Adam, with all examples at
+    each step, under a cosine schedule to 0. Defaults are of the authors' code. Adam's steps have about the size of the
+    learning rate, however large lambda is: a large lambda keeps K about that near K_0, not on K_0.
 
     Args:
-      features: x, float [N, E], what the projection takes, or [A, N, E] for A augmented views, of which step i sees
-        i mod A; the authors take as many as steps.
+      features: x, float [N, E], the projection's input; or [A, N, E] for A augmented views, step i on view i mod A. The
+        authors use one view for each step.
       labels: int [N].
       text: W, as in `heads`.
       scale: s.
       kernel: K_0, float [E, D].
       bias: b, float [D], or None.
-      pull: lambda: a number, "1/N" or "1/N^2", N being the training pictures of a class, on average.
-      steps: 0 gives the model's own, the zero-shot classifier.
-      learning_rate: the first one; the paper goes from 1e-5 to 1e-2.
+      pull: lambda: a number, "1/N" or "1/N^2"; N is the mean number of training pictures of a class.
+      steps: 0 gives the model's own kernel, the zero-shot classifier.
+      learning_rate: the initial one; the paper tries 1e-5 to 1e-2.
     """
     views, kernel = np.asarray(features, np.float32), np.asarray(kernel, np.float32)
     text = unit(text, "text embeddings")

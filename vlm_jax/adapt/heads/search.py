@@ -11,11 +11,11 @@ from vlm_jax.errors import DivergedError, UserError
 
 
 def searches(*grids: Mapping[str, Sequence], refine: Mapping[str, Sequence] | None = None) -> Callable:
-    """Decorates a head's function with the values that are tried of its options.
+    """Decorates a head's function with the values to try for its options.
 
     Args:
-      *grids: name -> values, searched one after the other, each with the best of those before.
-      refine: fields of the head that are tried once it is trained, by `_replace`.
+      *grids: name -> values; grids are searched one after the other, each with the best values of earlier grids.
+      refine: field -> values; fields of the trained head, tried by `_replace`.
     """
 
     def decorate(function):
@@ -31,7 +31,7 @@ class Choice(NamedTuple):
     Attributes:
       parameters: name -> value.
       accuracy: top-1 on the validation features, in [0, 1].
-      head: what was built of the parameters.
+      head: the head with these parameters.
     """
 
     parameters: dict[str, Any]
@@ -45,17 +45,17 @@ def choose(
     features: np.ndarray,
     labels: np.ndarray,
 ) -> Choice:
-    """The head that names most validation pictures right, of every combination of a grid's values; the first of equals.
+    """Returns the head with the best validation accuracy over a grid; of equal heads the first.
 
-    One whose training diverges is passed over, unless all do.
+    A combination of values whose training diverges is skipped, unless all diverge.
 
         choose(functools.partial(gda, *train, text, 100.0), {"alpha": [0.1, 1, 10]}, *validation)
-        choose(head._replace, {"alpha": alphas, "beta": betas}, *validation)  # of a head already trained
+        choose(head._replace, {"alpha": alphas, "beta": betas}, *validation)  # refines a trained head
 
     Args:
       build: hyper-parameters by name -> head.
       grid: name -> values to try.
-      features: float [V, D], what heads take: validation pictures, neither of the training set nor of the test set.
+      features: float [V, D], the heads' input: validation pictures, neither of the training set nor of the test set.
       labels: int [V].
     """
     features, labels = np.asarray(features), np.asarray(labels)

@@ -13,7 +13,7 @@ from vlm_jax.errors import UserError
 
 
 class Ranges(NamedTuple):
-    """What psi of TIP-X maps: the first two numbers to the other two.
+    """The ranges of psi of TIP-X, which maps divergences linearly to cosines.
 
     Attributes:
       divergence: the smallest and the largest KL divergence of queries from supports.
@@ -31,7 +31,7 @@ class TipX(NamedTuple):
       tip: `TipAdapter`.
       gamma: weight of the divergences.
       temperature: of the softmax over classes.
-      ranges: what psi maps; None for the ranges over the features that are asked for.
+      ranges: the ranges of psi; None for the ranges over the features of a call.
     """
 
     tip: TipAdapter
@@ -71,15 +71,15 @@ def tip_x(
 ) -> TipX:
     """TIP-X of SuS-X (arXiv:2211.16198, section 3.2): alpha exp(-beta (1 - f F')) L + s f W' + gamma psi(-M) L.
 
-    M_ij = KL(s_i || S_j) of the softmax over classes of query i and of support j. What the paper leaves open is as in
-    the authors' code: the softmax is of cosines over `temperature`, 0.5, without s; psi maps M linearly to the range of
-    the cosines f F' and takes the negative of that, where mapping -M to the range itself would add the same to every
-    class if each has as many supports.
+    M_ij = KL(s_i || S_j) of the softmaxes over classes of query i and support j. Details that the paper leaves open are
+    as in the authors' code: the softmax is over cosines / `temperature` (0.5), without s; psi maps M linearly to the
+    range of the cosines f F' and negates the result. (Mapping -M to that range instead would differ by the same number
+    for every class, if classes have equally many supports.)
 
     Args:
-      reference: float [R, D], queries whose divergences and cosines give psi its ranges, those of validation say: then
-        the logits of a query do not depend on the others. By default the ranges are those of the queries of a call, as
-        in the authors' code: call with the whole set.
+      reference: float [R, D], queries whose divergences and cosines give the ranges of psi, for instance the validation
+        features; the logits of a query then do not depend on other queries. Defaults to the queries of each call, as in
+        the authors' code: call the head with the whole set.
       others: see `heads`; alpha, beta and gamma as in the formula.
     """
     tip = tip_adapter(features, labels, text, scale, alpha=alpha, beta=beta)
@@ -93,7 +93,7 @@ def tip_x(
 
 
 def _divergence(features: np.ndarray, keys: np.ndarray, text: np.ndarray, temperature: float) -> np.ndarray:
-    """KL(s_i || S_j), [M, N]; in float64, as softmaxes of cosines are so even that float32 leaves few digits."""
+    """KL(s_i || S_j), [M, N]; in float64, because softmaxes of cosines are so even that float32 leaves few digits."""
     log_query, log_support = (scipy.special.log_softmax(x @ text.T / temperature, axis=1) for x in (features, keys))
     query = np.exp(log_query)
     return np.sum(query * log_query, axis=1, keepdims=True) - query @ log_support.T

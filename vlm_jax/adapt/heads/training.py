@@ -21,7 +21,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, where: jax.Array | None 
 
 
 def descend(loss: Callable, params: Any, optimizer: optax.GradientTransformation, batches: jax.Array) -> tuple:
-    """Parameters after a step of the optimizer on `loss(params, batch)` for each batch, and the losses."""
+    """Takes an optimizer step on `loss(params, batch)` for each batch; returns the parameters and the losses."""
 
     def step(carry, batch):
         params, state = carry
@@ -34,7 +34,7 @@ def descend(loss: Callable, params: Any, optimizer: optax.GradientTransformation
 
 
 def shuffled(rows: int, size: int, epochs: int, seed: int | tuple[int, int]) -> np.ndarray:
-    """Rows of the batches of some epochs, int [steps, size]; what an epoch's last batch lacks is -1."""
+    """Rows of the batches of some epochs, int [steps, size]; -1 fills up the last batch of an epoch."""
     if size < 1:
         raise UserError(f"batch_size is {size}; expected a number above 0")
     size = min(size, rows)
@@ -44,7 +44,7 @@ def shuffled(rows: int, size: int, epochs: int, seed: int | tuple[int, int]) -> 
 
 
 def finite(trained: jax.Array, losses: jax.Array) -> np.ndarray:
-    """`trained` on the host, or a DivergedError if it or a loss is not finite."""
+    """Returns `trained` on the host; raises a DivergedError if `trained` or a loss is not finite."""
     if not (jnp.isfinite(losses).all() and jnp.isfinite(trained).all()):
         raise DivergedError("the head's training has diverged (its loss is not finite); a smaller learning_rate?")
     return np.asarray(trained)

@@ -1,1 +1,1 @@
-"""Learned tokens, keys and values: each method makes a `Recipe` from the model."""
+"""Learned tokens, keys and values; each method makes a `Recipe` from the model."""

@@ -20,7 +20,7 @@ class Coupled(NamedTuple):
 
     Attributes:
       length: n.
-      depth: J; of a tower with fewer blocks, all.
+      depth: J, capped at the number of blocks of the shallower tower.
       std: of P at init.
     """
 

@@ -1,4 +1,4 @@
-"""Prompts that are computed from something else, put where the towers have theirs."""
+"""Places computed prompts where the towers have their inserted prompts."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from vlm_jax.errors import UserError
 
 
 def widths(model: Any) -> tuple[int, int]:
-    """Width of the text tower and of the image tower, which both have to be transformers."""
+    """Returns the widths of the text tower and the image tower; raises a UserError unless both are transformers."""
     for tower in ("text", "image"):
         if not hasattr(getattr(model, tower, None), "depth"):
             raise UserError(f"maple and upt put prompts into two transformers; this model's {tower} tower is none")
@@ -19,7 +19,7 @@ def widths(model: Any) -> tuple[int, int]:
 
 
 def spread(tower: str, rows: jax.Array, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Rows [J, n, D], one of each of the first J blocks, as the inserted parameters of a tower; 0 for later blocks."""
+    """Rows [J, n, D] as the inserted parameters of a tower: row j for block j, 0 for blocks from J on."""
     spread = {}
     for name, leaf in leaves.items():
         if not re.fullmatch(rf"{tower}/(.*/)?inserted_(context|prompt)", name):

@@ -17,5 +17,5 @@ from vlm_jax.models.insertion import Prefix
     count="2 * length * (L_t * D_t + L_v * D_v)",
 )
 def prefix(model: nn.Module, *, where: str = r".*/attn", length: int = 4, std: float = 0.02) -> Inserted:
-    """Prefix tuning, which P-Tuning v2 applies to all sizes and tasks."""
+    """Prefix tuning; P-Tuning v2 applies it to all model sizes and tasks."""
     return Inserted((Prefix(where, length, std),))

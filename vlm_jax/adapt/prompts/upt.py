@@ -17,15 +17,16 @@ from vlm_jax.params.table import named_leaves
 class Unified(NamedTuple):
     """Unified prompts (UPT: Zang et al. 2022, arXiv:2210.07225, section 3.3), through one light transformer layer.
 
-    U' = SA(U) + LN(U), then FFN(LN(U')) + LN(U'), of which the first rows go before the words, the others, through a
-    dense layer where the paper has towers of one width, before the patches; all at the towers' first block.
+    U' = SA(U) + LN(U), then FFN(LN(U')) + LN(U'). The first n_text rows of the result go before the words, the other
+    rows before the patches, at the towers' first block. The image rows pass a dense layer, because the towers' widths
+    may differ; the paper's towers have one width.
 
     With d = D_text and m = n_text + n_image: m d + 4 (d^2 + d) + 4 d + 2 d h + h + d + d D_image + D_image parameters.
 
     Attributes:
       text_length: n_text.
       image_length: n_image.
-      hidden: h; None is d.
+      hidden: h; defaults to d.
       heads: of the self-attention.
       std: of U at init.
     """
