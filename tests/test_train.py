@@ -20,7 +20,7 @@ from vlm_jax.train import train
 
 
 def towers(bias_init=None):
-    tower = dict(width=32, depth=2, heads=4, out_dim=16)
+    tower = dict(width=32, depth=2, heads=4, out_dim=16, scan=True)
     return dict(
         image=dict(patch=8, pool="gap", **tower),
         text=dict(vocab_size=64, length=8, pool="last", **tower),
@@ -51,12 +51,14 @@ def build(mesh, penalty, batch, steps=20, accumulate=1):
 
 
 def loss_curve(mesh, penalty, accumulate=1, steps=20, size=16):
+    """(losses of the first of 20 steps, the state after them)."""
     batches = list(random_batches(steps, size))
-    program = build(mesh, penalty, batches[0], steps, accumulate)
-    state = program.init(jax.random.key(0), {})
-    losses = []
+    program = build(mesh, penalty, batches[0], accumulate=accumulate)
+    with jax.set_mesh(mesh):
+        state = program.init(jax.random.key(0), {})
+    step, losses = program.compile_step(batches[0], size), []
     for batch in batches:
-        state, metrics, _ = program.step(state, sharding.to_global(batch, mesh, size))
+        state, metrics, _ = step(state, sharding.to_global(batch, mesh, size))
         losses.append(float(metrics["loss"]))
     return np.array(losses), state
 
@@ -69,23 +71,22 @@ def test_same_curve_on_every_mesh(penalty, shapes):
     for shape in shapes:
         losses, state = loss_curve(sharding.make_mesh(*shape), penalty)
         np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5, err_msg=str(shape))
-    kernel = state.params["image"]["blocks_0"]["mlp"]["fc1"]["kernel"]
-    assert kernel.addressable_shards[0].data.shape == (16, 64)  # (32, 128) over fsdp=2 x tensor=2
-    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == (32, 128)]
+    kernel = state.params["image"]["blocks"]["mlp"]["fc1"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (2, 16, 64)  # (2, 32, 128) over fsdp=2 x tensor=2
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == (2, 32, 128)]
     assert moments and all(leaf.sharding == kernel.sharding for leaf in moments)
 
 
 def test_a_sharded_batch_goes_around_the_ring():
     (batch,) = random_batches(1, 16)
     for mesh, ring in ((sharding.make_mesh(2, 2, 2), True), (sharding.make_mesh(devices=jax.devices()[:1]), False)):
-        program = build(mesh, "softmax", batch)
-        lowered = program.step.lower(program.abstract_state, sharding.abstract_batch(batch, 16, mesh))
+        lowered = build(mesh, "softmax", batch).lower_step(batch, 16)
         assert ("collective_permute" in lowered.as_text()) == ring
 
 
 def test_accumulation_on_a_mesh_keeps_the_curve():
     mesh = sharding.make_mesh(2, 2, 2)
-    expected, _ = loss_curve(mesh, "softmax", steps=5)
+    expected, _ = loss_curve(mesh, "softmax", steps=5)  # the program of the test above
     losses, _ = loss_curve(mesh, "softmax", steps=5, accumulate=4)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
