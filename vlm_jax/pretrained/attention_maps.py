@@ -1,12 +1,12 @@
-"""Where an image tower looks, and which of its patches are like a text. Numbers; `figures.maps` and `word_patch` draw
-them.
+"""Attention maps of an image tower, and the similarity of patches and texts, as arrays.
 
     attention_maps.attention(clip, pictures)               # float32 [n, h, w]
     attention_maps.word_patch(clip, pictures, ["a hat"])   # float32 [n, 1, h, w]
-    attention_maps.seen(clip, pictures)                    # the pictures that these maps lie on
+    attention_maps.seen(clip, pictures)                    # the pictures under these maps
 
-The model runs as it is. Its modules are watched (`flax.linen.intercept_methods`), the softmax, which kernels do not
-give back, is computed again from queries and keys, and nothing that the model computes from it changes.
+`figures.maps` and `figures.word_patch` draw these arrays. The model runs unchanged: its modules are
+watched (`flax.linen.intercept_methods`). Kernels do not return the softmax, which is computed again from queries and
+keys.
 """
 
 import dataclasses
@@ -28,58 +28,58 @@ from vlm_jax.pretrained import Pretrained
 
 
 def attention(pretrained: Pretrained, images: Sequence) -> np.ndarray:
-    """How much the output of the image tower looks at each patch, float32 [n, h, w].
+    """Returns the attention of the image tower's output to each patch, float32 [n, h, w].
 
-    - Where attention pools the tokens (SigLIP's MAP head, CoCa's pooler): the weights of its first query, the mean over
-      heads.
-    - Where the output is the cls token: its row of the last block's weights, the mean over heads.
+    - Attention pooling (SigLIP's MAP head, CoCa's pooler): the weights of the first query, averaged over heads.
+    - cls token: the cls row of the last block's weights, averaged over heads.
     - Otherwise (the mean of the tokens, a captioner's tokens): attention rollout (Abnar and Zuidema 2020,
-      arXiv:2005.00928, section 3), the product over blocks of (weights + identity) / 2, the mean over tokens that look.
+      arXiv:2005.00928, section 3), the product over blocks of (weights + identity) / 2, averaged over heads and query
+      tokens.
 
-    What goes to a cls token, registers or prompts is left out, so that a map need not add up to 1.
+    Weights on a cls token, registers or prompts are left out, so a map may not add up to 1.
 
     Args:
       pretrained: a model with a ViT.
       images: as for `Pretrained.embed_images`.
 
     Raises:
-      UserError: the image tower has no patches; packed pictures have patches of different grids.
+      UserError: the image tower has no patches, or packed pictures have different grids of patches.
     """
     return attention_batch(pretrained, pretrained._pictures(images))
 
 
 def attention_batch(pretrained: Pretrained, images: Any) -> np.ndarray:
-    """The same of preprocessed images [B, H, W, 3]."""
+    """Returns `attention` of preprocessed images [B, H, W, 3], float32 [B, h, w]."""
     return pretrained._run(partial(_attention, grid=_grid(pretrained, images)), images)
 
 
 def has_patches(pretrained: Pretrained) -> bool:
-    """Whether there is an image tower with patches, a ViT."""
+    """Whether the model has an image tower with patches, a ViT."""
     return hasattr(getattr(pretrained.model, "image", None), "patch")
 
 
 def seen(pretrained: Pretrained, images: Sequence) -> np.ndarray:
-    """What the image tower gets to see, before it is normalised: uint8 [n, H, W, 3], with h x w whole patches.
+    """Returns the image tower's input before normalisation: uint8 [n, H, W, 3], h x w whole patches.
 
-    Maps lie on these pictures: preprocessing may have cropped or stretched those that were given.
+    Maps fit these pictures and not the given ones, which preprocessing may have cropped or stretched.
     """
     drawn = dataclasses.replace(pretrained, preprocess=before_normalize(pretrained.preprocess))._pictures(images)
     return whole_patches(pretrained, drawn)
 
 
 def before_normalize(preprocess: str) -> str:
-    """The ops of a preprocessing that still give a picture, uint8."""
+    """Returns the op string up to normalisation; the result is a picture, uint8."""
     return re.sub(r"\|?\s*\b(normalize|to_float)\b.*", "", preprocess, flags=re.DOTALL)
 
 
 def whole_patches(pretrained: Pretrained, images: np.ndarray) -> np.ndarray:
-    """[n, H, W, 3] without the rows and columns that are left over of whole patches."""
+    """Returns [n, H, W, 3] without the rows and columns beyond the last whole patch."""
     h, w = (pretrained.model.image.patch * side for side in _grid(pretrained, images))
     return images[:, :h, :w]
 
 
 def word_patch(pretrained: Pretrained, images: Sequence, texts: Sequence[str]) -> np.ndarray:
-    """The cosine of each patch of each picture with each text, float32 [n, m, h, w]; see `patch_embeddings`."""
+    """Returns the cosine of each patch of each picture with each text, float32 [n, m, h, w]; see `patch_embeddings`."""
     pretrained._need("text")
     patches = patch_embeddings(pretrained, images)
     words = pretrained.embed_texts(texts)
@@ -89,33 +89,36 @@ def word_patch(pretrained: Pretrained, images: Sequence, texts: Sequence[str]) -
 
 
 def patch_embeddings(pretrained: Pretrained, images: Sequence) -> np.ndarray:
-    """Each patch in the space that pictures and texts share, unit norm, float32 [n, h, w, D].
+    """Returns each patch in the joint space of pictures and texts, unit norm, float32 [n, h, w, D].
 
-    Patch tokens take, one at a time, the way that the tower's output takes after its blocks:
+    Each patch token passes alone through the layers after the tower's blocks:
 
-    - mean ("gap") or max: the head. Of a mean without a cls token and tanh, the mean over patches of what the head
-      gives is the picture's embedding, before its norm.
-    - "concat": the head, with zeros for the other L - 1 tokens and this one times L, so that the same holds.
-    - attention ("map", CoCa): the pool, seeing this token alone, and the head.
-    - every token ("all"): as it is. A text is then the mean of its words.
+    - mean ("gap") or max: the head. For a mean without cls token and tanh, the head's output averaged over patches is
+      the picture's embedding before normalisation.
+    - "concat": the head, given this token times L and zeros for the other L - 1 tokens; the same average holds.
+    - attention ("map", CoCa): the pool over this token alone, and the head.
+    - every token ("all"): unchanged. `word_patch` then averages a text's words.
     - cls token ("tok"): the head, after a last block in which each token attends to itself alone, as in MaskCLIP (Zhou
       et al. 2022, arXiv:2112.01071, section 3.3).
 
-    Args, raises: see `attention`; and for a captioner, which has no embeddings.
+    Args: as for `attention`.
+
+    Raises:
+      UserError: as for `attention`; or the model is a captioner, which has no embeddings, or has pool "none".
     """
     if pretrained.is_captioner:
-        raise UserError("a captioner embeds no pictures; its patches are like no text")
+        raise UserError("a captioner embeds no pictures: patches and texts have no joint space")
     pictures = pretrained._pictures(images)
     grid = _grid(pretrained, pictures)
     if pretrained.model.image.pool == "all":
         return pretrained.embed_image_batch(pictures).reshape(len(images), *grid, -1)
     if not hasattr(pretrained.model, "pool") and pretrained.model.image.pool == "none":
-        raise UserError('the image tower has pool "none": its patches have no way into the space of the texts')
+        raise UserError('the image tower has pool "none": no layer takes its patches into the space of the texts')
     return pretrained._run(partial(_patch_embeddings, grid=grid), pictures)
 
 
 def _grid(pretrained: Pretrained, images: Any) -> tuple[int, int]:
-    """Rows and columns of the patches of preprocessed images."""
+    """(rows, columns) of the patches of preprocessed images."""
     pretrained._need("image")
     patch = getattr(pretrained.model.image, "patch", None)
     if patch is None:
@@ -129,11 +132,11 @@ def _grid(pretrained: Pretrained, images: Any) -> tuple[int, int]:
 
 
 def _watched(model: nn.Module, params: Any, images: Any, look: Callable) -> Any:
-    """What the model makes of images while `look(call, args, kwargs, module, method)` stands around its methods.
+    """Runs the model on images, each method call wrapped in `look(call, args, kwargs, module, method)`.
 
-    It is around insertions, too (`adapt.insert`), and sees what they have added.
+    `look` also wraps insertions (`adapt.insert`) and sees their additions.
     """
-    model = model.clone(image=model.image.clone(remat="none"))  # what is seen has to leave the block
+    model = model.clone(image=model.image.clone(remat="none"))  # watched values must leave the block
 
     def watch(call, args, kwargs, context):
         return look(call, args, kwargs, context.module, context.method_name)
@@ -170,7 +173,7 @@ def _attention(model: nn.Module, params: Any, images: Any, grid: tuple[int, int]
                 pooled.append(projected["weights"][:, :, 0].mean(axis=1))
         elif isinstance(module, Block) and method == "__call__" and path[0] == "image" and not has_pool:
             blocks.append(reduced(projected["weights"]))
-            return result[0], blocks[-1]  # in the place of a cache: a scan stacks what blocks return
+            return result[0], blocks[-1]  # in place of a cache: a scan stacks the outputs of blocks
         elif method == "stack" and path == ("image",) and tower.scan and not has_pool:
             blocks[:] = result[1]
         return result
@@ -186,13 +189,13 @@ def _attention(model: nn.Module, params: Any, images: Any, grid: tuple[int, int]
 
 
 def _tokens_before(tower: nn.Module) -> int:
-    """How many tokens of a ViT stand before its patches: the cls token and registers."""
+    """Number of tokens before the patches of a ViT: the cls token and registers."""
     has_cls = tower.pool == "tok" if tower.cls is None else tower.cls
     return 1 + tower.registers if has_cls else 0
 
 
 def _weights(module: Attention, projected: Mapping, x, kv=None, mask=None, *, logits_bias=None, **_) -> jax.Array:
-    """The softmax that `Attention` has computed in a kernel, fp32 [B, heads, Lq, Lk]."""
+    """Computes the softmax of `Attention` again, fp32 [B, heads, Lq, Lk]."""
     del x, kv
     query, key = (projected[name].reshape(*projected[name].shape[:2], module.heads, -1) for name in ("query", "key"))
     scale = query.shape[-1] ** -0.5 if module.scale is None else module.scale
@@ -203,7 +206,7 @@ def _weights(module: Attention, projected: Mapping, x, kv=None, mask=None, *, lo
 
 
 def _rollout(blocks: Sequence[jax.Array]) -> jax.Array:
-    """The weights of all blocks, first to last, each [B, L, L], as one: which token of the input each looks at."""
+    """Multiplies the weights of all blocks, first to last, each [B, L, L]: attention to the input tokens."""
     total = jnp.eye(blocks[0].shape[-1])
     for weights in blocks:
         total = 0.5 * (jnp.matmul(weights, total, precision="highest") + total)
@@ -217,7 +220,7 @@ def _patch_embeddings(model: nn.Module, params: Any, images: Any, grid: tuple[in
     is_cls = tower.pool in ("tok", "first")
 
     def one_by_one(tokens):
-        """[B, L, D] -> [B N, 1, D], or [B N, L, D] for "concat": each patch for a picture."""
+        """[B, L, D] -> [B N, 1, D], or [B N, L, D] for "concat": each patch becomes a picture."""
         own = tokens[:, :patches] if packed else tokens[:, -patches:]
         if tower.pool != "concat":
             return own.reshape(-1, 1, own.shape[-1])
@@ -236,7 +239,7 @@ def _patch_embeddings(model: nn.Module, params: Any, images: Any, grid: tuple[in
         if isinstance(module, QueryPool) and method == "__call__":
             return call(one_by_one(args[0]))
         if path == ("pool", "attn") and method == "__call__":
-            return call(args[0][:, :1], *args[1:])  # of the queries the first is the picture
+            return call(args[0][:, :1], *args[1:])  # the first query is the picture
         return call(*args, **kwargs)
 
     embeddings = _watched(model, params, images, look).image

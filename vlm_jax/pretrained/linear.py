@@ -9,12 +9,12 @@ import scipy.special
 
 from vlm_jax.errors import UserError
 
-TOLERANCE = 1e-8  # of the largest derivative of the mean loss
+TOLERANCE = 1e-8  # bound of the largest derivative of the mean loss
 STEPS = 10_000
 
 
 class Linear(NamedTuple):
-    """Scores are features @ weights + bias.
+    """A linear classifier: scores = features @ weights + bias.
 
     Attributes:
       weights: float64 [D, C].
@@ -25,15 +25,16 @@ class Linear(NamedTuple):
     bias: np.ndarray
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
-        """Features [N, D] -> scores, float64 [N, C]."""
+        """Returns scores, float64 [N, C], of features [N, D]."""
         return np.asarray(features, np.float64) @ self.weights + self.bias
 
 
 def ridge(features: np.ndarray, labels: np.ndarray, classes: int, l2: float) -> Linear:
-    """The minimum of sum_i |W' x_i + b - y_i|^2 + l2 |W|^2, y_i being 1 for the label and -1 for other classes.
+    """Minimizes sum_i |W' x_i + b - y_i|^2 + l2 |W|^2 in closed form.
 
-    The few-shot probe of ViT (arXiv:2010.11929, section 4.1), in closed form; b is not regularised. Equal to
-    scikit-learn's `RidgeClassifier(alpha=l2)` for three classes and more; of two it has one column, ours the second.
+    y_i is 1 for the label and -1 for other classes; b is not regularised. This is the few-shot probe of ViT
+    (arXiv:2010.11929, section 4.1). Equal to scikit-learn's `RidgeClassifier(alpha=l2)` for three classes and more; for
+    two classes, scikit-learn has one column, our second.
 
     Args:
       features: x, float [N, D].
@@ -51,17 +52,16 @@ def ridge(features: np.ndarray, labels: np.ndarray, classes: int, l2: float) -> 
 
 
 def logistic_regression(features: np.ndarray, labels: np.ndarray, classes: int, l2: float) -> Linear:
-    """The minimum of sum_i -log softmax(W' x_i + b)[label_i] + l2 / 2 |W|^2, by L-BFGS; b sums to 0.
+    """Minimizes sum_i -log softmax(W' x_i + b)[label_i] + l2 / 2 |W|^2 by L-BFGS.
 
-    The linear probe of CLIP (arXiv:2103.00020, appendix A.3). Equal to scikit-learn's `LogisticRegression(C=1 / l2)`
-    for three classes and more; its two classes have one weight vector, which is as ours with l2 twice as large. A class
-    without examples has weights 0 and bias -inf.
+    This is the linear probe of CLIP (arXiv:2103.00020, appendix A.3). b sums to 0. Equal to scikit-learn's
+    `LogisticRegression(C=1 / l2)` for three classes and more; for two classes, scikit-learn has one weight vector,
+    which equals ours with l2 twice as large. A class without examples has weights 0 and bias -inf.
 
-    Args:
-      others: as for `ridge`.
+    Args: as for `ridge`.
 
     Raises:
-      UserError: there is one class only; the minimum is not reached.
+      UserError: there is only one class, or the minimum is not reached.
     """
     x, labels = _checked(features, labels, classes, l2)
     present, labels = np.unique(labels, return_inverse=True)
@@ -69,8 +69,8 @@ def logistic_regression(features: np.ndarray, labels: np.ndarray, classes: int, 
         raise UserError(f"all {len(x)} training pictures are of one class; a classifier needs two at least")
     (rows, width), count = x.shape, len(present)
     mean, one_hot = x.mean(0), np.eye(count)[labels]
-    # The search goes along the principal axes, each class's weights scaled by about the curvature: the same minimum,
-    # in far fewer steps. The last weight is the bias.
+    # Searching along the principal axes, with each class's weights scaled by about the curvature, reaches the same
+    # minimum in far fewer steps. The last weight is the bias.
     variance, axes = np.linalg.eigh((x - mean).T @ (x - mean) / rows)
     x = np.concatenate([(x - mean) @ axes, np.ones((rows, 1))], axis=1)
     decay = np.append(np.full(width, l2 / rows), 0.0)[:, None]
@@ -78,7 +78,7 @@ def logistic_regression(features: np.ndarray, labels: np.ndarray, classes: int, 
     scale = 1 / np.sqrt(np.append(np.maximum(variance, 0), 1.0)[:, None] * share * (1 - share) + decay)
 
     def weights_of(flat):
-        """[D + 1, C] that sum to 0 over classes, as they do at the minimum: their sum changes no probability."""
+        """[D + 1, C], centred over classes as at the minimum: a shift of all classes changes no probability."""
         scaled = flat.reshape(width + 1, count) * scale
         return scaled - scaled.mean(1, keepdims=True)
 
@@ -95,7 +95,7 @@ def logistic_regression(features: np.ndarray, labels: np.ndarray, classes: int, 
     steepest = np.abs(found.jac).max()
     if not steepest < 100 * TOLERANCE:
         raise UserError(
-            f"logistic regression is not done after {found.nit} steps (gradient {steepest:.1e}); larger l2?"
+            f"logistic regression is not done after {found.nit} steps (gradient {steepest:.1e}); try a larger l2"
         )
     solution = weights_of(found.x)
     weights, bias = np.zeros((width, classes)), np.full(classes, -np.inf)

@@ -28,14 +28,14 @@ from vlm_jax.pretrained.similarity import similarity
 
 @partial(jax.jit, static_argnames="model")
 def embed(model: nn.Module, params: Any, images: jax.Array | None, token_ids: jax.Array | None) -> jax.Array:
-    """Embeddings [B, D] fp32, unit-norm, of what the image tower takes or of token ids [B, L]."""
+    """Returns unit-norm embeddings, fp32 [B, D], of the image tower's input or of token ids [B, L]."""
     embeddings = model.apply({"params": params}, images, token_ids)
     return embeddings.image if token_ids is None else embeddings.text
 
 
 @partial(jax.jit, static_argnames="model")
 def features(model: nn.Module, params: Any, images: jax.Array) -> jax.Array:
-    """The mean of the image tower's tokens, fp32 [B, D]: what is there before any head."""
+    """Returns the mean of the image tower's tokens before any head, fp32 [B, D]."""
     if hasattr(model, "decoder") and not hasattr(model, "text"):
         tokens, mask = model.apply({"params": params}, images, method="encode")
     else:
@@ -48,7 +48,7 @@ pair_logits = jax.jit(insertion.class_logits, static_argnames="model")
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A two-tower model, one tower, a captioner, a CoCa, which is both, or one from texts to texts, ready for use.
+    """A model ready for use: two towers or one, a captioner, a CoCa, or a text-to-text model.
 
     Attributes:
       model: a `vlm_jax.models.TwoTower`, `Captioner`, `CoCa`, `EncoderDecoder` or `PrefixLM`.
@@ -56,13 +56,13 @@ class Pretrained:
       tokenizer: text <-> ids, see `vlm_jax.data.tokenizers`; None without texts.
       preprocess: op string from a record with "image" to the model's input, e.g. "decode | resize(32) | normalize";
         None without an image tower.
-      tokenize: op string from a record with "text" to "token_ids", e.g. "lower | tokenize(16)"; None likewise.
-      config: what it was made by: "model", "preprocess", "tokenizer", "tokenize"; of a run, all of its config.
-      mesh: where it runs; None is one device.
-      batch_size: how many examples are embedded at a time.
-      classes: of an adapted model, the names that it was adapted to.
+      tokenize: op string from a record with "text" to "token_ids", e.g. "lower | tokenize(16)"; None without texts.
+      config: "model", "preprocess", "tokenizer" and "tokenize"; for a training run, the whole config.
+      mesh: the devices to run on; None is one device.
+      batch_size: number of examples embedded at a time.
+      classes: the class names of an adapted model.
       templates: the prompts that names are put into.
-      head: of an adapted model, image embeddings [B, D] -> logits [B, classes]; None for the names' embeddings.
+      head: image embeddings [B, D] -> logits [B, classes] of an adapted model; None uses the names' embeddings.
     """
 
     model: nn.Module
@@ -79,28 +79,28 @@ class Pretrained:
 
     @property
     def is_captioner(self) -> bool:
-        """Whether texts are scored by their likelihood, for want of embeddings."""
+        """Whether texts are scored by likelihood, because the model has no text embedding."""
         return hasattr(self.model, "decoder") and not hasattr(self.model, "text")
 
     @property
     def compares_pairs(self) -> bool:
-        """Whether texts are compared with pictures pair by pair: captioners, and prompts that depend on the picture."""
+        """Whether logits are computed pair by pair: captioners, and prompts that depend on the picture."""
         return self.is_captioner or insertion.is_conditional(self.model)
 
     @property
     def reads_texts(self) -> bool:
-        """Whether it writes texts given texts."""
+        """Whether the model writes texts from texts."""
         return hasattr(self.model, "decoder") and not hasattr(self.model, "image")
 
     def embed_images(self, images: Sequence) -> np.ndarray:
         """Pictures (PIL images, paths, encoded bytes, uint8 arrays [H, W, 3]) -> unit-norm float32 [n, D].
 
-        Of a tower with pool "all", [n, N, D]: a vector for every token.
+        A tower with pool "all" returns [n, N, D], a vector for every token.
         """
         return self.embed_image_batch(self._pictures(images))
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Texts -> unit-norm float32 [n, D]; of a tower with pool "all" [n, L, D], zeros for padding."""
+        """Texts -> unit-norm float32 [n, D], or with pool "all" [n, L, D], zeros for padding."""
         self._need("text")
         if insertion.is_conditional(self.model):
             raise UserError("texts of this model depend on the picture, by its Meta-Net; use classify or class_logits")
@@ -118,13 +118,15 @@ class Pretrained:
         return self.image_feature_batch(self._pictures(images))
 
     def image_feature_batch(self, images: Any) -> np.ndarray:
-        """The same of preprocessed images [B, H, W, 3]."""
+        """Preprocessed images [B, H, W, 3] -> the same as `image_features`, float32 [B, D]."""
         self._need("image")
         return self._run(features, images)
 
     def logits(self, images: Sequence, texts: Sequence[str]) -> np.ndarray:
-        """Every picture with every text, float32 [n, m]: scale * cosine + bias, as in training; a captioner's
-        log-likelihoods."""
+        """Returns logits of every picture with every text, float32 [n, m].
+
+        scale * cosine + bias, as in training; for a captioner, log-likelihoods.
+        """
         if self.is_captioner:
             return self.caption_logits(self._pictures(images), texts)
         bias = float(self.params.get("logit_bias", 0.0))
@@ -132,12 +134,12 @@ class Pretrained:
         return math.exp(float(self.params["logit_scale"])) * similarity(image, text) + bias
 
     def caption_logits(self, images: Any, texts: Sequence[str]) -> np.ndarray:
-        """log p(text | picture) of every preprocessed image [B, H, W, 3] with every text, float32 [B, m]."""
+        """Returns log p(text | picture) of all preprocessed images [B, H, W, 3] and texts, float32 [B, m]."""
         self._need("decoder")
         token_ids, pad = self._target_ids(texts), self.tokenizer.pad_id
         lengths = token_ids.shape[1] - np.argmax((token_ids != pad)[:, ::-1], axis=1)
         room = np.minimum(2 ** np.ceil(np.log2(np.maximum(lengths, 2))).astype(int), token_ids.shape[1])
-        few = dataclasses.replace(self, batch_size=min(self.batch_size, 64))  # the logits of several texts are there
+        few = dataclasses.replace(self, batch_size=min(self.batch_size, 64))  # memory holds the logits of several texts
         logits = np.empty((len(jax.tree.leaves(images)[0]), len(texts)), np.float32)
         for length in np.unique(room):  # short texts together: padding costs as much as tokens
             some = token_ids[room == length][:, :length]
@@ -147,15 +149,15 @@ class Pretrained:
         return logits
 
     def class_logits(self, images: Any, labels: Sequence[str], templates: Sequence[str] | None = None) -> np.ndarray:
-        """Logits of preprocessed images [B, H, W, 3] for every label, float32 [B, labels].
+        """Returns logits of preprocessed images [B, H, W, 3] for every label, float32 [B, labels].
 
-        Scale * cosine with the label's embedding, the mean of its prompts' (CLIP, section 3.1.2); where texts are
-        compared pair by pair, the mean of its prompts' logits (a captioner's are log-likelihoods).
+        scale * cosine with the label's embedding, the mean over prompts (CLIP, section 3.1.2). If the model compares
+        pair by pair: the mean of the prompts' logits (for a captioner, log-likelihoods).
         """
         templates = self.templates if templates is None else templates
         if not self.compares_pairs:
             self._need("text")
-            with ThreadPoolExecutor(1) as pool:  # two programs to compile, at the same time
+            with ThreadPoolExecutor(1) as pool:  # compiles two programs at the same time
                 text = pool.submit(class_embeddings, self.embed_texts, labels, templates)
                 image, text = self.embed_image_batch(images), text.result()
             return math.exp(float(self.params["logit_scale"])) * similarity(image, text)
@@ -170,20 +172,20 @@ class Pretrained:
     def classify(
         self, images: Sequence, labels: Sequence[str] | None = None, templates: Sequence[str] | None = None
     ) -> np.ndarray:
-        """Probabilities float32 [n, labels]: the softmax over labels of `class_logits`.
+        """Returns probabilities float32 [n, labels]: the softmax over labels of `class_logits`.
 
-        A softmax for models trained with the sigmoid loss, too: the labels are taken to be all there are. Whether a
-        text fits at all is the sigmoid of their `logits`.
+        The softmax assumes that one of the labels fits, also for models trained with the sigmoid loss. Use the sigmoid
+        of their `logits` for whether a text fits at all.
 
         Args:
           images: as for `embed_images`.
-          labels: class names; None for those that the model was adapted to.
-          templates: prompts with a `{}` for the name; None for the model's own, `{}` alone if it was not adapted.
+          labels: class names; defaults to the classes that the model was adapted to.
+          templates: prompts with a `{}` for the name; defaults to the model's own (`{}` without adaptation).
         """
         if labels is None and not self.classes:
             raise UserError("classify needs labels: this model was not adapted to any")
         if self.head is not None and (templates is not None or tuple(labels or self.classes) != self.classes):
-            raise UserError("a head knows the classes it was trained on alone; leave labels and templates out")
+            raise UserError("a head has only the classes of its training; leave labels and templates out")
         batch = self._pictures(images)
         if self.head is not None:
             logits = self.head(self.embed_image_batch(batch))
@@ -193,18 +195,18 @@ class Pretrained:
         return np.asarray(logits / logits.sum(-1, keepdims=True), np.float32)
 
     def caption(self, images: Sequence, method: str = "greedy", **options) -> list[str]:
-        """Describes pictures (as for `embed_images`); `method` and the options are those of `caption_batch`."""
+        """Describes pictures (as for `embed_images`); `method` and options as in `caption_batch`."""
         return self.caption_batch(self._pictures(images), method, **options)
 
     def generate(
         self, texts: Sequence[str], method: str = "greedy", *, max_length: int | None = None, **options
     ) -> list[str]:
-        """Answers texts, as T5 does: `method` and the options are those of `caption_batch`.
+        """Answers texts, as T5 does; `method` and options as in `caption_batch`.
 
         Args:
-          texts: what the model reads, n of them.
+          texts: n input texts.
           method: "greedy", "sample" or "beam".
-          max_length: tokens of an answer at most; None is what the model was made for.
+          max_length: largest number of tokens of an answer; defaults to the decoder's length.
           **options: prefix, beams, length_penalty, seed, and fields of `generate.Rules`.
         """
         if not self.reads_texts:
@@ -226,12 +228,12 @@ class Pretrained:
         """Describes preprocessed images, or answers texts.
 
         Args:
-          images: [B, H, W, 3], or token ids [B, L] of what is to be answered.
+          images: [B, H, W, 3], or token ids [B, L] of the texts to answer.
           method: "greedy", "sample" or "beam".
-          prefix: what every caption begins with.
-          length: tokens at most; None is what the model was made for.
-          beams, length_penalty: of "beam", see `generate.beam_search`.
-          seed: of "sample".
+          prefix: beginning of every caption.
+          length: largest number of tokens; defaults to the decoder's length.
+          beams, length_penalty: for "beam", see `generate.beam_search`.
+          seed: for "sample".
           **rules: fields of `generate.Rules`: temperature, top_k, top_p, repetition_penalty, no_repeat_ngram.
         """
         self._need("decoder")
@@ -261,13 +263,14 @@ class Pretrained:
         return [ids.decode(row) for row in self._run(write, images)]
 
     def score(self, inputs: Sequence, texts: Sequence[str]) -> np.ndarray:
-        """log p(text i | input i), the sum over its tokens, float32 [n]; inputs are pictures or texts."""
+        """Returns log p(text i | input i), summed over tokens, float32 [n]; inputs are pictures or texts."""
         self._need("decoder")
         return self.score_batch(self._inputs(inputs), texts)[0]
 
     def score_batch(self, images: Any, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The same of preprocessed images [B, H, W, 3] (or token ids [B, L]), and how many tokens were scored, the end
-        included, int [B]."""
+        """Returns `score` of preprocessed images [B, H, W, 3] (or token ids [B, L]), and the number of scored tokens.
+
+        Both are [B], float32 and int; the number includes the end token."""
         self._need("decoder")
         token_ids, count = self._target_ids(captions), len(jax.tree.leaves(images)[0])
         if count != len(token_ids):
@@ -277,13 +280,13 @@ class Pretrained:
         return self.target_log_likelihood(images, token_ids), np.sum(token_ids != self.tokenizer.pad_id, axis=1)
 
     def target_log_likelihood(self, inputs: Any, target_ids: np.ndarray) -> np.ndarray:
-        """log p(targets i | input i) of token ids int [B, L] and what they are predicted from, float32 [B]."""
+        """Returns log p(target i | input i) of target ids int [B, L] and the model's inputs, float32 [B]."""
         pad = self.tokenizer.pad_id
         run = lambda model, params, pairs: log_likelihood(model, params, *pairs, pad_id=pad)
         return self._run(run, (inputs, target_ids))
 
     def _inputs(self, values: Sequence) -> Any:
-        """What the decoder's context is made of: pictures, preprocessed, or texts, int32 [n, L]."""
+        """The input of the decoder's context: preprocessed pictures, or texts, int32 [n, L]."""
         if not self.reads_texts:
             return self._pictures(values)
         return _cut(self._token_ids(values), self.tokenizer.pad_id)
@@ -299,7 +302,7 @@ class Pretrained:
         return self._prepare("text", self.tokenize, [{"text": text} for text in _as_list(texts)], "token_ids")
 
     def _target_ids(self, texts: Sequence[str]) -> np.ndarray:
-        """int32 [n, L], what a decoder is to predict: without the start token."""
+        """int32 [n, L], the decoder's targets: without the start token."""
         token_ids = self._token_ids(texts)
         if self.reads_texts:
             return _cut(token_ids, self.tokenizer.pad_id)
@@ -324,7 +327,7 @@ class Pretrained:
     def _run(self, fn: Callable, rows: Any) -> np.ndarray:
         """fn(model, params, batch) -> [b, ...] over a tree of arrays [n, ...], some rows at a time -> [n, ...]."""
         count = len(jax.tree.leaves(rows)[0])
-        size = min(self.batch_size, 1 << (count - 1).bit_length())  # few shapes, so that few programs are compiled
+        size = min(self.batch_size, 1 << (count - 1).bit_length())  # few shapes, so few programs to compile
         if self.mesh is not None:
             size = _round_up(size, math.prod(self.mesh.shape[axis] for axis in sharding.BATCH_AXES))
         results = []
@@ -354,7 +357,7 @@ def _as_list(values) -> list:
 
 
 def _cut(token_ids: np.ndarray, pad_id: int) -> np.ndarray:
-    """int [n, L] without most of the padding that all rows have, in few lengths: padding costs as much as tokens."""
+    """Cuts padding common to all rows of int [n, L], to few lengths: padding costs as much as tokens."""
     longest = int(np.max(np.nonzero(token_ids != pad_id)[1], initial=0)) + 1
     return token_ids[:, : max(1 << (longest - 1).bit_length(), 8)]
 
@@ -368,7 +371,7 @@ def class_embeddings(
 ) -> np.ndarray:
     """Returns unit-norm class embeddings, float32 [C, D]: the normalised mean of the names' normalised prompts.
 
-    Of texts with a vector for every token all prompts' are kept, [C, templates, L, D].
+    Texts with a vector for every token keep all prompts: [C, templates, L, D].
 
     Args:
       embed_texts: texts -> float [n, D], or [n, L, D].
@@ -381,7 +384,7 @@ def class_embeddings(
 
 
 def prompts_of(names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Every name in every template, the templates of a name together."""
+    """Returns every name in every template, grouped by name."""
     for template in templates:
         if "{}" not in template:
             raise UserError(f"template `{template}` has no `{{}}` for the class name")
@@ -389,5 +392,5 @@ def prompts_of(names: Sequence[str], templates: Sequence[str]) -> list[str]:
 
 
 def unit(x: np.ndarray) -> np.ndarray:
-    """x / |x| over the last axis; 0 stays 0."""
+    """Returns x / |x| over the last axis; 0 stays 0."""
     return x / (np.linalg.norm(x, axis=-1, keepdims=True) + 1e-8)

@@ -1,20 +1,19 @@
-"""How alike embeddings are, in numpy: of one vector each, or of one for every token (FILIP, arXiv:2111.07783)."""
+"""Similarity of embeddings in numpy: one vector each, or one vector per token (FILIP, arXiv:2111.07783)."""
 
 import numpy as np
 
-ROWS, BLOCK = 16, 1 << 23  # of a, and products of tokens, held at a time: 64 MB
+ROWS, BLOCK = 16, 1 << 23  # rows of a, and token products, held at a time: 64 MB
 
 
 def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """How alike each of n is to each of m, float32 [n, m].
+    """Returns the similarity of all pairs of a and b, float32 [n, m].
 
-    Added up in float64 and rounded once, so that a pair's number does not depend on the block that it is computed in,
-    and equal embeddings tie exactly.
+    Sums are float64 and rounded once. A pair's value does not depend on its block; equal embeddings tie exactly.
 
     Args:
-      a: float [n, D]: inner products. Or [n, N, D], a vector for every token, zeros for padding: of each token of a its
-        best match in b, on average (FILIP, section 3.1), which is not what b's tokens find in a.
-      b: float [m, D]; or [m, M, D], or [m, prompts, M, D], whose similarities are averaged (FILIP, section 3.2).
+      a: float [n, D] for inner products. Or [n, N, D], a vector per token, zeros for padding: the mean
+        over a's tokens of the best match in b (FILIP, section 3.1), which is not symmetric in a and b.
+      b: float [m, D]; or [m, M, D]; or [m, prompts, M, D], averaged over prompts (FILIP, section 3.2).
     """
     if a.ndim == 2:
         return (a.astype(np.float64, copy=False) @ b.astype(np.float64, copy=False).T).astype(np.float32)
@@ -33,7 +32,7 @@ def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def similarity_of_pairs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The same of each of n with its own, [n, D] or [n, N, D] and [n, M, D], float64 [n]."""
+    """Returns the similarity of a[i] and b[i], float64 [n], of [n, D], or of [n, N, D] and [n, M, D]."""
     a, b = a.astype(np.float64, copy=False), b.astype(np.float64, copy=False)
     return np.sum(a * b, axis=1) if a.ndim == 2 else _best_matches(a @ b.swapaxes(1, 2), a, b)
 
