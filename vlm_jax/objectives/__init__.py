@@ -1,4 +1,4 @@
-"""Objectives: what a batch is scored by."""
+"""Objectives: the losses of a batch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +14,6 @@ def build(section: Mapping[str, Any], model: Any) -> Objective:
     """Returns the objective of a config section, `dict(name="contrastive", penalty="softmax", ...)`, on `model`.
 
     Raises:
-      UserError: unknown name, or a key that the objective does not take.
+      UserError: the name is unknown, or the objective does not take a key.
     """
     return catalogue.build("objectives", section, "config.objective", model=model)

@@ -21,23 +21,23 @@ def value_and_grad(
 ) -> tuple[jax.Array, dict[str, jax.Array], Any, Any]:
     """Returns (loss, metrics, grads, state) of `loss(params, encode(params, batch, rng), batch)`.
 
-    With `accumulate=k` the batch is encoded in k micro-batches without keeping activations, `loss` is differentiated
-    once with respect to the parameters and to the features of the whole batch, and each micro-batch is encoded again,
-    with the same rng, to pull its features' cotangents back (GradCache, Gao et al. 2021, arXiv:2101.06983). The result
-    is the full batch's for every parameter, including those that only `loss` reads: activations of one micro-batch,
-    negatives of all, for one more forward pass. Only the random numbers differ from k = 1: micro-batch i draws from
+    `accumulate=k` (GradCache, Gao et al. 2021, arXiv:2101.06983) encodes the batch in k micro-batches without keeping
+    activations, differentiates `loss` once with respect to the parameters and the features of the whole batch, and
+    encodes each micro-batch again, with the same rng, to pull back the cotangents of the features. The gradients equal
+    the full batch's for every parameter, also for those that only `loss` reads. Memory holds the activations of one
+    micro-batch; the cost is one more forward pass. Only the random numbers differ from k = 1: micro-batch i draws from
     `fold_in(rng, i)`.
 
-    Row r goes to micro-batch r % k, so that a batch sharded on its leading axis is cut without moving data.
+    Row r goes to micro-batch r % k, so that slicing a batch sharded on its leading axis moves no data.
 
     Args:
-      objective: what to differentiate.
+      objective: the objective to differentiate.
       params: parameter tree.
-      batch: pytree whose leaves have the same leading axis B.
+      batch: pytree; all leaves have the same leading axis B.
       rng: a `jax.random.key`, or None for no randomness.
       state: the objective's state, for objectives that have `init`.
-      accumulate: number of micro-batches; divides B.
-      trainable: tree like `params` of bools. Gradients of the others are zeros, and nothing is computed for them.
+      accumulate: number of micro-batches; must divide B.
+      trainable: tree like `params` of bools. Where False, gradients are zeros and cost no computation.
 
     Raises:
       UserError: B is not divisible by `accumulate`.
@@ -100,17 +100,17 @@ def _check_divisible(batch, accumulate):
 
 
 def _take(x, i, k):
-    """Micro-batch i of k: rows i, i + k, i + 2k, ... of x [B, ...] -> [B/k, ...]."""
+    """Returns micro-batch i of k: rows i, i + k, i + 2k, ... of x [B, ...] -> [B/k, ...]."""
     return jax.lax.dynamic_index_in_dim(x.reshape(x.shape[0] // k, k, *x.shape[1:]), i, axis=1, keepdims=False)
 
 
 def _in_batch_order(x):
-    """The inverse of `_take` for all micro-batches: [k, B/k, ...] -> [B, ...]."""
+    """Inverts `_take` for all micro-batches: [k, B/k, ...] -> [B, ...]."""
     return jnp.moveaxis(x, 0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 def _split_floating(features):
-    """Returns the leaves that have gradients, and a function that puts replacements for them back into the tree."""
+    """Returns the floating-point leaves, and a function that puts new values for these leaves into the tree."""
     leaves, structure = jax.tree.flatten(features)
     where = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
 

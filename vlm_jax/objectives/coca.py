@@ -1,4 +1,4 @@
-"""CoCa: a contrastive and a captioning loss of one forward pass (Yu et al. 2022, arXiv:2205.01917, section 3.2)."""
+"""CoCa: a contrastive and a captioning loss from one forward pass (Yu et al. 2022, arXiv:2205.01917, section 3.2)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,15 +27,15 @@ def coca(
     pad_id: int = 0,
     chunk: int = 8,
 ) -> Objective:
-    """An objective on a `CoCa`; the texts of a batch begin with the start token.
+    """Returns the objective of a `CoCa`; the texts of a batch must begin with the start token.
 
     Args:
       model: linen module, `models.CoCa`.
-      contrastive_loss: arguments of `contrastive`, such as dict(targets="concept"); None for its defaults.
-      contrastive_weight, caption_weight: of the two losses in the sum.
+      contrastive_loss: arguments of `contrastive`, e.g. dict(targets="concept"); None uses the defaults.
+      contrastive_weight, caption_weight: weights of the two losses in the sum.
       mean, pad_id, chunk: as for `captioning`.
 
-    Metrics: those of `contrastive` and `captioning`, `contrastive_loss` and `caption_loss`.
+    Metrics: the metrics of `contrastive` and of `captioning`, `contrastive_loss` and `caption_loss`.
     """
     pairs = contrastive(model=model, **(contrastive_loss or {}))
 

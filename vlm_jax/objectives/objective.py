@@ -1,4 +1,4 @@
-"""What a batch is scored by: two pure functions, so that any objective can be accumulated over micro-batches."""
+"""An objective: two pure functions, so that gradients of any objective can be accumulated over micro-batches."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -11,14 +11,14 @@ WHERE = "config.objective"
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """`loss(params, encode(params, batch, rng), batch)` is what a training step differentiates.
+    """A training step differentiates `loss(params, encode(params, batch, rng), batch)`.
 
     Attributes:
-      encode: `encode(params, batch, rng) -> features`, a pytree whose leaves have the batch as leading axis. Row i
-        depends on row i of the batch alone; `rng` is a `jax.random.key`, or None for no randomness (evaluation).
-      loss: `loss(params, features, batch) -> (scalar, metrics)`. May couple all examples of the batch; cheap beside
-        `encode`, as it runs once over the features of the whole batch.
-      init: for objectives with memory (queues, teachers, running centres): `init(params) -> state`. Then it is
+      encode: `encode(params, batch, rng) -> features`, a pytree; the batch is the leading axis of all leaves. Row i
+        depends on row i of the batch alone. `rng` is a `jax.random.key`, or None for no randomness (evaluation).
+      loss: `loss(params, features, batch) -> (scalar, metrics)`. `loss` may couple all examples of the batch. `loss`
+        runs once over the features of the whole batch and must be cheap compared with `encode`.
+      init: for objectives with memory (queues, teachers, running centres): `init(params) -> state`. The calls are then
         `encode(params, batch, rng, state)` and `loss(params, features, batch, state) -> (scalar, metrics, state)`.
         No gradient flows to the state.
     """
@@ -29,7 +29,7 @@ class Objective:
 
 
 def model_inputs(batch: Mapping[str, Any]) -> tuple[Any, Any]:
-    """(pictures, texts) of a batch, or (texts to be answered, answers): what a model is called with."""
+    """Returns a model's inputs from a batch: (pictures, texts), or (input texts, target texts)."""
     given = "image" if "image" in batch or "input_ids" not in batch else "input_ids"
     for key in (given, "token_ids"):
         if key not in batch:

@@ -1,7 +1,7 @@
 """Averages and arithmetic of parameter trees: WiSE-FT, soups, task vectors.
 
-Functions of parameter trees; of several they take only trees alike in names, shapes and dtypes, and raise a UserError
-that names the first parameter that is not.
+All functions take parameter trees. Trees must agree in names, shapes and dtypes; else a UserError names the first
+parameter that differs.
 """
 
 import functools
@@ -26,7 +26,7 @@ from vlm_jax.params.table import check_alike
 def wise_ft(base: Any, tuned: Any, alpha: float | jax.Array) -> Any:
     """Returns (1 - alpha) base + alpha tuned (WiSE-FT: Wortsman et al. 2022, arXiv:2109.01903, section 3).
 
-    alpha 0 gives base and 1 gives tuned, bit for bit; it may be traced.
+    alpha = 0 gives base and alpha = 1 gives tuned, bit for bit. alpha may be traced.
     """
     check_alike(base, tuned)
 
@@ -60,16 +60,16 @@ def uniform_soup(candidates: Sequence[Any]) -> Any:
     differs="the mean of models that each help on held-out data",
 )
 def greedy_soup(candidates: Sequence[Any], score: Callable[[Any], float]) -> tuple[Any, list[int]]:
-    """Returns a soup, and which candidates are in it (arXiv:2203.05482, Recipe 1).
+    """Returns (soup, indices of the candidates in the soup) (arXiv:2203.05482, Recipe 1).
 
-    Each is taken in turn if with it the mean scores no less on held-out data.
+    Tries the candidates in order. A candidate joins the soup if the mean's score does not fall on held-out data.
 
     Args:
-      candidates: parameter trees, that with the best score first.
+      candidates: parameter trees, best score first.
       score: params -> number, higher is better.
     """
     if candidates:
-        check_alike(*candidates)  # before any is scored
+        check_alike(*candidates)  # before scoring starts
     soup, taken = uniform_soup(candidates[:1]), [0]
     best = score(soup)
     for i in range(1, len(candidates)):
@@ -94,9 +94,9 @@ def task_vector(base: Any, tuned: Any) -> Any:
     differs="several tasks at once, or one forgotten",
 )
 def add_task_vectors(base: Any, vectors: Sequence[Any], scale: float) -> Any:
-    """Returns base + scale * (sum of vectors): several tasks at once, or, with a negative scale, one forgotten.
+    """Returns base + scale * (sum of vectors) (arXiv:2212.04089, sections 3 and 4).
 
-    Sections 3 and 4 of arXiv:2212.04089.
+    A positive scale adds several tasks at once; a negative scale forgets a task.
     """
     check_alike(base, *vectors)
     return optax.tree.add_scale(base, scale, functools.reduce(optax.tree.add, vectors)) if vectors else base

@@ -1,4 +1,4 @@
-"""What differs between two parameter trees of one model, bit for bit, and putting it back."""
+"""Differences between two parameter trees of one model, bit for bit, and patches from them."""
 
 import re
 from collections.abc import Mapping
@@ -15,9 +15,9 @@ _LAYER = re.compile(r"(.*)\[(\d+)\]")  # an entry of a diff: one layer of a stac
 
 
 def diff(base: Any, tuned: Any) -> dict[str, np.ndarray]:
-    """Returns `{name: array of tuned}` of the parameters whose bits differ, on the host.
+    """Returns `{name: array of tuned}` of all parameters with different bits, on the host.
 
-    Of a scanned stack, `blocks/...`, it holds the layers that differ, each by itself: `{"blocks/norm1/scale[3]": [D]}`.
+    A scanned stack, `blocks/...`, has one entry for each layer that differs: `{"blocks/norm1/scale[3]": [D]}`.
 
     Raises:
       UserError: the trees differ in names, shapes or dtypes.
@@ -31,18 +31,18 @@ def diff(base: Any, tuned: Any) -> dict[str, np.ndarray]:
             entries = [(f"{name}[{i}]", before[i], after[i]) for i in range(len(after))]
         else:
             entries = [(name, before, after)]
-        # Bytes, as NaN equals nothing and -0.0 equals 0.0.
+        # Compares bytes: NaN equals nothing and -0.0 equals 0.0.
         changed |= {entry: new for entry, old, new in entries if old.tobytes() != new.tobytes()}
     return changed
 
 
 def patch(base: Any, diff: Mapping[str, Any]) -> Any:
-    """Returns base with the entries of a diff in place of its own.
+    """Returns base with the entries of a diff in place of base's own.
 
     `patch(base, diff(base, tuned))` is tuned, bit for bit.
 
     Raises:
-      UserError: an entry that base has not, or has with another shape or dtype.
+      UserError: base lacks an entry, or has another shape or dtype there.
     """
     check_entries(base, diff, "the diff")
     whole = {}

@@ -1,7 +1,7 @@
 """Which parameters train: masks over parameter trees.
 
-A mask is a tree like the parameters whose leaves are bools, or bool arrays that broadcast to the parameter: [layers,
-1, ...] where a scanned stack trains in part, the parameter's own shape where single scalars do.
+A mask is a tree like the parameters. Its leaves are bools, or bool arrays that broadcast to the parameter: [layers, 1,
+...] if a scanned stack trains in part, the parameter's own shape if single scalars train.
 """
 
 import re
@@ -27,7 +27,7 @@ _BEFORE_BLOCKS = (
 
 
 def trainable(params: Any, spec: str | Sequence[tuple[str, bool]]) -> Any:
-    """Returns the mask of what trains.
+    """Returns the mask of the parameters that train.
 
     Args:
       params: parameter tree, arrays or shapes.
@@ -36,10 +36,10 @@ def trainable(params: Any, spec: str | Sequence[tuple[str, bool]]) -> Any:
         "norm": scales and biases of the norms.
         "cross_attention": the projections of cross-attention.
         "head": projection heads.
-        "last_<k>": the last k blocks of every tower and what follows them (norms, pools, heads, logit scale and bias).
+        "last_<k>": the last k blocks of every tower and all later modules (norms, pools, heads, logit scale and bias).
 
     Raises:
-      UserError: a name or table that fits nothing; a tower with fewer than k blocks.
+      UserError: the name is unknown, the table does not fit, or a tower has fewer than k blocks.
     """
     if isinstance(spec, str):
         if match := re.fullmatch(r"last_(\d+)", spec):
@@ -79,24 +79,24 @@ def _last(params, k):
 
 
 def count(mask: Any, params: Any) -> int:
-    """The number of scalars that train; params are arrays or shapes."""
+    """Returns the number of scalars that train; params are arrays or shapes."""
     _check_mask(mask, params)
     parts = jax.tree.map(lambda m, p: int(np.sum(m)) * (p.size // np.size(m)), mask, params)
     return sum(jax.tree.leaves(parts))
 
 
 def trainable_leaves(mask: Any) -> Any:
-    """Tree of bool: whether anything of a parameter trains, as `value_and_grad` and `optax.masked` take it.
+    """Returns a tree of bools for `value_and_grad` and `optax.masked`: whether any part of a parameter trains.
 
-    Where some of a parameter trains, `apply` masks the rest.
+    If a part of a parameter trains, `apply` masks the rest.
     """
     return jax.tree.map(lambda m: bool(np.any(m)), mask)
 
 
 def apply(mask: Any, gradients: Any) -> Any:
-    """Returns the gradients with zeros where nothing trains, even in place of NaN.
+    """Returns the gradients with zeros where the mask is False, even in place of NaN.
 
-    Apply it to an optimizer's updates too where it decays weights: decay moves what has no gradient.
+    If the optimizer decays weights, apply the mask to the updates too: decay also moves parameters without gradient.
     """
     _check_mask(mask, gradients)
 
@@ -109,10 +109,10 @@ def apply(mask: Any, gradients: Any) -> Any:
 
 
 def largest_moves(base: Any, tuned: Any, k: int) -> Any:
-    """Returns the mask of the k scalars that moved most, in absolute value, from base to tuned; the first of equals.
+    """Returns the mask of the k scalars with the largest |tuned - base|; ties go to the first.
 
-    Lottery-ticket sparse fine-tuning (Ansell et al. 2022, arXiv:2110.07560, section 3.1): tune everything, take this
-    mask, begin again from base with it.
+    Lottery-ticket sparse fine-tuning (Ansell et al. 2022, arXiv:2110.07560, section 3.1): tune everything, compute this
+    mask, and tune again from base under the mask.
 
     Raises:
       UserError: the trees differ, a difference is not finite, or there are fewer than k scalars.
@@ -130,13 +130,13 @@ def largest_moves(base: Any, tuned: Any, k: int) -> Any:
 
 
 def random_mask(rng: jax.Array, params: Any, k: int) -> Any:
-    """Returns the mask of k scalars drawn at random, the control of `largest_moves`; params are arrays or shapes."""
+    """Returns the mask of k random scalars, a control for `largest_moves`; params are arrays or shapes."""
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     return _largest(np.asarray(jax.random.bits(rng, (size,), jnp.uint32)), params, k)
 
 
 def _largest(scores, params, k):
-    """The mask of the k largest of scores, one for each scalar of params in tree order."""
+    """Returns the mask of the k largest scores; `scores` has one entry for each scalar of params, in tree order."""
     if not 1 <= k <= scores.size:
         raise UserError(f"a mask of k = {k} scalars of {scores.size:,}; expected 1 to as many as there are")
     threshold = np.partition(scores, scores.size - k)[scores.size - k]

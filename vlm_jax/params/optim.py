@@ -1,4 +1,4 @@
-"""The optimizer: a parameter table, schedules and any optax transform, made into one gradient transformation."""
+"""The optimizer: one gradient transformation from a parameter table, schedules and any optax transform."""
 
 import difflib
 import inspect
@@ -30,19 +30,19 @@ def build(
       name: "adamw", "adafactor" (the variant of the published ViT runs), "lion", "muon", "sgd", or the name of any
         `optax` function that takes `learning_rate`.
       lr: peak learning rate.
-      schedule: see `schedules.build`; default cosine to 0 without warm-up.
-      weight_decay: decoupled: `w` below, 0 by default.
-      decay: what the decay is multiplied by. "lr" (default): p <- p - lr(t) w p, the convention of torch and optax,
-        where lr(t) holds the schedule and the group's multiplier. "schedule" (default for adafactor):
-        p <- p - schedule(t) w p, whatever the learning rate (Loshchilov & Hutter 2019, Algorithm 2; the published
+      schedule: see `schedules.build`; defaults to cosine to 0 without warm-up.
+      weight_decay: decoupled weight decay, `w` below; defaults to 0.
+      decay: the multiplier of the decay. "lr" (default): p <- p - lr(t) w p, the convention of torch and optax;
+        lr(t) includes the schedule and the group's multiplier. "schedule" (default for adafactor):
+        p <- p - schedule(t) w p, independent of the learning rate (Loshchilov & Hutter 2019, Algorithm 2; the published
         SigLIP, LiT and CapPa runs).
-      clip_norm: gradients of the trained parameters are scaled to at most this global norm.
+      clip_norm: clips the gradients of the trained parameters to this global norm.
       params: the parameter table: `(regex, options)` pairs, first match wins, every parameter must match. Options:
         lr: multiplier of the learning rate (1.0).
-        wd: multiplier of the weight decay; by default 1.0 for parameters named `kernel` and 0.0 for all others.
+        wd: multiplier of the weight decay; defaults to 1.0 for parameters named `kernel` and to 0.0 for all others.
         freeze: True keeps the parameter bit for bit, without optimizer state.
-        schedule: a schedule of this group, in place of the section's.
-      Everything else goes to the optax function by name (`b1`, `b2`, `eps`, `momentum`, `mu_dtype="bfloat16"`, ...).
+        schedule: overrides the section's schedule for this group.
+      All other keys go to the optax function by name (`b1`, `b2`, `eps`, `momentum`, `mu_dtype="bfloat16"`, ...).
 
     Args:
       section: as above.
@@ -56,7 +56,7 @@ def build(
       schedule_fn: step -> learning rate of a group with multiplier 1.
 
     Raises:
-      UserError: anything in the section that is unknown, missing, unused, or matches nothing.
+      UserError: the section has an unknown, missing or unused key, or a rule that matches nothing.
     """
     make_schedule = lambda section, where: schedules.build(section, total_steps, steps, where)
     return config.call(_build, section, WHERE, tree=params, make_schedule=make_schedule)
@@ -116,7 +116,7 @@ def _group(*, regex: str, lr: float = 1.0, wd: float | None = None, freeze: bool
 
 
 def describe(group: Mapping[str, Any]) -> str:
-    """Returns what the optimizer does with a group, in words; equal words are one group."""
+    """Returns the optimizer's treatment of a group in words; options with equal words form one group."""
     if group["freeze"]:
         return "frozen"
     own = group["schedule"]
@@ -166,7 +166,7 @@ def _takes_learning_rate(fn: Any) -> bool:
 
 
 def hold() -> optax.GradientTransformation:
-    """Updates that leave parameters bit for bit: -0.0, because adding 0.0 would turn -0.0 into 0.0."""
+    """Returns updates that keep parameters bit for bit: -0.0, because adding 0.0 would turn -0.0 into 0.0."""
     update = lambda updates, state, params=None: (jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates), state)
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
@@ -185,9 +185,9 @@ def adafactor(
 ) -> optax.GradientTransformation:
     """The Adafactor of Zhai et al. 2022 (arXiv:2106.04560, Section 3.4), used by LiT, SigLIP and CapPa.
 
-    The second moment is factored for parameters with two sides of at least `min_dim_size_to_factor`, its decay is
-    min(beta2_cap, 1 - t^-decay_rate); no scaling by parameter norms, no update clipping unless `clipping_threshold`
-    (per parameter, in rms); momentum without bias correction, kept in `mu_dtype`.
+    The second moment is factored for parameters with two sides of at least `min_dim_size_to_factor`. The decay of the
+    second moment is min(beta2_cap, 1 - t^-decay_rate). `clipping_threshold` clips updates per parameter, in rms; None
+    clips nothing. Momentum has no bias correction and is kept in `mu_dtype`. Parameter norms do not scale updates.
     """
     decay = lambda step, exponent: jnp.minimum(beta2_cap, 1 - (jnp.asarray(step, jnp.float32) + 1) ** -exponent)
     return optax.chain(
@@ -219,9 +219,9 @@ def muon(
 ) -> optax.GradientTransformation:
     """Muon (Jordan 2024) for kernels, AdamW (`b1`, `b2`) for embeddings, positions, norms, biases and scales.
 
-    A kernel is a parameter called `matrices` of two or more axes; its last two are the matrix, those before (scanned
-    layers) are orthogonalised one by one. With `consistent_rms=0.2` updates have AdamW's size, so that one learning
-    rate serves both (Liu et al. 2025, arXiv:2502.16982, Section 2.2).
+    A kernel is a parameter called `matrices` with two or more axes. The last two axes are a matrix; matrices along the
+    leading axes (scanned layers) are orthogonalised one by one. With `consistent_rms=0.2` updates have AdamW's size, so
+    that one learning rate serves both (Liu et al. 2025, arXiv:2502.16982, Section 2.2).
     """
     matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     dimensions = lambda name, x: matrix if name.split("/")[-1] == matrices and x.ndim >= 2 else None
@@ -241,9 +241,10 @@ def muon(
 
 
 def ema_update(ema: Any, params: Any, decay: float, step: Any) -> Any:
-    """Returns d ema + (1 - d) params with d = min(decay, (1 + step) / (10 + step)), so that early averages follow.
+    """Returns d ema + (1 - d) params, with d = min(decay, (1 + step) / (10 + step)).
 
-    Where `ema` and `params` are equal, as for frozen parameters, the result is bit for bit the same.
+    The smaller d of early steps lets the average follow fast. If `ema` and `params` are equal (frozen parameters), the
+    result is equal bit for bit.
 
     Args:
       ema: running average, a tree like `params`.

@@ -1,4 +1,4 @@
-"""What pulls parameters towards pretrained ones while they train: mixout, L2-SP."""
+"""Regularizers that pull parameters towards pretrained values during training: mixout, L2-SP."""
 
 import zlib
 from typing import Any
@@ -19,15 +19,15 @@ from vlm_jax.params.table import check_alike, map_with_name
     differs="scalars become pretrained ones at random",
 )
 def mixout(rng: jax.Array, params: Any, base: Any, p: float) -> Any:
-    """Returns params with each scalar pretrained again with probability p (Lee et al. 2020, arXiv:1909.11299).
+    """Returns params with random scalars reset to base, with probability p (Lee et al. 2020, arXiv:1909.11299).
 
-    (mix - p base) / (1 - p), where mix is base with probability p and params otherwise: params in expectation. p = 0
-    gives params, and what is replaced is base, bit for bit (of finite numbers). Scalars are drawn one by one (the
-    paper's mixconnect); the authors' code draws, of a kernel, all that one input goes through together.
+    (mix - p base) / (1 - p), where mix is base with probability p and params otherwise. The expectation is params.
+    p = 0 gives params, and replaced scalars equal base, bit for bit (for finite numbers). Scalars are drawn one by one
+    (the paper's mixconnect); the authors' code draws all weights of one input of a kernel together.
 
     Args:
-      rng: key of this step; each parameter draws from its own, by name.
-      params: what trains; gradients go to what is not replaced.
+      rng: key of this step; each parameter draws from its own key, by name.
+      params: the trained parameters; gradients flow to the scalars that are not replaced.
       base: pretrained parameters.
       p: in [0, 1).
     """
@@ -37,7 +37,7 @@ def mixout(rng: jax.Array, params: Any, base: Any, p: float) -> Any:
 
     def mix(name, w, pretrained):
         replaced = jax.random.bernoulli(rng_of(rng, name), p, w.shape)
-        # Where replaced, (base - p base) / (1 - p) is base: taken as it is, it loses no bit.
+        # For replaced scalars (base - p base) / (1 - p) equals base; base itself loses no bit.
         return jnp.where(replaced, pretrained, (w - p * pretrained) / (1 - p))
 
     return map_with_name(mix, params, base)
@@ -52,18 +52,18 @@ def mixout(rng: jax.Array, params: Any, base: Any, p: float) -> Any:
 def l2_sp(params: Any, base: Any, weight: float) -> jax.Array:
     """Returns weight / 2 * |params - base|^2, the penalty L2-SP (Li et al. 2018, arXiv:1802.01483, section 3).
 
-    Give it only what is pretrained; a new head has no base (there the paper decays weights).
+    Pass only pretrained parameters; a new head has no base (the paper applies weight decay there).
     """
     check_alike(params, base)
     return weight / 2 * optax.tree.norm(optax.tree.sub(params, base), squared=True)
 
 
 def l2_sp_gradient(params: Any, base: Any, weight: float) -> Any:
-    """Returns weight * (params - base), the gradient of `l2_sp`, to add to others without differentiating it."""
+    """Returns weight * (params - base), the gradient of `l2_sp`, to add to other gradients."""
     check_alike(params, base)
     return optax.tree.scale(weight, optax.tree.sub(params, base))
 
 
 def rng_of(rng: jax.Array, name: str) -> jax.Array:
-    """The key of one parameter: the same whatever others there are."""
+    """Returns the key of one parameter; the key depends on `rng` and `name` alone."""
     return jax.random.fold_in(rng, zlib.crc32(name.encode()))

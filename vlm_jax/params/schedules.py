@@ -25,7 +25,7 @@ def duration_to_steps(
     examples_per_epoch: int | None = None,
     total_steps: int | None = None,
 ) -> int:
-    """Returns a duration as a number of optimizer steps, rounded to the nearest; a duration above 0 is 1 step or more.
+    """Returns a duration as a number of optimizer steps, rounded; at least 1 for durations above 0.
 
     Args:
       duration: 1000 or "1000 steps", "10 epochs", "50000 examples" or "1M examples" (k, M, B), "10%" of all steps.
@@ -34,7 +34,7 @@ def duration_to_steps(
       total_steps: needed for percent.
 
     Raises:
-      UserError: the duration cannot be read, or needs a number that is not known here.
+      UserError: the duration cannot be read, or needs one of these numbers and the number is None.
     """
     if isinstance(duration, int) and not isinstance(duration, bool) and duration >= 0:
         return duration
@@ -80,18 +80,18 @@ def _ramps(total_steps: int, warmup: int, cooldown: int, shape: Callable) -> Sch
 
 
 def cosine(total_steps: int, *, warmup: int = 0, cooldown: int = 0, end: float = 0.0) -> Schedule:
-    """Half a cosine from 1 at the end of the warm-up to `end` at `total_steps`."""
+    """Returns half a cosine from 1 at the end of the warm-up to `end` at `total_steps`."""
     shape = lambda t, n: end + (1 - end) * 0.5 * (1 + jnp.cos(math.pi * jnp.clip(t / n, 0, 1)))
     return _ramps(total_steps, warmup, cooldown, shape)
 
 
 def linear(total_steps: int, *, warmup: int = 0, cooldown: int = 0, end: float = 0.0) -> Schedule:
-    """A line from 1 at the end of the warm-up to `end` at `total_steps`."""
+    """Returns a line from 1 at the end of the warm-up to `end` at `total_steps`."""
     return _ramps(total_steps, warmup, cooldown, lambda t, n: end + (1 - end) * (1 - jnp.clip(t / n, 0, 1)))
 
 
 def constant(total_steps: int, *, warmup: int = 0, cooldown: int = 0) -> Schedule:
-    """1 between warm-up and cool-down."""
+    """Returns 1 between warm-up and cool-down."""
     return _ramps(total_steps, warmup, cooldown, lambda t, n: jnp.ones_like(t))
 
 
@@ -114,11 +114,11 @@ def build(
     """Returns `schedule(step) -> multiplier`; step 0 is the first.
 
     Args:
-      section: `dict(name=..., **options)`: one of the functions above and its arguments; `warmup` (from 0), `cooldown`
-        (to 0 at `total_steps`), `timescale` and `shift` are durations, see `duration_to_steps`.
+      section: `dict(name=..., **options)`: the name of a function above and the function's arguments. `warmup` (from
+        0), `cooldown` (to 0 at `total_steps`), `timescale` and `shift` are durations, see `duration_to_steps`.
       total_steps: number of optimizer steps of the run.
-      steps: duration -> number of steps; without it, durations are in steps or percent.
-      where: how the section is called in messages.
+      steps: duration -> number of steps; None allows only durations in steps or percent.
+      where: name of the section in messages.
 
     Raises:
       UserError: unknown name or option, unreadable duration, or warm-up and cool-down longer than the run.
@@ -135,7 +135,7 @@ def build(
 
 @contextlib.contextmanager
 def _named(where: str):
-    """Puts the section's name before messages that do not have it."""
+    """Puts the section's name before messages that lack the name."""
     try:
         yield
     except UserError as error:

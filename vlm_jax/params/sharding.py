@@ -1,8 +1,8 @@
-"""Where every array lives: the mesh, the partition rules, host batches as global arrays.
+"""Sharding: the mesh, the partition rules, host batches as global arrays.
 
-A partition rule is `(regex, spec)`; the first that matches a parameter's name wins. A spec names mesh axes for the
-*last* dimensions of the parameter, so that one rule serves a loop of blocks and a scan over them (which adds a leading
-layer axis): `("fsdp", "tensor")` on `[layers, in, out]` shards `in` and `out`.
+A partition rule is `(regex, spec)`; the first rule that matches a parameter's name wins. A spec names mesh axes for the
+*last* dimensions of the parameter: `("fsdp", "tensor")` on `[layers, in, out]` shards `in` and `out`. One rule thus
+serves both a loop of blocks and a scan over blocks (the scan adds a leading layer axis).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,13 +20,13 @@ from vlm_jax.params.table import match_rules, named_leaves
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# Megatron's split of a block over `tensor` (arXiv:1909.08053, section 3), the other side over `fsdp`. What writes the
-# residual stream is never split over `tensor` in its output: the stream's width stays whole on every device.
+# Megatron's split of a block over `tensor` (arXiv:1909.08053, section 3), the other side over `fsdp`. Layers that write
+# to the residual stream never split their output over `tensor`: the stream's width stays whole on every device.
 RULES = (
     (r".*(query|key|value|fc1|gate)/kernel", ("fsdp", "tensor")),
     (r".*(attn/out|fc2)/kernel", ("tensor", "fsdp")),
     (r".*(query|key|value|fc1|gate)/bias", ("tensor",)),
-    (r".*patch_embed/kernel", (None, "fsdp")),  # its inputs are pixels, 588 of a patch of 14
+    (r".*patch_embed/kernel", (None, "fsdp")),  # the inputs are pixels, 588 for a patch of 14
     (r".*head/kernel", ("fsdp", None)),
     (r".*embedding", ("fsdp",)),
     (r".*", ()),
@@ -34,7 +34,7 @@ RULES = (
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns a mesh with the axes `data`, `fsdp` and `tensor`; one size may be -1: all devices that are left.
+    """Returns a mesh with the axes `data`, `fsdp` and `tensor`; one size may be -1: the remaining devices.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
@@ -50,25 +50,26 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
             f"config.mesh {sizes} does not fit {len(devices)} devices; the product must be {len(devices)}, "
             "one size may be -1"
         )
-    # an axis of 8 on a slice of 16 x 16 is a part of one of its sides
+    # splits physical axes: on a slice of 16 x 16, an axis of 8 is a part of one side
     grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis over `data` x `fsdp`."""
+    """Returns the sharding of a batch: the leading axis over `data` x `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device has all of it."""
+    """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split_batch(x: jax.Array) -> jax.Array:
-    """x with its leading axis over `data` x `fsdp` of the mesh of `jax.set_mesh`, where there is one that divides it.
+    """Returns x with its leading axis sharded over `data` x `fsdp`.
 
-    Models say so of activations between blocks: else XLA may gather the batch rather than the parameters.
+    The mesh is that of `jax.set_mesh`. Without a mesh, or if the mesh does not divide the axis, returns x unchanged.
+    Models shard activations between blocks, because XLA may otherwise gather the batch instead of the parameters.
     """
     mesh = jax.sharding.get_abstract_mesh()
     automatic = set(BATCH_AXES) <= set(mesh.auto_axes)
@@ -78,10 +79,10 @@ def split_batch(x: jax.Array) -> jax.Array:
 
 
 def look_up(embed: Callable, token_ids: jax.Array) -> jax.Array:
-    """`embed(token_ids)`, [B, L] -> [B, L, D], with the columns of its table over `fsdp` and the texts over the batch.
+    """Returns `embed(token_ids)`, [B, L] -> [B, L, D], for a table with columns sharded over `fsdp`.
 
-    Every device looks up its columns for the texts of all `fsdp`, and they exchange these tokens: else XLA gathers the
-    whole table, and reduces its whole gradient.
+    Every device looks up its own columns for the texts of all `fsdp` devices; then the devices exchange these tokens.
+    Otherwise XLA gathers the whole table, and reduces the table's whole gradient.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not set(BATCH_AXES) <= set(mesh.auto_axes) or len(token_ids) % mesh.shape["data"]:
@@ -93,7 +94,7 @@ def look_up(embed: Callable, token_ids: jax.Array) -> jax.Array:
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, where: str = "config.batch_size") -> None:
-    """Raises a UserError unless every device gets the same number of examples."""
+    """Raises a UserError if the devices would get different numbers of examples."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % shards:
         raise UserError(
@@ -102,17 +103,17 @@ def check_batch_size(batch_size: int, mesh: Mesh, where: str = "config.batch_siz
 
 
 def rows_of_process(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Rows of a batch of `batch_size` that this process's devices hold, int [n], in order.
+    """Returns the batch rows that this process's devices hold, int [n], in order.
 
-    They need not be neighbours: a host's chips are not on a slice. Processes whose devices differ along `tensor` alone
-    hold the same rows.
+    The rows need not be adjacent, because a host's chips need not be adjacent on a slice. Processes hold the same rows
+    if their devices differ only along `tensor`.
     """
     held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in held]))
 
 
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
-    """This process's rows of a batch (see `rows_of_process`) -> global arrays `[batch_size, ...]`, over the mesh."""
+    """Returns global arrays `[batch_size, ...]` from this process's rows of a batch (see `rows_of_process`)."""
     place, rows = batch_sharding(mesh), rows_of_process(mesh, batch_size)
 
     def part(array, index):
@@ -127,7 +128,7 @@ def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int) -> d
 
 
 def abstract_batch(example: Mapping[str, np.ndarray], batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of a global batch of `batch_size` examples like those of `example` `[b, ...]`."""
+    """Returns shapes, dtypes and shardings of a global batch with examples like those of `example` `[b, ...]`."""
     place = batch_sharding(mesh)
     return {
         name: jax.ShapeDtypeStruct((batch_size, *array.shape[1:]), array.dtype, sharding=place)
@@ -139,7 +140,7 @@ def param_shardings(rules: Sequence, params: Any, mesh: Mesh) -> Any:
     """Returns a tree like `params` (arrays or shapes) of NamedShardings.
 
     Raises:
-      UserError: a parameter that no rule matches, a rule that matches nothing, a dimension that does not divide.
+      UserError: no rule matches a parameter, a rule matches nothing, or a dimension cannot be divided.
     """
     leaves = named_leaves(params)
     specs = match_rules(rules, leaves, where="config.partition", every_rule_used=rules is not RULES)
@@ -148,8 +149,11 @@ def param_shardings(rules: Sequence, params: Any, mesh: Mesh) -> Any:
 
 
 def follow_params(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """Shardings of a state that mirrors the parameters (optimizer moments, EMA): a leaf whose name ends with a
-    parameter's name and has its shape is sharded like it, every other one is replicated."""
+    """Returns the shardings of a state that mirrors the parameters (optimizer moments, EMA).
+
+    A leaf is sharded like a parameter if its name ends with the parameter's name and the shapes are equal. All other
+    leaves are replicated.
+    """
     of_param = {
         name: (leaf.shape, sharding)
         for (name, leaf), sharding in zip(named_leaves(params).items(), jax.tree.leaves(shardings), strict=True)

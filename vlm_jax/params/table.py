@@ -30,17 +30,17 @@ def map_with_name(fn: Callable, tree: Any, *rest: Any) -> Any:
 def match_rules(
     rules: Sequence[tuple[str, Any]], names: Iterable[str], *, where: str = "params", every_rule_used: bool = True
 ) -> dict[str, Any]:
-    """Returns `{name: option}`, where the option is that of the first rule whose regex matches the whole name.
+    """Returns `{name: option}`; the option is from the first rule that matches the whole name.
 
     Args:
       rules: `(regex, option)` pairs, most specific first.
       names: '/'-joined parameter names, see `named_leaves`.
-      where: how the table is called in messages, e.g. "config.optimizer.params".
-      every_rule_used: a rule that decides for no name is an error. A catch-all `.*` in the last place is always fine.
+      where: name of the table in messages, e.g. "config.optimizer.params".
+      every_rule_used: whether an unused rule raises. A last rule `.*` may always be unused.
 
     Raises:
-      UserError: a name that no rule matches; a rule that no name matches, or that earlier rules leave nothing to;
-        a regex that does not compile.
+      UserError: no rule matches a name; a rule matches no name, or earlier rules match all its names; a regex does not
+        compile.
     """
     names = list(names)
     patterns = [_compile(regex, where) for regex, _ in rules]
@@ -79,11 +79,11 @@ def _compile(regex: str, where: str) -> re.Pattern:
 
 
 def format_table(params: Any, groups: Mapping[str, str], shardings: Any = None) -> str:
-    """Returns the parameters as text: name, shape, group, sharding, count; a last line with the totals.
+    """Returns a table of the parameters as text: name, shape, group, sharding, count, and totals.
 
     Args:
       params: parameter tree, arrays or shapes.
-      groups: `{name: group}` as returned by `optim.build`; the group "frozen" is counted apart.
+      groups: `{name: group}` as returned by `optim.build`; the totals count the group "frozen" separately.
       shardings: tree like `params`, of NamedShardings.
     """
     leaves = named_leaves(params)
@@ -103,7 +103,7 @@ def format_table(params: Any, groups: Mapping[str, str], shardings: Any = None) 
 
 
 def check_alike(first: Any, *others: Any) -> None:
-    """Raises a UserError that names the first parameter in which trees differ by name, shape or dtype."""
+    """Raises a UserError if trees differ in a name, shape or dtype; the error names the first parameter."""
     for other in others:
         check_names(first, other)
         leaves = named_leaves(other)
@@ -116,7 +116,7 @@ def check_alike(first: Any, *others: Any) -> None:
 
 
 def check_names(first: Any, other: Any) -> None:
-    """Raises a UserError that names the first parameter that only one of two trees has."""
+    """Raises a UserError if only one of two trees has a parameter; the error names the first."""
     one, two = named_leaves(first), named_leaves(other)
     for name in (*one, *two):
         if name not in one or name not in two:
@@ -126,5 +126,5 @@ def check_names(first: Any, other: Any) -> None:
 
 
 def kind(leaf: Any) -> str:
-    """dtype and shape of an array, `float32[3, 4]`."""
+    """Returns dtype and shape of an array, `float32[3, 4]`."""
     return f"{jnp.dtype(leaf.dtype)}{list(leaf.shape)}"

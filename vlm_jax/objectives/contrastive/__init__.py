@@ -1,7 +1,7 @@
 """Contrastive objectives: similarity x targets x penalty, over all pairs of the global batch.
 
-Written over global arrays: under `jit` with the batch sharded over devices, every device's examples are negatives of
-every other's.
+The code works on global arrays: under `jit` with a batch sharded over devices, the examples of every device are
+negatives for all other devices.
 """
 
 from collections.abc import Mapping
@@ -35,20 +35,20 @@ def contrastive(
     mask: str | None = None,
     implementation: str | None = None,
 ) -> Objective:
-    """An objective on a model that returns `Embeddings`; logits are scale x similarity + bias.
+    """Returns the objective of a model with `Embeddings`; logits are scale x similarity + bias.
 
     Args:
       model: linen module, `apply({"params": p}, images, token_ids, train=...) -> Embeddings`.
       penalty: "softmax", "sigmoid", or a dict with the name and options, `dict(name="softmax", label_smoothing=0.1)`.
       similarity: "cosine" or "token_wise", for towers with pool "all".
-      targets: "identity", or a batch key such as "concept": pictures and texts of equal value are positives.
-      max_scale: the scale is at most this (100 in CLIP, Section 2.5); gradients that lower it still pass.
-      mask: a batch key, bool [B]: the other examples are nobody's negatives, and neither loss nor metrics see them.
-      implementation: of `kernels.contrastive`; None holds all logits of a small batch on one device, and blocks of
-        them otherwise. Several devices without a mesh (`jax.set_mesh`) hold all logits between them.
+      targets: "identity", or a batch key such as "concept": pictures and texts with equal values are positives.
+      max_scale: upper limit of the scale (100 in CLIP, Section 2.5); gradients that lower the scale still pass.
+      mask: a batch key, bool [B]; examples with False are no negatives, and loss and metrics ignore them.
+      implementation: that of `kernels.contrastive`. None holds all logits of a small batch on one device, and otherwise
+        one block of logits at a time. Several devices without a mesh (`jax.set_mesh`) together hold all logits.
 
-    Metrics: `accuracy_image_to_text` (the share of images for which a positive beats every negative),
-    `accuracy_text_to_image`, `scale`, and `bias` where the model has one.
+    Metrics: `accuracy_image_to_text` (the share of images with a positive above every negative),
+    `accuracy_text_to_image`, `scale`, and `bias` if the model has a bias.
     """
     similarity = catalogue.build("similarities", similarity, f"{WHERE}.similarity")
     if similarity.embeddings is None and (mask is not None or implementation is not None):
@@ -103,14 +103,14 @@ def contrastive(
 
 
 def accuracy(logits: jax.Array, positives: jax.Array, axis: int) -> jax.Array:
-    """The share of rows (axis=1) or columns (axis=0) where a positive is above every negative; a tie is a miss."""
+    """Returns the share of rows (axis=1) or columns (axis=0) with a positive above every negative; a tie is a miss."""
     best = lambda where: jnp.max(logits, axis, initial=-jnp.inf, where=where)
     return jnp.mean(best(positives) > best(~positives))
 
 
 @jax.custom_vjp
 def at_most(x: jax.Array, ceiling: float) -> jax.Array:
-    """min(x, ceiling), whose gradient at the ceiling passes where descent would lower x: it can come down again."""
+    """Returns min(x, ceiling). At the ceiling, gradients that lower x still pass, so that x can come down again."""
     return jnp.minimum(x, ceiling)
 
 

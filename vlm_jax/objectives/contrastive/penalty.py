@@ -1,7 +1,7 @@
 """Penalties: how logits and positives become a loss.
 
-Each has two forms, which agree: of the logits [B, B], for small batches, and of `kernels.contrastive.statistics`, which
-holds no more than a block of them.
+Each penalty has two forms with equal results: one takes the logits [B, B], for small batches; the other uses
+`kernels.contrastive.statistics`, which holds one block of the logits at a time.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,8 @@ class Penalty(NamedTuple):
 
     Attributes:
       plain: (logits of images [B, B], logits of texts [B, B], positives bool [B, B]) -> scalar.
-      of_pairs: (`Pairs`) -> (scalar, results of images, results of texts with `best_positive` and `best_negative`).
+      of_pairs: (`Pairs`) -> (scalar, results of images, results of texts); results have `best_positive` and
+        `best_negative`.
     """
 
     plain: Callable
@@ -27,15 +28,15 @@ class Penalty(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """The parts of which the logits of a batch are made.
+    """The parts of a batch's logits.
 
     Attributes:
       image, text: [B, D].
       scale, bias: scalars; the bias may be None.
       labels: int [B].
-      identity: whether the labels are all different: image i and text i describe each other alone.
-      mask: bool [B], which examples count; None for all.
-      implementation: of `kernels.contrastive`.
+      identity: whether all labels differ: text i is the only positive of image i.
+      mask: bool [B], the examples that count; None for all.
+      implementation: the implementation of `kernels.contrastive`.
     """
 
     image: jax.Array
@@ -48,7 +49,7 @@ class Pairs(NamedTuple):
     implementation: str | None
 
     def statistics(self, **options):
-        """`kernels.contrastive.statistics` of images in rows, texts in columns."""
+        """Returns `kernels.contrastive.statistics` with images in rows, texts in columns."""
         return kernel.statistics(
             self.image, self.text, self.scale, self.bias, x_labels=self.labels, y_labels=self.labels,
             x_mask=self.mask, y_mask=self.mask, implementation=self.implementation, best=True,
@@ -56,13 +57,13 @@ class Pairs(NamedTuple):
         )  # fmt: skip
 
     def mean(self, values):
-        """The mean over the examples that count."""
+        """Returns the mean over the examples that count."""
         if self.mask is None:
             return jnp.mean(values)
         return jnp.sum(jnp.where(self.mask, values, 0)) / jnp.maximum(jnp.sum(self.mask), 1)
 
     def logits_of(self, x, y):
-        """[B], the logits of x_i and y_i [B, D], or of each x_i and one y [D]."""
+        """Returns the logits [B] of x_i and y_i [B, D], or of each x_i and one y [D]."""
         values = self.scale * jnp.sum(x.astype(self.scale.dtype) * y.astype(self.scale.dtype), axis=1)
         return values if self.bias is None else values + self.bias
 
@@ -76,11 +77,11 @@ class Pairs(NamedTuple):
 def softmax(*, label_smoothing: float = 0.0) -> Callable:
     """Mean of the cross-entropies image -> texts and text -> images (CLIP, Radford et al. 2021, Figure 3).
 
-    A row's target is uniform over its positives (Khosla et al. 2020, arXiv:2004.11362, eq. 2, L_out), a column's over
-    its own; `label_smoothing` moves that share of it to the uniform distribution over all.
+    The target of a row or column is uniform over its positives (Khosla et al. 2020, arXiv:2004.11362, eq. 2, L_out).
+    `label_smoothing` moves that share of the target to the uniform distribution over all.
 
-    Over pairs: lse_i - (1 - e) (sum of positives' logits)_i / (their number)_i - e (mean of all logits)_i, where the
-    last is the logit of x_i and the mean of y.
+    Over pairs: lse_i - (1 - e) (sum of positives' logits)_i / (number of positives)_i - e (mean of all logits)_i, where
+    e is `label_smoothing`. The mean of all logits is the logit of x_i and the mean of y.
     """
 
     def cross_entropy(logits, positives, axis):

@@ -1,4 +1,4 @@
-"""Similarities: how well every image of a batch matches every text, before scale and bias."""
+"""Similarities: scores of every image with every text of a batch, before scale and bias."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,14 +12,13 @@ from vlm_jax.objectives.objective import WHERE
 
 
 class Similarity(NamedTuple):
-    """How well an image and a text match, before scale and bias.
+    """Scores of images with texts, before scale and bias.
 
     Attributes:
-      features: the part of the model's `Embeddings` that is compared: pytree, leading axis B.
-      scores: features -> (of images, of texts), each [B, B], images in rows, texts in columns: what an image finds in
-        texts, and what a text finds in images.
-      embeddings: features -> (images [B, D], texts [B, D]) whose inner products the scores are; None where they are not
-        inner products.
+      features: `Embeddings` -> the compared part: pytree, leading axis B.
+      scores: features -> (scores image -> text, scores text -> image), each [B, B], images in rows, texts in columns.
+      embeddings: features -> (images [B, D], texts [B, D]); the scores are their inner products. None if the scores are
+        not inner products.
     """
 
     features: Callable
@@ -31,7 +30,7 @@ class Similarity(NamedTuple):
     family="similarities", paper="arXiv:2103.00020", where="figure 3", differs="the cosine of two global embeddings"
 )
 def cosine() -> Similarity:
-    """z_i . z_j of unit-norm global embeddings."""
+    """Cosine similarity: z_i . z_j of unit-norm global embeddings."""
 
     def scores(features):
         image, text = features["image"], features["text"]
@@ -52,12 +51,12 @@ def cosine() -> Similarity:
     needs={"model.image.pool": "all", "model.text.pool": "all"},
 )
 def token_wise(*, chunk: int = 64) -> Similarity:
-    """Of every token its best match in the other modality, on average (FILIP, arXiv:2111.07783, section 3.1).
+    """Mean over tokens of the best match in the other modality (FILIP, arXiv:2111.07783, section 3.1).
 
         of images: mean_k max_r <v_ik, t_jr>        of texts: mean_r max_k <v_ik, t_jr>
 
-    Embeddings [B, N, D] and [B, L, D] are of towers with pool "all": v_ik is patch k of image i, t_jr word r of text j,
-    zeros for padding, which takes no part. `chunk` texts at a time, so that the products of all tokens are never there.
+    v_ik is patch k of image i, t_jr is word r of text j, from embeddings [B, N, D] and [B, L, D] of towers with pool
+    "all". Zero vectors are padding and are ignored. `chunk` texts are compared at a time, which bounds memory.
     """
 
     def scores(features):
@@ -80,14 +79,14 @@ def token_wise(*, chunk: int = 64) -> Similarity:
 
 
 def vectors(embeddings: Any) -> dict[str, jax.Array]:
-    """Of `Embeddings` both towers', a vector each."""
+    """Returns both towers' global embeddings from `Embeddings`: one vector for each image and text."""
     if embeddings.image.ndim != 2:
         raise UserError(f'{WHERE}.similarity compares one vector each; give towers another pool than "all"')
     return {"image": embeddings.image, "text": embeddings.text}
 
 
 def tokens(embeddings: Any) -> dict[str, jax.Array]:
-    """Of `Embeddings` both towers', a vector for every token."""
+    """Returns both towers' token embeddings from `Embeddings`: one vector for each token."""
     if embeddings.image.ndim != 3:
         raise UserError(f'{WHERE}.similarity compares tokens; give image and text pool "all"')
     return {"image": embeddings.image, "text": embeddings.text}

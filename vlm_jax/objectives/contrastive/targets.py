@@ -1,4 +1,4 @@
-"""Targets: which texts of a batch describe which images."""
+"""Targets: the pairs of images and texts in a batch that match."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,8 +14,8 @@ def positives(targets: str, batch: Mapping[str, Any], size: int) -> jax.Array:
     """Returns bool [B, B]: which texts (columns) describe which images (rows).
 
     Args:
-      targets: "identity": text i describes image i alone; or a batch key whose entry has shape [B]: equal values
-        describe each other.
+      targets: "identity": text i describes image i alone. Or a batch key with an entry [B]: an image and a text with
+        equal values describe each other.
       batch: the batch.
       size: B.
     """
@@ -26,7 +26,7 @@ def positives(targets: str, batch: Mapping[str, Any], size: int) -> jax.Array:
 
 
 def labels_of(targets: str, batch: Mapping[str, Any], size: int) -> jax.Array:
-    """Returns [B]: an image and a text describe each other where theirs are equal; arguments as in `positives`."""
+    """Returns labels [B]: an image and a text with equal labels match. Arguments as for `positives`."""
     if targets == "identity":
         return jnp.arange(size)
     if targets not in batch:

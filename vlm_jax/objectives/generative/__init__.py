@@ -1,6 +1,6 @@
 """Generative objectives: a corruption of the text x a token loss.
 
-Captioning is denoising with an image for a prefix. Where the prefix is a text, as for T5, the data op `denoise` makes
+Captioning is denoising with an image as the prefix. If the prefix is a text, as for T5, the data op `denoise` makes
 inputs and targets, and the corruption is causal.
 """
 
@@ -36,24 +36,24 @@ def captioning(
     pad_id: int = 0,
     chunk: int = 8,
 ) -> Objective:
-    """An objective on a `Captioner`, an `EncoderDecoder` or a `PrefixLM`.
+    """Returns the objective of a `Captioner`, an `EncoderDecoder` or a `PrefixLM`.
 
     Args:
       model: linen module with the methods `hidden` and `logits` of `models.decoder.Conditional`.
       corruption: "causal", or a dict with the name and options, `dict(name="parallel", rate=0.75)`.
-      denoisers: names of those that the op `denoise` has drawn from, for metrics of each: batch["denoiser"] are their
-        numbers.
-      label_smoothing, z_loss, chunk: of `token_loss`.
+      denoisers: names of the denoisers that the op `denoise` draws from, for metrics of each denoiser;
+        batch["denoiser"] holds their numbers.
+      label_smoothing, z_loss, chunk: arguments of `token_loss`.
       mean: "caption": the mean over captions of the mean over a caption's tokens (Cap); "token": over all tokens (T5).
-      pad_id: id of the targets that never count.
+      pad_id: id of padding; these targets never count.
 
-    Metrics: `token_accuracy`, and `perplexity`, exp of the mean cross-entropy of a token that counts, without label
-    smoothing and z-loss; both also of each part of a mixture, `R/perplexity`, NaN where the batch has none.
+    Metrics: `token_accuracy`, and `perplexity`: exp of the mean cross-entropy of the tokens that count, without label
+    smoothing and z-loss. Both also for each part of a mixture, e.g. `R/perplexity`; NaN if the batch has no such text.
     """
     corrupt = catalogue.build("corruptions", corruption, f"{WHERE}.corruption")
     if mean not in ("caption", "token"):
         raise UserError(f"{WHERE}.mean is `{mean}`; expected one of: caption, token")
-    corrupt(jnp.zeros((1, 2), int), jnp.ones(1, int), model.decoder, jax.random.key(0))  # it may need a mask token
+    corrupt(jnp.zeros((1, 2), int), jnp.ones(1, int), model.decoder, jax.random.key(0))  # raises without a mask token
     kinds = tuple(denoisers) or getattr(corrupt, "kinds", ())
 
     def encode(params, batch, rng):
@@ -98,6 +98,6 @@ def denoising(
     pad_id: int = 0,
     chunk: int = 8,
 ) -> Objective:
-    """`captioning` of texts by texts; arguments and metrics are its own."""
+    """Returns the `captioning` objective with texts as inputs; arguments and metrics as for `captioning`."""
     options = dict(label_smoothing=label_smoothing, z_loss=z_loss, mean=mean, pad_id=pad_id, chunk=chunk)
     return captioning(model=model, denoisers=denoisers, **options)

@@ -1,4 +1,4 @@
-"""Corruptions: what the decoder sees of a caption, and which of its tokens count."""
+"""Corruptions: the decoder's inputs for a caption, and the tokens that count in the loss."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,13 +14,13 @@ from vlm_jax.objectives.objective import WHERE
 
 
 class Corrupted(NamedTuple):
-    """What the decoder gets.
+    """The decoder's inputs and loss mask.
 
     Attributes:
       inputs: integers [B, L].
-      bidirectional: bool [B, L], inputs that all positions see; None where every input is seen by later ones only.
-      counts: bool [B, L], tokens whose prediction counts, or None for all.
-      kind: integers [B], of a mixture: by which of its parts.
+      bidirectional: bool [B, L], inputs that all positions see; None: only later positions see an input.
+      counts: bool [B, L], tokens that count in the loss; None for all.
+      kind: integers [B], for a mixture: the number of the part that corrupted the caption.
     """
 
     inputs: jax.Array
@@ -31,7 +31,7 @@ class Corrupted(NamedTuple):
 
 @method(family="corruptions", paper="arXiv:2306.07915", where="section 3.1", differs="each token given all before it")
 def causal() -> Callable:
-    """Each token given all before it (Cap)."""
+    """Predicts each token from all tokens before (Cap)."""
     return lambda targets, lengths, decoder, rng: Corrupted(shift_right(targets, decoder.start_id))
 
 
@@ -42,10 +42,10 @@ def causal() -> Callable:
     differs="most captions are predicted all at once, from the picture alone",
 )
 def parallel(*, rate: float = 0.75, ratio: float = 1.0) -> Callable:
-    """With probability `rate` all of a caption's tokens at once, else causal (CapPa, arXiv:2306.07915, section 3.2).
+    """Predicts all tokens of a caption at once with probability `rate`, else causally.
 
-    A caption's inputs are then mask tokens that see each other; with `ratio` below 1 each is, with probability
-    1 - ratio, the token itself. Without randomness (evaluation): causal.
+    CapPa (arXiv:2306.07915, section 3.2). For prediction at once the inputs are mask tokens that see each other. With
+    `ratio` below 1, each input is the token itself with probability 1 - ratio. Without randomness (evaluation): causal.
     """
 
     def corrupt(targets, lengths, decoder, rng):
@@ -69,9 +69,10 @@ def parallel(*, rate: float = 0.75, ratio: float = 1.0) -> Callable:
     differs="the first tokens are given, the others are predicted",
 )
 def prefix(*, rate: float | None = None) -> Callable:
-    """The first tokens are seen by all and do not count, the rest is causal (SimVLM, arXiv:2108.10904, section 3.1).
+    """Gives the first tokens as a prefix, and predicts the rest causally (SimVLM, arXiv:2108.10904, section 3.1).
 
-    The prefix is `rate` of the tokens; None draws its length from 0 up, uniformly. At least one token counts.
+    All positions see the prefix; its tokens do not count. The prefix is `rate` of the tokens; None draws the length
+    uniformly, from 0. At least one token counts.
     """
 
     def corrupt(targets, lengths, decoder, rng):
@@ -92,16 +93,16 @@ def prefix(*, rate: float | None = None) -> Callable:
     differs="spans of tokens are masked and predicted",
 )
 def masked_spans(*, rate: float = 0.5, mean_span: float = 3.0) -> Callable:
-    """Spans of tokens are mask tokens, all inputs see each other, and what is masked counts.
+    """Masks spans of tokens; all inputs see each other, and only masked tokens count.
 
-    Each token begins a span with a probability that makes the expected share of masked tokens `rate`; spans have
-    geometric lengths (SpanBERT, arXiv:1907.10529, section 3.1). A caption of which nothing is masked has its last token
-    masked. Without randomness: causal.
+    The probability that a token begins a span makes the expected share of masked tokens `rate`. Spans have geometric
+    lengths (SpanBERT, arXiv:1907.10529, section 3.1). If a draw masks nothing, the caption's last token is masked.
+    Without randomness: causal.
     """
     if not 0 < rate < 1 or mean_span < 1:
         raise UserError(f"{WHERE}.corruption masked_spans: rate in (0, 1) and mean_span >= 1; got {rate}, {mean_span}")
     leave = 1.0 / mean_span
-    enter = leave * rate / (1 - rate)  # of the two-state chain whose stationary share of "masked" is `rate`
+    enter = leave * rate / (1 - rate)  # a two-state chain with the stationary share `rate` of "masked"
     if enter > 1:
         raise UserError(f"{WHERE}.corruption masked_spans: rate {rate} needs spans longer than {mean_span}")
 
@@ -132,9 +133,10 @@ def masked_spans(*, rate: float = 0.5, mean_span: float = 3.0) -> Callable:
     needs={"objective.corruption.of": {"S": ("causal", 2), "X": ("parallel", 1)}},
 )
 def mixture(*, of: Mapping[str, tuple[Any, float]]) -> Callable:
-    """Each caption by one of several corruptions, drawn by their weights: UL2 with a picture for a prefix.
+    """Draws one of several corruptions for each caption, by weights: UL2 with a picture as the prefix.
 
-    `of` has their names: `dict(S=("causal", 2), X=(dict(name="parallel", rate=1.0), 1))`. Without randomness: causal.
+    `of` maps names to (corruption, weight): `dict(S=("causal", 2), X=(dict(name="parallel", rate=1.0), 1))`. Without
+    randomness: causal.
     """
     if not of or min(weight for _, weight in of.values()) <= 0:
         raise UserError(f"{WHERE}.corruption mixture: of={dict(of)}; expected name=(corruption, weight above 0)")

@@ -9,13 +9,13 @@ from vlm_jax.models.token_loss import TokenLoss
 
 
 def of_captions(losses: TokenLoss, counts: jax.Array) -> dict[str, jax.Array]:
-    """Sums over the tokens that count, bool [B, L], of each caption: fp32 [B] each, and their number `tokens`."""
+    """Returns each caption's sums over tokens where `counts` [B, L] is True, and `tokens`, their number; fp32 [B]."""
     sums = {name: jnp.sum(jnp.where(counts, values, 0), axis=1) for name, values in losses._asdict().items()}
     return sums | {"tokens": jnp.sum(counts, axis=1).astype(jnp.float32)}
 
 
 def caption_loss(features: Mapping[str, jax.Array], mean: str) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(loss, metrics) of what `of_captions` returned; see `captioning`."""
+    """Returns (loss, metrics) from the result of `of_captions`; see `captioning` for `mean`."""
     tokens = features["tokens"]
     if mean == "caption":
         value = jnp.mean(features["loss"] / jnp.maximum(tokens, 1))
@@ -25,7 +25,7 @@ def caption_loss(features: Mapping[str, jax.Array], mean: str) -> tuple[jax.Arra
 
 
 def token_metrics(features: Mapping[str, jax.Array], of: jax.Array) -> dict[str, jax.Array]:
-    """Accuracy and perplexity of the tokens of some captions, bool [B]; NaN where these have none."""
+    """Returns accuracy and perplexity over the tokens of chosen captions, `of`: bool [B]; NaN without tokens."""
     total = lambda name: jnp.sum(jnp.where(of, features[name], 0))
     tokens = total("tokens")
     perplexity = jnp.exp(-total("log_likelihood") / tokens)
