@@ -1,1 +1,1 @@
-"""Plans of runs before there are chips for them: memory, FLOPs, collectives, bounds on time."""
+"""Plans of runs, without the chips: memory, FLOPs, collectives, lower bounds on time."""

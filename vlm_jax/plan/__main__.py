@@ -1,12 +1,12 @@
-"""Plans a run before a slice is booked: does it fit, and how fast can it be.
+"""Plans a run before a slice is booked: whether it fits, and how fast it can be.
 
     vlm-jax plan --config=configs/clip.py:L/14 --topology=v5e:16x16 --config.mesh.fsdp=16
     vlm-jax plan --config=configs/clip.py:L/14 --topology=v5e:16x16 --search
 
-Compiles the train step that `vlm_jax.train` would run, for chips that are not there (needs `pip install 'vlm_jax[tpu]'`
-and no TPU; for --topology=h100:1x1x8 'vlm_jax[cuda]' and no GPU), and prints what it takes of a chip's memory, its
-FLOPs, its collectives, and lower bounds on its time.
-`--search` tries meshes, remat and accumulation for the fastest that fits. If nothing fits, the exit status is 3.
+Compiles the train step of `vlm_jax.train` for chips that this machine does not have (needs `pip install 'vlm_jax[tpu]'`
+and no TPU; for --topology=h100:1x1x8 'vlm_jax[cuda]' and no GPU), and prints the memory of a chip that the step takes,
+its FLOPs, its collectives, and lower bounds on its time.
+`--search` looks for the fastest mesh, remat and accumulation that fit. If nothing fits, the exit status is 3.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What the chips of a compiled program say to each other: every collective, over which mesh axes, how many bytes."""
+"""The collectives of a compiled program: kinds, mesh axes, bytes."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -13,17 +13,18 @@ WORK = (*PRODUCTS, "custom-call", "call")
 
 
 class Collective(NamedTuple):
-    """The collectives of a step that are alike.
+    """The collectives of a step with the same kind, axes and asynchrony.
 
     Attributes:
-      kind: the operation of HLO.
+      kind: the HLO operation.
       axes: mesh axes along which the members of a group differ.
-      asynchronous: whether work is scheduled between its start and its end that could hide it.
-      count: how often a step runs it; those that XLA has combined are one.
-      bytes: what a device sends in a step, by a ring: of an all-reduce of n bytes in groups of g, 2 n (g - 1) / g, of a
-        reduce-scatter or all-to-all half of it; (g - 1) times its part in an all-gather; what it has in a permute.
-      largest: bytes of the largest array, or of arrays combined, that one of them gathers or reduces.
-      where: of that one, the name of the operation in the traced step.
+      asynchronous: whether work that could hide the collective is scheduled between its start and its end.
+      count: runs in a step; collectives that XLA has combined count once.
+      bytes: bytes that a device sends in a step, by a ring. An all-reduce of n bytes in groups of g sends
+        2 n (g - 1) / g; a reduce-scatter or all-to-all half of that; an all-gather (g - 1) times the device's part; a
+        permute the device's array.
+      largest: bytes of the largest array, or combined arrays, that one collective gathers or reduces.
+      where: the name of the traced operation behind that collective.
     """
 
     kind: str
@@ -36,10 +37,10 @@ class Collective(NamedTuple):
 
 
 def collectives(program: Program, mesh_shape: Mapping[str, int]) -> list[Collective]:
-    """All collectives of a program that runs on a mesh, those with the most bytes first.
+    """All collectives of a program on a mesh, the most bytes first.
 
     Args:
-      program: of `hlo.parse`.
+      program: the result of `hlo.parse`.
       mesh_shape: sizes of the mesh's axes; device i of the program is device i of the flattened mesh.
     """
     found: dict[tuple, Collective] = {}
@@ -50,7 +51,7 @@ def collectives(program: Program, mesh_shape: Mapping[str, int]) -> list[Collect
 
 
 def each(program: Program, mesh_shape: Mapping[str, int]) -> Iterator[tuple[Collective, list[tuple[int, ...]], int]]:
-    """Every collective by itself, the shapes of what a device gives to it, and how many join; arguments as above."""
+    """(collective, shapes of a device's operands, members of a group) of each collective; arguments as above."""
     for caller, instruction, times in program.steps():
         for computation, inner in _inside(program, caller, instruction):
             groups = groups_of(inner.attributes, mesh_shape)
@@ -59,7 +60,7 @@ def each(program: Program, mesh_shape: Mapping[str, int]) -> Iterator[tuple[Coll
                 continue  # each device by itself
             kind = inner.kind
             if kind == "all-reduce" and instruction.called().startswith("all-reduce-scatter"):
-                kind = "reduce-scatter"  # how a TPU's program says it: each device keeps a slice
+                kind = "reduce-scatter"  # the form in TPU programs: each device keeps a slice
             given = [computation.instructions[name].type for name in inner.operands]
             sent, largest = _bytes(kind, sum(map(size, given)), members)
             asynchronous = _overlaps(program, caller, instruction, sent)
@@ -69,10 +70,11 @@ def each(program: Program, mesh_shape: Mapping[str, int]) -> Iterator[tuple[Coll
 
 
 def _inside(program: Program, caller: Computation, instruction: Instruction) -> Iterator[tuple]:
-    """(computation, collective) of an instruction: itself, or those that begin in what it calls.
+    """(computation, collective) of an instruction: itself, or the collectives that begin in its called computations.
 
-    A TPU runs some beside fusions: a fusion with `AsyncCollectiveStart` begins one, those with another name or
-    marker that hold the same collective again carry it on and end it. Others run on SparseCores, in `async-start`.
+    A TPU runs some collectives beside fusions: a fusion with `AsyncCollectiveStart` begins a collective; fusions with
+    another name or marker hold the same collective again, carry it on and end it. Other collectives run on SparseCores,
+    in `async-start`.
     """
     if instruction.kind in COLLECTIVES:
         yield caller, instruction
@@ -85,7 +87,7 @@ def _inside(program: Program, caller: Computation, instruction: Instruction) -> 
 
 
 def _nested(program: Program, instruction: Instruction) -> Iterator[tuple[Computation, Instruction]]:
-    """(computation, instruction) of all that an instruction calls."""
+    """(computation, instruction) of all instructions in the computations that an instruction calls."""
     calls = r"\b(?:calls=|to_apply=|called_computations=\{)%?([\w.\-]+)"
     for name in re.findall(calls, instruction.attributes):
         for one in program.computations[name].instructions.values() if name in program.computations else ():
@@ -94,9 +96,9 @@ def _nested(program: Program, instruction: Instruction) -> Iterator[tuple[Comput
 
 
 def _overlaps(program: Program, computation: Computation, start: Instruction, sent: int) -> bool:
-    """Whether work is scheduled between the start of a collective and its end; the text of a program is in order.
+    """Whether work is scheduled between the start and the end of a collective; a program's text is in order.
 
-    Work is a product, a kernel or a loop, or what moves no fewer bytes than the collective sends.
+    Work is a product, a kernel, a loop, or an instruction that moves at least as many bytes as the collective sends.
     """
     order = list(computation.instructions.values())
     begun = order.index(start)
@@ -126,7 +128,7 @@ def _works(program: Program, computation: Computation, instruction: Instruction,
 
 
 def _marks(program: Program, instruction: Instruction) -> set[str]:
-    """The markers in a fusion of a collective that begins or ends there."""
+    """The markers in a fusion that begins or ends a collective."""
     if instruction.opcode != "fusion":
         return set()
     inside = program.computations[instruction.called()].instructions.values()
@@ -140,7 +142,7 @@ def _channels(program: Program, instruction: Instruction) -> set[str]:
 
 
 def groups_of(attributes: str, mesh_shape: Mapping[str, int]) -> np.ndarray:
-    """Devices that a collective joins, [groups, members]; of a permute the pairs."""
+    """The devices that a collective joins, [groups, members]; for a permute the pairs."""
     every = np.arange(int(np.prod(list(mesh_shape.values()))))
     if pairs := re.search(r"source_target_pairs=\{([\d,{}]*)\}", attributes):
         return _lists(pairs[1])
@@ -160,7 +162,7 @@ def _lists(text: str) -> np.ndarray:
 
 
 def _named(sizes: Mapping[str, int], axes: str) -> np.ndarray:
-    """Groups along axes of a mesh, `'axis_1'`, or along part of one: `'axis_0':(2)4` is 4 of it, with 2 before."""
+    """Groups along mesh axes, `'axis_1'`, or part of an axis: `'axis_0':(2)4` is a part of 4, after a part of 2."""
     dims, along = [], []
     parts = {name: (int(before), int(number)) for name, before, number in re.findall(r"'([^']+)':\((\d+)\)(\d+)", axes)}
     whole = re.findall(r"'([^']+)'(?!:)", axes)
@@ -182,7 +184,7 @@ def axes_of(groups: np.ndarray, mesh_shape: Mapping[str, int]) -> tuple[str, ...
 
 
 def _bytes(kind: str, has: int, members: int) -> tuple[int, int]:
-    """(what a device sends, what is gathered or reduced), of the bytes that it has before."""
+    """(bytes that a device sends, bytes gathered or reduced), from the bytes `has` of a device before."""
     if kind == "all-gather":
         return has * (members - 1), has * members
     share = {"all-reduce": 2, "reduce-scatter": 1, "all-to-all": 1}.get(kind)

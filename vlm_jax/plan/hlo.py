@@ -1,6 +1,6 @@
-"""Reads the text of a compiled program (HLO): what runs, how often, and what it moves to and from HBM.
+"""Reads the text of a compiled program (HLO): the instructions that run, how often, and their bytes to and from HBM.
 
-Only what runs counts: the entry computation and the loops it reaches, a body as often as its loop turns. XLA's own
+Only instructions that run count: the entry computation and the loops in it, a loop's body once for each turn. XLA's
 `cost_analysis` counts a body once.
 """
 
@@ -15,7 +15,7 @@ MOVES_NOTHING = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
     "partition-id", "replica-id", "opt-barrier",
 }  # fmt: skip
-# Custom calls of TPU programs that stand for no work, and the two ends of a collective that runs beside a fusion.
+# Custom calls of TPU programs that do no work, and the two ends of a collective that runs beside a fusion.
 MARKERS = {
     "AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "AsyncCollectiveStart", "AsyncCollectiveDone",
 }  # fmt: skip
@@ -33,7 +33,7 @@ class Instruction(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """The opcode, that of the operation for the start of an asynchronous one."""
+        """The opcode, without the `-start` of an asynchronous operation."""
         return self.opcode.removesuffix("-start")
 
     def called(self, key: str = "calls") -> str:
@@ -43,7 +43,7 @@ class Instruction(NamedTuple):
 
 
 class Computation(NamedTuple):
-    """Instructions by name, and the name of that whose value is the result."""
+    """Instructions by name, and the name of the instruction that makes the result."""
 
     instructions: dict[str, Instruction]
     root: str
@@ -55,13 +55,13 @@ class Computation(NamedTuple):
 
 
 class Program(NamedTuple):
-    """All computations of a program by name, and the name of the first to run."""
+    """All computations of a program by name, and the name of the entry computation."""
 
     computations: dict[str, Computation]
     entry: str
 
     def steps(self, name: str | None = None, times: int = 1) -> Iterator[tuple[Computation, Instruction, int]]:
-        """(computation, instruction, how often it runs), loops entered, fusions not; all branches of a conditional."""
+        """(computation, instruction, number of runs); enters loops and all branches of conditionals, but no fusions."""
         computation = self.computations[name or self.entry]
         for instruction in computation.instructions.values():
             yield computation, instruction, times
@@ -77,7 +77,7 @@ class Program(NamedTuple):
                     yield from self.steps(branch, times)
 
     def _turns(self, computation: Computation, loop: Instruction) -> int:
-        """As XLA knows it, else from the condition `counter < constant`; 1 if it is no such."""
+        """The trip count from XLA, else from the condition `counter < constant`; 1 for any other condition."""
         known = re.search(r'known_trip_count"?[:=]\s*\{"?n"?[:=]"?(\d+)', loop.attributes)
         if known:
             return int(known[1])
@@ -113,7 +113,7 @@ def parse(text: str) -> Program:
 
 
 def arrays(type_: str) -> list[tuple[int, bool]]:
-    """(bytes, whether in HBM) of each array of a type; a layout's S(n) is another memory, such as VMEM or semaphores.
+    """(bytes, whether in HBM) of each array of a type; S(n) in a layout is another memory, such as VMEM or semaphores.
 
     Padding to tiles is left out.
     """
@@ -133,10 +133,10 @@ def size(type_: str) -> int:
 
 
 def hbm_bytes(program: Program) -> int:
-    """Bytes that a device reads from and writes to HBM in a run of the program.
+    """Bytes that a device reads from and writes to HBM in a run of the program, a lower bound.
 
-    Of each fusion, kernel and copy its operands and results, once; of what is sliced or updated in place only that
-    part. What collectives move through HBM, and what a kernel reads more than once, is left out: a lower bound.
+    Operands and results of each fusion, kernel and copy count once; of an array that is sliced or updated in place only
+    that part counts. Collectives' own traffic and repeated reads of a kernel are left out.
     """
     return sum(times * moved(program, computation, one) for computation, one, times in program.steps())
 
@@ -191,7 +191,7 @@ def _written(program: Program, computation: Computation, instruction: Instructio
 
 
 def _made(program: Program, inner: Computation, root: Instruction) -> list[int]:
-    """Bytes that a fusion writes of each array of its result: of what it passes on, none."""
+    """Bytes that a fusion writes of each array of its result; 0 for an array that the fusion passes on."""
     if root.opcode == "tuple":
         return [n for name in root.operands for n in _made(program, inner, inner.instructions[name])]
     if root.opcode == "bitcast":
@@ -200,14 +200,14 @@ def _made(program: Program, inner: Computation, root: Instruction) -> list[int]:
 
 
 def moves_nothing(instruction: Instruction) -> bool:
-    """Whether an instruction stands for no work of the chip's own memory."""
+    """Whether an instruction moves no bytes of the chip's own memory."""
     target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
     collective = instruction.opcode.removesuffix("-done").removesuffix("-start") in COLLECTIVES
     return collective or instruction.opcode in MOVES_NOTHING or bool(target and target[1] in MARKERS)
 
 
 def _slices_named(computation: Computation, computations: dict[str, Computation]) -> Computation:
-    """With `slice-start` and `slice-done` where the text has `async-start` of a slice; it has both."""
+    """Renames the `async-start` and `async-done` of a slice to `slice-start` and `slice-done`; HLO uses both forms."""
     named = {}
     for name, one in computation.instructions.items():
         inner = computations.get(one.called()) if one.opcode == "async-start" else None

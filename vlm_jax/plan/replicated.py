@@ -1,4 +1,4 @@
-"""What every device of a compiled step holds whole, though rules or the batch's sharding split it."""
+"""Finds arrays that every device of a compiled step holds whole, against the sharding of parameters or batch."""
 
 import math
 import re
@@ -13,17 +13,17 @@ MOST = 0.5  # of the parameters, together on every device
 def replicated(
     program: Program, mesh_shape: Mapping[str, int], params: Mapping[str, Sequence[int]], pictures: Sequence[int] | None
 ) -> list[str]:
-    """A line for each of these that is found; none is as it should be.
+    """Returns a line for each of these faults; an empty list is good.
 
-    - one all-gather of more than half of the parameters; those of single layers are how FSDP works.
-    - all-gathers of whole stacks of layers, not in the loop over them, of more than half of the parameters together.
+    - one all-gather of more than half of the parameters; FSDP gathers single layers.
+    - all-gathers of whole stacks of layers, outside the loop over layers, of more than half of the parameters together.
     - the pictures of the whole batch, or their patches, on one device.
 
     Args:
-      program: of `hlo.parse`.
+      program: the result of `hlo.parse`.
       mesh_shape: sizes of the mesh's axes.
-      params: shape of each parameter by name; stacks are those below `blocks/`.
-      pictures: shape of the global batch of them, [B, H, W, 3]; None without.
+      params: shape of each parameter by name; parameters below `blocks/` are stacks.
+      pictures: shape of the global batch of pictures, [B, H, W, 3]; None for no pictures.
     """
     return [*_gathered(program, mesh_shape, params), *_whole_batch(program, mesh_shape, pictures)]
 

@@ -1,7 +1,7 @@
-"""A program for TPUs as XLA has scheduled it and placed it in memory, without the machine code.
+"""A TPU program, scheduled and placed in memory by XLA, without the machine code.
 
-That code takes minutes, nearly all of a compilation, and nothing of a plan depends on it. XLA has no option to leave it
-out; so it is asked to write down what it has before, and what it does then is left to itself.
+The machine code takes minutes, nearly all of a compilation, and a plan does not need it. XLA has no option to skip the
+machine code; so XLA dumps the scheduled program first, and the rest of the compilation is left to a thread.
 """
 
 import queue
@@ -19,15 +19,17 @@ SCHEDULED, USED = "*after_optimizations_after_buffer_assignment.txt", "*memory-u
 
 
 def schedule(lowered: jax.stages.Lowered, options: Mapping[str, Any], codegen: bool) -> tuple[str, int]:
-    """(text of the scheduled program, bytes of a device that it takes in all: without codegen, with what aligns them).
+    """Returns the text of the scheduled program, and all bytes of a device that it takes.
+
+    Without codegen the bytes include alignment.
 
     Args:
       lowered: for TPUs.
       options: of the compiler.
-      codegen: whether to wait for the machine code; else the compilation goes on in a thread.
+      codegen: whether to wait for the machine code; else the compilation continues in a thread.
 
     Raises:
-      jax.errors.JaxRuntimeError: what the compiler says until then.
+      jax.errors.JaxRuntimeError: the compiler fails before the result is there.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         ended = queue.SimpleQueue()
@@ -53,13 +55,13 @@ def schedule(lowered: jax.stages.Lowered, options: Mapping[str, Any], codegen: b
 
 
 def in_all(memory: Any) -> int:
-    """Bytes of `memory_analysis()`, what is donated once."""
+    """All bytes of `memory_analysis()`; donated bytes count once."""
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return held + memory.temp_size_in_bytes
 
 
 def _is_whole(text: str) -> bool:
-    """Whether all of a program is written: what is called stands before the computation that begins."""
+    """Whether the whole program is written; the entry computation stands last."""
     return "\nENTRY " in text and text.rstrip().endswith("}")
 
 

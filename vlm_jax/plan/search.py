@@ -1,7 +1,7 @@
-"""Looks for the mesh, remat and accumulation with which a train step fits some chips and is fastest.
+"""Searches the mesh, remat and accumulation with which a train step fits some chips and is fastest.
 
-Fastest by the bound on its time (`Plan.seconds`), which is no timing: of settings with one bound the first counts,
-with the fewest parts. A step is compiled only if the time that its products alone take is less than the best found.
+Fastest means the least bound on time (`Plan.seconds`), not a timing. Of settings with equal bounds the first wins, the
+least split. A step is compiled only if the time of its products alone is below the best bound so far.
 """
 
 import copy
@@ -16,7 +16,7 @@ from vlm_jax.plan import train_step
 from vlm_jax.run.chips import Chip
 
 TENSOR = (1, 2, 4)
-REMAT = ("none", "dots", "full")  # each keeps less than the one before and computes more again
+REMAT = ("none", "dots", "full")  # each keeps less than the one before and recomputes more
 ACCUMULATE = (1, 2, 4, 8, 16, 32)
 
 
@@ -25,10 +25,10 @@ class Trial(NamedTuple):
 
     Attributes:
       mesh: sizes of fsdp and tensor.
-      remat: of all towers whose config has the key; None where none has.
-      accumulate: micro-batches; None where the config has no such key.
-      result: what the compiled step takes; None if it was not compiled.
-      note: why it was not, "" if it was.
+      remat: of all towers whose config has the key; None if no tower has the key.
+      accumulate: micro-batches; None if the config has no such key.
+      result: the plan of the compiled step; None if the step was not compiled.
+      note: why the step was not compiled; "" if it was.
     """
 
     mesh: dict[str, int]
@@ -42,23 +42,25 @@ class Trial(NamedTuple):
         return self.result is not None and self.result.fits
 
     def json(self) -> dict[str, Any]:
-        """All of it."""
+        """All fields, JSON-able."""
         return self._asdict() | {"result": self.result and self.result.json()}
 
     def words(self) -> str:
-        """What `train` and `plan` are given for it; the remat of each tower in words."""
+        """The flags of this setting for `train` and `plan`; the towers' remat in words."""
         flags = [f"--config.mesh.{axis}={size}" for axis, size in self.mesh.items()]
         flags += [] if self.accumulate is None else [f"--config.accumulate={self.accumulate}"]
         return " ".join(flags) + (f", remat `{self.remat}` in all towers" if self.remat else "")
 
 
 def search(settings: Mapping[str, Any], devices: Sequence[jax.Device], chip: Chip) -> list[Trial]:
-    """Tries meshes, and for each remat and accumulation from what computes least to what holds least, until one fits.
+    """Tries meshes, and for each mesh remat and accumulation until one fits.
 
-    Args: those of `train_step.plan`.
+    Remat and accumulation go from the least computation to the least memory.
+
+    Args: as for `train_step.plan`.
 
     Raises:
-      UserError: no mesh is possible, for the reason of the last.
+      UserError: no mesh is possible; the text gives the reason of the last.
     """
     settings = config.plain(settings)
     tried, fastest = [], float("inf")
@@ -76,7 +78,7 @@ def search(settings: Mapping[str, Any], devices: Sequence[jax.Device], chip: Chi
                 continue  # micro-batches would not be split evenly
             room = temporaries.get(remat)
             if room and room[0] / (accumulate or 1) > room[1]:
-                continue  # activations alone are more than there is room for
+                continue  # activations alone exceed the free memory
             try:
                 step = train_step.traced(changed(settings, trial), devices)
             except UserError as error:
@@ -107,14 +109,14 @@ def meshes(devices: int) -> Iterator[dict[str, int]]:
 
 
 def ladder(settings: Mapping[str, Any]) -> list[tuple[str | None, int | None]]:
-    """(remat, accumulate) that a config can have: first those that compute least again."""
+    """The pairs (remat, accumulate) that a config can have, the least recomputation first."""
     remats = REMAT if list(_towers(settings["model"])) else (None,)
     counts = ACCUMULATE if "accumulate" in settings else (None,)
     return [(remat, counts[0]) for remat in remats] + [(r, k) for r in remats for k in counts[1:]]
 
 
 def changed(settings: Mapping[str, Any], trial: Trial) -> dict[str, Any]:
-    """The config with what is tried."""
+    """The config with a trial's setting."""
     settings = copy.deepcopy(dict(settings))
     settings["mesh"] = dict(data=-1, **trial.mesh)
     for tower in _towers(settings["model"]):
@@ -125,7 +127,7 @@ def changed(settings: Mapping[str, Any], trial: Trial) -> dict[str, Any]:
 
 
 def best(tried: Sequence[Trial]) -> Trial | None:
-    """The first of those with the least bound that fit; None if none does."""
+    """The fitting trial with the least bound, of equal trials the first; None if none fits."""
     return min((trial for trial in tried if trial.fits), key=lambda trial: trial.result.seconds, default=None)
 
 
@@ -147,7 +149,7 @@ def text(tried: Sequence[Trial]) -> str:
 
 
 def _towers(model: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The sections of a model that say what their blocks keep."""
+    """The sections of a model with a key `remat`."""
     for value in model.values():
         if isinstance(value, dict) and "remat" in value:
             yield value

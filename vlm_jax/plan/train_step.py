@@ -1,4 +1,4 @@
-"""The train step of a config, compiled for chips that are not there: what it takes, in numbers and in words."""
+"""The plan of a train step, compiled for chips that this machine does not have: memory, FLOPs, bounds on time."""
 
 import collections
 import io
@@ -25,26 +25,26 @@ from vlm_jax.run.chips import Chip
 from vlm_jax.run.compiler_options import compiler_options
 from vlm_jax.run.program import Program, build_program
 
-EXAMPLES = 10**9  # of a data set that is not there: durations in epochs are as long as this makes them
+EXAMPLES = 10**9  # stands in for the data set's number of examples, in durations in epochs
 
 
 class Plan(NamedTuple):
-    """What a train step takes.
+    """The memory, FLOPs, traffic and time bounds of a train step.
 
     Attributes:
-      devices: of the slice.
-      mesh: sizes of its axes.
-      parameters: of the model.
-      memory: bytes of a device: `parameters` and `optimizer` (EMA and objective's state with it), each its share,
-        `batch`, and `temporaries`, all else that the compiled step has at its peak: activations and gradients.
-      flops: of the step on a device, recomputation and the optimizer's products with it; see `plan.flops`.
+      devices: number of devices of the slice.
+      mesh: sizes of the mesh's axes.
+      parameters: number of the model's parameters.
+      memory: bytes of a device: its shares of `parameters` and `optimizer` (with EMA and the objective's state), its
+        `batch`, and `temporaries`, all else at the compiled step's peak: activations and gradients.
+      flops: of the step on a device, with recomputation and the optimizer's products; see `run.flops`.
       model_flops: on a device, of the loss and its gradients alone.
-      hbm_bytes: that the compiled step moves on a device, at least; see `plan.hlo.hbm_bytes`.
+      hbm_bytes: a lower bound on the bytes that the compiled step moves on a device; see `plan.hlo.hbm_bytes`.
       collectives: of the compiled step.
-      replicated: what each device holds whole though it is split, in words; see `plan.replicated`.
-      chip: what a device can do.
+      replicated: lines about arrays that each device holds whole, against the sharding; see `plan.replicated`.
+      chip: peak FLOPs, memory and bandwidths of a device.
       table: the parameters and their shardings, to read.
-      compiled: False where the compiler ran out of a device's memory: hbm_bytes and collectives are not known then.
+      compiled: False if the compiler ran out of a device's memory; hbm_bytes and collectives are then unknown.
     """
 
     devices: int
@@ -66,7 +66,7 @@ class Plan(NamedTuple):
 
     @property
     def bounds(self) -> dict[str, float]:
-        """Seconds that a step takes at least: at peak FLOPs, at full HBM bandwidth, with all links busy."""
+        """Lower bounds on a step's seconds: at peak FLOPs, at full HBM bandwidth, with all links busy."""
         sent = sum(one.bytes for one in self.collectives)
         return dict(
             matmul=self.flops / self.chip.flops,
@@ -76,23 +76,23 @@ class Plan(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """The largest of the bounds: were all else hidden behind it."""
+        """The largest of the bounds: the step's time if all other work overlaps."""
         return max(self.bounds.values())
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilisation of such a step: what no run exceeds."""
+        """Model FLOPs utilisation of a step of `seconds`, an upper bound for any run."""
         return self.model_flops / (self.chip.flops * self.seconds)
 
     def json(self) -> dict[str, Any]:
-        """All of it."""
+        """All fields and properties, JSON-able."""
         rest = dict(fits=self.fits, bounds=self.bounds, seconds=self.seconds, mfu=self.mfu)
         nested = dict(chip=self.chip._asdict(), collectives=[one._asdict() for one in self.collectives])
         return self._asdict() | nested | rest
 
 
 class Traced(NamedTuple):
-    """A train step before it is compiled: the program, a batch of one, the global batch's size; FLOPs as in `Plan`."""
+    """A train step before compilation: the program, a batch of one, the global batch size; FLOPs as in `Plan`."""
 
     program: Program
     example: dict[str, np.ndarray]
@@ -106,12 +106,12 @@ def plan(settings: Mapping[str, Any], devices: Sequence[jax.Device], chip: Chip,
 
     Args:
       settings: a config of `vlm_jax.train`.
-      devices: of a slice, there or not.
-      chip: what one of them can do.
+      devices: of a slice, real or described.
+      chip: the properties of a device.
       codegen: see `compiled`.
 
     Raises:
-      UserError: a config that does not fit the devices' mesh.
+      UserError: the config does not fit the devices' mesh.
     """
     return compiled(traced(settings, devices), chip, codegen)
 
@@ -137,7 +137,7 @@ def traced(settings: Mapping[str, Any], devices: Sequence[jax.Device]) -> Traced
 
 
 def compiled(step: Traced, chip: Chip, codegen: bool = True) -> Plan:
-    """Compiles a train step for the devices of its mesh; without codegen, for TPUs, all but the machine code."""
+    """Compiles a train step for the devices of its mesh; without codegen, TPU programs get no machine code."""
     program = step.program
     mesh, state = program.mesh, program.abstract_state
     kinds = _held(step)
@@ -161,7 +161,7 @@ def compiled(step: Traced, chip: Chip, codegen: bool = True) -> Plan:
 
 
 def _written(step: Traced, codegen: bool) -> tuple[str, int]:
-    """The text of the compiled step, and the bytes of a device that it takes in all."""
+    """The text of the compiled step, and all bytes of a device that it takes."""
     program, device = step.program, step.program.mesh.devices.flat[0]
     if device.platform == "tpu":
         return schedule(program.lower_step(step.example, step.batch_size), compiler_options(device), codegen)
@@ -170,7 +170,7 @@ def _written(step: Traced, codegen: bool) -> tuple[str, int]:
 
 
 def example_of(op_string: str) -> dict[str, np.ndarray]:
-    """A batch of one example as the data ops make it, of a record made up for them: only its shapes count."""
+    """Returns a batch of one example, made by the data ops from a made-up record; only the shapes count."""
     pipeline = ops.parse(op_string, _Tokenizer())
     if not pipeline.keeps:
         raise UserError("config.data.ops should end with keep('image', 'token_ids', ...): what a batch has")
@@ -183,7 +183,7 @@ def example_of(op_string: str) -> dict[str, np.ndarray]:
             where = where[folder]
         where[name] = "a text"
     example = pipeline(record, np.random.default_rng(0))
-    # what no op has made is a label
+    # a value that no op has made is a label
     return collate([{name: 0 if isinstance(value, str) else value for name, value in example.items()}])
 
 
@@ -220,7 +220,7 @@ def _bytes(tree: Any) -> int:
 
 
 def _wanted(message: str, hbm: int) -> int:
-    """Bytes that the compiler says it lacked room for, "HLO temporaries (22.79G)"; where it does not, all there is."""
+    """Bytes for which the compiler lacked room, from its "HLO temporaries (22.79G)"; defaults to all of HBM."""
     found = re.search(r"(?:temporaries \(|Used )([\d.]+)([KMG])", message)
     return int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]]) if found else hbm
 

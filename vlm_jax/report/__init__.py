@@ -1,4 +1,4 @@
-"""What a run or an evaluation leaves to look at: a page, live curves, figures."""
+"""Reports of runs and evaluations: a page, live curves, figures."""
 
 from vlm_jax.report.page import format_value, load_artifacts, save_artifacts, series, write
 

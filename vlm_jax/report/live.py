@@ -1,9 +1,9 @@
-"""A run's curves in a notebook, redrawn below the cell while it trains.
+"""Live curves of a run in a notebook, redrawn below the cell during training.
 
     with live.curves("runs/mine"):
         train(config, "runs/mine")
 
-A thread looks at metrics.jsonl; `train` knows nothing of it.
+A thread reads metrics.jsonl; `train` knows nothing of the thread.
 """
 
 import contextlib
@@ -20,15 +20,15 @@ from vlm_jax.report import figures
 def curves(
     workdir: str | os.PathLike, metrics: Sequence[str] = ("loss", "top1"), seconds: float = 5.0
 ) -> Iterator[None]:
-    """Shows `figures.curves` of a run's metrics.jsonl until the body ends, and then as it has become.
+    """Shows `figures.curves` of a run's metrics.jsonl, updated until the body ends and once afterwards.
 
     Args:
-      workdir: the run's, there or not yet.
-      metrics: which are shown: "loss", and "top1" for that of every evaluation.
-      seconds: between two looks.
+      workdir: the run's folder, which need not exist yet.
+      metrics: the metrics shown; "top1" shows the top1 of every evaluation.
+      seconds: between two updates.
 
     Raises:
-      UserError: there is no IPython, hence no notebook.
+      UserError: IPython is not installed, so this is no notebook.
     """
     try:
         from IPython.display import DisplayHandle

@@ -1,7 +1,7 @@
 """A run as one page: `workdir/report/index.html` with its PNGs beside it, nothing loaded from elsewhere.
 
-Reads what training and evaluation left: metrics.jsonl, results.json, config.json and artifacts/. What is absent is
-left out, so that the page can be made of a run that has only begun, or of an evaluation alone.
+Reads the files of training and evaluation: metrics.jsonl, results.json, config.json and artifacts/. Missing files are
+skipped: a run that has only begun, or an evaluation alone, has a page, too.
 """
 
 import html
@@ -18,7 +18,7 @@ COUNTS = re.compile(r"step|(train_|pixel_)?examples|left_out|images|texts|\w+_pa
 SHARES = re.compile(
     r"top\d+|recall@\d+|mean_per_class|accuracy|fraction|exact_match|(^|/)(object|attribute|order|chance)$"
 )
-OF_THE_RUN = ("train", "data")  # before the slash in results.json; other names there are evaluations
+OF_THE_RUN = ("train", "data")  # prefixes in results.json that are no evaluations
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1100px; margin: 2.5em auto; padding: 0 1.5em; }
@@ -43,8 +43,8 @@ def save_artifacts(workdir: str | pathlib.Path, name: str, artifacts: Mapping[st
 
     Args:
       workdir: the run's folder.
-      name: the evaluation's.
-      artifacts: name -> array, JSON-able value, or a dict of those. Nothing is written if empty.
+      name: the evaluation's name.
+      artifacts: name -> array, JSON-able value, or a dict of both. Nothing is written if empty.
     """
     if not artifacts:
         return
@@ -61,7 +61,7 @@ def save_artifacts(workdir: str | pathlib.Path, name: str, artifacts: Mapping[st
 
 
 def load_artifacts(workdir: str | pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Returns evaluation -> its artifacts, flat: "gallery/images" and so on."""
+    """Returns evaluation -> its artifacts, by flat names: "gallery/images" and so on."""
     found = {}
     for path in sorted(pathlib.Path(workdir).glob("artifacts/*.json")):
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -129,7 +129,7 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
 
 
 def format_value(name: str, value: Any) -> str:
-    """Returns a metric as people read it: shares in percent, counts whole, other numbers to four digits."""
+    """Returns a metric as text to read: shares in percent, counts whole, other numbers to four digits."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return str(value)
     if not math.isfinite(value):
@@ -142,7 +142,7 @@ def format_value(name: str, value: Any) -> str:
 
 
 def _results_tables(results: Mapping[str, Any]) -> str:
-    """One row for each evaluation, one table for evaluations with metrics in common."""
+    """Tables with a row for each evaluation; evaluations with metrics in common share a table."""
     rows: dict[str, dict[str, Any]] = {}
     for key, value in results.items():
         name, _, metric = key.partition("/")
@@ -194,7 +194,7 @@ def _run_table(results: Mapping[str, Any]) -> str:
 
 
 def _figure(picture: Any, path: str, alt: str) -> str:
-    """On a phone a wide picture keeps a size at which it can be read, and scrolls."""
+    """An image tag; on a phone a wide picture keeps a readable size and scrolls."""
     image = f'<img src="{path}" alt="{html.escape(alt)}">'
     return f'<div class="wide">{image}</div>' if picture.get_figwidth() > 6 else image
 

@@ -1,11 +1,11 @@
-"""Pictures of what a model does, one style, readable in grey.
+"""Figures of a model's results, in one style, readable in grey.
 
-    from vlm_jax import figures
+    from vlm_jax.report import figures
     figures.similarity(pictures, texts, clip.logits(pictures, texts))  # the last line of a notebook's cell shows it
     figures.maps(attention_maps.seen(clip, pictures), attention_maps.attention(clip, pictures)).save("attention.png")
 
 Every function takes numbers and pictures, never a model, and returns a `Picture`: a matplotlib figure that shows itself
-in a notebook, without pyplot. Pictures are those that a model takes: PIL images, paths, encoded bytes, uint8 arrays.
+in a notebook, without pyplot. A picture is a PIL image, a path, encoded bytes or a uint8 array.
 """
 
 from vlm_jax.report.figures.calibration import calibration

@@ -1,4 +1,4 @@
-"""Whether a model is right as often as it says."""
+"""Calibration: a model's confidence against its accuracy."""
 
 from typing import Any, NamedTuple
 
@@ -14,8 +14,8 @@ class Bins(NamedTuple):
     Attributes:
       edges: [bins + 1], from 0 to 1.
       counts: int [bins], examples in (edges[i], edges[i + 1]].
-      accuracy: [bins], their share that is right; NaN where there are none.
-      confidence: [bins], their mean confidence; NaN likewise.
+      accuracy: [bins], the share of right examples in a bin; NaN for an empty bin.
+      confidence: [bins], the mean confidence in a bin; NaN for an empty bin.
       error: the expected calibration error, sum_i counts[i] / n |accuracy[i] - confidence[i]|.
     """
 
@@ -27,12 +27,12 @@ class Bins(NamedTuple):
 
 
 def calibration_bins(confidence: Any, correct: Any, bins: int = 15) -> Bins:
-    """The expected calibration error (Guo et al. 2017, arXiv:1706.04599, equation 3) and what it is made of.
+    """Returns the expected calibration error (Guo et al. 2017, arXiv:1706.04599, equation 3) and its bins.
 
     Args:
-      confidence: float [n] in [0, 1], the probability of the class that was named.
-      correct: bool [n], whether it is the right one.
-      bins: how many of equal width.
+      confidence: float [n] in [0, 1], the probability of the predicted class.
+      correct: bool [n], whether the predicted class is right.
+      bins: number of bins, of equal width.
     """
     confidence, correct = np.asarray(confidence, np.float64), np.asarray(correct, np.float64)
     style.check(confidence.shape == correct.shape and confidence.ndim == 1 and confidence.size,
@@ -50,7 +50,7 @@ def calibration_bins(confidence: Any, correct: Any, bins: int = 15) -> Bins:
 
 @style.styled()
 def calibration(confidence: Any, correct: Any, bins: int = 15) -> Picture:
-    """A reliability diagram: the share that is right by confidence, and how many examples have which.
+    """Draws a reliability diagram: accuracy by confidence, and the share of examples in each bin.
 
     Args: see `calibration_bins`.
     """

@@ -1,4 +1,4 @@
-"""How pictures were named: galleries, and what was taken for what."""
+"""Figures of predictions: galleries and confusions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,13 +13,13 @@ from vlm_jax.report.figures.style import BAR, BLUE, GREY, INK, SHARES, Picture, 
 def gallery(
     images: Sequence[Any], names: Sequence[Sequence[str]], scores: Any, truth: Sequence[str] | None = None
 ) -> Picture:
-    """Pictures, each with its best names, their scores as bars, and a tick at the right name.
+    """Draws pictures, each with its best names, their scores as bars, and a tick at the right name.
 
     Args:
       images: n pictures.
       names: n lists of k names, best first.
       scores: float [n, k].
-      truth: n right names; where one is not among the best, it stands below after a cross.
+      truth: n right names; a right name that is not among the best stands below, after a cross.
     """
     images, scores = style.pixels(images), np.asarray(scores, np.float64)
     truth = [None] * len(images) if truth is None else truth
@@ -58,13 +58,13 @@ def _names(axes: Any, names: Sequence[str], truth: str | None, lengths: np.ndarr
 def confusions(
     pairs: Sequence[tuple[str, str, int]], names: Sequence[str] = (), images: Sequence[Any] = (), most: int = 18
 ) -> Picture:
-    """Pairs of classes that were mixed up: the right one, an arrow with the count, what it was taken for.
+    """Draws pairs of confused classes: the right class, an arrow with the count, the predicted class.
 
     Args:
-      pairs: (right class, taken for, how often), the most important first.
-      names: classes of which there is a picture.
-      images: their pictures.
-      most: how many pairs are drawn.
+      pairs: (right class, predicted class, count), the most important first.
+      names: the classes that have a picture.
+      images: the pictures of these classes.
+      most: number of pairs drawn, at most.
     """
     pairs = pairs[:most]
     style.check(len(pairs) > 0, "at least one pair", pairs)
@@ -93,13 +93,13 @@ def confusions(
 def confusion_counts(truth: Any, predicted: Any, most: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns which classes a confusion matrix shows, int [c], and its counts, int [c, c + 1].
 
-    The classes are those of the most frequent mistakes, of both sides of each, at most `most`; then those with the most
-    examples. Row: the right class; column: what was named, the last one all other classes.
+    The classes are, first, both classes of the most frequent mistakes, then the classes with the most examples; at most
+    `most`. Row: the right class. Column: the predicted class; the last column is all other classes.
 
     Args:
       truth: int [n].
       predicted: int [n].
-      most: how many classes.
+      most: number of classes, at most.
     """
     truth, predicted = np.asarray(truth), np.asarray(predicted)
     style.check(truth.shape == predicted.shape and truth.ndim == 1 and truth.size, "truth [n] and predicted [n]",
@@ -122,15 +122,15 @@ def confusion_counts(truth: Any, predicted: Any, most: int) -> tuple[np.ndarray,
 
 @style.styled()
 def confusion_matrix(truth: Any, predicted: Any, names: Sequence[str], most: int = 20) -> Picture:
-    """The classes of the most frequent mistakes: rows the right class, columns what was named.
+    """Draws the confusion matrix of the most frequent mistakes: rows are right classes, columns predicted classes.
 
-    A cell's shade is its share of the row, the number in it counts pictures; the last column is all other classes.
+    A cell's number counts pictures; its shade is the share of the row; the last column is all other classes.
 
     Args:
       truth: int [n], index of the right name.
-      predicted: int [n], of the best one.
-      names: of the classes.
-      most: how many classes are shown.
+      predicted: int [n], index of the best name.
+      names: names of the classes.
+      most: number of classes shown, at most.
     """
     shown, counts = confusion_counts(truth, predicted, most)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)

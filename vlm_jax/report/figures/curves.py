@@ -1,4 +1,4 @@
-"""Numbers over training steps."""
+"""Curves of metrics over training steps."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,11 +12,11 @@ FIRST = ("loss", "lr", "examples_per_second")  # the panels that a reader looks 
 
 @style.styled()
 def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Picture:
-    """One panel for each training metric, and one for each evaluation metric with a line for each evaluation.
+    """Draws a panel for each training metric, and for each evaluation metric with a line for each evaluation.
 
     Args:
-      series: metric -> (steps, values); "loss", or "unseen_style/top1" for an evaluation's. `report.series(workdir)`
-        reads those of a run.
+      series: metric -> (steps, values). "loss" is a training metric, "unseen_style/top1" an evaluation's.
+        `report.series(workdir)` reads the series of a run.
     """
     if not series:
         raise UserError("there is nothing to draw: the series are empty")

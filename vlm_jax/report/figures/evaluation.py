@@ -1,4 +1,4 @@
-"""The pictures of one evaluation, of what it left in its artifacts."""
+"""The figures of one evaluation, drawn from its artifacts."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -14,13 +14,13 @@ from vlm_jax.report.figures.style import Picture
 
 
 class Shown(NamedTuple):
-    """A picture of a report.
+    """A figure of a report.
 
     Attributes:
       kind: a word, for the file's name.
-      heading: what it is.
-      about: how to read it.
-      picture: the picture.
+      heading: the figure's title.
+      about: how to read the figure.
+      picture: the figure.
     """
 
     kind: str
@@ -30,10 +30,10 @@ class Shown(NamedTuple):
 
 
 def pictures_of(artifacts: Mapping[str, Any]) -> Iterator[Shown]:
-    """Draws whatever an evaluation's artifacts (as `report.load_artifacts` returns them) are enough for."""
+    """Draws all figures for which an evaluation's artifacts (of `report.load_artifacts`) suffice."""
 
     def given(group, *names):
-        """artifacts["group/name"] of each name, or nothing where one is missing, or not finite: the model diverged."""
+        """artifacts["group/name"] of each name; None if one is missing or not finite (the model diverged)."""
         keys = [f"{group}/{name}" for name in names]
         if not artifacts.keys() >= set(keys):
             return None
@@ -71,7 +71,7 @@ def pictures_of(artifacts: Mapping[str, Any]) -> Iterator[Shown]:
         pairs = confusions(artifacts["confusions"], *(given("class_pictures", "names", "images") or ()))
         yield Shown("confusions", "Worst confusions", about, pairs)
     found = given("predictions", "label", "predicted") if "classes" in artifacts else None
-    if found and np.bincount(found[0]).max() > 1:  # of one picture a class, the pairs above say it better
+    if found and np.bincount(found[0]).max() > 1:  # with one picture a class, the pairs above are clearer
         about = (
             "The classes of the most frequent mistakes: rows are what is right, columns what was said. The number "
             "counts pictures, the shade is its share of the row."

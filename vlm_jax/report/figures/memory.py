@@ -1,4 +1,4 @@
-"""What a run takes of a device's memory."""
+"""The memory of a device that runs take."""
 
 from collections.abc import Mapping
 
@@ -12,11 +12,11 @@ SHADES = (("#2f5d8a", None), ("#7fa6cb", "///"), ("#c9c9c9", "..."), ("#ececec",
 
 @style.styled()
 def memory(plans: Mapping[str, Mapping[str, int]], room: int) -> Picture:
-    """A bar for each plan, of what it holds, one part after the other; a line where the device ends.
+    """Draws a bar for each plan, stacked from its parts, and a line at the device's memory.
 
     Args:
       plans: name -> part -> bytes of a device, such as `plan.train_step.Plan.memory`; at most four parts.
-      room: bytes that a device has.
+      room: bytes of a device's memory.
     """
     parts = list(dict.fromkeys(part for held in plans.values() for part in held))
     style.check(0 < len(parts) <= len(SHADES), f"plans of 1 to {len(SHADES)} parts", parts)

@@ -1,4 +1,4 @@
-"""Pictures against texts: similarity matrices, and what a query finds."""
+"""Pictures against texts: similarity matrices and retrieval results."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from vlm_jax.report.figures.style import GREY, INK, SHARES, Picture
 
 @style.styled()
 def similarity(images: Sequence[Any], texts: Sequence[str], scores: Any) -> Picture:
-    """A matrix of scores, pictures down the side and texts along the top; a frame at each picture's best text.
+    """Draws a matrix of scores, pictures down the side, texts along the top; a frame marks each picture's best text.
 
     Args:
       images: n pictures.
@@ -31,7 +31,7 @@ def similarity(images: Sequence[Any], texts: Sequence[str], scores: Any) -> Pict
         ink = style.ink_on((score - low) / (high - low))
         axes.text(j + 0.5, i + 0.5, f"{score:z.{decimals}f}", ha="center", va="center", fontsize=8, color=ink)
     for i, best in enumerate(scores.argmax(axis=1)):
-        for edge, margin, line in ((INK, 0.04, 1.8), ("white", 0.09, 1.0)):  # to be seen on light and on dark
+        for edge, margin, line in ((INK, 0.04, 1.8), ("white", 0.09, 1.0)):  # visible on light and on dark
             corner, side = (best + margin, i + margin), 1 - 2 * margin
             axes.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=edge, linewidth=line))
     for i, image in enumerate(images):
@@ -50,7 +50,7 @@ def similarity(images: Sequence[Any], texts: Sequence[str], scores: Any) -> Pict
 
 @style.styled()
 def retrieval(queries: Sequence[Any], results: Sequence[Sequence[Any]], scores: Any, right: Any) -> Picture:
-    """A row for each query: the text or picture, then what it finds, best first; a frame and a tick at what is right.
+    """Draws a row for each query: the query, then its results, best first; a frame and a tick mark right results.
 
     Args:
       queries: n texts or pictures.
@@ -62,7 +62,7 @@ def retrieval(queries: Sequence[Any], results: Sequence[Sequence[Any]], scores: 
     rows, columns = len(results), len(results[0]) if len(results) else 0
     style.check(rows and columns and len(queries) == rows and scores.shape == right.shape == (rows, columns),
                 "as many rows of results, scores and marks as queries", queries, scores, right)  # fmt: skip
-    wide = 1.9 if isinstance(queries[0], str) else 1.25  # of what stands left
+    wide = 1.9 if isinstance(queries[0], str) else 1.25  # inches of the query's column
     cell = 1.9 if isinstance(results[0][0], str) else 1.15
     width, height = wide + 0.25 + cell * columns, 1.45 * rows
     picture = Picture(figsize=(width, height))

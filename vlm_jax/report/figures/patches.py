@@ -1,4 +1,4 @@
-"""Maps over the patches of pictures, laid on them."""
+"""Maps over the patches of pictures, laid on the pictures."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,11 +15,11 @@ from vlm_jax.report.figures.style import HEAT, Picture
 
 @style.styled()
 def maps(images: Sequence[Any], maps: Any, titles: Sequence[str] | None = None) -> Picture:
-    """Pictures, each beside itself under its map; each map from its own least to its own greatest value.
+    """Draws each picture without and with its map; each map is scaled from its own minimum to its own maximum.
 
     Args:
       images: n pictures, cropped as the model sees them (`attention_maps.seen`).
-      maps: float [n, h, w], such as `attention_maps.attention` gives.
+      maps: float [n, h, w], for instance of `attention_maps.attention`.
       titles: n texts, or None.
     """
     images, maps = style.pixels(images), np.asarray(maps, np.float64)
@@ -43,7 +43,7 @@ def maps(images: Sequence[Any], maps: Any, titles: Sequence[str] | None = None) 
 
 @style.styled()
 def word_patch(image: Any, words: Sequence[str], maps: Any) -> Picture:
-    """A picture, then itself under the map of each word; one scale for all of them.
+    """Draws a picture, then the picture under the map of each word; all maps have one scale.
 
     Args:
       image: a picture, cropped as the model sees it (`attention_maps.seen`).
@@ -65,7 +65,7 @@ def word_patch(image: Any, words: Sequence[str], maps: Any) -> Picture:
 
 
 def _panels(rows: int, columns: int, width: float, height: float, title: float) -> tuple[Picture, Callable]:
-    """A picture with room for a colour bar below, and what makes the axes at a row, a column and inches from its left.
+    """An empty figure with room for a colour bar below, and a function that adds axes (row, column, left, width).
 
     Args: rows and columns of panels, and in inches a panel's width, height, and room for a title above it.
     """
@@ -90,9 +90,10 @@ def _bar(picture: Picture, values: ScalarMappable) -> Any:
 
 
 def overlaid(image: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """A picture [H, W, 3] under a map [h, w] in [0, 1], uint8 [H, W, 3]: the map's colours, darker where it is dark.
+    """A picture [H, W, 3] under a map [h, w] in [0, 1], uint8 [H, W, 3].
 
-    White stays the colour of the bar; the edges of patches stay sharp.
+    The map's colours are darkened where the picture is dark; white pixels keep the colour of the bar. The edges of
+    patches stay sharp.
     """
     height, width = max(image.shape[0], 192), max(image.shape[1], 192)
     grey = np.asarray(Image.fromarray(image).convert("L").resize((width, height)), np.float64)[..., None] / 255

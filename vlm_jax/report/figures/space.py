@@ -1,4 +1,4 @@
-"""Pictures and texts in the space that they share."""
+"""Pictures and texts in their shared embedding space."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,12 +14,12 @@ NAMED = 12
 
 
 class Plane(NamedTuple):
-    """The plane in which embeddings of pictures and texts differ most.
+    """Embeddings of pictures and texts on their first two principal components.
 
     Attributes:
       image: float64 [n, 2].
       text: float64 [m, 2].
-      explained: [2], the share of the variance along each direction.
+      explained: [2], the share of the variance along each component.
       gap: |mean of images - mean of texts|, in the whole space (Liang et al. 2022, arXiv:2203.02053, section 2).
     """
 
@@ -30,7 +30,7 @@ class Plane(NamedTuple):
 
 
 def principal_plane(image: Any, text: Any) -> Plane:
-    """The first two principal components of pictures [n, D] and texts [m, D] together."""
+    """Projects pictures [n, D] and texts [m, D] on the first two principal components of both together."""
     image, text = np.asarray(image, np.float64), np.asarray(text, np.float64)
     style.check(image.ndim == text.ndim == 2 and image.shape[1] == text.shape[1] and len(image) and len(text),
                 "embeddings [n, D] and [m, D]", image, text)  # fmt: skip
@@ -47,12 +47,12 @@ def principal_plane(image: Any, text: Any) -> Plane:
 
 @style.styled()
 def embedding_space(image: Any, text: Any, names: Sequence[str] | None = None) -> Picture:
-    """Embeddings of pictures and texts in the plane of their first two principal components, and the gap between them.
+    """Draws embeddings of pictures and texts on their first two principal components, and the gap between the means.
 
     Args:
       image: float [n, D].
-      text: float [m, D]; where m = n, text i belongs to picture i and a line joins them.
-      names: of the texts, m; a dozen of them at most are written, where there is room.
+      text: float [m, D]; if m = n, text i belongs to picture i and a line joins the two.
+      names: m names of the texts; at most a dozen are written, where there is room.
     """
     plane = principal_plane(image, text)
     width, height = np.ptp(np.concatenate([plane.image, plane.text]), axis=0)
@@ -85,9 +85,9 @@ def embedding_space(image: Any, text: Any, names: Sequence[str] | None = None) -
 
 
 def _labelled(points: np.ndarray, names: Sequence[str], marks: np.ndarray, inch: float) -> list[int]:
-    """Indices of points [n, 2] whose names fit beside them, each the farthest from those before it.
+    """Indices of points [n, 2] whose names fit beside them; each point is the farthest from the earlier ones.
 
-    Args: the points, their names, marks [m, 2] to be left free, and how long an inch of the paper is.
+    Args: the points, their names, marks [m, 2] to leave free, and the length of an inch of paper.
     """
     written = np.concatenate([marks - 0.12 * inch, marks + 0.12 * inch], axis=1)
     chosen, distance = [], np.full(len(points), np.inf)

@@ -1,4 +1,4 @@
-"""How all pictures look: ink on white, and marks, hatches and line styles wherever a colour says something."""
+"""The style of all figures: ink on white; a mark, hatch or line style repeats the meaning of every colour."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ from PIL import Image
 
 from vlm_jax.errors import UserError
 
-# The first has no Chinese, Japanese and Korean; matplotlib takes those from the next that is installed, if one is.
+# The first font has no Chinese, Japanese and Korean glyphs; matplotlib takes them from the next installed font.
 FONTS = ("DejaVu Sans", "Noto Sans CJK JP", "Source Han Sans", "WenQuanYi Micro Hei", "Hiragino Sans", "Yu Gothic",
          "Microsoft YaHei", "Malgun Gothic", "Arial Unicode MS")  # fmt: skip
 RC = {
@@ -37,12 +37,12 @@ RC = {
     "text.parse_math": False,  # a class may be called "$"
 }
 INK, GREY, BAR, BLUE = "#1a1a1a", "#666666", "#dcdcdc", "#b9cfe4"
-SHARES, HEAT = "Blues", "cividis"  # both monotone in luminance: dark is much in the first, little in the second
+SHARES, HEAT = "Blues", "cividis"  # both monotone in luminance: dark is high in "Blues", low in "cividis"
 
 
 @contextlib.contextmanager
 def styled() -> Iterator[None]:
-    """Within, matplotlib draws in this style alone, whatever the reader has set."""
+    """A context in which matplotlib draws in this style, whatever the user's settings."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(RC)
@@ -67,7 +67,7 @@ class Picture(Figure):
 
 
 def grid(count: int, columns: int) -> tuple[int, int]:
-    """Rows and columns, at most so many, for `count` panels."""
+    """Rows and columns for `count` panels; at most `columns` columns."""
     columns = min(columns, count)
     return -(-count // columns), columns
 
@@ -80,7 +80,7 @@ def pixels(images: Sequence[Any]) -> list[np.ndarray]:
 
 
 def pixel(image: Any) -> np.ndarray:
-    """A picture, as `Pretrained.embed_images` takes it, as uint8 [H, W, 3]; what is transparent stands on white."""
+    """A picture (any input of `Pretrained.embed_images`) as uint8 [H, W, 3]; transparent pixels stand on white."""
     if isinstance(image, str | os.PathLike | bytes):
         image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
     if isinstance(image, Image.Image):
@@ -100,12 +100,12 @@ def show(axes: Any, image: np.ndarray) -> None:
 
 
 def short(text: str, width: int = 29) -> str:
-    """At most `width` characters."""
+    """Cuts a text to at most `width` characters."""
     return text if len(text) <= width else text[: width - 1].rstrip() + "…"
 
 
 def wrapped(text: str, width: int, lines: int) -> str:
-    """At most `lines` lines of `width` characters."""
+    """Wraps a text into at most `lines` lines of `width` characters."""
     return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …")) or text
 
 
@@ -115,6 +115,6 @@ def ink_on(shade: float) -> str:
 
 
 def check(condition: bool, expected: str, *arrays: Any) -> None:
-    """Raises a UserError that says what was expected and which shapes came."""
+    """Raises a UserError with the expected and the given shapes unless the condition holds."""
     if not condition:
         raise UserError(f"expected {expected}; got {', '.join(str(list(np.shape(array))) for array in arrays)}")
