@@ -25,7 +25,7 @@ def get_config(variant: str = "B/16", corruption: str = "causal") -> ConfigDict:
         config = captioner(variant, corruption)
         if variant != "smoke":
             config.batch_size, config.optimizer.lr = 64, 6e-3
-            config.duration = "165k examples"  # which cost as much as CLIP's 295k: 17.3 TFLOP
+            config.duration = "165k examples"  # as many FLOPs as CLIP's 295k examples: 17.3 T
         return config
     size = variant.split("/")[0]
     depth = {"B": 6, "L": 12}[size]

@@ -1,4 +1,4 @@
-"""CapPa: Cap that predicts three captions in four all at once, from the picture alone (arXiv:2306.07915, section 3.2).
+"""CapPa: Cap with parallel prediction of 3 of 4 captions, from the picture alone (arXiv:2306.07915, section 3.2).
 
     python -m vlm_jax.train --config=configs/cappa.py:tiny --workdir=runs/cappa_tiny   # embedded data, 2 CPU cores
 

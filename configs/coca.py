@@ -5,7 +5,7 @@
     python -m vlm_jax.train --config=configs/coca.py:L/14 --workdir=runs/coca_l14 \\
         --config.data.uri='wds:/data/laion/{00000..41455}.tar' --config.mesh.fsdp=8
 
-B/32 and L/14 have the sizes of open_clip's released models; losses are weighted 1 and 2 as in the paper, section 4.1.
+B/32 and L/14 have the sizes of open_clip's released models; the losses' weights are 1 and 2, as in section 4.1.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """Recipes on the embedded data set (emoji pictures and their names), shared by the configs.
 
 tiny    the demo: 5 minutes on 2 CPU cores.
-select  the demo with one style (emojione) held out of training, on which the recipe's choices were made.
+select  the demo with one style (emojione) held out of training; the recipe was chosen on this style.
 smoke   seconds: does everything run?
 """
 
@@ -11,7 +11,7 @@ from vlm_jax.errors import UserError
 
 SIZE = 32  # pixels
 LENGTH = 8  # tokens
-CAPTION_LENGTH = 8  # tokens, the end included: 1,497 of the 1,515 names
+CAPTION_LENGTH = 8  # tokens, the end included: 1,497 of the 1,515 names fit
 CONTENT = f"decode | crop_to_content | resize({SIZE})"
 AUGMENTED = f"{CONTENT} | cache | random_affine(10.0, 0.06, (0.82, 1.22)) | flip | jitter(0.1, 0.2, 0.4) | normalize"
 TRAIN_STYLES = ("twemoji", "fluent-emoji", "fluent-emoji-flat", "emojione", "fxemoji")
@@ -30,12 +30,12 @@ def captioner(variant: str, corruption: str | dict) -> ConfigDict:
     config.model = dict(name="captioner", image=image, decoder=decoder)
     config.objective = dict(name="captioning", corruption=corruption)
     for section in config.evals.values():
-        section.every = None  # naming by likelihood takes a minute: at the end alone
+        section.every = None  # only at the end: naming by likelihood takes a minute
     return config
 
 
 def coca(variant: str) -> ConfigDict:
-    """Both at once: texts begin with <bos>, and the image tower's tokens go through a pooler."""
+    """Contrastive and captioning at once: texts begin with <bos>, the image tower's tokens pass a pooler."""
     config = captioner(variant, corruption="causal")
     length = CAPTION_LENGTH + 1
     config.tokenize = f"lower | tokenize({length})"

@@ -5,7 +5,7 @@
     python -m vlm_jax.train --config=configs/filip.py:B/32 --workdir=runs/filip_b32 \\
         --config.data.uri='wds:/data/laion/{00000..41455}.tar' --config.mesh.fsdp=8
 
-Everything but the similarity is CLIP's; tokens are compared in 256 dimensions (section 3.1).
+Only the similarity differs from CLIP: tokens are compared in 256 dimensions (section 3.1).
 """
 
 from ml_collections import ConfigDict
@@ -26,6 +26,6 @@ def get_config(variant: str = "B/32") -> ConfigDict:
         tower.pool = "all"
     if variant in clip.TOWERS:
         config.model.image.out_dim = config.model.text.out_dim = 256
-        config.model.text.pool_exclude = (0,)  # padding, and "!", whose id it shares
+        config.model.text.pool_exclude = (0,)  # the id of padding and of "!"
     config.objective.similarity = "token_wise"
     return config

@@ -4,10 +4,10 @@
     python -m vlm_jax.precompute --config=configs/lit.py:tiny --data=tfds:emoji --split=train --out=runs/lit_images
     python -m vlm_jax.train --config=configs/lit.py:tiny --workdir=runs/lit_tiny   # embedded data, 2 CPU cores
 
-After the size stand the paper's letters (section 3.2) for the image and the text tower, `-Lu` by default: L pretrained
-and locked, U pretrained and trained, u trained from scratch (of `tiny`: the demo's tower). With an L first, pictures
-may be embedded once, as above; else `ops` decode them. `tiny` trains in 1 minute on 2 CPU cores (LU: 15), `select`
-holds one style out of training, `smoke` needs no extra.
+The paper's letters (section 3.2) for the image and the text tower follow the size, `-Lu` by default: L is pretrained
+and locked, U pretrained and trained, u trained from scratch (in `tiny`: the demo's tower). If the first letter is L,
+pictures can be embedded once, as above; else `ops` decode pictures. `tiny` trains in 1 minute on 2 CPU cores (LU: 15);
+`select` holds one style out of training; `smoke` needs no extra package.
 """
 
 from ml_collections import ConfigDict
@@ -66,12 +66,12 @@ def get_config(variant: str = "B/16") -> ConfigDict:
 
 
 def _begin(letters: str, **spec: str) -> dict:
-    """`model_init` and `optimizer` of the two letters."""
+    """The sections `model_init` and `optimizer` of the two letters."""
     if len(letters) != 2 or set(letters) - set("LUu"):
         raise UserError(f"towers `{letters}` should be two of L, U, u: for the image and for the text, such as Lu")
     begin = {tower: spec[tower] for tower, letter in zip(("image", "text"), letters, strict=True) if letter != "u"}
     locked = [f"{tower}/.*" for tower, letter in zip(("image", "text"), letters, strict=True) if letter == "L"]
-    if len(locked) == 2:  # the text tower's head alone learns
+    if len(locked) == 2:  # only the text tower's head trains
         locked[1] = "text/(?!head/).*"
     adamw = dict(name="adamw", lr=1e-3, weight_decay=1e-4, decay="schedule", clip_norm=1.0)
     schedule = dict(name="cosine", warmup="5%")
@@ -80,7 +80,7 @@ def _begin(letters: str, **spec: str) -> dict:
 
 
 def _embedded(variant: str, letters: str) -> ConfigDict:
-    """Emoji and their names, with the real towers, `u` being the demo's; `smoke` is the demo's with one locked."""
+    """Emoji and their names, with the real towers; `u` is the demo's tower, `smoke` the demo with one locked tower."""
     config = embedded(variant, penalty="softmax")
     if variant == "smoke":
         if letters:
@@ -89,15 +89,15 @@ def _embedded(variant: str, letters: str) -> ConfigDict:
         return config
     letters = letters or "Lu"
     for key, section in _begin(letters, image=IMAGE, text=TEXT).items():
-        config[key] = section  # in place of the demo's
+        config[key] = section  # replaces the demo's section
     del config.optimizer.clip_norm, config.optimizer.decay
     config.optimizer.update(dict(name="muon", lr=3e-3, ns_steps=3, weight_decay=0.1))
     image, text = config.model.image, config.model.text
     see, read = AUGMENTED, config.tokenize
     if letters[0] != "u":
         image = dict(type="efficientnet", variant="lite0")
-        text.out_dim = 1280  # of EfficientNet-Lite0's features
-        config.model.scale_init = 20.0  # which are much alike
+        text.out_dim = 1280  # width of EfficientNet-Lite0's features
+        config.model.scale_init = 20.0  # larger, because these features are much alike
         see = config.preprocess = "decode | crop_to_content | resize(224) | normalize('efficientnet_lite')"
     if letters[1] != "u":
         minilm = dict(width=384, depth=6, heads=12, mlp_dim=1536, activation="gelu", norm_eps=1e-12, post_norm=True)

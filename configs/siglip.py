@@ -5,7 +5,7 @@
     python -m vlm_jax.train --config=configs/siglip.py:B/16 --workdir=runs/b16 \\
         --config.data.uri='wds:/data/laion/{00000..41455}.tar' --config.mesh.fsdp=8
 
-B/32, B/16, L/16, L/14 and So400m/14 follow section 4 of the paper: 32k batch, Adafactor, cooled down by 1 / sqrt(step).
+B/32, B/16, L/16, L/14 and So400m/14 follow section 4 of the paper: 32k batch, Adafactor, a 1 / sqrt(step) schedule.
 """
 
 from ml_collections import ConfigDict

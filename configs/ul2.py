@@ -5,8 +5,8 @@
     python -m vlm_jax.train --config=configs/ul2.py:20b --workdir=runs/ul2_20b \\
         --config.mesh.fsdp=64 --config.mesh.tensor=4
 
-An encoder-decoder; `prefix-base` and the like are decoders alone (section 3.3). Sizes are those of T5 v1.1 (small to
-xxl) and the paper's 20b (section 5.1: batch 1,024, 512 tokens in and out, Adafactor).
+The model is an encoder-decoder; `prefix-SIZE`, such as `prefix-base`, is a decoder alone (section 3.3). Sizes are T5
+v1.1's (small to xxl) and the paper's 20b (section 5.1: batch 1,024, 512 tokens in and out, Adafactor).
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,7 @@ from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
 from vlm_jax.models.variants import T5
 
-DENOISERS = ("R3", "R8", "S", "X3", "X8", "X64", "X64-half")  # of data.spans.UL2, in its order
+DENOISERS = ("R3", "R8", "S", "X3", "X8", "X64", "X64-half")  # names of data.spans.UL2, in the same order
 LANGUAGES = ("en", "de", "es", "fr", "it", "pt")
 
 
@@ -48,7 +48,7 @@ def get_config(variant: str = "base", denoisers: str = "ul2") -> ConfigDict:
                 workers=32,
             ),
             model=_model(alone, tower, vocab_size, length, dtype="bfloat16"),
-            objective=_objective(denoisers) | dict(chunk=64 if size == "20b" else 8),  # FSDP gathers the head for each
+            objective=_objective(denoisers) | dict(chunk=64 if size == "20b" else 8),  # FSDP gathers the head per chunk
             optimizer=dict(name="adafactor", lr=1e-2, schedule=dict(name="rsqrt", warmup="10000 steps")),
             mesh=dict(data=-1, fsdp=1, tensor=1),
             checkpoint=dict(every="1%", keep=3),

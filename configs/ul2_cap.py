@@ -1,9 +1,9 @@
-"""UL2's denoisers with a picture for a prefix: one captioner that continues, fills in and predicts all at once.
+"""UL2-Cap: UL2's denoisers with a picture as prefix; one captioner continues, fills in and predicts in parallel.
 
     python -m vlm_jax.train --config=configs/ul2_cap.py:tiny --workdir=runs/ul2_cap_tiny   # embedded data, 2 CPU cores
 
-S-denoising (arXiv:2205.05131, section 3.1) of a caption is Cap, extreme denoising is CapPa's parallel prediction
-(arXiv:2306.07915, section 3.2), R-denoising is masked captioning. The mixture of the three is this project's.
+S-denoising (arXiv:2205.05131, section 3.1) of a caption is Cap. Extreme denoising is CapPa's parallel prediction
+(arXiv:2306.07915, section 3.2). R-denoising is masked captioning. The mixture of the three is this project's.
 """
 
 from ml_collections import ConfigDict

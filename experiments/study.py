@@ -1,6 +1,6 @@
-"""What the studies share: results.json, tables of a README, verdicts, style of the plots. Their shape: README.md here.
+"""Shared code of the studies: results.json, tables of a README, verdicts, style of plots. See README.md here.
 
-python -m experiments.study [NAME ...]    # tables, plot and verdicts again, from results.json as it is
+python -m experiments.study [NAME ...]    # rewrites tables, plot and verdicts from results.json, without measuring
 """
 
 import hashlib
@@ -26,7 +26,7 @@ DOT = dict(marker="o", markersize=3.5, color=INK, markeredgecolor="white", marke
 
 
 def read(name, default=None):
-    """What results.json of a study holds; `default` where there is none."""
+    """Returns the contents of a study's results.json; `default` if there is no such file."""
     path = HERE / name / "results.json"
     return json.loads(path.read_text()) if path.exists() else default
 
@@ -36,7 +36,7 @@ def save(name, results):
 
 
 def fill(name, models, seeds, measure):
-    """Adds `measure(model, seed)` to results.json as "model seed", wherever it is not there yet."""
+    """Adds `measure(model, seed)` to results.json as "model seed", for each missing pair."""
     results = read(name, {})
     for seed in seeds:
         for model in models:
@@ -46,12 +46,12 @@ def fill(name, models, seeds, measure):
 
 
 def sit(name, sitting, found):
-    """Adds a sitting to results.json, which is a list of them; one of the same name gives way."""
+    """Adds a sitting to results.json, a list of sittings; replaces a sitting of the same name."""
     save(name, [one for one in read(name, []) if one["name"] != sitting] + [{"name": sitting, **found}])
 
 
 def machine(*packages):
-    """Where something is measured: processor, cores, load, versions of Python and packages."""
+    """Describes this machine: processor, cores, load, versions of Python and packages."""
     cpu = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text()) if os.name == "posix" else None
     versions = {name: metadata.version(name) for name in packages}
     found = dict(cpu=cpu[1] if cpu else platform.processor(), cores=os.cpu_count(), load=os.getloadavg()[0])
@@ -59,7 +59,7 @@ def machine(*packages):
 
 
 class Number(NamedTuple):
-    """A mean over seeds, and their standard deviation, which is 0 where there is one seed."""
+    """A mean over seeds, and the standard deviation over seeds, 0 for one seed."""
 
     mean: float
     spread: float = 0.0
@@ -93,7 +93,7 @@ def rivals(a: Number | None, b: Number | None) -> bool | None:
 
 
 def verdict(*comparisons: bool | None) -> str:
-    """The verdict on a claim that says all of the comparisons; None is one whose numbers are missing."""
+    """The verdict on a claim that holds if all comparisons hold; a comparison is None if its numbers are missing."""
     if None in comparisons:
         return "not run"
     if all(comparisons):
@@ -107,15 +107,15 @@ def claims(verdicts: Mapping[str, str]) -> str:
 
 
 def record(name: str, verdicts: Mapping[str, str]) -> None:
-    """Puts a study's verdicts in the place of its former ones in the file that the catalogue reads."""
-    from vlm_jax.catalogue import VERDICTS  # late, as `subplots`
+    """Replaces a study's verdicts in the file that the catalogue reads."""
+    from vlm_jax.catalogue import VERDICTS  # imported late, as in `subplots`
 
     known = json.loads(VERDICTS.read_text()) | {name: verdicts}
     VERDICTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 
 def markdown(head, rows):
-    """A table of cells that are text already."""
+    """A markdown table of cells, which are strings."""
     return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
@@ -125,22 +125,22 @@ def tables(text):
 
 def subplots(*shape, size, **options):
     """(figure, axes) off screen, `size` in inches."""
-    from matplotlib.figure import Figure  # late: some studies measure memory, and a child's begins with its parent's
+    from matplotlib.figure import Figure  # late: some studies measure a child's memory, which starts at its parent's
 
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(*shape, **options)
 
 
 def digest(results):
-    """What plot.png says of the results that it shows."""
+    """The checksum of results that plot.png holds."""
     return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()
 
 
 def publish(name, table, plot, verdicts=None):
-    """Writes a study's tables into its README, in the place of those there, its plot, and its verdicts if it has any.
+    """Writes a study's plot and verdicts, and replaces the tables of its README.
 
     Args:
-      name: of the study.
+      name: the study's name.
       table, plot, verdicts: results -> the text of the tables, a figure, {claim: verdict}.
     """
     import matplotlib
@@ -148,7 +148,7 @@ def publish(name, table, plot, verdicts=None):
     from vlm_jax.report.figures.style import RC
 
     results, readme = read(name), HERE / name / "README.md"
-    if verdicts:  # first: a table may read the catalogue, which refuses a claim without a row
+    if verdicts:  # before the tables: a table may read the catalogue, which refuses a claim without a row
         record(name, verdicts(results))
     head, mark, text = readme.read_text().partition("\n## Result\n")
     shown, rest, verdict = text.partition("\n## Verdict\n")

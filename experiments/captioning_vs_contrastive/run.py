@@ -21,7 +21,7 @@ EVALS = {
     "probe": dict(type="probe", label="concept", classes="emoji:seen", l2=1.0, **STYLE),
     "few_shot": dict(type="probe", label="concept", classes="emoji:seen", shots=1, l2=1.0, **STYLE),
     "foils": dict(type="foils", **STYLE),
-    # the same on pictures of one even colour: what the words alone tell
+    # the same on pictures of one even colour: measures the words alone
     "blind_foils": dict(type="foils", ops=f"{CONTENT} | resize(1) | resize(32) | normalize", **STYLE),
 }
 ROWS = {  # name: (evaluation, metric)
@@ -40,7 +40,7 @@ ROWS = {  # name: (evaluation, metric)
 
 
 def measure(name, seed, runs):
-    """{evaluation: metrics} of one run."""
+    """Returns {evaluation: metrics} of one run; trains the run if it has no results."""
     workdir = runs / f"{MODELS[name]}_{seed}"
     if not (workdir / "results.json").exists():
         config = ["--config", f"configs/{MODELS[name]}.py:tiny", f"--config.seed={seed}"]
@@ -58,7 +58,7 @@ def measure(name, seed, runs):
 
 
 def numbers(results):
-    """{row: {model: values of the seeds}}; no value where a model has no such evaluation."""
+    """{row: {model: values of the seeds}}; an empty list if a model lacks the evaluation."""
     return {
         row: {
             name: [of[evaluation][metric] for seed in SEEDS if evaluation in (of := results[f"{name} {seed}"])]

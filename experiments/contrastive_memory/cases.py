@@ -3,7 +3,7 @@
     python -m experiments.kernel_schedules.tpu_cycles experiments.contrastive_memory.cases:softmax
 
 Four matrix units of 128 x 128 need 294,912 cycles for the forward pass and 1,179,648 with the backward pass, which
-computes the logits anew.
+recomputes the logits.
 """
 
 import jax
@@ -16,7 +16,7 @@ SIZE, WIDTH = 4096, 1152
 
 
 def _cases(spec, sides):
-    """`sides(scale, x, y, stats or None)` are the kernels' arguments."""
+    """Forward and backward cases; `sides(scale, x, y, stats or None)` returns the kernels' arguments."""
 
     def forward(*arrays):
         return tpu.forward(spec, *sides(*arrays, None))
@@ -31,7 +31,7 @@ def _cases(spec, sides):
 
 
 def softmax():
-    """The gradient of the log-sum-exps' sum."""
+    """Cases of the softmax kernel; the backward pass differentiates the sum of the log-sum-exps."""
 
     def sides(scale, x, y, stats):
         if stats is None:
@@ -42,7 +42,7 @@ def softmax():
 
 
 def sigmoid():
-    """The gradient of the loss."""
+    """Cases of the sigmoid kernel; the backward pass differentiates the loss."""
 
     def sides(scale, x, y, stats):
         labels, ones = jnp.arange(SIZE), jnp.ones(SIZE)

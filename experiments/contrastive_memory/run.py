@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 
-from experiments import study  # nothing large: the peak of a process begins with its parent's
+from experiments import study  # import nothing large here: a child's peak memory starts at its parent's
 
 PROGRAMS = ("naive softmax", "blockwise softmax", "naive sigmoid", "blockwise sigmoid")
 BATCHES, WIDTH = (1024, 2048, 4096, 8192, 16384), 512
@@ -34,8 +34,9 @@ def losses():
     """Name -> loss(x, y, scale, bias), with mesh= for several devices.
 
     naive: the papers' pseudo-code. gathered: open_clip's `ClipLoss(local_loss=True, gather_with_grad=True)`, logits
-    [B / n, B] on each of n devices, twice. rotated: open_clip's `SigLipLoss`, texts passed on, a block [B / n, B / n]
-    at a time, differentiated by the framework. This project's: blockwise, ring, looped (a ring without the TPU kernel).
+    [B / n, B] on each of n devices, twice. rotated: open_clip's `SigLipLoss`, which passes texts on, a block
+    [B / n, B / n] at a time, with the framework's gradient. This project's: blockwise, ring, looped (a ring without the
+    TPU kernel).
     """
     import jax
     import jax.numpy as jnp
@@ -105,7 +106,7 @@ def losses():
 
 
 def child(program, batch, width, repeats):
-    """One program in a fresh process; prints a row."""
+    """Runs one program in this fresh process; prints a row."""
     import jax
     import numpy as np
 
@@ -136,7 +137,7 @@ def child(program, batch, width, repeats):
 
 
 def pod(program, batch, width, dtype):
-    """One program compiled ahead of time for 256 chips; prints a row. What does not fit says how much it needs."""
+    """Compiles one program for 256 chips; prints a row, with the memory needed if the program does not fit."""
     os.environ.update(POD)
     import jax
     from jax.experimental import topologies
@@ -174,7 +175,7 @@ def pod(program, batch, width, dtype):
 
 
 def run(kind, program, batch, width, **options):
-    """The row of a child process; None where it failed."""
+    """Returns the row of a child process; None if the process failed."""
     options = [f"--{name}={value}" for name, value in options.items()]
     module = ["-m", "experiments.contrastive_memory.run"]
     command = [sys.executable, *module, f"--{kind}={program}", f"--width={width}", f"--batch={batch}", *options]
@@ -185,7 +186,7 @@ def run(kind, program, batch, width, **options):
 
 
 def on_cpu(rounds, repeats):
-    """Rows of all programs; at each batch they take turns, `rounds` of them at the largest."""
+    """Rows of all programs; at each batch the programs take turns, `rounds` turns at the largest batch."""
     rows = []
     for batch in BATCHES:
         turns = {program: [] for program in PROGRAMS}
@@ -209,7 +210,7 @@ def on_pod():
 
 
 def step():
-    """What `vlm_jax.plan` says of CLIP B/32 at a batch of 32,768 on v5e:8x8."""
+    """Returns memory and traffic of `vlm_jax.plan` for CLIP B/32 at a batch of 32,768 on v5e:8x8."""
     command = [sys.executable, "-m", "vlm_jax.plan", "--config=configs/clip.py:B/32", "--topology=v5e:8x8", "--json"]
     done = subprocess.run([*command, "--config.mesh.fsdp=8"], stdout=subprocess.PIPE, text=True, check=True)
     plan = json.loads(done.stdout)

@@ -17,7 +17,7 @@ WANTED = 1 / 5  # of the time without caches
 
 
 def without_caches(model, params, images):
-    """The same loop, but each step decodes the text from its beginning; the pictures are encoded once here, too."""
+    """The same loop without caches: each step decodes the whole text; pictures are encoded once here, too."""
     context, _ = model.apply({"params": params}, images, method="encode")
 
     def step(t, ids):
@@ -30,7 +30,7 @@ def without_caches(model, params, images):
 
 
 def measure(turns):
-    """A sitting: wall and process seconds of each turn, and the share of tokens that are equal."""
+    """Measures a sitting: wall and process seconds of each turn, and the share of equal tokens."""
     where = study.machine("jax")
     section = config.plain(cappa.get_config("B/16"))["model"]
     model = models.build(section | {"dtype": "float32"})
@@ -55,7 +55,7 @@ def measure(turns):
 
 
 def ratio(sitting, clock):
-    """The fastest turn with caches over the fastest without; None where this clock was not read."""
+    """The fastest turn with caches over the fastest without; None if the sitting lacks this clock."""
     with_, without = (sitting[name].get(clock) for name in ("with caches", "without"))
     return min(with_) / min(without) if with_ else None
 

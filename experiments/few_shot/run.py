@@ -1,4 +1,4 @@
-"""Adapts the demo's model to a few pictures in every way that there is. See README.md here."""
+"""Adapts the demo's model to a few pictures by every method of the catalogue. See README.md here."""
 
 import argparse
 import math
@@ -16,12 +16,12 @@ from vlm_jax.data import emoji
 from vlm_jax.data.sources import open_source
 from vlm_jax.errors import UserError
 
-SHOTS = (2, 4, 8, 16)  # of one shot Gaussians have no covariance
+SHOTS = (2, 4, 8, 16)  # not 1: Gaussians have no covariance then
 KINDS = dict(uri="tfds:emoji", split="unseen_style", label="subgroup", classes="emoji:subgroups", seeds=3)
 ELSEWHERE = {"near style": dict(split="near_style"), "unseen concepts": dict(split="unseen_concepts")}
 NAMES = {"unseen style": "unseen style, of 732", "unseen concepts": "unseen concepts, of 129"}
-OPTIONS = {"cocoop": dict(batch_size=8, learning_rate=1e-2)}  # 49 texts for each picture: the rest would take an hour
-MARKERS, LINES = "ovs^Dx*", ("-", "--", ":", "-.")  # of head i those at i, modulo their number: 28 that differ
+OPTIONS = {"cocoop": dict(batch_size=8, learning_rate=1e-2)}  # 49 texts for each picture: the defaults take an hour
+MARKERS, LINES = "ovs^Dx*", ("-", "--", ":", "-.")  # head i has those at i, modulo their number: 28 pairs
 
 
 def heads():
@@ -36,7 +36,7 @@ def methods():
 
 def protocols():
     """{protocol: (methods, section of the evaluator)}."""
-    open_ended = ["zero_shot", *(method for method in methods() if method not in heads())]  # others know no new classes
+    open_ended = ["zero_shot", *(method for method in methods() if method not in heads())]  # heads know no new classes
     return {
         "16 shots": (methods(), KINDS | dict(shots=16, tests=ELSEWHERE)),
         "base to new": (open_ended, KINDS | dict(shots=16, base_to_new=True)),
@@ -44,7 +44,7 @@ def protocols():
 
 
 def retrieval_fusion(pretrained):
-    """Names among 732 and among 129, by class names and by RECO's refined pictures and names; three seeds."""
+    """Accuracies among 732 and 129 names, by class names and by RECO's refined pictures and names; three seeds."""
 
     def embedded(split, held_out):
         source, names = open_source("tfds:emoji", split), emoji.concepts(held_out=held_out)
@@ -100,7 +100,7 @@ def table(results):
 
 
 def verdicts(results):
-    """Compares top-1 on the unseen style at 16 shots; where classes are split, on base, new and by harmonic mean."""
+    """Verdicts by top-1 on the unseen style at 16 shots; for base to new by top-1 of both halves or harmonic mean."""
     above, rivals, verdict = study.above, study.rivals, study.verdict
     shots = lambda method: number(results, "16 shots", method)
     halves = lambda method, name: number(results, "base to new", method, name)
@@ -185,7 +185,7 @@ def main():
             evaluate = evaluators.build(dict(section, type="few_shot", methods=todo, options=OPTIONS.get(todo[0])))
             try:
                 numbers = evaluate(pretrained).metrics
-            except UserError as error:  # a model without cross-attention cannot train it
+            except UserError as error:  # for instance cross_attention, on a model without cross-attention
                 if group == heads():
                     raise
                 print(f"{protocol} {todo[0]} is left out: {error}", flush=True)

@@ -1,4 +1,4 @@
-"""Times the input pipeline and, where torch is installed, a DataLoader beside it. See README.md here."""
+"""Times the input pipeline and, if torch is installed, a torch DataLoader. See README.md here."""
 
 import argparse
 import contextlib
@@ -23,7 +23,7 @@ OPS = "decode | random_resized_crop(224, scale=(0.9, 1.0)) | normalize('clip') |
 
 
 def jpeg(seed: int) -> bytes:
-    """A picture 480x360 of coarse, middle and fine detail; about 60 kB as JPEG of quality 88."""
+    """A JPEG of 480x360 pixels with coarse, middle and fine detail, about 60 kB."""
     rng = np.random.default_rng(seed)
     picture = np.zeros((360, 480, 3))
     for cell, weight in ((60, 0.55), (12, 0.25), (2, 0.2)):
@@ -47,7 +47,7 @@ def write_shards(folder: Path, images: int, shards: int = 4) -> str:
 
 
 def rate(batches, workers: int, seconds: float) -> float:
-    """Images a second, once the workers run and what they computed ahead is used up."""
+    """Images a second in steady state: the workers run, and the batches computed ahead are used up."""
     for _ in range(4 * max(workers, 1)):
         next(batches)
     start, count = time.perf_counter(), 0
@@ -58,7 +58,7 @@ def rate(batches, workers: int, seconds: float) -> float:
 
 
 def cpu_ms(batches) -> float:
-    """Process time of an image, in milliseconds: the median of three batches made in this process."""
+    """Process time of an image, in milliseconds: the median of three batches in this process."""
     next(batches)
     found = []
     for _ in range(3):
@@ -102,7 +102,7 @@ class TorchDataset:
 
 
 def random_box(width: int, height: int) -> tuple[int, int, int, int]:
-    """torchvision's RandomResizedCrop.get_params with scale (0.9, 1.0), its draws by torch."""
+    """torchvision's RandomResizedCrop.get_params with scale (0.9, 1.0); torch makes the draws."""
     import torch
 
     log_ratio = torch.log(torch.tensor((3 / 4, 4 / 3)))
@@ -121,8 +121,8 @@ def torchs(uri: str, workers: int):
     import torch
     from torch.utils.data import DataLoader
 
-    torch.set_num_threads(1)  # as in its workers: threads that wait for each other cost CPU time, too
-    context = "spawn" if workers else None  # as Grain's; this process has threads
+    torch.set_num_threads(1)  # as in torch's workers: threads that wait for each other cost CPU time, too
+    context = "spawn" if workers else None  # as in Grain: this process has threads
     data = DataLoader(
         TorchDataset(uri),
         BATCH_SIZE,
@@ -137,7 +137,7 @@ def torchs(uri: str, workers: int):
 
 
 def measure(workers, repeats, seconds):
-    """A sitting: {loader: images a second} and {loader: CPU milliseconds of an image}."""
+    """Measures a sitting: {loader: images a second} and {loader: CPU milliseconds of an image}."""
     loaders, packages = {"vlm_jax": ours}, ["numpy", "pillow"]
     if importlib.util.find_spec("torch"):
         loaders["torch"] = torchs
@@ -161,7 +161,7 @@ def measure(workers, repeats, seconds):
 
 
 def of(sitting, measured, loader, key=None, digits=0):
-    """A cell; empty where it was not measured."""
+    """A cell of the table; empty if the sitting has no such measurement."""
     found = sitting.get(measured, {}).get(loader)
     found = found.get(key) if key and found else found
     return "" if found is None else f"{found:,.{digits}f}"

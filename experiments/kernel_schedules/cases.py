@@ -1,6 +1,6 @@
-"""The kernels whose schedules are compared: ours, and those that JAX ships, at the shapes of vision-language towers.
+"""The kernels whose schedules are compared: ours and JAX's, at the shapes of vision-language towers.
 
-Each function returns {name: (fn, args)}, as `tpu_cycles.py` wants them. Batch 8, bf16.
+Each function returns {name: (fn, args)} for `tpu_cycles.py`. Batch 8, bf16.
 """
 
 import jax
@@ -32,7 +32,7 @@ def _static(causal, dim):
 
 
 def ours_forward():
-    """The forward kernel as it runs without gradients, on packed [B, L, H * D]."""
+    """The forward kernel without gradients, on packed arrays [B, L, H * D]."""
     cases = {}
     for name, (lq, lk, heads, dim, causal) in SHAPES.items():
         call = tpu.Call("forward", _static(causal, dim), heads, False, lq > 1024, (True,) * 3 + (False,) * 3)
@@ -42,7 +42,7 @@ def ours_forward():
 
 
 def ours_forward_backward():
-    """The forward kernel that writes the log-sum-exp, and the backward kernel, as two programs' sum."""
+    """The forward kernel with log-sum-exp and the backward kernel, in one program."""
     cases = {}
     for name, (lq, lk, heads, dim, causal) in SHAPES.items():
         static, width, long = _static(causal, dim), heads * dim, lq > 1024
@@ -67,7 +67,7 @@ def both(first, second, long):
 
 
 def _flash(lq, lk, dim, causal, block=None):
-    """One block per head, lengths padded to 128 and told apart by segment ids; `block` where they are long."""
+    """One block per head, or blocks of `block` rows for long lengths; segment ids mark the padding to 128."""
     pad_q, pad_k = -(-lq // 128) * 128, -(-lk // 128) * 128
     bq, bk = (block, block) if block else (pad_q, pad_k)
     sizes = BlockSizes(
@@ -95,7 +95,7 @@ def flash_forward():
 
 
 def flash_forward_backward():
-    """The same, with its two backward kernels."""
+    """`flash_attention`, forward, and its two backward kernels."""
     cases = {}
     for name, (lq, lk, heads, dim, causal) in SHAPES.items():
         run, q, k = _flash(lq, lk, dim, causal, 1024 if lq > 1024 else None)
@@ -110,7 +110,7 @@ def flash_forward_backward():
 
 
 def splash_forward():
-    """`splash_attention` (jax.experimental), which wants lengths and head_dims that are multiples of 128."""
+    """`splash_attention` (jax.experimental), forward; lengths and head_dims are rounded up to multiples of 128."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     cases = {}

@@ -28,7 +28,7 @@ def cycles(results, case, shape):
 
 
 def ratio(results, shape, passes):
-    """Ours over flash_attention's; None where either does not run."""
+    """Our cycles over flash_attention's; None if either kernel does not run."""
     ours, flash = (cycles(results, f"{whose}_{passes}", shape) for whose in ("ours", "flash"))
     return ours / flash if ours and flash else None
 

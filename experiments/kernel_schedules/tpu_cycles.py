@@ -1,12 +1,11 @@
-"""Cycles of a TPU kernel from the compiler's own static schedule; needs jax and libtpu, no TPU.
+"""Cycles of a TPU kernel, from the compiler's static schedule; needs jax and libtpu, no TPU.
 
     python -m experiments.kernel_schedules.tpu_cycles MODULE:FUNCTION [--chip v5e] [--only REGEX]
 
 FUNCTION() returns {name: (fn, args)}: `args` are jax.ShapeDtypeStruct (or arrays, whose shape and dtype count). Each
-`fn` is compiled ahead of time for one chip; for every custom call in it the VLIW bundles of the final schedule are
-summed, each bundle times the trip counts of the loops around it. That is the kernel's cycles without DMA waits;
-branches (`pl.when`) count as taken. The same measure holds for any two kernels, so ratios are fair. Also printed: temp
-bytes of the whole program.
+`fn` is compiled ahead of time for one chip. The cycles of a custom call are the sum of the VLIW bundles of its final
+schedule, each times the trip counts of the loops around the bundle, without DMA waits; branches (`pl.when`) count as
+taken. All kernels are measured alike, so ratios are fair. The temp bytes of the whole program are printed, too.
 """
 
 import argparse
@@ -31,7 +30,7 @@ NOT_KERNELS = r"<|TLP|copy|fusion|bitcast|convert|broadcast|reduce|transpose|pad
 
 
 def compile_one(target, name, chip):
-    """Child process: compiles case `name`; the dump goes where LIBTPU_INIT_ARGS says; prints memory as JSON."""
+    """In a child process: compiles case `name` and prints memory as JSON; LIBTPU_INIT_ARGS names the dump's folder."""
     import jax
     import numpy as np
     from jax.experimental import topologies
@@ -51,7 +50,7 @@ def cases(target):
 
 
 def cycles(text):
-    """Cycles of one final_bundles dump: bundles weighted by their loops' trip counts."""
+    """Cycles of one final_bundles dump: bundles, weighted by their loops' trip counts."""
     body = text.split("= control target key end", 1)[1]
     bundles, current = [], None  # (depth, opens a loop, text); a bundle may span lines
     for line in body.splitlines():
@@ -84,7 +83,7 @@ def cycles(text):
 
 
 def measure(target, chip, only=None):
-    """{case: dict(cycles, kernels, temp_bytes) or dict(error)}."""
+    """Returns {case: dict(cycles, kernels, temp_bytes) or dict(error)}."""
     os.environ.update(ENV)
     out = {}
     for name in cases(target):

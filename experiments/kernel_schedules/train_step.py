@@ -1,9 +1,9 @@
-"""Compiles ViT train steps for 16 v5e chips with the attention kernels inside; reports the copies around them.
+"""Compiles ViT train steps with attention kernels for 16 v5e chips; prints the copies around the kernels.
 
     python -m experiments.kernel_schedules.train_step B/16 | So400m/14 | B/16-heads | one
 
-Needs the [tpu] extra (libtpu), no TPU. Two blocks of each tower; `B/16-heads` divides the heads over 4 chips, `one` is
-a single chip without scan, whose copies are the block's own.
+Needs the [tpu] extra (libtpu), no TPU. Each tower has two blocks. `B/16-heads` divides the heads over 4 chips. `one` is
+a single chip without scan: its copies are the block's own.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Prints, per shape and pass, the cycles of candidate block sizes: what `kernels/attention/tuning.py` is made from.
+"""Prints the cycles of candidate block sizes per shape and pass: the source of `kernels/attention/tuning.py`.
 
     python -m experiments.kernel_schedules.tune [--chip v5e]
 
@@ -39,7 +39,7 @@ CANDIDATES = {
 
 
 def candidates():
-    """{case: (fn, args)}, as `tpu_cycles.py` wants them; candidates that come to the same kernel appear once."""
+    """Returns {case: (fn, args)} for `tpu_cycles.py`; candidates of equal kernels appear once."""
     cases = {}
     for name, (length, heads, dim, causal) in SHAPES.items():
         packed = jax.ShapeDtypeStruct((BATCH, length, heads * dim), jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""Times whole processes, vlm_jax and Transformers, from a CLIP folder to a prediction. See README.md here."""
+"""Times processes of vlm_jax and Transformers, from a CLIP folder to a prediction. See README.md here."""
 
 import argparse
 import os
@@ -66,7 +66,7 @@ ENVIRONMENT = {
 def run(program: str, *arguments: str) -> dict:
     """Runs Python source in a fresh interpreter.
 
-    This process imports nothing large: Linux counts the peak of the process that forked as the child's.
+    This process must import nothing large: on Linux a child's peak memory starts at its parent's.
 
     Returns:
       output (str), seconds (wall clock, start and exit included), cpu_seconds, peak_gb (maximum resident set, 1e9).
@@ -80,13 +80,13 @@ def run(program: str, *arguments: str) -> dict:
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise SystemExit(f"exit status {child.returncode} from: {program}")
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kibibytes on Linux
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kibibytes on Linux
     cpu_seconds = usage.ru_utime + usage.ru_stime
     return dict(output=output, seconds=seconds, cpu_seconds=cpu_seconds, peak_gb=usage.ru_maxrss * unit / 1e9)
 
 
 def measure(folder: str, repeats: int) -> dict[str, list[dict]]:
-    """The runs of each program; they alternate, and must agree on the probabilities."""
+    """Returns the runs of each program; programs alternate and must agree on the probabilities."""
     picture = os.path.join(folder, "picture.jpg")
     run(MAKE_CHECKPOINT, folder, picture)
     runs = {name: [] for name in PROGRAMS}

@@ -38,7 +38,7 @@ def settings_of(letters, px, runs, duration=None):
 
 
 def embeddings(px, split, runs):
-    """The folder with the locked tower's embeddings of a split."""
+    """Embeds a split by the locked tower and returns the folder."""
     out = runs / f"images_{px}_{split}"
     settings = config.plain(lit.get_config("tiny-LU"))
     settings["preprocess"] = settings["preprocess"].replace("resize(224)", f"resize({px})")
@@ -47,7 +47,7 @@ def embeddings(px, split, runs):
 
 
 def ridge(px, runs):
-    """{test: top-1} of ridge regression from the locked tower's embeddings to the names' by the text tower as it is."""
+    """{test: top-1} of ridge regression from the locked image embeddings to the untuned text embeddings of names."""
     text = vlm_jax.load(lit.TEXT, tokenize="tokenize(16)")
 
     def read(split):
@@ -99,7 +99,7 @@ def table(results):
 
 
 def verdicts(results):
-    """Compares pairs of towers on the unseen style, at matched examples: those at 64 px."""
+    """Verdicts on pairs of towers, on the unseen style, by the runs with equal numbers of examples (64 px)."""
     Lu, LU, LL, Uu, uu = (
         study.over(results, letters, (0,), lambda found: found["unseen style"])
         for letters in ("Lu", "LU", "LL", "Uu", "uu")

@@ -30,7 +30,7 @@ TASKS = {  # name: (mean span, rate, the mixture's mode token)
 
 
 def measure(name, seed, runs):
-    """{task: perplexity} of one run, on the texts of held-out concepts."""
+    """Returns {task: perplexity} of one run on the texts of held-out concepts; trains the run if needed."""
     variant, denoisers = MODELS[name]
     settings = config.plain(ul2.get_config(variant, denoisers)) | {"seed": seed}
     workdir = runs / f"{variant}_{denoisers}_{seed}"
@@ -40,7 +40,7 @@ def measure(name, seed, runs):
     found = {}
     for task, (mean_span, rate, mode) in TASKS.items():
         if denoisers != "ul2":
-            mode = None  # it has seen no mode tokens
+            mode = None  # this model has seen no mode tokens
         ops = settings["data"]["ops"].replace(
             f"denoisers='{denoisers}'", f"denoisers=((({mean_span}, {rate}, {mode!r}), 1),)"
         )
@@ -67,7 +67,7 @@ def table(results):
 
 
 def verdicts(results):
-    """Compares log-likelihoods, on all tasks and by both architectures."""
+    """Verdicts by log-likelihoods, on all tasks and with both architectures."""
 
     def of(kind, model, task):
         return study.over(results, f"{kind}, {model}", SEEDS, lambda found: -np.log(found[task]))

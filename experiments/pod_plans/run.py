@@ -1,4 +1,4 @@
-"""Plans configs of the papers' sizes on slices that could train them. See README.md here."""
+"""Plans the configs of the papers' sizes on slices of 256 chips. See README.md here."""
 
 import argparse
 import json
@@ -43,7 +43,7 @@ KINDS = ("all-gather", "reduce-scatter")  # of FSDP
 
 
 def run(config, topology, fsdp, tensor, flags):
-    """One plan in a process of its own: what it says, less the parameter table, and the seconds that it takes."""
+    """Runs one plan in its own process; returns the plan without the parameter table, and the seconds taken."""
     program = ["-c", PLAIN] if "XLA's defaults" in flags else ["-m", "vlm_jax.plan", *flags]
     command = [sys.executable, *program, f"--config=configs/{config}", f"--topology={topology}", "--json"]
     command += [f"--config.mesh.fsdp={fsdp}", f"--config.mesh.tensor={tensor}"]
@@ -60,7 +60,7 @@ def run(config, topology, fsdp, tensor, flags):
 
 
 def beside(row):
-    """Of the bytes that FSDP gathers and reduce-scatters, the share that something could hide."""
+    """The share of FSDP's gathered and reduce-scattered bytes that other work can hide."""
     fsdp = [one for one in row["collectives"] if one["axes"] == ["fsdp"] and one["kind"] in KINDS]
     total = sum(one["bytes"] for one in fsdp)
     return sum(one["bytes"] for one in fsdp if one["asynchronous"]) / total if total else 1.0
@@ -71,7 +71,7 @@ def name(row):
 
 
 def plans(rows):
-    """All of a plan, as markdown."""
+    """All plans, as a markdown table."""
     head = (
         "config", "slice", "fsdp x tensor", "GiB: parameters, optimizer, batch, temporaries", "of", "fits",
         "largest bound, ms", "best MFU", "FSDP bytes beside work", "replicated", "wall / CPU s",
@@ -108,7 +108,7 @@ def compact(rows):
 
 
 def traffic(rows):
-    """What the chips of CLIP L/14 say to each other, as markdown: MB sent beside work and waited for."""
+    """The traffic between chips of CLIP L/14, as a markdown table: MB sent beside work and waited for."""
     rows = [row for row in rows if row["config"] == "clip.py:L/14" and "--codegen" not in row["flags"]]
     lines = []
     for kind, *axes in sorted({(one["kind"], *one["axes"]) for row in rows for one in row["collectives"]}):

@@ -1,4 +1,4 @@
-"""Times span corruption: `corrupt_batch` on one core, `corrupt` and the op beside it. See README.md here."""
+"""Times span corruption on one core: `corrupt_batch`, `corrupt` and the op `denoise`. See README.md here."""
 
 import argparse
 import time
@@ -14,7 +14,7 @@ CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 
 
 def rate(call, count):
-    """{clock: sequences a second} of `call`, which makes `count`; medians."""
+    """{clock: median sequences a second} of `call`, which makes `count` sequences."""
     call()
     rates = {clock: [] for clock in CLOCKS}
     for _ in range(REPEATS):

@@ -1,4 +1,4 @@
-"""CLIP against FILIP at matched cost: names, and words pointed at in collages. See README.md."""
+"""Compares CLIP and FILIP at equal cost: naming pictures, and pointing at words in collages. See README.md."""
 
 import argparse
 import json
@@ -22,10 +22,10 @@ COLLAGES = 500
 
 
 def settings(name, seed):
-    """The config of a run: all alike but the pool and the similarity."""
+    """The config of a run; configs differ only in pool and similarity."""
     settings = config.plain(MODELS[name].get_config("tiny"))
     if name == "CLIP":
-        settings["model"]["image"]["pool"] = "gap"  # of each patch there is then an embedding, as FILIP has
+        settings["model"]["image"]["pool"] = "gap"  # gives an embedding of each patch, as in FILIP
     zoomed = settings["data"]["ops"].replace("(10.0, 0.06, (0.82, 1.22))", "(10.0, 0.25, (0.4, 1.0))")
     assert zoomed != settings["data"]["ops"]
     settings["data"]["ops"] = zoomed
@@ -34,7 +34,7 @@ def settings(name, seed):
 
 
 def collages(count):
-    """Four pictures of different concepts of the unseen style each: uint8 [count, 64, 64, 3], names [count][4]."""
+    """Collages of four unseen-style pictures of different concepts: uint8 [count, 64, 64, 3], names [count][4]."""
     names = classes.read("emoji:seen")
     ops = 'decode | crop_to_content | resize(32) | keep("image", "concept")'
     batches = loader.eval_batches(uri="tfds:emoji", split="unseen_style", ops=ops, batch_size=64)
