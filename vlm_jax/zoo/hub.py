@@ -1,6 +1,6 @@
-"""Where checkpoints are: paths, `hf:org/name` of the Hugging Face hub, `pkg:name/path` of an installed Python package.
+"""Checkpoint locations: paths, `hf:org/name` of the Hugging Face hub, `pkg:name/path` of an installed Python package.
 
-The hub is reached through huggingface_hub: its cache, offline switch and token.
+huggingface_hub reads the hub, with its cache, offline switch and token.
 """
 
 import os
@@ -10,23 +10,23 @@ from vlm_jax.data.package_files import locate
 from vlm_jax.errors import UserError
 
 WANTED = ("*.json", "*.safetensors", "*.model", "vocab.txt", "merges.txt", "README.md")
-OTHERWISE = ("*.bin", "*.npz")  # of repositories without safetensors
+OTHERWISE = ("*.bin", "*.npz")  # for repositories without safetensors
 
 
 def local(spec: str | os.PathLike) -> Path:
-    """The path that a spec names: itself, the folder that "hf:org/name" is downloaded to, or a package's."""
+    """Returns the path of a spec: a path itself, the downloaded "hf:org/name", or a package's path."""
     spec = os.fspath(spec)
     return download(spec.removeprefix("hf:")) if spec.startswith("hf:") else locate(spec)
 
 
 def download(name: str) -> Path:
-    """The folder of a repository's snapshot, from the cache if it is there.
+    """Returns the folder of a repository's snapshot, from the cache if possible.
 
     Args:
       name: "org/name" or "org/name@revision".
 
     Raises:
-      UserError: huggingface_hub is not installed, or the repository is neither cached nor reached.
+      UserError: huggingface_hub is not installed, or the repository is neither cached nor reachable.
     """
     try:
         import huggingface_hub

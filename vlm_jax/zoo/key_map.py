@@ -1,8 +1,8 @@
-"""Key maps: which tensor of a format is which parameter of ours, as tables that are read in both directions.
+"""Key maps: tables that pair a format's tensors with our parameters, for reading and for writing.
 
-A table is rows `(ours, theirs, kind)`. A kind stands for the arrays of a layer ("dense": a kernel and a bias) and how
-their axes are laid out, see `kinds`. `{i}` is the number of a block. `theirs` may end in `#k/n` (part k of n that one
-tensor holds after each other on its first axis), or have `*a` for the number (blocks are stacked on axis a):
+A table is rows `(ours, theirs, kind)`. A kind stands for the arrays of a layer ("dense": a kernel and a bias) and their
+layout, see `kinds`. `{i}` is the number of a block. `theirs` may end in `#k/n`: part k of n on the tensor's first axis.
+`theirs` may have `*a` in place of the number: blocks are stacked on axis a:
 
     ("blocks_{i}/attn/query", "encoder.layers.{i}.self_attn.q_proj", "dense")
     ("blocks_{i}/attn/key", "transformer.resblocks.{i}.attn.in_proj#1/3", "in_proj")
@@ -26,13 +26,13 @@ SHOWN = 6  # names of left-overs in a message
 
 
 class Layout(NamedTuple):
-    """How an array of theirs lies in one of ours: our axes are split, then permuted.
+    """The layout of their array in terms of ours: our axes are split, then permuted.
 
     Attributes:
-      split: for each of our axes the sizes that it splits into; -1 is the rest, () an axis of size 1 that they lack.
-        None: every axis stays whole.
-      order: for each of their axes, which of the split ones it is; None: as they are.
-      ones: how many axes of size 1 their array begins with.
+      split: for each of our axes the sizes after splitting; -1 is the rest, () an axis of size 1 that theirs lacks.
+        None keeps every axis whole.
+      order: for each of their axes the number of a split axis; None keeps the order.
+      ones: number of leading axes of size 1 in their array.
     """
 
     split: tuple[tuple[int, ...], ...] | None = None
@@ -50,12 +50,12 @@ class Layout(NamedTuple):
         return tuple(range(sum(map(len, self._parts(shape))))) if self.order is None else self.order
 
     def their_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of their array, given that of ours."""
+        """Returns the shape of their array, given the shape of ours."""
         sizes = [size for parts in self._parts(shape) for size in parts]
         return (1,) * self.ones + tuple(sizes[axis] for axis in self._order(shape))
 
     def their_index(self, shape: Sequence[int], index: Sequence[slice]) -> tuple[list[slice], list[slice]]:
-        """The part of their array that holds `index` of ours, and what of it (in our axes) that is."""
+        """Returns the part of their array that covers `index` of ours, and the cut of that part in our axes."""
         wanted, trims = [], []
         for size, parts, cut in zip(shape, self._parts(shape), index, strict=True):
             start, stop, _ = cut.indices(size)
@@ -66,7 +66,7 @@ class Layout(NamedTuple):
         return [slice(0, 1)] * self.ones + [wanted[axis] for axis in self._order(shape)], trims
 
     def first_axis(self, shape: Sequence[int]) -> int | None:
-        """Which of our axes is their first one, whole; None where it is but a part of ours."""
+        """Returns which of our axes is their whole first axis; None if their first axis is part of ours."""
         parts, order = self._parts(shape), self._order(shape)
         if self.ones or not order:
             return None
@@ -74,7 +74,7 @@ class Layout(NamedTuple):
         return owner if len(parts[owner]) == 1 else None
 
     def to_ours(self, array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-        """Their array, or a part that `their_index` named, with our axes."""
+        """Returns their array, or a part from `their_index`, with our axes."""
         array = array.reshape(array.shape[self.ones :]).transpose(np.argsort(self._order(shape)))
         sizes = iter(array.shape)
         return array.reshape([math.prod(next(sizes) for _ in parts) for parts in self._parts(shape)])
@@ -85,14 +85,14 @@ class Layout(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One parameter of ours and where it is in a tensor of theirs.
+    """One of our parameters and its place in a tensor of theirs.
 
     Attributes:
       ours: the parameter's name, blocks numbered.
       theirs: the tensor's name.
-      layout: of the parameter in the tensor (in its part, in its block).
-      part: (k, n), the tensor's first axis holds n such arrays of which this is number k.
-      block: (axis, i, depth), the tensor has blocks on that axis of which this is number i; or None.
+      layout: layout of the parameter in the tensor (in the part, in the block).
+      part: (k, n), array k of n on the tensor's first axis.
+      block: (axis, i, depth), block i of depth on that axis of the tensor; or None.
     """
 
     ours: str
@@ -110,7 +110,7 @@ class Entry(NamedTuple):
         return tuple(sizes)
 
     def read(self, tensor: Any, shape: Sequence[int], index: Sequence[slice]) -> np.ndarray:
-        """The part `index` of our array of `shape`, from a `tensors.Tensor`."""
+        """Returns the part `index` of our array of `shape`, from a `tensors.Tensor`."""
         theirs, trims = self.layout.their_index(shape, index)
         if self.part[1] > 1:
             offset = self.part[0] * self.layout.their_shape(shape)[0]
@@ -124,7 +124,7 @@ class Entry(NamedTuple):
         return self.layout.to_ours(array, shape)[tuple(trims)]
 
     def read_into(self, out: np.ndarray, tensor: Any, shape: Sequence[int], index: Sequence[slice]) -> None:
-        """`out[...] = read(...)` in pieces of about `PIECE` bytes, along the axis that is their first."""
+        """`out[...] = read(...)` in pieces of about `PIECE` bytes, along their first axis."""
         axis = self.layout.first_axis(shape)
         rows = index[axis].stop - index[axis].start if axis is not None else 0
         step = max(int(PIECE / (out.nbytes / rows)), 1) if rows and out.nbytes else 1
@@ -149,12 +149,12 @@ class Entry(NamedTuple):
 
 
 def kinds(heads: int, patch: int, grid: int) -> dict[str, tuple[tuple[str, str, Layout], ...]]:
-    """What a row's kind stands for: (our suffix, their suffix, layout) of each array.
+    """Returns kind -> (our suffix, their suffix, layout) of each array of a layer.
 
     Args:
-      heads: attention heads, where an axis of theirs is split into them.
+      heads: attention heads, for formats with an axis for heads.
       patch: side of a patch, for the layouts of the patch projection.
-      grid: rows of the grid of positions, where theirs is one.
+      grid: rows of the grid of positions, for formats that store a grid.
     """
     same, linear = Layout(), Layout(order=(1, 0))
     conv = Layout(((patch, patch, 3), (-1,)), (3, 2, 0, 1))
@@ -194,7 +194,7 @@ def expand(
     patch: int = 1,
     grid: int = 1,
 ) -> list[Entry]:
-    """The entries of a table.
+    """Returns the entries of a table.
 
     Args:
       rows: see the module's docstring.
@@ -221,19 +221,19 @@ def expand(
 
 
 def is_scanned(name: str) -> bool:
-    """Whether a parameter is of a scan over blocks: its first axis counts them."""
+    """Whether a parameter belongs to a scan over blocks: its first axis is the block."""
     return re.search(r"(^|/)blocks/", name) is not None
 
 
 def blocks_of(name: str, shapes: Mapping[str, Any]) -> tuple[str, int | None]:
-    """The parameter that holds the array `name`: itself, or, with its index, the one of a scan over blocks."""
+    """Returns the parameter that holds the array `name`, and the block's index in a scan (else None)."""
     if name not in shapes and (match := re.search(r"blocks_(\d+)/", name)):
         return name.replace(match[0], "blocks/"), int(match[1])
     return name, None
 
 
 def array_shape(name: str, shapes: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """The shape of the array `name` (blocks numbered) in a model with parameters `shapes`; None where it has none."""
+    """Returns the shape of the array `name` (blocks numbered) among parameters `shapes`; None if absent."""
     leaf, i = blocks_of(name, shapes)
     if leaf not in shapes:
         return None
@@ -246,17 +246,17 @@ def match(
     """Checks that entries pair parameters and tensors, each exactly once, in shape and dtype.
 
     Args:
-      entries: the format's table; what the model has no parameter for is left out.
+      entries: the format's table; entries without a parameter in the model are skipped.
       shapes: parameter name -> anything with a shape.
       tensors: tensor name -> `tensors.Tensor`.
-      ignored: patterns (`fnmatch`) of tensors that no parameter is made of.
-      where: how the file is called in messages.
+      ignored: patterns (`fnmatch`) of tensors that no parameter uses.
+      where: name of the file in messages.
 
     Returns:
       parameter name -> its entries, in the order of its blocks.
 
     Raises:
-      UserError: with what is left on either side.
+      UserError: parameters or tensors are left over or differ; the message lists them.
     """
     plan: dict[str, list[Entry]] = {}
     taken: dict[str, set] = {}
@@ -296,9 +296,9 @@ def match(
 
 
 def read(name: str, entries: Sequence[Entry], tensors: Mapping[str, Any], shape: Sequence[int], index: Sequence[slice]):
-    """Reads the part `index` of the parameter `name`, of `shape`, as float32 numpy array.
+    """Reads the part `index` of the parameter `name`, of `shape`, as a float32 numpy array.
 
-    Beside the result, no more than a piece of about `PIECE` bytes is in memory at a time.
+    Besides the result, memory holds only one piece of about `PIECE` bytes at a time.
 
     Args:
       name: the parameter's.
@@ -318,7 +318,7 @@ def read(name: str, entries: Sequence[Entry], tensors: Mapping[str, Any], shape:
 
 
 def aligned_empty(shape: Sequence[int]) -> np.ndarray:
-    """An uninitialised float32 array at a multiple of 64 bytes, which jax takes over on a CPU without a copy."""
+    """Returns an uninitialised float32 array at a multiple of 64 bytes, which a CPU uses without a copy."""
     size = math.prod(shape)
     buffer = np.empty(size + 16, np.float32)
     start = -buffer.ctypes.data % 64 // 4
@@ -330,6 +330,6 @@ def _times(shape: Sequence[int]) -> str:
 
 
 def listed(items: Sequence[str]) -> str:
-    """The first of many names, and how many more there are."""
+    """Returns the first names as text, and the number of the others."""
     more = f", and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
     return ", ".join(items[:SHOWN]) + more

@@ -22,7 +22,7 @@ from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained
 from vlm_jax.zoo import hub, key_map, preprocessing, recognize
 
-THREADS = 2  # that copy tensors at a time
+THREADS = 2  # threads that copy tensors
 
 
 def load(
@@ -38,27 +38,27 @@ def load(
     partition: Sequence = sharding.RULES,
     dtype: str | None = None,
 ) -> Pretrained:
-    """Loads a model, without torch and without running anything that the file holds.
+    """Loads a model, without torch and without running code from the file.
 
     Args:
       spec: "hf:org/name" (or "hf:org/name@revision"), a folder of Transformers, open_clip, T5X or ours, a file
         (safetensors, npz, .pt, .pth), a workdir of `vlm_jax.train`, or "pkg:name/path", one of these in a package.
-      preprocess: how pictures are prepared, where the files do not tell: an op string, or a key of
-        `zoo.preprocessing.FAMILIES` ("openai", "siglip", ...).
-      tokenizer: a tokenizer spec (see `vlm_jax.data.tokenizers`), where the files do not hold one.
-      tokenize: how texts are made tokens, an op string such as "lower | tokenize(64, bos=False)".
-      activation: of bare CLIP weights, "quick_gelu" or "gelu"; of T5X, "gelu_tanh" or "silu".
-      image_size: (height, width) or one int in pixels: another size than the checkpoint's. Needs `resample`, and
-        resizes in `preprocess` follow it where that is known by family only.
-      resample: how learned positions get to another size: "linear" (big_vision), "bicubic" (open_clip) or
+      preprocess: op string that prepares pictures, or a key of `zoo.preprocessing.FAMILIES` ("openai", "siglip", ...);
+        defaults to the files' own, else required.
+      tokenizer: a tokenizer spec (see `vlm_jax.data.tokenizers`); defaults to the files' own, else required.
+      tokenize: op string from text to tokens, such as "lower | tokenize(64, bos=False)"; defaults likewise.
+      activation: for bare CLIP weights, "quick_gelu" or "gelu"; for T5X, "gelu_tanh" or "silu".
+      image_size: (height, width) or one int, in pixels; overrides the checkpoint's size. Learned positions of another
+        grid need `resample`. Resizes in `preprocess` follow only if `preprocess` is a key of FAMILIES.
+      resample: resampling of learned positions: "linear" (big_vision), "bicubic" (open_clip) or
         "bicubic_sharp" (DINOv2).
-      mesh: where the parameters go, each straight to its shards; None is one device.
+      mesh: devices for the parameters, each read straight into its shards; None is one device.
       partition: partition rules of the parameters on the mesh.
-      dtype: compute dtype, parameters are float32; None is that of a run, and float32 for released weights.
+      dtype: compute dtype (parameters are float32); defaults to a run's own, and to float32 for released weights.
 
     Raises:
-      UserError: nothing is there, it is of no known format, a tensor is left over or missing or of another shape, or
-        the files do not tell what an argument must then say.
+      UserError: `spec` does not exist or has no known format; a tensor is left over, missing or of another shape; or a
+        setting is neither in the files nor given.
     """
     path = hub.local(spec)
     released = recognize.run_of(path) if (path / "checkpoints").is_dir() else recognize.understand(path, activation)
@@ -121,14 +121,14 @@ def _sharded(read: Callable, shape: Sequence[int], place: jax.sharding.Sharding)
     for device, index in place.addressable_devices_indices_map(tuple(shape)).items():
         if index != last:
             shard = None
-            gc.collect(0)  # when jaxlib lets go of what it has copied: the last shard is freed before the next is read
+            gc.collect(0)  # jaxlib frees copied arrays now: the last shard goes before the next is read
             shard, last = read(index), index
         shards.append(jax.device_put(shard, device, may_alias=False).block_until_ready())
     return jax.make_array_from_single_device_arrays(tuple(shape), place, shards)
 
 
 def _settings(released, section, preprocess, tokenizer, tokenize, size) -> dict[str, Any]:
-    """preprocess, tokenizer and tokenize, from the arguments or else the files; names what neither tells."""
+    """Returns preprocess, tokenizer and tokenize, from the arguments or else the files; raises if one is missing."""
     missing = []
     if section.get("image"):
         if preprocess in preprocessing.FAMILIES:
@@ -181,7 +181,7 @@ def _resized(section: dict, params: dict, size: tuple[int, int], method: str | N
 
 
 def _grid(section: Mapping[str, Any], rows: int, new: tuple[int, int]) -> tuple[int, int]:
-    """The grid of the checkpoint's positions: by its image_size, or else a square, or else the new one if it fits."""
+    """Returns the grid of the checkpoint's positions: from image_size, else a square, else `new` if that fits."""
     if section.get("image_size"):
         height, width = _sides(section["image_size"])
         return height // section["patch"], width // section["patch"]

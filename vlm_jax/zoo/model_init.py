@@ -1,11 +1,11 @@
-"""Parameters that a run begins from: `config.model_init`, tower by tower, from anything that `vlm_jax.load` reads.
+"""Initial parameters of a run: `config.model_init`, tower by tower, from anything that `vlm_jax.load` reads.
 
     model_init=dict(image="hf:google/vit-base-patch16-224", text="runs/ul2_tiny:encoder")
 
-A tower takes the part of its own name, or the one named after the colon: "image", "text", or the "encoder" of an
-`EncoderDecoder`, which a text tower of T5's kind can begin from (its tokens' table comes along). One string for the
-whole model takes everything. What follows a tower's tokens, its pool and its head, may differ, and then starts anew, as
-insertions do that the checkpoint has not; all else must fit.
+A tower takes the checkpoint's part of the same name, or the part after the colon: "image", "text", or the "encoder" of
+an `EncoderDecoder`, for a text tower of T5's kind (with the token table). One string instead of the dict initialises
+the whole model. A tower's pool and head may differ from the checkpoint; they then start anew, and so do insertions
+that the checkpoint lacks. All other parameters must fit.
 """
 
 import re
@@ -24,14 +24,14 @@ STARTS_ANEW = re.compile(r"\w*/?(map_pool|rep|head)/.*|(.*/)?inserted_\w+")
 
 
 def read(model_init: str | Mapping[str, str], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Reads parameters to where the run has them, and prints what came from where.
+    """Reads parameters into the run's shardings, and prints the source of each tower.
 
     Args:
       model_init: see the module's docstring.
       shapes: the run's parameters by name, with shardings.
 
     Returns:
-      parameter name -> array, of those that do not start anew.
+      parameter name -> array, without the parameters that start anew.
 
     Raises:
       UserError: the model has no such tower, the checkpoint no such part, or the two do not fit.

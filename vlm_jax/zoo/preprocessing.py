@@ -1,6 +1,6 @@
 """Image preprocessing of released weights as op strings: known families, Transformers' and open_clip's files.
 
-What is not understood raises: a wrong preprocessing costs accuracy without a sign.
+Unknown settings raise, because a wrong preprocessing costs accuracy silently.
 """
 
 import inspect
@@ -29,7 +29,7 @@ EXPRESSIBLE = re.compile(r"decode( resize\w*)?( central_crop| pad)?( normalize| 
 
 
 def _call(name: str, *args, **kwargs) -> str:
-    """`name(args, key=value)`, without what the op does by default."""
+    """Returns `name(args, key=value)`, without default values."""
     defaults = inspect.signature(ops.OPS[name]).parameters
     stated = [f"{key}={value!r}" for key, value in kwargs.items() if value != defaults[key].default]
     arguments = [*map(repr, args), *stated]
@@ -54,7 +54,7 @@ def _crop(size: Size, normalize: str, share: float = 1.0, **options) -> str:
     return f"decode | {resize} | {_call('central_crop', *sides)} | {normalize}"
 
 
-# By what the weights are called: how their publisher prepares a picture for a tower of a given size.
+# Family of weights -> their publisher's preprocessing, for a tower of a given size.
 FAMILIES: dict[str, Callable[[Size], str]] = {
     "openai": lambda size: _crop(size, "normalize('clip')"),
     "laion_half": lambda size: _crop(size, "normalize"),  # LAION-2B L/14
@@ -70,7 +70,7 @@ FAMILIES: dict[str, Callable[[Size], str]] = {
 
 
 def _normalize(mean: Any, std: Any) -> str:
-    """The op that subtracts `mean` and divides by `std`, in units of [0, 1]: by name where they have one."""
+    """The op that subtracts `mean` and divides by `std`, in units of [0, 1]: by name if they have one."""
     try:
         mean, std = (np.broadcast_to(np.asarray(v, float), 3) for v in (mean, std))
     except (ValueError, TypeError):
@@ -93,7 +93,7 @@ def _defaults(size: Any, resample: int, statistics: Any = (0.5, 0.5), crop: bool
     return switches | numbers | dict(image_mean=statistics[0], image_std=statistics[1]) | more
 
 
-# What each class does where the file is silent.
+# Defaults of each class, for settings that the file leaves out.
 PROCESSORS: dict[str, dict[str, Any]] = {
     "CLIP": _defaults({"shortest_edge": 224}, 3, STATISTICS["clip"], crop=True, default_to_square=False),
     "Bit": _defaults({"shortest_edge": 224}, 3, STATISTICS["clip"], crop=True, default_to_square=False),  # DINOv2
@@ -115,7 +115,7 @@ def from_transformers(folder: str | Path) -> str:
     Pixels equal those of Transformers' PIL classes; its torchvision classes round differently, by a level or two.
 
     Raises:
-      UserError: there is no such file, or it says something that is not understood.
+      UserError: there is no such file, or a setting is unknown.
     """
     path, stated = _read(Path(folder))
     kind = _kind(path, stated)
@@ -171,7 +171,7 @@ def _read(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _kind(path: Path, settings: dict[str, Any]) -> str:
-    """The class, without prefixes and suffixes of its variants; of a file that names none, the model's own."""
+    """Returns the class without suffixes of variants; defaults to the class of the model."""
     name = settings.get("image_processor_type") or settings.get("feature_extractor_type")
     kind = re.sub(r"(ImageProcessor(Fast|Pil)?|FeatureExtractor)$", "", str(name))
     config = path.parent / "config.json"
@@ -201,7 +201,7 @@ def _parsed(steps: list[str], path: Path) -> str:
 def to_transformers(string: str) -> dict[str, Any]:
     """Returns the `preprocessor_config.json` of an op string.
 
-    A central crop's odd margins are rounded down there, so that it may lie a pixel aside of torchvision's.
+    Transformers rounds odd margins of a central crop down, so the crop may lie a pixel aside of torchvision's.
 
     Raises:
       UserError: Transformers has no equivalent of an op.
@@ -240,7 +240,7 @@ def _height_width(options: dict[str, Any]) -> dict[str, int]:
 
 
 def _steps(string: str, project: str) -> tuple[dict[str, dict[str, Any]], list[float], list[float]]:
-    """(arguments of each op, mean, std) of an op string whose form is EXPRESSIBLE."""
+    """Returns (arguments of each op, mean, std) of an op string that matches EXPRESSIBLE."""
     pipeline = ops.parse(string)
     steps = {}
     for step in (*pipeline.before, *pipeline.after):
@@ -287,11 +287,11 @@ def from_open_clip(preprocess_cfg: Mapping[str, Any], size: Size | None = None) 
     """Returns the op string of an open_clip `preprocess_cfg` (in `open_clip_config.json`).
 
     Args:
-      preprocess_cfg: its keys; open_clip's own defaults stand for those that are absent.
-      size: the image tower's, which open_clip puts over the one in the file; None takes the file's.
+      preprocess_cfg: the settings; absent keys default to open_clip's values.
+      size: the image tower's, which overrides the file's, as in open_clip; None keeps the file's.
 
     Raises:
-      UserError: something in it is not understood.
+      UserError: a key or a value is unknown.
     """
     given = {key: value for key, value in preprocess_cfg.items() if value is not None}
     settings = OPEN_CLIP | given | ({} if size is None else {"size": size})

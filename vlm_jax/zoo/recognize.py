@@ -1,4 +1,4 @@
-"""What a checkpoint is, told from its content: the format, the model it makes, and the table of its tensors."""
+"""Recognises a checkpoint by content: the format, the model, and the table of the tensors."""
 
 import dataclasses
 import functools
@@ -36,18 +36,18 @@ OPEN_CLIP = (
 
 @dataclasses.dataclass(frozen=True)
 class Released:
-    """A checkpoint that is understood, of which no tensor is read yet.
+    """A recognised checkpoint, whose tensors are not read yet.
 
     Attributes:
-      format: in words.
-      path: the file of its tensors.
+      format: name of the format.
+      path: the file of the tensors.
       tensors: name -> `tensors.Tensor`.
       model: config section of our model, for `models.build`.
       entries: the key table.
-      ignored: patterns of tensors that no parameter is made of.
+      ignored: patterns of tensors that no parameter uses.
       preprocess, tokenizer, tokenize: as in a training config; None where the files do not tell.
-      hints: what to pass to `load` for one of these that is None.
-      licence: of its model card, or None.
+      hints: for each of these that is None, advice on the argument of `load`.
+      licence: from the model card, or None.
       run: the config of a workdir of `vlm_jax.train`, or None.
     """
 
@@ -74,10 +74,10 @@ class Released:
         return param_shapes(self.model, rows)
 
     def with_image_size(self, size: tuple[int, int]) -> "Released":
-        """The same for pictures of (height, width), where the checkpoint does not tell its own.
+        """Returns a copy for pictures of (height, width), if the checkpoint has no size of its own.
 
         Raises:
-          UserError: it does, or its position table is for another number of patches.
+          UserError: the checkpoint has a size, no image tower, or positions for another number of patches.
         """
         image = self.model.get("image")
         own = image and image.get("image_size")
@@ -90,7 +90,7 @@ class Released:
         return dataclasses.replace(self, model={**self.model, "image": {**image, "image_size": size}})
 
     def match(self) -> dict[str, list[key_map.Entry]]:
-        """Parameter name -> its entries; raises a UserError with what is left on either side."""
+        """Returns parameter name -> entries; raises a UserError if parameters or tensors are left over."""
         try:
             shapes = self.shapes
         except (LookupError, TypeError, ValueError, ArithmeticError) as error:
@@ -99,7 +99,7 @@ class Released:
 
 
 def param_shapes(section: Mapping[str, Any], positions: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
-    """Parameter name -> shape and dtype of the model that a config section describes.
+    """Returns parameter name -> shape and dtype of the model that a config section describes.
 
     Args:
       section: the section.
@@ -107,7 +107,7 @@ def param_shapes(section: Mapping[str, Any], positions: int | None = None) -> di
     """
     model = models.build(section)
     image = text = None
-    if not hasattr(model, "image"):  # it reads texts
+    if not hasattr(model, "image"):  # a text-to-text model
         image = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     elif model.image is not None:
         patch, size = getattr(model.image, "patch", 32), getattr(model.image, "image_size", None)
@@ -127,10 +127,10 @@ def understand(path: str | Path, activation: str | None = None) -> Released:
 
     Args:
       path: a folder of ours, of Transformers, of open_clip or of T5X; a file of tensors.
-      activation: of bare CLIP weights and T5X, see `open_clip.describe` and `t5x.describe`.
+      activation: for bare CLIP weights and T5X, see `open_clip.describe` and `t5x.describe`.
 
     Raises:
-      UserError: it is none that is known, or its parts do not fit.
+      UserError: the format is unknown, or the parts do not fit.
     """
     path = Path(path)
     try:
@@ -174,7 +174,7 @@ def _licence(folder: Path) -> str | None:
 
 
 def _scanned(section: dict) -> dict:
-    """Blocks as one scan: compiles in a fraction of the time."""
+    """Sets the blocks to one scan, which compiles in a fraction of the time."""
     for side in SIDES:
         if section.get(side) and section[side].get("depth", 1) > 1:
             section[side]["scan"] = True
@@ -182,12 +182,12 @@ def _scanned(section: dict) -> dict:
 
 
 def of_texts(section: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The section of what reads texts: the text tower, the decoder, or None."""
+    """Returns the section of the text tower or the decoder, or None."""
     return section.get("text") or section.get("decoder")
 
 
 def _or_none(read: Callable, *args) -> Any:
-    """What `read` returns and None, or None and the UserError's text: the files do not tell."""
+    """Returns (result of `read`, None), or (None, the UserError's text) if the files do not tell."""
     try:
         return read(*args), None
     except UserError as error:
@@ -257,7 +257,7 @@ def _native(folder: Path, settings: dict) -> Released:
         if isinstance(depth, int) and depth > max(stacked, default=len(file.tensors)):
             raise UserError(f"{folder / 'config.json'} has {depth} blocks of the {side} tower; the file holds fewer")
     tokenizer = settings.get("tokenizer")
-    if tokenizer and ":" in tokenizer:  # of a file beside
+    if tokenizer and ":" in tokenizer:  # a file in the same folder
         kind, _, rest = tokenizer.partition(":")
         tokenizer = f"{kind}:{folder / rest}"
     return Released(
@@ -274,7 +274,7 @@ def _native(folder: Path, settings: dict) -> Released:
 
 
 def run_of(path: Path) -> Released:
-    """A workdir of `vlm_jax.train`, without the tensors of its checkpoint."""
+    """Returns the description of a workdir of `vlm_jax.train`, without tensors."""
     settings = read_json(path / "config.json")
     if "model" not in settings:
         raise UserError(f"{path} holds checkpoints but no config.json of vlm_jax.train")
@@ -294,7 +294,7 @@ def _workdir(path: Path) -> Released:
 
 
 def native_entries(shapes: Mapping[str, Any]) -> list[key_map.Entry]:
-    """Our own names, every parameter as it is."""
+    """Returns the entries of our own format: equal names, every parameter unchanged."""
     entries = []
     for name, leaf in shapes.items():
         if key_map.is_scanned(name):
@@ -331,7 +331,7 @@ def _file(path: Path, activation: str | None) -> Released:
 
 
 def _bare_clip(file: TensorFile, activation: str | None) -> Released:
-    openai = file.kind == "torchscript"  # only OpenAI gave CLIPs out as archives
+    openai = file.kind == "torchscript"  # only OpenAI released CLIPs as archives
     if open_clip_coca.recognise(file.tensors):
         section, entries, ignored = open_clip_coca.describe(file.tensors)
     else:
@@ -349,7 +349,7 @@ def _bare_clip(file: TensorFile, activation: str | None) -> Released:
     )  # fmt: skip
 
 
-# Released files, by name: what their arrays cannot tell.
+# Released files by name, for settings that arrays cannot tell.
 SIGLIP_TEXT = "lower | tokenize({length}, bos=False)"
 KNOWN = (  # (name, how texts are made tokens, the tokenizer to pass)
     (r"(webli|siglip)_(en|i18n)_\w+", SIGLIP_TEXT, "sentencepiece:/path/to/{vocabulary}.model?pad_id=1"),

@@ -1,7 +1,6 @@
 """`vlm_jax.save_pretrained`: a model of ours in the layout of another project, or in our own.
 
-Every layout is proved before anything is written: what would be written is read back as a description, which must be
-the model's own.
+Every layout is checked before writing: the description read back from the planned tensors must be the model's own.
 """
 
 import dataclasses
@@ -26,13 +25,13 @@ from vlm_jax.zoo import key_map, preprocessing, recognize, tokenizer_files
 from vlm_jax.zoo.formats import big_vision, open_clip, t5, t5x, transformers
 from vlm_jax.zoo.readers.tensors import Tensor, write_npz, write_safetensors
 
-# Fields that change how a model runs or begins, and not what it computes.
+# Fields that change how a model runs or starts, not its outputs.
 RUNTIME = ("scan", "remat", "implementation", "dtype", "dropout", "drop_path", "embed_std", "parent", "name")
 
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """What is to be written.
+    """A model to write.
 
     Attributes:
       section: config section of the model.
@@ -60,7 +59,7 @@ def save_pretrained(pretrained: Pretrained, path: str | os.PathLike, format: str
       format: a key of `WRITERS`.
 
     Raises:
-      UserError: the format has no words for the model, or there is something at `path`.
+      UserError: the format cannot express the model, or `path` exists.
     """
     leaves = named_leaves(pretrained.params)
     config = pretrained.config
@@ -80,7 +79,7 @@ def save_pretrained(pretrained: Pretrained, path: str | os.PathLike, format: str
 
 
 def content_of(released: recognize.Released) -> Content:
-    """What a checkpoint holds, its tensors still unread."""
+    """Returns the content of a checkpoint, with unread tensors."""
     plan = released.match()
     return Content(
         section=released.model,
@@ -96,7 +95,7 @@ def content_of(released: recognize.Released) -> Content:
 
 
 def write(content: Content, path: str | os.PathLike, format: str) -> None:
-    """Writes `content`; what was begun is removed if it fails."""
+    """Writes `content`; a failure removes the partial files."""
     path = Path(path)
     if path.exists():
         raise UserError(f"{path} exists; remove it or write elsewhere")
@@ -169,7 +168,7 @@ def _of_towers(content: Content, format: str) -> dict[str, Any]:
 
 
 def _is_sentence_model(section) -> bool:
-    """A BERT that pools as sentence-transformers' do; Transformers' own pool is a dense layer on the first token."""
+    """Whether a BERT pools as in sentence-transformers; Transformers' own pool is dense, on the first token."""
     text = section["text"]
     return bool(text and not section["image"] and text["post_norm"] and not text["rep_dim"])
 
@@ -232,7 +231,7 @@ WRITERS = {
 
 
 def full_section(content: Content) -> dict[str, Any]:
-    """The section with all fields of its towers, an image size among them where the positions are a square."""
+    """Returns the section with all fields of its towers, and an image size if the positions are a square."""
     model = models.build(content.section)
     section = {side: _fields(getattr(model, side, None)) for side in recognize.SIDES}
     section |= {key: getattr(model, key, None) for key in ("bias_init", "pad_id")}
@@ -252,7 +251,7 @@ def _fields(tower) -> dict[str, Any] | None:
 
 
 def _problems(content: Content, entries: list[key_map.Entry], describe: Callable) -> list[str]:
-    """What would be lost: fields that the layout reads back otherwise, parameters that it has no place for."""
+    """Lists losses: fields that the layout reads back differently, and parameters without a place."""
     placed = {entry.ours for entry in entries}
     homeless = [name for name in content.shapes if name.replace("blocks/", "blocks_0/") not in placed]
     if homeless:
@@ -276,7 +275,7 @@ def _same(key: str, got: Any, want: Any, fields: Mapping[str, Any]) -> bool:
     square = lambda size: (size, size) if isinstance(size, int) else tuple(size or ())
     if key == "image_size":
         return got is None or square(got) == square(want)
-    if key == "layer_scale":  # only whether there is one; its initial value is of training
+    if key == "layer_scale":  # only its presence counts; the initial value is for training
         return (got is None) == (want is None)
     if key == "head_bias" and not fields.get("out_dim"):
         return True
@@ -289,7 +288,7 @@ def _same(key: str, got: Any, want: Any, fields: Mapping[str, Any]) -> bool:
 
 
 def _their_arrays(content: Content, entries: list[key_map.Entry]) -> dict[str, Tensor]:
-    """Their name -> tensor, put together from ours when it is read."""
+    """Returns their name -> tensor, assembled from our parameters when read."""
     by_name: dict[str, list[key_map.Entry]] = {}
     for entry in entries:
         if key_map.array_shape(entry.ours, content.shapes) is not None:

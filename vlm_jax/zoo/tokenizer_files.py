@@ -1,6 +1,6 @@
-"""Tokenizers beside released weights: read from a Transformers folder as a spec and ops, copied, written for it.
+"""Tokenizers beside released weights: read from Transformers folders, copied, and written as such.
 
-A spec is what `vlm_jax.data.tokenizers.build` takes; the ops string turns "text" into "token_ids".
+A spec is the argument of `vlm_jax.data.tokenizers.build`; the ops string turns "text" into "token_ids".
 """
 
 import json
@@ -19,7 +19,7 @@ from vlm_jax.data.tokenizers import clip, library, wordpiece
 from vlm_jax.errors import UserError
 from vlm_jax.zoo.readers.json_files import read_json
 
-# Files by kind of spec, in the order in which they are preferred.
+# (kind of spec, file), in order of preference.
 FILES = (
     ("json", "tokenizer.json"),
     ("sentencepiece", "spiece.model"),
@@ -28,7 +28,7 @@ FILES = (
     ("wordpiece", "vocab.txt"),
 )
 FIX = "pass tokenizer= (a spec such as `json:/path/tokenizer.json`)"
-SENTENCEPIECE = ("SiglipTokenizer", "T5Tokenizer")  # whose ids are the SentencePiece model's own, EOS added
+SENTENCEPIECE = ("SiglipTokenizer", "T5Tokenizer")  # their ids are the SentencePiece model's own, with EOS added
 SIGLIP2 = ("GemmaTokenizer", "Siglip2Tokenizer")  # under a SigLIP model: lower-cased, EOS only, padded on the right
 WRAPPING = {"CLIPTokenizer": ("bos_token", "eos_token"), "BertTokenizer": ("cls_token", "sep_token")}
 T5 = ("t5", "mt5")  # model types
@@ -48,13 +48,13 @@ def from_transformers(folder: str | Path, length: int, model_type: str) -> tuple
     """Returns (tokenizer spec, ops) of a Transformers or sentence-transformers folder.
 
     Args:
-      folder: holds tokenizer.json, spiece.model, tokenizer.model, vocab.json with merges.txt, or vocab.txt, and what
-        says how they are used: tokenizer_config.json, special_tokens_map.json.
-      length: of the text tower.
+      folder: holds tokenizer.json, spiece.model, tokenizer.model, vocab.json with merges.txt, or vocab.txt, and
+        settings: tokenizer_config.json, special_tokens_map.json.
+      length: the text tower's.
       model_type: the model's, from config.json: "clip", "siglip", "siglip2", "bert", ...
 
     Raises:
-      UserError: there is no tokenizer, or it does what is not known here.
+      UserError: there is no tokenizer, or a setting of the tokenizer is unknown.
     """
     folder = _transformer_folder(Path(folder))
     settings = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
@@ -83,7 +83,7 @@ def from_transformers(folder: str | Path, length: int, model_type: str) -> tuple
 
 
 def _transformer_folder(folder: Path) -> Path:
-    """Where the transformer of a sentence-transformers folder lies: at its root, or in its first module's folder."""
+    """Returns the folder of the transformer: the root, or the first module's (sentence-transformers)."""
     modules = folder / "modules.json"
     if not modules.is_file():
         return folder
@@ -111,7 +111,7 @@ def _file(folder: Path, name: str, siglip2: bool) -> tuple[str, Path]:
 
 
 def _library(kind: str, path: Path, name: str, settings: Mapping[str, Any]) -> tuple:
-    """(ids that `build` gives, token -> id, (BOS, EOS) that Transformers adds), by the `tokenizers` library."""
+    """Returns (ids from `build`, token -> id, (BOS, EOS) added by Transformers), by the `tokenizers` library."""
     read = {"json": library.from_file, "bpe": clip.from_files, "wordpiece": wordpiece.from_file}[kind]
     model = read(str(path))
     if isinstance(model.normalizer, hf.normalizers.BertNormalizer):
@@ -129,7 +129,7 @@ def _library(kind: str, path: Path, name: str, settings: Mapping[str, Any]) -> t
 
 
 def _check_bert(path: Path, kind: str, rule: hf.normalizers.BertNormalizer, settings: Mapping[str, Any]) -> None:
-    """Raises where the settings, which count over the file in Transformers, ask for another normalization."""
+    """Raises if the settings, which override the file in Transformers, ask for another normalization."""
     pairs = {"strip_accents": rule.strip_accents, "tokenize_chinese_chars": rule.handle_chinese_chars}
     pairs |= {"do_lower_case": rule.lowercase} if kind == "json" else {}
     for key, has in pairs.items():
@@ -139,7 +139,7 @@ def _check_bert(path: Path, kind: str, rule: hf.normalizers.BertNormalizer, sett
 
 
 def _sentencepiece(path: Path, settings: Mapping[str, Any]) -> tuple:
-    """As `_library`, of a SentencePiece model."""
+    """As `_library`, for a SentencePiece model."""
     tokenizer = tokenizers.build(f"sentencepiece:{path}")
     ids = {key: getattr(tokenizer, key) for key in ("pad_id", "bos_id", "eos_id")}
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -149,7 +149,7 @@ def _sentencepiece(path: Path, settings: Mapping[str, Any]) -> tuple:
 
 
 def _before(folder: Path, name: str, siglip2: bool, settings: Mapping[str, Any]) -> str:
-    """The ops on the text that are not in the tokenizer's own file."""
+    """Returns the text ops that the tokenizer's own file lacks."""
     if name == "SiglipTokenizer":
         return "canonicalize | " if settings.get("do_lower_case", True) else "canonicalize(lower=False) | "
     sentence_lower = read_json(folder / "sentence_bert_config.json").get("do_lower_case")
@@ -162,9 +162,9 @@ def _before(folder: Path, name: str, siglip2: bool, settings: Mapping[str, Any])
 def copy(spec: str, folder: str | Path) -> str:
     """Copies the files that `spec` names into `folder`; returns the spec with the bare file name.
 
-    A packaged tokenizer has none: its spec is returned as it is.
+    A packaged tokenizer has no files; its spec is returned unchanged.
     """
-    tokenizers.build(spec)  # whatever is wrong with it, it says so
+    tokenizers.build(spec)  # raises if the spec is wrong
     kind, path, query = _parts(spec)
     if path is None:
         return spec
@@ -185,15 +185,15 @@ def _parts(spec: str) -> tuple[str, Path | None, str]:
 
 
 def to_transformers(spec: str, tokenize_ops: str, folder: str | Path) -> None:
-    """Writes into `folder` what AutoTokenizer reads: tokenizer.json (for SigLIP and T5 spiece.model) and its settings.
+    """Writes AutoTokenizer's files into `folder`: tokenizer.json (SigLIP, T5: spiece.model) and settings.
 
     The ids are the same, with two exceptions for the packaged `clip`: Transformers pads with <|endoftext|> where OpenAI
-    has 0 (no embedding depends on it), and neither unescapes HTML nor mends encodings.
+    has 0 (no embedding depends on the padding), and Transformers neither unescapes HTML nor repairs encodings.
 
     Args:
       spec: of the tokenizer.
       tokenize_ops: e.g. "lower | tokenize(64, bos=False)".
-      folder: is there.
+      folder: an existing folder.
 
     Raises:
       UserError: Transformers has no equivalent.
@@ -245,7 +245,7 @@ def to_transformers(spec: str, tokenize_ops: str, folder: str | Path) -> None:
 
 
 def _model(kind: str, path: Path | None, query: str) -> hf.Tokenizer:
-    """The tokenizer of a spec as one of the `tokenizers` library, without padding and truncation."""
+    """Returns a spec's tokenizer in the `tokenizers` library, without padding and truncation."""
     if kind == "clip":
         vocab, merges = clip.vocabulary()
         start, end = len(vocab), len(vocab) + 1
@@ -265,7 +265,7 @@ def _model(kind: str, path: Path | None, query: str) -> hf.Tokenizer:
 
 
 def _class(model: hf.Tokenizer) -> str:
-    """Transformers' class that builds the same from the vocabulary; one that takes the file as it is, else."""
+    """Returns the Transformers class that rebuilds `model` from its vocabulary, else the generic class."""
     with_ends = isinstance(model.model, hf.models.BPE) and model.model.end_of_word_suffix == "</w>"
     if with_ends and None not in map(model.token_to_id, clip.SPECIALS):
         return "CLIPTokenizer"
@@ -276,7 +276,7 @@ def _class(model: hf.Tokenizer) -> str:
 
 def _unigram(path: Path) -> hf.Tokenizer:
     """A SentencePiece model in the `tokenizers` library."""
-    from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which nothing else here does
+    from sentencepiece import sentencepiece_model_pb2  # the only import here that needs protobuf
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
     trainer, rules = proto.trainer_spec, proto.normalizer_spec
