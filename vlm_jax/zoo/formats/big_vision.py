@@ -1,7 +1,6 @@
-"""big_vision's npz files: LiT, SigLIP, SigLIP 2, Cap, CapPa and lone towers, in all the names they have had.
+"""big_vision's npz files: LiT, SigLIP, SigLIP 2, Cap, CapPa and lone towers, with old and new names.
 
-Everything is read off the arrays' shapes: sizes, heads, pool, head. What they cannot tell (the tokenizer, the
-preprocessing) is known for the released files by their names.
+The arrays' shapes give sizes, heads, pool and head. File names tell tokenizer and preprocessing of released files.
 """
 
 import math
@@ -12,8 +11,8 @@ from typing import Any
 from vlm_jax.errors import UserError
 from vlm_jax.zoo.key_map import expand
 
-ROOTS = ("params/", "opt/target/")  # of the parameters, where a file holds more than these
-OLD_NAMES = (  # (pattern, the name of today): submodules were numbered over all classes, positions lived elsewhere
+ROOTS = ("params/", "opt/target/")  # of the parameters, in files that hold more
+OLD_NAMES = (  # (pattern, today's name): submodules were numbered over all classes, positions lived elsewhere
     (r"/LayerNorm_2/", "/LayerNorm_1/"),
     (r"/MultiHeadDotProductAttention_1/", "/MultiHeadDotProductAttention_0/"),
     (r"/MlpBlock_3/", "/MlpBlock_0/"),
@@ -89,7 +88,7 @@ SCALES = (("logit_scale", "t", "one"), ("logit_bias", "b", "one"))
 
 
 def of_today(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters among arrays: today's name, without a root -> array."""
+    """Returns the parameters among arrays: today's name, without a root -> array."""
     root = next((root for root in ROOTS if any(name.startswith(root) for name in tensors)), "")
     renamed = {}
     for name, tensor in tensors.items():
@@ -109,7 +108,7 @@ def recognise(names) -> bool:
 
 
 def describe(tensors: Mapping[str, Any]) -> tuple[dict, list]:
-    """The model that arrays make, by their shapes alone.
+    """Returns the model of these arrays, from shapes alone.
 
     Args:
       tensors: what `of_today` returned, name -> `tensors.Tensor`.
@@ -145,7 +144,7 @@ def describe(tensors: Mapping[str, Any]) -> tuple[dict, list]:
 
 
 def tower_entries(rows, side: str, prefix: str, fields: Mapping[str, Any], stacked: bool) -> list:
-    """The entries of a tower; `stacked`: whether its blocks are one array, with a leading layer axis."""
+    """Returns the entries of a tower; `stacked`: blocks are one array, with a leading layer axis."""
     if rows is not BERT:
         root = "Encoder_0/" if side == "text" else "Transformer/"
         block = f"{root}encoderblock*0" if stacked else f"{root}encoderblock_{{i}}"
@@ -156,7 +155,7 @@ def tower_entries(rows, side: str, prefix: str, fields: Mapping[str, Any], stack
 
 
 def captioner_entries(image: Mapping, decoder: Mapping, stacked_image: bool, stacked_decoder: bool) -> list:
-    """The entries of a captioner; `stacked_...`: whether the blocks of a part are one array."""
+    """Returns the entries of a captioner; `stacked_...`: the blocks of a part are one array."""
     block = "EncDecBlock*1" if stacked_decoder else "EncDecBlock{i}"
     rows = [(ours, theirs.replace("{block}", block), kind) for ours, theirs, kind in DECODER_BLOCK]
     return [
@@ -269,7 +268,7 @@ def _bert(shapes):
 
 
 def outline(section: Mapping[str, Any]) -> list:
-    """The entries of the key table that write a model whose section has all fields; a layer is an array of its own."""
+    """Returns the entries that write a model whose section has all fields; each layer has its own arrays."""
     image, text = section["image"], section["text"]
     if section["decoder"]:
         return captioner_entries(image, section["decoder"], stacked_image=False, stacked_decoder=False)

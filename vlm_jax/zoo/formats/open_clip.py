@@ -1,7 +1,7 @@
 """Checkpoints of open_clip (a folder with open_clip_config.json, or bare weights) and OpenAI's own CLIP files.
 
-CLIP, CustomTextCLIP and SigLIP (a timm ViT as image tower). Sizes are read off the shapes; heads, activation, pool and
-epsilon off `model_cfg`, or, for bare weights, taken from what OpenAI's models have.
+CLIP, CustomTextCLIP and SigLIP (a timm ViT as image tower). Shapes give the sizes. `model_cfg` gives heads, activation,
+pool and epsilon; bare weights take the values of OpenAI's models.
 """
 
 import math
@@ -76,9 +76,9 @@ SCALES = (("logit_scale", "logit_scale", "same"), ("logit_bias", "logit_bias", "
 
 # Our variants in timm's names of the SigLIP image towers.
 TIMM_NAMES = {"B": "base", "L": "large", "So400m": "so400m", "g-opt": "giantopt"}
-# timm's towers with tanh GELU, by name; its others have the exact one.
+# timm's towers with tanh GELU, by name; all others have exact GELU.
 TIMM_TANH = r"vit_(giantopt_patch16|so400m_patch16|base_patch32)_siglip|vit_large_patch16_siglip(_gap)?_512"
-# Fields of model_cfg that change what the model computes, and the only value that is known here.
+# Fields of model_cfg that change the model's outputs, and the only supported value.
 PLAIN_BLOCK = dict(block_type="default", qk_norm=False, scaled_cosine_attn=False, scale_heads=False)
 PLAIN_BLOCK |= dict(scale_attn_inner=False, scale_attn=False, scale_fc=False, final_ln_after_pool=False)
 PLAIN = {
@@ -95,13 +95,13 @@ def recognise(names) -> bool:
 def describe(
     tensors: Mapping[str, Any], model_cfg: Mapping[str, Any] | None = None, activation: str | None = None
 ) -> tuple[dict, list, tuple[str, ...]]:
-    """The model that tensors and a `model_cfg` make.
+    """Returns the model of tensors and a `model_cfg`.
 
     Args:
       tensors: name -> `tensors.Tensor`.
       model_cfg: of open_clip_config.json; None for bare weights.
-      activation: of bare weights, whose shapes do not tell: "quick_gelu" (OpenAI's and what was tuned from them) or
-        "gelu".
+      activation: for bare weights, whose shapes do not tell: "quick_gelu" (OpenAI's weights and those tuned from them)
+        or "gelu".
 
     Returns:
       (config section of our model, entries of its key table, patterns of tensors that are left out)
@@ -140,7 +140,7 @@ def _entries(section, timm, prefix):
 
 
 def blocks(shapes, prefix):
-    """How many blocks there are under a prefix."""
+    """Returns the number of blocks under a prefix."""
     return len({name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)})
 
 
@@ -158,7 +158,7 @@ def _layer_scale(shapes, name):
 
 
 def image_fields(shapes, cfg, plain):
-    """Fields of an image tower of open_clip's own."""
+    """Returns the fields of open_clip's own image tower."""
     width, _, patch, _ = shapes["visual.conv1.weight"]
     rows = shapes["visual.positional_embedding"][0] - 1
     side = math.isqrt(rows)
@@ -241,7 +241,7 @@ def _text(shapes, prefix, cfg, plain):
 
 
 def config(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The `model_cfg` of a section of ours, as far as open_clip has words for it."""
+    """Returns the `model_cfg` of our section, as far as open_clip can express the model."""
     image, text = section["image"], section["text"]
     if not image or not text:
         raise UserError("open_clip's format is of two towers; this model has one: write it as hf, big_vision or native")
@@ -274,7 +274,7 @@ def config(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def outline(section: Mapping[str, Any]) -> tuple[dict, list]:
-    """(`model_cfg`, entries of the key table) that write a model whose section has all fields."""
+    """Returns (`model_cfg`, entries) that write a model whose section has all fields."""
     cfg = config(section)
     prefix = "text." if cfg.get("custom_text") else ""
     return cfg, _entries(section, "timm_model_name" in cfg["vision_cfg"], prefix)

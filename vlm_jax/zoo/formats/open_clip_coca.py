@@ -37,7 +37,7 @@ DECODER = (
     ("blocks_{i}/cross_mlp/fc2", "cross_attn.{i}.mlp.c_proj", "dense"),
     ("norm", "ln_final", "norm"),
 )
-START_ID = 49_406  # of CLIP's vocabulary, the only one that open_clip's CoCas have
+START_ID = 49_406  # of CLIP's vocabulary, which all of open_clip's CoCas have
 
 
 def recognise(names) -> bool:
@@ -48,7 +48,7 @@ def recognise(names) -> bool:
 def describe(
     tensors: Mapping[str, Any], model_cfg: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], list, tuple[str, ...]]:
-    """The model that tensors make; arguments and result as in `open_clip.describe`."""
+    """Returns the model of these tensors; arguments and result as in `open_clip.describe`."""
     shapes, cfg = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, dict(model_cfg or {})
     activation = "quick_gelu" if cfg.get("quick_gelu") else "gelu"
     vision, text, multimodal = (dict(cfg.get(f"{part}_cfg") or {}) for part in ("vision", "text", "multimodal"))
@@ -81,7 +81,7 @@ def describe(
     section = dict(
         name="coca", image=image, pool=pool, text=unimodal, decoder=decoder, out_dim=shapes["visual.proj"][1]
     )
-    kernels = [  # PyTorch joins the three where widths are equal
+    kernels = [  # PyTorch joins the three kernels if widths are equal
         ("attn.q_proj_weight", "attn.k_proj_weight", "attn.v_proj_weight"),
         [f"attn.in_proj_weight#{part}/3" for part in range(3)],
     ]["visual.attn_pool.attn.in_proj_weight" in shapes]

@@ -12,7 +12,7 @@ MODEL_TYPES = ("t5", "mt5")
 SHARED = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")  # names of one table; files have one or several
 IGNORED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)  # of old files, never used
 PROJECTIONS = (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o"))
-SIZES = {  # our field, their key, theirs where a config.json has none; all whole numbers from 1 up
+SIZES = {  # our field, their key, their default; all whole numbers of 1 or more
     "width": ("d_model", 512),
     "head_dim": ("d_kv", 64),
     "mlp_dim": ("d_ff", 2048),
@@ -39,7 +39,7 @@ DECODER = (
     ("blocks_{i}/cross_norm", "block.{i}.layer.1.layer_norm", "norm"),
     *_attention("cross_attn", "1.EncDecAttention"),
 )
-MLP = (  # {layer}: of a block, the last
+MLP = (  # {layer}: the last of a block
     ("blocks_{i}/norm2", "block.{i}.layer.{layer}.layer_norm", "norm"),
     ("blocks_{i}/mlp/fc1", "block.{i}.layer.{layer}.DenseReluDense.wi", "dense"),
     ("blocks_{i}/mlp/fc2", "block.{i}.layer.{layer}.DenseReluDense.wo", "dense"),
@@ -53,11 +53,11 @@ GATED_MLP = (
 
 
 def describe(config: Mapping[str, Any], shapes: Mapping[str, tuple]) -> tuple[dict[str, Any], list[Entry], list[str]]:
-    """The model that a config.json and its tensors make; arguments and result as in `transformers.describe`.
+    """Returns the model of a config.json and its tensors; arguments and result as in `transformers.describe`.
 
-    Logits are made with the token table where the file has no `lm_head`, or where the config scales hidden states for
-    it (original T5, whose files may hold the table again under that name). Transformers 5 ties by the file, too, and
-    has `scale_decoder_outputs` for what `tie_word_embeddings` told before.
+    Logits use the token table if the file has no `lm_head`, or if the config scales hidden states for the table
+    (original T5, whose files may repeat the table under that name). Transformers 5 also ties by the file; there,
+    `scale_decoder_outputs` has the former role of `tie_word_embeddings`.
     """
     config = {key: value for key, value in config.items() if value is not None}
     numbers = {**dict(SIZES.values()), "vocab_size": 32_128, "n_positions": 512}
@@ -92,7 +92,7 @@ def describe(config: Mapping[str, Any], shapes: Mapping[str, tuple]) -> tuple[di
 
 
 def outline(section: Mapping[str, Any]) -> tuple[dict[str, Any], list[Entry]]:
-    """(config.json, entries of the key table) that might write a model, of all fields of its parts and its pad_id."""
+    """Returns (config.json, entries) that might write a model, from all fields of its parts and its pad_id."""
     encoder, decoder = section["encoder"], section["decoder"]
     config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}
     config |= {theirs: encoder[ours] for ours, (theirs, _) in SIZES.items()}

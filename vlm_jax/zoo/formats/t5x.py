@@ -1,8 +1,8 @@
 """T5X checkpoints (T5 v1.1, mT5, UL2, Flan-UL2 as released): a folder of zarr arrays and a msgpack file `checkpoint`.
 
-Layers are arrays of their own (`encoder/layers_0/...`, kernels of two axes) or, as `scalable_t5` has them, stacked on
-the second axis (`encoder/encoder/...`, kernels with an axis for heads). Arrays that are not split over devices may lie
-in the msgpack file itself. Written is the first kind.
+Layers are separate arrays (`encoder/layers_0/...`, kernels of two axes) or, in `scalable_t5`, stacked on the second
+axis (`encoder/encoder/...`, kernels with an axis for heads). Arrays that are not split over devices may lie in the
+msgpack file itself. `write` makes separate arrays.
 """
 
 import os
@@ -17,7 +17,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.zoo.key_map import Entry, expand
 from vlm_jax.zoo.readers.stored import Tensor
 
-ROOT = "target"  # of the parameters; beside it there is `state`, the optimizer's
+ROOT = "target"  # of the parameters; `state` is the optimizer's
 TOKENIZE = "tokenize(512, bos=False)"
 HINTS = {"tokenizer": "T5X holds no tokenizer: pass tokenizer='sentencepiece:/path/spiece.model?extra_ids=100'"}
 SHARED = (("decoder/token_embed", "token_embedder", "flax"), ("head", "decoder/logits_dense", "flax"))
@@ -34,12 +34,12 @@ PARTS = {  # (our name, their norm or attention) of a block, in each part
 
 
 def recognise(folder: Path) -> bool:
-    """Whether it is a step's folder of T5X."""
+    """Whether the folder is a step of T5X."""
     return (folder / "checkpoint").is_file() and any(folder.glob(f"{ROOT}.*/.zarray"))
 
 
 def open_arrays(folder: Path) -> dict[str, Tensor]:
-    """The parameters, '/'-joined name -> `Tensor`.
+    """Returns the parameters, '/'-joined name -> `Tensor`.
 
     Raises:
       UserError: the msgpack file or an array cannot be read, or the two do not name the same parameters.
@@ -49,7 +49,7 @@ def open_arrays(folder: Path) -> dict[str, Tensor]:
         tree = state["optimizer"][ROOT]
         is_place = lambda _, value: isinstance(value, Mapping) and "kvstore" in value
         flat = flax.traverse_util.flatten_dict(tree, sep="/", is_leaf=is_place)
-    except Exception as error:  # msgpack has many
+    except Exception as error:  # msgpack raises many types
         raise UserError(f"{folder / 'checkpoint'} is not of T5X: {type(error).__name__} {error}") from error
     tensors = {}
     for name, leaf in flat.items():
@@ -83,12 +83,12 @@ def _open_zarr(path: Path) -> Tensor:
 
 
 def describe(tensors: Mapping[str, Tensor], activation: str | None = None) -> tuple[dict[str, Any], list[Entry]]:
-    """(config section of our model, entries of its key table) of arrays, by their shapes.
+    """Returns (config section of our model, entries of its key table), from the arrays' shapes.
 
     Args:
       tensors: what `open_arrays` returned.
-      activation: of gated MLPs, which shapes do not tell: "gelu_tanh" (T5 v1.1, mT5) or "silu" (UL2, whose 20B is known
-        by its sizes).
+      activation: for gated MLPs, which shapes do not tell: "gelu_tanh" (T5 v1.1, mT5) or "silu" (UL2; the 20B model is
+        known by its sizes).
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     scanned = "encoder/encoder/mlp/wo/kernel" in shapes
@@ -122,10 +122,10 @@ def _depth(shapes: Mapping[str, tuple], side: str, scanned: bool) -> int:
 
 
 def table(section: Mapping[str, Any], joined: bool = True, scanned: bool = False) -> list[Entry]:
-    """The entries of the key table.
+    """Returns the entries of the key table.
 
     Args:
-      section: a model's, with the encoder's and the decoder's heads, depth and gated.
+      section: a model's section, with heads, depth and gated of encoder and decoder.
       joined: whether heads and their width are one axis.
       scanned: whether layers are stacked on the second axis.
     """

@@ -37,7 +37,7 @@ PREFIXES = {
 
 
 def describe(config: Mapping[str, Any], shapes: Mapping[str, tuple], pooling: str | None = None):
-    """The model that a config.json and its tensors make.
+    """Returns the model of a config.json and its tensors.
 
     Args:
       config: the config.json.
@@ -48,7 +48,7 @@ def describe(config: Mapping[str, Any], shapes: Mapping[str, tuple], pooling: st
       (config section of our model, entries of its key table, patterns of tensors that are left out)
 
     Raises:
-      UserError: a type of model or a setting of it that is not known here.
+      UserError: the model type or a setting is unknown.
     """
     kind = config.get("model_type")
     if kind in t5.MODEL_TYPES:
@@ -65,7 +65,7 @@ def describe(config: Mapping[str, Any], shapes: Mapping[str, tuple], pooling: st
         if not pair and kind not in types:
             continue
         if pair and not prefix:
-            continue  # a file of the other tower alone
+            continue  # the file holds only the other tower
         tower = choose(types, type_name, f"the model_type of config.json's {own}" if pair else "model_type")
         names = {name.removeprefix(prefix) for name in shapes if name.startswith(prefix)}
         fields = read_config(tower, part, names)
@@ -73,7 +73,7 @@ def describe(config: Mapping[str, Any], shapes: Mapping[str, tuple], pooling: st
             raise UserError(f"config.json has num_hidden_layers {fields['depth']}, the file {len(shapes)} tensors")
         head = next((name for name in HEADS[side] if f"{name}.weight" in shapes), None)
         if pair and not head and config.get("projection_dim"):
-            head = HEADS[side][0]  # which is missing, as will be said
+            head = HEADS[side][0]  # missing; `key_map.match` raises
         if head:
             width = shapes.get(f"{head}.weight", (config.get("projection_dim"),))[0]
             fields |= {"out_dim": width, "head_bias": f"{head}.bias" in shapes}
@@ -112,7 +112,7 @@ ARCHITECTURES = {
 
 
 def outlines(image: Mapping[str, Any] | None, text: Mapping[str, Any] | None) -> Iterator[tuple[dict, list]]:
-    """The configs and key tables that might write a model; the caller keeps the one that reads back as the same.
+    """Yields configs and key tables that might write a model; the caller keeps one that reads back equal.
 
     Args:
       image: all fields of the image tower, or None.
@@ -154,14 +154,14 @@ def _outline_pair(kind, vision, texts, image, text):
 
 
 def _tower_entries(side, tower, fields, prefix, head):
-    """The entries of a tower below `prefix`, and of its projection, the tensor `head` (None: it has none)."""
+    """Returns the entries of a tower below `prefix`, and of its projection, the tensor `head` (or None)."""
     sizes = dict(depth=fields["depth"], heads=fields["heads"], patch=fields.get("patch", 1))
     entries = expand(rows_of(tower, fields), f"{side}/", prefix, **sizes)
     return entries + (expand([("head", head, "dense")], f"{side}/") if head else [])
 
 
 def sentence_pooling(folder: Path) -> str | None:
-    """The pool that sentence-transformers' modules ask for; None where the folder has no modules.json."""
+    """Returns the pool of sentence-transformers' modules; None without a modules.json."""
     if not (folder / "modules.json").is_file():
         return None
     try:

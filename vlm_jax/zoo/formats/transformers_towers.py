@@ -1,4 +1,4 @@
-"""The tower types of Transformers: what their configs mean in our fields, and which table is theirs."""
+"""The tower types of Transformers: their configs in our fields, and their key tables."""
 
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -8,7 +8,7 @@ from vlm_jax.config import choose
 from vlm_jax.errors import UserError
 from vlm_jax.zoo.formats import transformers_tables as tables
 
-ACTIVATIONS = {  # theirs, ours; the first of several names is the one written
+ACTIVATIONS = {  # theirs, ours; the first of several names is written
     "quick_gelu": "quick_gelu",
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -27,7 +27,7 @@ SIZES = {
 }
 IMAGE = {**SIZES, "image_size": "image_size", "patch": "patch_size"}
 TEXT = {**SIZES, "vocab_size": "vocab_size", "length": "max_position_embeddings"}
-# The least that a number can be.
+# The smallest valid numbers.
 LEAST = dict(width=1, depth=1, heads=1, mlp_dim=1, patch=1, image_size=1, vocab_size=1, length=1)
 LEAST |= dict(token_types=0, registers=0, pad_id=0, eos_id=0)
 
@@ -36,12 +36,12 @@ class Tower(NamedTuple):
     """A tower type (`model_type`) of Transformers.
 
     Attributes:
-      rows: its table.
+      rows: the key table.
       fields: our field -> their key.
       fixed: our fields that the type decides.
       defaults: their keys that a config.json may leave out.
-      adapt: (section, config, tensor names below the prefix) -> what else our section has.
-      reverse: our section -> what else their config has.
+      adapt: (section, config, tensor names below the prefix) -> further fields of our section.
+      reverse: our section -> further keys of their config.
     """
 
     rows: tables.Rows
@@ -72,7 +72,7 @@ def _siglip2_vision(section, config, names):
 
 
 def _siglip2_vision_reverse(section):
-    size = section["image_size"]  # of a square: their table has one number of patches
+    size = section["image_size"]  # an int for a square: their table has one number of patches
     patches = (size // section["patch"]) ** 2 if isinstance(size, int) else None
     return {"vision_use_head": section["pool"] == "map", "num_patches": patches}
 
@@ -193,12 +193,12 @@ TEXTS["siglip2_text_model"] = TEXTS["siglip_text_model"]._replace(
 
 
 def rows_of(tower: Tower, section: Mapping[str, Any]) -> tables.Rows:
-    """The tower's table; gated MLPs have another."""
+    """Returns the tower's table; gated MLPs have another table."""
     return tables.DINOV2_GATED if tower.rows is tables.DINOV2 and section.get("gated") else tower.rows
 
 
 def read_config(tower: Tower, config: Mapping[str, Any], names: Collection[str]) -> dict:
-    """Their config of a tower -> our section; `names` are its tensors', below the prefix."""
+    """Returns our section for their config of a tower; `names`: the tensors', below the prefix."""
     config = {**tower.defaults, **{key: value for key, value in config.items() if value is not None}}
     fields = {ours: config[theirs] for ours, theirs in tower.fields.items() if theirs in config}
     _check(tower, fields | {"eos_id": config.get("eos_token_id", 0)})
@@ -207,7 +207,7 @@ def read_config(tower: Tower, config: Mapping[str, Any], names: Collection[str])
 
 
 def _check(tower: Tower, fields: Mapping[str, Any]) -> None:
-    """Raises a UserError for a number that no model has."""
+    """Raises a UserError for an invalid number."""
     for ours, least in LEAST.items():
         given = fields.get(ours, least)
         for size in given if ours == "image_size" and isinstance(given, list | tuple) and len(given) == 2 else [given]:
@@ -219,7 +219,7 @@ def _check(tower: Tower, fields: Mapping[str, Any]) -> None:
 
 
 def write_config(tower: Tower, fields: Mapping[str, Any]) -> dict:
-    """All fields of a tower of ours -> their config of it, as far as it has words for them."""
+    """Returns their config of a tower from all our `fields`, as far as their keys can express them."""
     config = {theirs: fields.get(ours) for ours, theirs in tower.fields.items()}
     config["hidden_act"] = next((t for t, ours in ACTIVATIONS.items() if ours == fields["activation"]), None)
     return config | tower.reverse(fields)

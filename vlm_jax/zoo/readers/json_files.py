@@ -8,10 +8,10 @@ from vlm_jax.errors import UserError
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """The dict (or list) in a JSON file; an empty one where there is no file.
+    """Returns the dict (or list) in a JSON file; an empty one if there is no file.
 
     Raises:
-      UserError: the file is no JSON, or holds something else.
+      UserError: the file is not JSON, or holds another type.
     """
     if not path.is_file():
         return kind()

@@ -35,21 +35,23 @@ _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def open_npz(file: RegularFile, members: Mapping[str, Member]) -> TensorFile:
-    """Reads the arrays' headers; raises a UserError for what is damaged, compressed oddly, or no array of numbers."""
+    """Reads the arrays' headers; raises a UserError for damage, odd compression or arrays that are not numbers."""
     tensors = {member.name.removesuffix(".npy"): _tensor(file, member) for member in members.values()}
     return TensorFile(file.path, "npz", tensors, {})
 
 
 def write_npz(path: str | os.PathLike, arrays: Mapping[str, Array]) -> None:
-    """Writes an uncompressed npz, bfloat16 as void V2 as big_vision has it; a kill leaves the old file or the new.
+    """Writes an uncompressed npz; a killed process leaves the old file or the new one.
+
+    bfloat16 becomes void V2, as in big_vision.
 
     Args:
-      path: the file; replaced if there.
-      arrays: by name; those that are not arrays yet are read when their turn comes, and let go.
+      path: the file; an existing one is replaced.
+      arrays: name -> array; lazy arrays are read one at a time and then freed.
 
     Raises:
-      UserError: a dtype that an npz cannot tell.
-      ValueError: an array came with another shape or dtype than was said before.
+      UserError: npz cannot express a dtype.
+      ValueError: a lazy array has another shape or dtype than declared.
     """
     with replacing(path) as out, zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
@@ -110,7 +112,7 @@ def _header(file: RegularFile, member: Member) -> tuple[np.dtype, bool, tuple[in
 
 
 def _dtype(file: RegularFile, member: Member, descr: str) -> np.dtype:
-    """The dtype of a header's descr, as it stands there in Python's notation."""
+    """The dtype of a header's descr, which is in Python's notation."""
     if descr in ("'|V2'", "'<V2'"):  # how numpy writes bfloat16
         return _BFLOAT16
     if "O" in descr:

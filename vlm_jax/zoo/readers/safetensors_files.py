@@ -25,7 +25,7 @@ from vlm_jax.zoo.readers.stored import (
 
 MAX_HEADER = 100_000_000  # bytes, as in the reference library
 
-# The widest first: the order in which the reference library writes them, so that every tensor is aligned.
+# Widest first, the order of the reference library, which aligns every tensor.
 DTYPES = {
     name: np.dtype(dtype)
     for name, dtype in {
@@ -54,7 +54,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def open_safetensors(file: RegularFile) -> TensorFile:
-    """Reads and checks the header; raises a UserError that names what is wrong with it."""
+    """Reads and checks the header; raises a UserError that names the fault."""
     header, start = _header(file)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(type(value) is str for value in metadata.values()):
@@ -87,16 +87,18 @@ def write_safetensors(
     arrays: Mapping[str, Array],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a safetensors file, bytes and order as the reference library's; a kill leaves the old file or the new.
+    """Writes a safetensors file; a killed process leaves the old file or the new one.
+
+    Bytes and order are the reference library's.
 
     Args:
-      path: the file; replaced if there.
-      arrays: by name; those that are not arrays yet are read when their turn comes, and let go.
+      path: the file; an existing one is replaced.
+      arrays: name -> array; lazy arrays are read one at a time and then freed.
       metadata: strings, for `__metadata__`.
 
     Raises:
-      UserError: a dtype that the format has not.
-      ValueError: an array came with another shape or dtype than was said before.
+      UserError: the format lacks a dtype.
+      ValueError: a lazy array has another shape or dtype than declared.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     if not all(type(text) is str for text in (*(metadata or {}), *(metadata or {}).values())):
@@ -127,7 +129,7 @@ def _dtype(array: Array) -> np.dtype:
 
 
 def _header(file: RegularFile) -> tuple[dict[str, Any], int]:
-    """The header and the byte where the data begins; nothing is allocated before its length is known to be sane."""
+    """Returns the header and the byte where the data begins; checks the length before allocating."""
     (length,) = struct.unpack("<Q", file.read(0, 8))
     if length > min(MAX_HEADER, file.size - 8):
         raise UserError(

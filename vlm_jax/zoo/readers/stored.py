@@ -1,4 +1,4 @@
-"""Tensors that stay in their file until they are read, and files that are safe to open."""
+"""Tensors that stay in the file until read, and files that are safe to open."""
 
 import contextlib
 import dataclasses
@@ -28,12 +28,12 @@ _KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """An array that is read when it is asked for.
+    """An array that is read on demand.
 
     Attributes:
       shape: its shape.
       dtype: its numpy dtype (of ml_dtypes where the file has bfloat16 or float8), in this machine's byte order.
-      load: one slice per axis, as (start, stop, step > 0) -> the array of that part, shared with nothing that is kept.
+      load: one slice per axis, as (start, stop, step > 0) -> the array of that part, in memory of its own.
     """
 
     shape: tuple[int, ...]
@@ -41,7 +41,7 @@ class Tensor:
     load: Callable[[tuple[slice, ...]], np.ndarray] = dataclasses.field(repr=False)
 
     def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """Returns a fresh, writable, C-contiguous array of `self[index]`; axes that index leaves out are whole.
+        """Returns a fresh, writable, C-contiguous array of `self[index]`; axes without a slice are whole.
 
         Raises:
           ValueError: index has more slices than axes, or a negative step.
@@ -57,7 +57,7 @@ class Tensor:
         return np.array(array, self.dtype, order="C", copy=None if array.flags.writeable else True)
 
 
-# What a writer takes: an array, a `Tensor`, or a callable without arguments that has `shape` and `dtype`.
+# The input of writers: an array, a `Tensor`, or a callable without arguments that has `shape` and `dtype`.
 Array = np.ndarray | Tensor | Callable[[], np.ndarray]
 
 
@@ -88,7 +88,7 @@ class RegularFile:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """The unbuffered file; raises a UserError if it is not what it was when it was found."""
+        """Opens the file, unbuffered; raises a UserError if the file has changed since `regular_file`."""
         try:
             descriptor = os.open(self.path, os.O_RDONLY)
         except OSError as error:
@@ -99,7 +99,7 @@ class RegularFile:
             yield handle
 
     def read(self, offset: int, size: int) -> bytes:
-        """At most `size` bytes, fewer at the end of the file."""
+        """Returns `size` bytes, or fewer at the end of the file."""
         buffer = bytearray(max(0, min(size, self.size - offset)))
         with self.open() as handle:
             _read_into(self.path, handle, offset, buffer)
@@ -107,7 +107,7 @@ class RegularFile:
 
 
 def regular_file(path: str | os.PathLike) -> RegularFile:
-    """Raises a UserError unless `path` leads to a regular file: nothing else is ever opened."""
+    """Returns the regular file at `path`; raises a UserError for anything else, which is never opened."""
     path = Path(path).absolute()
     try:
         info = os.stat(path)
@@ -134,18 +134,18 @@ def stored_tensor(
     offset: int,
     strides: Sequence[int] | None = None,
 ) -> Tensor:
-    """A tensor whose elements lie uncompressed in a file.
+    """Returns a tensor whose elements lie uncompressed in a file.
 
     Args:
-      file: where.
-      name: for the error.
+      file: the file.
+      name: for errors.
       dtype: as in the file.
       shape: of the whole tensor.
       offset: byte of its first element.
       strides: bytes from one element to the next along each axis, 0 or more; None is C order.
 
     Raises:
-      UserError: it does not lie inside the file, or would take more memory than the file has bytes.
+      UserError: the tensor lies outside the file, or needs more memory than the file has bytes.
     """
     shape = tuple(shape)
     check_shape(file.path, name, shape, dtype)
@@ -176,7 +176,7 @@ def stored_tensor(
 
 
 def check_shape(path: Path, name: str, shape: Sequence[Any], dtype: np.dtype) -> None:
-    """Raises a UserError unless shape is non-negative integers that an array of numpy can have."""
+    """Raises a UserError unless a numpy array can have `shape`, non-negative integers."""
     if not all(type(size) is int and size >= 0 for size in shape):
         raise UserError(f"{path}: tensor `{name}` has shape {str(list(shape))[:80]}; expected integers of 0 or more")
     if len(shape) > 32 or math.prod(max(size, 1) for size in shape) * dtype.itemsize >= 1 << 62:
@@ -186,13 +186,13 @@ def check_shape(path: Path, name: str, shape: Sequence[Any], dtype: np.dtype) ->
 
 
 def c_strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
-    """Strides in C order, in units of itemsize; of axes of size 0 they are those of size 1."""
+    """Returns strides in C order, multiples of `itemsize`; axes of size 0 count as size 1."""
     return tuple(itemsize * math.prod(max(size, 1) for size in shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` when it is whole, and leaves nothing behind when it fails."""
+    """Yields a file to write, which replaces `path` once complete; a failure leaves nothing behind."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -206,7 +206,7 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def produce(name: str, array: Array) -> np.ndarray:
-    """The array itself, little-endian and C-contiguous; a ValueError if it is not of the shape and dtype it said."""
+    """Returns the array, little-endian, C-contiguous; raises ValueError unless shape and dtype are as declared."""
     value = np.asarray(array.read() if isinstance(array, Tensor) else array() if callable(array) else array)
     if value.shape != tuple(array.shape) or value.dtype != array.dtype:
         raise ValueError(f"`{name}` came as {value.dtype}{value.shape}; expected {array.dtype}{tuple(array.shape)}")
@@ -214,12 +214,12 @@ def produce(name: str, array: Array) -> np.ndarray:
 
 
 def array_bytes(array: np.ndarray) -> np.ndarray:
-    """A C-contiguous array's bytes, uint8 [n], shared with it."""
+    """Returns a C-contiguous array's bytes as a view, uint8 [n]."""
     return array.reshape(-1).view(np.uint8)
 
 
 def error_text(error: BaseException) -> str:
-    """The first line of an error, short enough to stand in another."""
+    """Returns the first line of an error, shortened for use in another error."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 

@@ -20,7 +20,7 @@ __all__ = ["Tensor", "TensorFile", "open_tensors", "write_npz", "write_safetenso
 _MAX_INDEX = 100_000_000  # bytes
 _EXPECTED = "expected safetensors, an npz, a torch .pt/.pth/.bin, or the .index.json of such shards"
 
-# What else users find under these names: how it begins, what it is, what to do.
+# Other files that users find under these names: first bytes, kind of file, fix.
 _OTHERS = (
     (b"version https://git-lfs", "a git LFS pointer, not the file itself", "run `git lfs pull`, or download the file"),
     (b"<!doctype html", "an HTML page", "download the file itself (a login or error page came instead)"),
@@ -34,14 +34,14 @@ _OTHERS = (
 
 
 def open_tensors(path: str | os.PathLike) -> TensorFile:
-    """Opens a file of tensors, or by its index a folder of shards, as one; reads headers and no tensor.
+    """Opens a file of tensors, or the index of shards, as one file; reads only headers.
 
     Args:
       path: a safetensors, npz or torch file, whatever its name, or a `.index.json` beside its shards. Symbolic links
         (as in the Hugging Face cache) are followed to regular files.
 
     Raises:
-      UserError: it is none of these, is damaged, or asks for anything but tensors.
+      UserError: the file is none of these, is damaged, or asks for anything but tensors.
     """
     file = regular_file(path)
     head = file.read(0, 64)

@@ -21,12 +21,12 @@ _MAX_DEPTH, _MAX_VALUES, _MAX_NAME = 64, 250_000, 500
 
 
 def is_pickle(name: str) -> bool:
-    """Whether a member of a zip archive is what makes it torch's."""
+    """Whether a member is the pickle that marks a zip archive as torch's."""
     return name.endswith("/data.pkl") and name.count("/") == 1
 
 
 def open_torch_zip(file: RegularFile, members: Mapping[str, Member]) -> TensorFile:
-    """The tensors of a zip archive that `torch.save` or `torch.jit.save` wrote.
+    """Returns the tensors of a zip archive that `torch.save` or `torch.jit.save` wrote.
 
     A module of TorchScript becomes its state: parameters, buffers and other tensors by dotted name.
 
@@ -56,7 +56,7 @@ def open_torch_zip(file: RegularFile, members: Mapping[str, Member]) -> TensorFi
 
 
 def open_torch_legacy(file: RegularFile) -> TensorFile:
-    """The tensors of a file that torch < 1.6 wrote: pickles, then every storage as a count and its elements.
+    """Returns the tensors of a file that torch < 1.6 wrote: pickles, then every storage as a count and its elements.
 
     Raises:
       UserError: a pickle asks for anything but tensors and plain values, or the file is damaged.
@@ -98,7 +98,7 @@ def _zip_region(file: RegularFile, members: Mapping[str, Member], name: str, sto
 
 
 def _tensor_file(file: RegularFile, kind: str, value: Any, regions: Mapping[str, int]) -> TensorFile:
-    """Tensors and plain values by dotted name, without the root and the prefix under which the weights stood."""
+    """Tensors and plain values by dotted name, without the root and the prefix above the weights."""
     metadata: dict[str, Any] = {}
     if type(value) is dict:
         roots = [root for root in _ROOTS if type(value.get(root)) is dict and _flatten(file, value[root])[0]]

@@ -1,8 +1,8 @@
-"""What a torch pickle says, read without executing anything.
+"""Reads torch pickles without executing anything.
 
-Python's unpickler calls what the file names. This one interprets the instructions that torch writes, on plain values:
-a name from the file becomes a `Global` or is refused, and a "call" is one of the few cases of `_call`. Nothing from
-the file is ever imported, called, hashed (but strings and small integers) or compared.
+Python's unpickler calls the functions that a file names. This unpickler interprets the instructions that torch
+writes, on plain values: a name from the file becomes a `Global` or is refused, and a "call" is one of the few cases of
+`_call`. Nothing from the file is ever imported, called, hashed (except strings and small integers) or compared.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ class Global:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Record:
-    """An object of a class that is not known: its state."""
+    """The state of an object of an unknown class."""
 
     state: Any = None
 
@@ -127,10 +127,10 @@ class TorchPickle:
         self.consumed = 0
 
     def load(self) -> Any:
-        """The next pickle's value, of None, bool, int, float, str, bytes, list, tuple, dict and the classes above.
+        """Returns the next pickle's value: None, bool, int, float, str, bytes, list, tuple, dict or a class above.
 
         Raises:
-          UserError: it asks for a name that is not allowed, is damaged, too large, or no pickle of torch.
+          UserError: the pickle asks for a forbidden name, is damaged or too large, or is not torch's.
         """
         try:
             return self._run()
@@ -225,7 +225,7 @@ class TorchPickle:
                     _set(stack[-1], items)
                 case b"0":  # POP
                     stack.pop()
-                case b"c" | b"i":  # GLOBAL; INST, which no torch writes, but whose name is told
+                case b"c" | b"i":  # GLOBAL; INST, which torch never writes, gets its name into the error
                     stack.append(self._global(self._line(), self._line()))
                 case b"\x93":  # STACK_GLOBAL
                     module, name = _last(stack, 2)
@@ -239,7 +239,7 @@ class TorchPickle:
                     if not (_of(kind, Global).name == "argparse.Namespace" or kind.name.startswith("__torch__.")):
                         raise ValueError(f"makes an object of `{kind.name}`")
                     stack[-2:] = [Record()]
-                case b"b":  # BUILD; of an OrderedDict it sets attributes, which no tensor needs
+                case b"b":  # BUILD; for an OrderedDict BUILD sets attributes, which no tensor needs
                     state = stack.pop()
                     if type(stack[-1]) is not dict:
                         _of(stack[-1], Record).state = state
@@ -321,7 +321,7 @@ def _call(function: Any, arguments: Any) -> Any:
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any, v3: bool) -> StridedTensor:
-    """A tensor that lies inside its storage (torch/_utils.py); v3 says its dtype, its storage is untyped bytes."""
+    """A tensor that lies inside its storage (torch/_utils.py); v3 states the dtype, its storage is untyped bytes."""
     dtype = DTYPES[_of(rest[2], Global).name] if v3 else _of(storage, Storage).dtype
     if dtype is None:
         raise ValueError("a tensor without dtype")
@@ -344,7 +344,7 @@ def _set(target: Any, items: Any) -> None:
 
 
 def _of(value: Any, kind: type) -> Any:
-    """The value, if it is exactly of that type."""
+    """Returns the value; raises ValueError unless its type is exactly `kind`."""
     if type(value) is not kind:
         raise ValueError(f"{type(value).__name__} where {kind.__name__} belongs")
     return value

@@ -1,4 +1,4 @@
-"""Where the members of a zip archive lie in its file."""
+"""Finds the members of a zip archive in its file."""
 
 import dataclasses
 import struct
@@ -8,9 +8,9 @@ import zlib
 from vlm_jax.errors import UserError
 from vlm_jax.zoo.readers.stored import RegularFile, error_text
 
-_DEFLATE_RATIO = 1032  # the most that deflate packs (zlib's technical details)
+_DEFLATE_RATIO = 1032  # the largest compression ratio of deflate (zlib's technical details)
 
-# What zipfile raises on archives that are damaged or made to harm.
+# Errors of zipfile on damaged or malicious archives.
 _DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
@@ -32,7 +32,7 @@ class Member:
     Attributes:
       name: its path in the archive.
       size: bytes when unpacked, as declared.
-      offset: byte of the archive where it begins if it is stored as it is; None if it is compressed.
+      offset: first byte in the archive if the member is stored; None if the member is compressed.
     """
 
     file: RegularFile
@@ -41,12 +41,12 @@ class Member:
     offset: int | None
 
     def read(self, size: int) -> bytes:
-        """Its first bytes, no more than `size`."""
+        """Returns the first bytes, at most `size`."""
         buffer = bytearray(min(size, self.size))
         return bytes(buffer[: self.read_into(buffer)])
 
     def read_into(self, buffer) -> int:
-        """Unpacks the beginning of the member into a writable buffer; returns how many bytes there were."""
+        """Unpacks the beginning of the member into a writable buffer; returns the number of bytes."""
         view, done = memoryview(buffer), 0
         if self.offset is not None:
             view[:] = self.file.read(self.offset, len(view))
@@ -63,10 +63,10 @@ class Member:
 
 
 def zip_members(file: RegularFile) -> dict[str, Member]:
-    """The archive's members by name, in its order.
+    """Returns the archive's members by name, in order.
 
     Raises:
-      UserError: the archive is damaged, a name stands there twice, or a member is encrypted, packed by anything but
+      UserError: the archive is damaged, a name occurs twice, or a member is encrypted, packed by anything but
         deflate, or reaches out of the file.
     """
     try:
