@@ -1,4 +1,4 @@
-"""A source: records by index, their fields by path, and the error for a record that cannot be used."""
+"""A source: records by index, fields by path, and the error for an unusable record."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Self

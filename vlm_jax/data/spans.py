@@ -292,7 +292,7 @@ def corrupt_batch(
         target = rng.integers(1, _longest_target(n, rates) + 1)
         noise = np.where(sequential, np.where(rates == 1, n, target), noise)
         spans = np.where(sequential, 1, spans)
-    marks = np.where(sequential, 0, spans)  # sentinels of the targets; the inputs' are as many where there is noise
+    marks = np.where(sequential, 0, spans)  # sentinels of the targets; inputs with noise have as many
 
     modes = [()] * len(denoisers) if modes is None else modes
     start = np.array([len(mode) for mode in modes])[which]

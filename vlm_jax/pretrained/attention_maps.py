@@ -79,7 +79,7 @@ def whole_patches(pretrained: Pretrained, images: np.ndarray) -> np.ndarray:
 
 
 def word_patch(pretrained: Pretrained, images: Sequence, texts: Sequence[str]) -> np.ndarray:
-    """Returns the cosine of each patch of each picture with each text, float32 [n, m, h, w]; see `patch_embeddings`."""
+    """Returns the cosine of patches and texts, float32 [n, m, h, w]; see `patch_embeddings`."""
     pretrained._need("text")
     patches = patch_embeddings(pretrained, images)
     words = pretrained.embed_texts(texts)

@@ -32,7 +32,10 @@ def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def similarity_of_pairs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Returns the similarity of a[i] and b[i], float64 [n], of [n, D], or of [n, N, D] and [n, M, D]."""
+    """Returns the similarity of a[i] and b[i], float64 [n].
+
+    Both are [n, D], or they are [n, N, D] and [n, M, D].
+    """
     a, b = a.astype(np.float64, copy=False), b.astype(np.float64, copy=False)
     return np.sum(a * b, axis=1) if a.ndim == 2 else _best_matches(a @ b.swapaxes(1, 2), a, b)
 

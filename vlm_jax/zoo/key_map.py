@@ -55,7 +55,7 @@ class Layout(NamedTuple):
         return (1,) * self.ones + tuple(sizes[axis] for axis in self._order(shape))
 
     def their_index(self, shape: Sequence[int], index: Sequence[slice]) -> tuple[list[slice], list[slice]]:
-        """Returns the part of their array that covers `index` of ours, and the cut of that part in our axes."""
+        """Returns the part of their array that covers `index` of ours, and its cut in our axes."""
         wanted, trims = [], []
         for size, parts, cut in zip(shape, self._parts(shape), index, strict=True):
             start, stop, _ = cut.indices(size)
@@ -66,7 +66,7 @@ class Layout(NamedTuple):
         return [slice(0, 1)] * self.ones + [wanted[axis] for axis in self._order(shape)], trims
 
     def first_axis(self, shape: Sequence[int]) -> int | None:
-        """Returns which of our axes is their whole first axis; None if their first axis is part of ours."""
+        """Returns the axis of ours that is their whole first axis, or None."""
         parts, order = self._parts(shape), self._order(shape)
         if self.ones or not order:
             return None
@@ -318,7 +318,7 @@ def read(name: str, entries: Sequence[Entry], tensors: Mapping[str, Any], shape:
 
 
 def aligned_empty(shape: Sequence[int]) -> np.ndarray:
-    """Returns an uninitialised float32 array at a multiple of 64 bytes, which a CPU uses without a copy."""
+    """Returns an uninitialised float32 array, 64-byte aligned: jax on a CPU needs no copy."""
     size = math.prod(shape)
     buffer = np.empty(size + 16, np.float32)
     start = -buffer.ctypes.data % 64 // 4

@@ -112,7 +112,7 @@ IGNORED = {
 def from_transformers(folder: str | Path) -> str:
     """Returns the op string of the `preprocessor_config.json` (or `processor_config.json`) in `folder`.
 
-    Pixels equal those of Transformers' PIL classes; its torchvision classes round differently, by a level or two.
+    Pixels equal those of Transformers' PIL classes; the torchvision classes differ by a level or two, from rounding.
 
     Raises:
       UserError: there is no such file, or a setting is unknown.

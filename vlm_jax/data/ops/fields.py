@@ -6,7 +6,7 @@ from vlm_jax.data.source import field
 
 @op
 def keep(example: dict, *fields: str) -> dict:
-    """Keeps only the fields at `fields`; the last part of a path such as `name/en` becomes the field's name."""
+    """Keeps only the fields at `fields`, renamed to the last part of their paths (`name/en`: `en`)."""
     return {path.rsplit("/", 1)[-1]: field(example, path) for path in fields}
 
 

@@ -102,7 +102,10 @@ def resize_shortest(image: object, size: int | tuple[int, int], method: Method =
 
 @op
 def resize_longest(image: object, size: int | tuple[int, int], method: Method = "bicubic") -> Picture:
-    """Resizes to fit into `size` (a side, or height and width), proportions kept, sides rounded; `pad` after it."""
+    """Resizes to fit into `size` (a side, or height and width), proportions kept; use `pad` afterwards.
+
+    Sides are rounded.
+    """
     (h, w), (height, width) = height_and_width(image), np.broadcast_to(size, 2)
     return _scaled(image, max(h / height, w / width), method)
 
@@ -131,7 +134,7 @@ def resize_to_patches(image: object, patch: int, max_patches: int, method: Metho
 
 @op
 def pack_patches(image: object, patch: int, max_patches: int) -> dict[str, np.ndarray]:
-    """Normalised float [H, W, C] -> patches, row by row: the input of a tower with packed patches (SigLIP 2 "NaFlex").
+    """Cuts a normalised float [H, W, C] into patches, row by row, for packed towers (SigLIP 2 "NaFlex").
 
     Returns dict(patches=float32 [max_patches, patch * patch * C], zeros at the end; grid=int32 [2], rows and columns).
     """

@@ -21,7 +21,7 @@ Picture = Image.Image | np.ndarray
 
 
 def pil(image: Picture) -> Image.Image:
-    """Returns a PIL image or a uint8 array [H, W, C] as a loaded PIL image, RGB(A) or grey."""
+    """Converts a PIL image or a uint8 array [H, W, C] to a loaded PIL image, RGB(A) or grey."""
     if isinstance(image, bytes):
         raise UserError("an image op was given encoded bytes; put `decode` first")
     if isinstance(image, np.ndarray):
@@ -30,7 +30,7 @@ def pil(image: Picture) -> Image.Image:
 
 
 def array(image: Picture) -> np.ndarray:
-    """Returns a PIL image or a uint8 array as a uint8 array [H, W, C]."""
+    """Converts a PIL image or a uint8 array to a uint8 array [H, W, C]."""
     if isinstance(image, np.ndarray):
         return image
     image = np.asarray(pil(image))
@@ -98,7 +98,10 @@ def normalize(
     mean: float | tuple[float, ...] | Literal["clip", "imagenet", "efficientnet_lite"] = 0.5,
     std: float | tuple[float, ...] | None = None,
 ) -> np.ndarray:
-    """uint8 [H, W, C] -> float32 `(image / 255 - mean) / std`; std defaults to 0.5, or to that of a named mean."""
+    """uint8 [H, W, C] -> float32 `(image / 255 - mean) / std`.
+
+    std defaults to 0.5; a named mean has its own.
+    """
     image = array(image)
     if image.dtype != np.uint8:
         raise UserError(f"op `normalize` was given an image of {image.dtype}; expected uint8: leave out `to_float`")

@@ -131,10 +131,10 @@ def tokenize(
 
 @op
 def room(example: dict, tokenizer: Any, n: int, at: int, key: str = "token_ids") -> dict:
-    """Makes room for n tokens of a learned context (`models.insertion.Context`): moves the tokens from `at` on by n.
+    """Makes room for n tokens of a learned context: moves the tokens from `at` on by n.
 
-    Any ids will do in the room; the context overwrites them. Padding falls off the end; a text that is too long is
-    cut, and its last token kept.
+    The context (`models.insertion.Context`) overwrites the ids in the room, so any will do. Padding falls off the
+    end; a text that is too long is cut, and its last token kept.
     """
     token_ids = field(example, key)
     special = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id}
@@ -169,7 +169,7 @@ def denoise(
 
     Args:
       example: holds the text.
-      rng: draws the denoiser, then what it hides.
+      rng: draws the denoiser, then the hidden tokens.
       tokenizer: with `encode`, `eos_id` and `vocab_size`.
       inputs: length of the inputs, which end with EOS and are padded with 0.
       targets: length of the targets, which end with EOS and are padded with 0.

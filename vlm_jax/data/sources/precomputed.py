@@ -42,7 +42,7 @@ class Precomputed(Source):
         if missing:
             raise UserError(
                 f"data source `precomputed:{path}` lacks {len(missing)} of {len(shards)} shards, {missing[0]} first; "
-                "run the same vlm_jax.precompute again, it goes on where it stopped"
+                "run the same vlm_jax.precompute again to write the rest"
             )
         self.source = open_source(index["uri"], index["split"])
         self.embeddings = ArrayRecordDataSource([str(shard) for shard in shards])

@@ -110,7 +110,9 @@ def _decode(extension: str, value: bytes) -> Any:
 
 
 def scan(path: str) -> Iterator[tuple[str, int, int]]:
-    """Yields (name, offset, size) of a tar file's regular members, reading headers only (POSIX 1003.1 pax, GNU names).
+    """Yields (name, offset, size) of a tar file's regular members, reading only headers.
+
+    Reads POSIX 1003.1 pax and GNU names.
 
     Raises:
       UserError: the file is compressed, not a tar file, or cut short.

@@ -9,7 +9,9 @@ from vlm_jax.errors import UserError
 
 
 def fields(path: str, extra_ids: int = 0) -> dict:
-    """Returns the fields of a model's tokenizer. A model without a padding id (Llama) gets 0, its unknown symbol.
+    """Returns the fields of a model's tokenizer.
+
+    A model without a padding id (Llama) gets 0, the unknown symbol.
 
     Args:
       path: the model's file.

@@ -76,7 +76,7 @@ def build(spec: str) -> Tokenizer:
     """Returns the tokenizer that `spec` names (see `vlm_jax.data.tokenizers`).
 
     Raises:
-      UserError: the spec is unknown, or its file is missing or not what the spec says.
+      UserError: the spec is unknown, or the file is missing or of another kind.
     """
     head, _, query = spec.partition("?")
     kind, _, path = head.partition(":")

@@ -10,7 +10,7 @@ from vlm_jax.errors import UserError
 def train(texts: Sequence[str], vocab_size: int) -> str:
     """Returns the `tokenizer.json` text of byte-level byte pairs learnt from `texts` (Sennrich et al. 2016).
 
-    Lower-cased, NFKC; every text can be encoded (bytes stand for what the corpus lacks). <pad> 0, <bos> 1, <eos> 2.
+    Lower-cased, NFKC; every text can be encoded (by bytes, if the corpus lacks a character). <pad> 0, <bos> 1, <eos> 2.
     The vocabulary may turn out smaller than `vocab_size`: a pair must occur twice to become one token.
     """
     if vocab_size < 259:

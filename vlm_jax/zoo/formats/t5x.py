@@ -1,4 +1,6 @@
-"""T5X checkpoints (T5 v1.1, mT5, UL2, Flan-UL2 as released): a folder of zarr arrays and a msgpack file `checkpoint`.
+"""T5X checkpoints: a folder of zarr arrays and a msgpack file `checkpoint`.
+
+T5 v1.1, mT5, UL2 and Flan-UL2 are released in this format.
 
 Layers are separate arrays (`encoder/layers_0/...`, kernels of two axes) or, in `scalable_t5`, stacked on the second
 axis (`encoder/encoder/...`, kernels with an axis for heads). Arrays that are not split over devices may lie in the

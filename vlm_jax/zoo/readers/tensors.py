@@ -1,4 +1,4 @@
-"""Files of tensors: safetensors, npz and torch, recognised by content, read one tensor at a time, nothing executed.
+"""Files of tensors: safetensors, npz and torch, read by content, one tensor at a time, nothing executed.
 
 file = open_tensors("model.safetensors")         # headers only
 file.tensors["logit_scale"].read()

@@ -56,7 +56,9 @@ def open_torch_zip(file: RegularFile, members: Mapping[str, Member]) -> TensorFi
 
 
 def open_torch_legacy(file: RegularFile) -> TensorFile:
-    """Returns the tensors of a file that torch < 1.6 wrote: pickles, then every storage as a count and its elements.
+    """Returns the tensors of a file by torch < 1.6.
+
+    The file has pickles, then every storage as a count and its elements.
 
     Raises:
       UserError: a pickle asks for anything but tensors and plain values, or the file is damaged.
