@@ -72,7 +72,7 @@ def test_what_is_wrong_is_named(two_tower):
         build(tests={"far": dict(splits="near_style")})
     with pytest.raises(UserError, match="rank given to gda, which takes no options"):
         build(methods=["gda"], options={"rank": 2})
-    with pytest.raises(UserError, match="compares embeddings, which a captioner has none of"):
+    with pytest.raises(UserError, match="compares embeddings, and a captioner has none"):
         build()(untrained(cappa.get_config("smoke")))
 
 

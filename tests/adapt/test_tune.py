@@ -60,7 +60,7 @@ def test_what_is_wrong_is_named(base, pictures, tmp_path):
         vlm_jax.load_adapter(tmp_path / "b.safetensors", base)
     with pytest.raises(UserError, match="classify needs labels: this model was not adapted"):
         base.classify([np.zeros((8, 8, 3), np.uint8)])
-    with pytest.raises(UserError, match="2 templates, but what trains is in the text tower; give one"):
+    with pytest.raises(UserError, match="2 templates, but the recipe changes the text tower; give one"):
         tuned(base, Inserted((insertion.Context(length=2),)), pictures, templates=("{}", "a {}"))
     with pytest.raises(UserError, match="an option of the method has no key `ranks`; did you mean `rank`"):
         fit("lora")(base, *few_shot_task(base, pictures), ranks=2)

@@ -100,11 +100,15 @@ def test_tokens():
 @pytest.mark.parametrize(
     ("captions", "references", "message"),
     [
-        ([["a"]], [], "there are 1 captions and references for 0; expected as many"),
+        ([["a"]], [], "got 1 captions and references for 0; expected equal numbers"),
         ([], [], "at least one"),
-        (["a cat"], [[["a"]]], "caption 0 or its references are no lists of tokens, or there are none; use `tokenize`"),
-        ([["a"]], [["a cat"]], "no lists of tokens"),
-        ([["a"]], [[]], "or there are none"),
+        (
+            ["a cat"],
+            [[["a"]]],
+            "caption 0 or its references are not lists of tokens, or it has no reference; use `tokenize`",
+        ),
+        ([["a"]], [["a cat"]], "not lists of tokens"),
+        ([["a"]], [[]], "or it has no reference"),
     ],
 )
 def test_mistakes_are_named(captions, references, message):

@@ -80,7 +80,7 @@ def test_no_mesh_is_possible(monkeypatch):
         raise UserError("no such batch")
 
     monkeypatch.setattr(train_step, "traced", traced)
-    with pytest.raises(UserError, match="no mesh of 8 devices is possible; the last: no such batch"):
+    with pytest.raises(UserError, match="no mesh of 8 devices is possible; the last error: no such batch"):
         search.search(settings_of(), range(8), CHIP)
 
 

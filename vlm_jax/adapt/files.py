@@ -54,7 +54,7 @@ def load_adapter(path: str | os.PathLike, base: Pretrained) -> Pretrained:
     """
     file = open_tensors(path)
     if KEY not in file.metadata:
-        raise UserError(f"{os.fspath(path)} is no adapter: it does not say how it is applied; expected a file of adapt")
+        raise UserError(f"{os.fspath(path)} is no adapter: its metadata has no `{KEY}`; expected a file of adapt")
     about = json.loads(file.metadata[KEY])
     if about["base"] != params_sha256(base.params):
         raise UserError(f"{os.fspath(path)} is of another model: load the one that it was made from")

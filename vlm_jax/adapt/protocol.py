@@ -134,7 +134,7 @@ def few_shot(
         for name, data in passes.items():
             if not _embed(data, name, asked[name].named, pictures):
                 test = name.removeprefix("test_") or "split"
-                raise UserError(f"few_shot: no picture to be named is of the classes of test `{test}`")
+                raise UserError(f"few_shot: test `{test}` has no picture of its classes")
         texts = {name: class_embeddings(pretrained.embed_texts, test.names, prompts) for name, test in tests.items()}
 
         def finish(_: Any) -> Result:
@@ -199,19 +199,19 @@ def _halves(named: Mapping) -> tuple[dict, dict]:
     """The first half of the classes (the larger one if the number is odd), and the second half, as in CoOp's code."""
     pairs = list(named.items())
     if len(pairs) < 2:
-        raise UserError(f"base_to_new halves the classes, of which there is {len(pairs)}")
+        raise UserError(f"base_to_new halves the classes and needs 2 or more; got {len(pairs)}")
     middle = -(-len(pairs) // 2)
     return dict(pairs[:middle]), dict(pairs[middle:])
 
 
 def _check_model(pretrained: Pretrained, tunes: bool) -> None:
     if pretrained.is_captioner:
-        raise UserError("few_shot compares embeddings, which a captioner has none of; see `probe`")
+        raise UserError("few_shot compares embeddings, and a captioner has none; see `probe`")
     if getattr(getattr(pretrained.model, "image", None), "pool", None) == "all":
-        raise UserError('few_shot compares one vector for each picture; this one has pool "all", one for each token')
+        raise UserError('few_shot needs one vector for each picture; this model has pool "all", one for each token')
     if tunes and jax.process_count() > 1:
         heads = ", ".join(catalogue.of("heads"))
-        raise UserError(f"few_shot tunes on one host; on several there are the heads: {heads}")
+        raise UserError(f"few_shot tunes on one host only; on several hosts choose among the heads: {heads}")
 
 
 def _check_apart(training: Test, tests: Mapping[str, Test]) -> None:

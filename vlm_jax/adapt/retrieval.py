@@ -187,7 +187,7 @@ def _init(fusion, key):
 
 
 def alignment(images, texts, refined_images, refined_texts, scale, targets):
-    """L(V', T') + L(V', T) + L(V, T') of embeddings V, T and refined V', T', [B, D] each (the paper's section 3.2).
+    """L(V', T') + L(V', T) + L(V, T') of embeddings V, T and refined V', T', [B, D] each (section 3.2).
 
     L is CLIP's loss, a mean; the paper's L is a sum, 2 B times the mean. Targets: int [B], equal if an image and a text
     match.

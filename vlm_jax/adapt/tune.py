@@ -72,7 +72,7 @@ def tune(
     prompts = [template.replace("{}", name) for template in templates[:1] for name in names]
     token_ids = adapted._token_ids(prompts)
     if len(np.unique(token_ids, axis=0)) < len(np.unique(pretrained._token_ids(prompts), axis=0)):
-        raise UserError("beside the context some names are cut to the same tokens; a shorter context, or longer texts")
+        raise UserError("with the context, some names are cut to the same tokens; a shorter context, or longer texts?")
     rng, order = jax.random.key(seed), shuffled(len(labels), batch_size, -(-steps * batch_size // len(labels)), seed)
     params = pretrained.params
     if modules:
@@ -81,11 +81,11 @@ def tune(
     own = recipe.begin(jax.random.fold_in(rng, 1), adapted.model, leaves)
     changed = recipe.combine(own, leaves).keys()
     if not changed:
-        raise UserError(f"{recipe} trains nothing of this model; see its parameters' names for what could be meant")
+        raise UserError(f"{recipe} trains nothing of this model; compare the recipe with the model's parameter names")
     texts = jnp.asarray(token_ids)
     if any(name.startswith("text/") for name in changed):
         if len(templates) != 1:
-            raise UserError(f"{len(templates)} templates, but what trains is in the text tower; give one")
+            raise UserError(f"{len(templates)} templates, but the recipe changes the text tower; give one")
     else:
         texts = jnp.asarray(class_embeddings(pretrained.embed_texts, names, templates))
     if not any(name.startswith("image/") for name in changed):

@@ -106,9 +106,9 @@ def find_label(source: Any, about: str) -> str:
 
 
 def index_of(named: Mapping[int | str, str]) -> Callable[[Sequence[int | str]], int | None]:
-    """Returns a function from a label to the index of the label's class; None for an unknown label.
+    """Returns a function from a label to the index of the label's class.
 
-    A label is a number or a name, in a list of one (see `ops.boxed`).
+    A label is a number or a name, in a list of one (see `ops.boxed`). The function returns None for an unknown label.
     """
     index = {name: i for i, name in enumerate(named.values())} | {label: i for i, label in enumerate(named)}
     return lambda fields: index.get(fields[0])

@@ -1,4 +1,4 @@
-"""Evaluation on several hosts: each host reads its share of a batch, all embed together, the first host counts."""
+"""Evaluation on several hosts: each reads its share of a batch, all embed together, the first counts."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""The progress of an evaluation: rows in bounded memory or in files, so that it continues after a kill."""
+"""The saved progress of an evaluation, which continues after a kill: rows in bounded memory or files."""
 
 import json
 import math

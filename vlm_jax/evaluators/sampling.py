@@ -9,7 +9,9 @@ def evenly_spaced(length: int, count: int) -> np.ndarray:
 
 
 def few_shots(labels: np.ndarray, shots: int | None, seed: int) -> np.ndarray:
-    """Draws `shots` examples of each class; returns their places, in order. A smaller class gives all its examples.
+    """Draws `shots` examples of each class; returns their places, in order.
+
+    A smaller class gives all its examples.
 
     Args:
       labels: int [N]; a negative label is no class.

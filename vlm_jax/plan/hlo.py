@@ -1,4 +1,4 @@
-"""Reads the text of a compiled program (HLO): the instructions that run, how often, and their bytes to and from HBM.
+"""Reads the text of a compiled program (HLO): instructions, their number of runs, their HBM traffic.
 
 Only instructions that run count: the entry computation and the loops in it, a loop's body once for each turn. XLA's
 `cost_analysis` counts a body once.
@@ -113,9 +113,9 @@ def parse(text: str) -> Program:
 
 
 def arrays(type_: str) -> list[tuple[int, bool]]:
-    """(bytes, whether in HBM) of each array of a type; S(n) in a layout is another memory, such as VMEM or semaphores.
+    """(bytes, whether in HBM) of each array of a type.
 
-    Padding to tiles is left out.
+    S(n) in a layout is another memory, such as VMEM or semaphores. Padding to tiles is left out.
     """
     found = re.findall(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?", type_)
     elements = lambda dims: math.prod(int(dim) for dim in dims.split(",") if dim)
@@ -237,7 +237,7 @@ def _closing(text: str, start: int) -> int:
         depth += 1 if found[0] == "(" else -1
         if not depth:
             return start + found.end()
-    raise ValueError(f"no parenthesis closes that of {text[start : start + 80]}")
+    raise ValueError(f"no closing parenthesis in {text[start : start + 80]}")
 
 
 def _constant(instruction: Instruction) -> int | None:

@@ -1,4 +1,4 @@
-"""Finds arrays that every device of a compiled step holds whole, against the sharding of parameters or batch."""
+"""Finds arrays that every device of a compiled step holds whole, against their sharding."""
 
 import math
 import re

@@ -96,7 +96,7 @@ def search(settings: Mapping[str, Any], devices: Sequence[jax.Device], chip: Chi
             if accumulate in (None, 1):
                 temporaries[remat] = result.memory["temporaries"], chip.hbm - held
     if not any(trial.result for trial in tried):
-        raise UserError(f"no mesh of {len(devices)} devices is possible; the last: {tried[-1].note}")
+        raise UserError(f"no mesh of {len(devices)} devices is possible; the last error: {tried[-1].note}")
     return tried
 
 

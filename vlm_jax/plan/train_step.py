@@ -1,4 +1,4 @@
-"""The plan of a train step, compiled for chips that this machine does not have: memory, FLOPs, bounds on time."""
+"""Plans a train step, compiled for chips that this machine does not have."""
 
 import collections
 import io
@@ -173,7 +173,7 @@ def example_of(op_string: str) -> dict[str, np.ndarray]:
     """Returns a batch of one example, made by the data ops from a made-up record; only the shapes count."""
     pipeline = ops.parse(op_string, _Tokenizer())
     if not pipeline.keeps:
-        raise UserError("config.data.ops should end with keep('image', 'token_ids', ...): what a batch has")
+        raise UserError("config.data.ops should end with keep('image', 'token_ids', ...), a batch's fields")
     picture = io.BytesIO()
     Image.new("RGB", (256, 256)).save(picture, "PNG")
     record: dict[str, Any] = collections.defaultdict(dict, image=picture.getvalue(), text="a text")

@@ -6,7 +6,7 @@ from vlm_jax.errors import UserError
 
 
 def few_shot(features: np.ndarray, labels: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns features and text in float64, and labels; raises a UserError if their shapes or norms do not fit."""
+    """Returns features and text in float64, and labels; raises a UserError if shapes or norms do not fit."""
     text = unit(text, "text embeddings")
     features = unit(features, "training features", text.shape[1])
     return features, check_labels(labels, len(features), len(text)), text
@@ -16,7 +16,7 @@ def unit(x: np.ndarray, name: str, width: int | None = None) -> np.ndarray:
     """Returns `x` in float64; raises a UserError unless `x` is [any, width], of unit norm to bfloat16's precision."""
     x = np.asarray(x, np.float64)
     if x.ndim != 2 or not len(x) or (width is not None and x.shape[1] != width):
-        raise UserError(f"{name} have shape {x.shape}; expected [rows, {width or 'width'}], as the texts have it")
+        raise UserError(f"{name} have shape {x.shape}; expected [rows, {width or 'width'}], the texts' width")
     norms = np.linalg.norm(x, axis=1)
     if not np.all(np.abs(norms - 1) < 0.01):
         raise UserError(f"{name} have norms {norms.min():.3g} to {norms.max():.3g}; expected 1: divide by the norm")

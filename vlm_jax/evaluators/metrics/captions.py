@@ -124,8 +124,10 @@ def _longest_common(a: Tokens, b: Tokens) -> int:
 def _check(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> None:
     if not captions or len(captions) != len(references):
         raise UserError(
-            f"there are {len(captions)} captions and references for {len(references)}; expected as many, at least one"
+            f"got {len(captions)} captions and references for {len(references)}; expected equal numbers, at least one"
         )
     for i, (caption, own) in enumerate(zip(captions, references, strict=True)):
         if isinstance(caption, str) or not own or any(isinstance(reference, str) for reference in own):
-            raise UserError(f"caption {i} or its references are no lists of tokens, or there are none; use `tokenize`")
+            raise UserError(
+                f"caption {i} or its references are not lists of tokens, or it has no reference; use `tokenize`"
+            )

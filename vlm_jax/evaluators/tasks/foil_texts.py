@@ -73,10 +73,10 @@ def corpus(captions: Sequence[str], groups: Sequence[Hashable]) -> Corpus:
 
 
 def foil(kind: str, caption: str, group: Hashable, true: Sequence[str], others: Corpus) -> str | None:
-    """Returns a caption that is wrong in one respect, or None if the rules give no such caption. Deterministic.
+    """Returns a caption that is wrong in one respect, or None if the rules give none.
 
-    Among several candidates a checksum of the caption chooses. A candidate may be true, and is left out, if it is in
-    `true`, or (for objects and attributes) if all its words are in the caption and `true`.
+    Among several candidates a checksum of the caption chooses, so the result is deterministic. A candidate may be true,
+    and is left out, if it is in `true`, or (for objects and attributes) if all its words are in the caption and `true`.
 
     Args:
       kind: "object": the caption's subject (its words before a preposition or a verb in -ing) is replaced with the

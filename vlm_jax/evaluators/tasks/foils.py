@@ -1,4 +1,4 @@
-"""Foils: does a picture fit its caption better than a caption with a wrong word, or with words in a wrong order?
+"""Foils: does a picture fit its caption better than a caption with a wrong word or word order?
 
 The measure is that of ARO (arXiv:2210.01936) and SugarCrepe (arXiv:2306.14610); the rules of `foil_texts` make the
 wrong captions.

@@ -15,9 +15,9 @@ from vlm_jax.evaluators.result import Result
 
 
 def standardise(pictures: np.ndarray) -> np.ndarray:
-    """Subtracts each picture's mean and scales the picture to unit norm, float64 [N, F]; an even picture becomes zero.
+    """Subtracts each picture's mean and scales the picture to unit norm, float64 [N, F].
 
-    Distances are then correlations, independent of brightness and contrast.
+    Distances are then correlations, independent of brightness and contrast. An even picture becomes zero.
     """
     pictures = pictures - pictures.mean(axis=1, keepdims=True, dtype=np.float64)
     return pictures / np.maximum(np.linalg.norm(pictures, axis=1, keepdims=True), 1e-6)
@@ -26,7 +26,9 @@ def standardise(pictures: np.ndarray) -> np.ndarray:
 def nearest_by_class(
     queries: np.ndarray, pictures: np.ndarray, labels: np.ndarray, num_classes: int, rows: int = 256
 ) -> np.ndarray:
-    """Returns minus the squared distance to each class's nearest picture, float64 [N, C]; NaN for an empty class.
+    """Returns minus the squared distance to each class's nearest picture, float64 [N, C].
+
+    The columns of classes without a picture are NaN.
 
     Args:
       queries: float [N, F].

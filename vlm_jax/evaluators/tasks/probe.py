@@ -1,4 +1,4 @@
-"""Probes: the accuracy of a linear classifier on frozen features, trained on all pictures or a few of each class."""
+"""Probes: the accuracy of a linear classifier on frozen features, from all or a few pictures of each class."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -12,7 +12,9 @@ from vlm_jax.report.figures.style import GREY, INK, SHARES, Picture
 
 @style.styled()
 def similarity(images: Sequence[Any], texts: Sequence[str], scores: Any) -> Picture:
-    """Draws a matrix of scores, pictures down the side, texts along the top; a frame marks each picture's best text.
+    """Draws a matrix of scores, pictures down the side, texts along the top.
+
+    A frame marks each picture's best text.
 
     Args:
       images: n pictures.
@@ -50,7 +52,9 @@ def similarity(images: Sequence[Any], texts: Sequence[str], scores: Any) -> Pict
 
 @style.styled()
 def retrieval(queries: Sequence[Any], results: Sequence[Sequence[Any]], scores: Any, right: Any) -> Picture:
-    """Draws a row for each query: the query, then its results, best first; a frame and a tick mark right results.
+    """Draws a row for each query: the query, then its results, best first.
+
+    A frame and a tick mark right results.
 
     Args:
       queries: n texts or pictures.

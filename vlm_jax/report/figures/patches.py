@@ -15,7 +15,9 @@ from vlm_jax.report.figures.style import HEAT, Picture
 
 @style.styled()
 def maps(images: Sequence[Any], maps: Any, titles: Sequence[str] | None = None) -> Picture:
-    """Draws each picture without and with its map; each map is scaled from its own minimum to its own maximum.
+    """Draws each picture without and with its map.
+
+    Each map is scaled from its own minimum to its own maximum.
 
     Args:
       images: n pictures, cropped as the model sees them (`attention_maps.seen`).

@@ -1,4 +1,4 @@
-"""The style of all figures: ink on white; a mark, hatch or line style repeats the meaning of every colour."""
+"""The style of all figures: ink on white; marks, hatches and line styles repeat the meaning of colours."""
 
 import contextlib
 import io
