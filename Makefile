@@ -1,8 +1,8 @@
 # make demo   trains and evaluates a small CLIP on the embedded data set; report in runs/demo/report/index.html
 # make test   runs the test suite
-# make parity  the same models in Transformers and here, live (installs torch)
-# make docs   every command and snippet of README.md and docs/
-# make notebooks  executes colab/ as it is; STORE=--store writes the outputs into the files instead
+# make parity  compares models in Transformers with the same models here, live (installs torch)
+# make docs   runs every command and snippet of README.md and docs/
+# make notebooks  executes colab/ and changes no file; STORE=--store writes the outputs into the files
 # make site   builds README.md, docs/, experiments/ and the API as a site with search, site/index.html
 # make lint   ruff check and ruff format
 PYTHON ?= python3
@@ -67,7 +67,7 @@ $(VENV)/installed-site: $(VENV)/installed-test
 	$(PIP) --constraint $(LOCK) --editable '.[test,site]'
 	touch $@
 
-# The versions that demo and test install; `make test LOCK=/dev/null VENV=.venv-newest` takes the newest instead.
+# Writes the versions that demo and test install. `make test LOCK=/dev/null VENV=.venv-newest` installs the newest.
 lock: $(VENV)/installed-parity $(VENV)/installed-site
 	$(VENV)/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock
 
