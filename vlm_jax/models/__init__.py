@@ -1,4 +1,4 @@
-"""Flax modules: one transformer under image towers, text towers, decoders, and what is made of them."""
+"""Flax modules: one transformer for image towers, text towers and decoders, and the models built from these."""
 
 from vlm_jax.models.build import build, count
 from vlm_jax.models.captioner import Captioner

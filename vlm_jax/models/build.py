@@ -1,4 +1,4 @@
-"""From a config section to a module."""
+"""Builds modules from config sections."""
 
 import flax.linen as nn
 import jax
@@ -24,10 +24,10 @@ def build(section) -> nn.Module:
       section: a mapping: name (of a method of the family "models") and the arguments of its builder, such as
         dict(name="two_tower", image=dict(variant="B/32", pool="tok", out_dim=512),
              text=dict(variant="M", vocab_size=49408, length=77, out_dim=512), dtype="bfloat16");
-        and insertions, what `insertion.of_sections` reads.
+        and insertions, the input of `insertion.of_sections`.
 
     Raises:
-      UserError: an unknown name, a key that nothing takes, a key that is missing.
+      UserError: the name or a key is unknown, or a key is missing.
     """
     section = dict(section)
     builder = catalogue.get("models", section.pop("name", "two_tower"), "config.model.name")
@@ -46,7 +46,7 @@ def build(section) -> nn.Module:
     differs="an image tower and a text tower in one space",
 )
 def two_tower(image, text, scale_init=10.0, bias_init=None, dtype="float32"):
-    """A `TwoTower`; `image` and `text` are sections for `tower` (or None), `dtype` the compute dtype of both."""
+    """Returns a `TwoTower`; `image` and `text` are sections for `tower` (or None), `dtype` is their compute dtype."""
     return TwoTower(
         image=tower("vit", image, "config.model.image", dtype),
         text=tower("text", text, "config.model.text", dtype),
@@ -59,7 +59,7 @@ def two_tower(image, text, scale_init=10.0, bias_init=None, dtype="float32"):
     family="models", paper="arXiv:2306.07915", where="section 3.1", differs="a decoder that attends to the image tower"
 )
 def captioner(image, decoder, dtype="float32"):
-    """A `Captioner`; `image` and `decoder` are sections for `tower`, `dtype` the compute dtype of both."""
+    """Returns a `Captioner`; `image` and `decoder` are sections for `tower`, `dtype` is their compute dtype."""
     return Captioner(
         image=tower("vit", {"pool": "none", **image}, "config.model.image", dtype),
         decoder=tower("decoder", decoder, "config.model.decoder", dtype),
@@ -73,7 +73,7 @@ def captioner(image, decoder, dtype="float32"):
     differs="a text encoder and a decoder that attends to it",
 )
 def encoder_decoder(encoder, decoder, pad_id=0, dtype="float32"):
-    """An `EncoderDecoder`; `encoder` and `decoder` are sections for `tower`, which lack no more than a T5's sizes."""
+    """Returns an `EncoderDecoder`; `encoder` and `decoder` are sections for `tower`; all but sizes default to T5's."""
     model = EncoderDecoder(
         encoder=tower("token_encoder", {**T5, **encoder}, "config.model.encoder", dtype),
         decoder=tower("token_decoder", {**T5_DECODER, **decoder}, "config.model.decoder", dtype),
@@ -89,7 +89,7 @@ def encoder_decoder(encoder, decoder, pad_id=0, dtype="float32"):
     family="models", paper="arXiv:1910.10683", where="section 3.2.1", differs="one decoder, whose prefix all tokens see"
 )
 def prefix_lm(decoder, pad_id=0, dtype="float32"):
-    """A `PrefixLM`; `decoder` is a section for `tower`, which lacks no more than a T5's sizes."""
+    """Returns a `PrefixLM`; `decoder` is a section for `tower`; all but sizes default to T5's."""
     section = {**T5_DECODER, "cross": None, "relative_two_way": True, **decoder}
     return PrefixLM(decoder=tower("token_decoder", section, "config.model.decoder", dtype), pad_id=pad_id)
 
@@ -101,7 +101,7 @@ def prefix_lm(decoder, pad_id=0, dtype="float32"):
     differs="a text decoder in two halves, of which the first is a text tower",
 )
 def coca(image, pool, text, decoder, out_dim, scale_init=1 / 0.07, dtype="float32"):
-    """A `CoCa`; `image`, `text` and `decoder` are sections for `tower`, `pool` fields of `QueryPool`."""
+    """Returns a `CoCa`; `image`, `text` and `decoder` are sections for `tower`, `pool` has fields of `QueryPool`."""
     return CoCa(
         image=tower("vit", {"pool": "none", **image}, "config.model.image", dtype),
         pool=config.call(QueryPool, pool, "config.model.pool", dtype=dtype),
@@ -113,9 +113,9 @@ def coca(image, pool, text, decoder, out_dim, scale_init=1 / 0.07, dtype="float3
 
 
 def tower(kind, section, where, dtype):
-    """A tower from its fields and, for those not given, the sizes of `variant` (see `variants.lookup`).
+    """Returns a tower from its fields; `variant` gives default sizes (see `variants.lookup`).
 
-    `type` in the section is a key of `TOWERS`; without it, it is `kind`.
+    `type` in the section is a key of `TOWERS`; defaults to `kind`.
     """
     if section is None:
         return None
@@ -128,11 +128,11 @@ def tower(kind, section, where, dtype):
 
 
 def count(params) -> int:
-    """The number of scalars in a parameter tree."""
+    """Returns the number of scalars in a parameter tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-TOWERS = {  # the module, and what its variants' names mean
+TOWERS = {  # the module, and the function that looks up its variants
     "vit": (ViT, variants.lookup),
     "text": (TextTransformer, variants.lookup),
     "decoder": (Decoder, variants.lookup),

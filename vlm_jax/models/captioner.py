@@ -1,4 +1,4 @@
-"""Captioners: an image tower and a decoder that describes what it saw (Tschannen et al. 2023, "Cap" and "CapPa")."""
+"""Captioners: an image tower and a decoder that describes the picture (Tschannen et al. 2023, "Cap" and "CapPa")."""
 
 import flax.linen as nn
 
@@ -6,13 +6,13 @@ from vlm_jax.models.decoder import Conditional
 
 
 class Captioner(Conditional, kw_only=True):
-    """An image tower and a decoder that reads its tokens through cross-attention.
+    """An image tower, and a decoder that reads the tower's tokens through cross-attention.
 
     "Image Captioners Are Scalable Vision Learners Too" (arXiv:2306.07915), section 3. The inputs are images, floating
     [B, H, W, 3].
 
     Attributes:
-      image: the image tower, without pool and head: its normalised tokens are the context.
+      image: the image tower, without pool and head; its normalised tokens are the context.
       decoder: `Decoder`.
     """
 

@@ -14,16 +14,16 @@ from vlm_jax.models.two_tower import Embeddings, unit
 
 
 class QueryPool(nn.Module):
-    """Attention of learned queries to tokens, whose first output is the picture and whose others are its tokens.
+    """Attention of learned queries to tokens: the first output is the picture's vector, the others are its tokens.
 
     Section 3.2, "attentional pooler"; in open_clip one pooler serves both.
 
     Attributes:
-      width: D, of the queries.
-      queries: how many.
+      width: D, width of the queries.
+      queries: number of queries.
       heads: attention heads.
       norm_eps: epsilon of the norms.
-      dtype: of the matmuls.
+      dtype: dtype of the matmuls.
     """
 
     width: int
@@ -46,8 +46,8 @@ class UnimodalDecoder(Decoder, kw_only=True):
     """The text tower: causal, without the picture, with a cls token at the end that sees the whole text.
 
     Attributes:
-      pad_id: what the cls token does not look at.
-      Others: see `Decoder`. There is room for the cls token beyond `length`.
+      pad_id: id of padding; the cls token does not attend to padding.
+      Others: see `Decoder`. The position table has one more row than `length`, for the cls token.
     """
 
     pad_id: int = 0
@@ -55,7 +55,7 @@ class UnimodalDecoder(Decoder, kw_only=True):
 
     @nn.compact
     def __call__(self, token_ids, *, caches=None, position=None, train=False):
-        """Token ids [B, L] -> (`Decoded` before the final norm, the cls token's [B, D] after it; None with caches)."""
+        """Token ids [B, L] -> (`Decoded` before the final norm, cls token [B, D] after the norm; None with caches)."""
         x, table = self.embed(token_ids), positions.learned(self, self.length + 1, self.width).astype(self.dtype)
         cls = self.param("cls", nn.initializers.normal(0.01), (1, 1, self.width)).astype(self.dtype)
         norm = self.new_norm("norm")
@@ -64,8 +64,8 @@ class UnimodalDecoder(Decoder, kw_only=True):
             return self.run(x, None, None, None, caches, position, train, norm=False), None
         x = jnp.concatenate([x, jnp.broadcast_to(cls, (len(x), 1, self.width))], axis=1)
         x = x + table[:, : x.shape[1]]
-        # The mask of the released models lies one token to the right of the text: position j + 1 is seen if text j is
-        # no padding.
+        # The released models shift the padding mask by one token to the right: the cls token sees position j + 1 if
+        # text token j is no padding.
         last = jnp.pad(token_ids != self.pad_id, ((0, 0), (1, 0)), constant_values=True)
         causal = jnp.tril(jnp.ones((x.shape[1],) * 2, bool))
         seen = causal & jnp.where(jnp.arange(x.shape[1])[:, None] == x.shape[1] - 1, last[:, None], True)
@@ -74,7 +74,7 @@ class UnimodalDecoder(Decoder, kw_only=True):
 
 
 class MultimodalDecoder(Decoder, kw_only=True):
-    """The decoder: hidden states of the text tower -> hidden states that have seen the picture."""
+    """The decoder: hidden states of the text tower -> hidden states conditioned on the picture."""
 
     cross: str | None = "after"
 
@@ -86,7 +86,7 @@ class MultimodalDecoder(Decoder, kw_only=True):
 
 class CoCa(nn.Module):
     """Attributes:
-    image: the image tower, without pool and head; its final norm is that of the pooler's keys.
+    image: the image tower, without pool and head; its final norm normalises the pooler's keys.
     pool: `QueryPool`.
     text: `UnimodalDecoder`; texts begin with its `start_id`.
     decoder: `MultimodalDecoder`.
@@ -108,7 +108,7 @@ class CoCa(nn.Module):
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(math.log(self.scale_init)), ())
 
     def __call__(self, images, token_ids, *, train=False):
-        """`Embeddings` of images [B, H, W, 3] and texts [B, L] that begin with the start token; either may be None."""
+        """Returns `Embeddings` of images [B, H, W, 3] and texts [B, L] with a start token; either may be None."""
         image = text = image_tokens = text_tokens = None
         if images is not None:
             pooled, image_tokens = self._pooled(images, train)
@@ -121,7 +121,7 @@ class CoCa(nn.Module):
         return Embeddings(image, text, image_tokens, text_tokens, jnp.exp(self.logit_scale), None)
 
     def describe(self, image_tokens, text_tokens, *, train=False):
-        """What the logits of the next tokens are made of [B, L, D], of the tokens of `Embeddings`."""
+        """Returns the hidden states [B, L, D] for `logits` of the next tokens, from the tokens of `Embeddings`."""
         return self.decoder(text_tokens, image_tokens, train=train).hidden
 
     def hidden(self, images, input_ids, *, train=False):
@@ -133,7 +133,7 @@ class CoCa(nn.Module):
         return self._pooled(images, train)[1], None
 
     def decode(self, token_ids, context=None, *, context_mask=None, caches=None, position=None):
-        """`Decoded` of token ids [B, L]: one or more steps."""
+        """Returns `Decoded` of token ids [B, L]: one or more steps."""
         del context_mask
         of_text, of_decoder = (None, None) if caches is None else caches
         decoded, _ = self.text(token_ids, caches=of_text, position=position)
@@ -142,11 +142,11 @@ class CoCa(nn.Module):
 
     @nn.nowrap
     def new_caches(self, batch, length):
-        """Empty caches for `decode`."""
+        """Returns empty caches for `decode`."""
         return self.text.new_caches(batch, length), self.decoder.new_caches(batch, length)
 
     def logits(self, hidden):
-        """fp32 [..., V]."""
+        """Returns the logits of hidden states, fp32 [..., V]."""
         return self.head(hidden)
 
     def _pooled(self, images, train):

@@ -1,4 +1,4 @@
-"""The decoder: a transformer that predicts a text token by token, and may read a context through cross-attention."""
+"""The decoder: a transformer that predicts a text token by token, optionally with cross-attention to a context."""
 
 from typing import Any, NamedTuple
 
@@ -13,11 +13,11 @@ from vlm_jax.params.sharding import look_up
 
 
 class Decoded(NamedTuple):
-    """What a decoder returns.
+    """The result of a decoder.
 
     Attributes:
-      hidden: [B, L, D] after the final norm; the model's `logits` makes logits of it.
-      caches: what the next step gets, or None.
+      hidden: [B, L, D] after the final norm; input of the model's `logits`.
+      caches: caches for the next step, or None.
     """
 
     hidden: Any
@@ -28,17 +28,17 @@ class Decoder(Encoder, kw_only=True):
     """Token ids -> blocks, causal, with cross-attention to a context -> hidden states.
 
     Attributes:
-      vocab_size: V, of what it predicts.
-      length: of the position table: the longest text. Without a table it limits nothing.
-      start_id: what stands before the first token in the input.
-      mask_token: whether the input has one more id than the output, V, which stands for "not shown" (CapPa).
-      cross: where blocks have cross-attention: "inside", "after" (see `transformer.Block`) or None.
+      vocab_size: V, number of predicted ids.
+      length: rows of the position table: the longest text. Without a table texts may be longer.
+      start_id: id before the first token of the input.
+      mask_token: whether the input has one more id than the output: V, which stands for "not shown" (CapPa).
+      cross: place of cross-attention in blocks: "inside", "after" (see `transformer.Block`) or None.
       posemb: "learned" or "none".
       embed_std: standard deviation of the token embeddings at init.
       logits_bias: whether the logits have a bias.
-      tied_scale: where logits are made with the token table, the factor on hidden states (T5: width ** -0.5); None:
-        with a matrix of their own.
-      Others: see `Encoder`; there is no pool.
+      tied_scale: factor on hidden states for logits tied to the token table (T5: width ** -0.5); None: the logits have
+        their own matrix.
+      Others: see `Encoder`; a decoder has no pool.
     """
 
     vocab_size: int
@@ -63,13 +63,13 @@ class Decoder(Encoder, kw_only=True):
 
     @property
     def mask_id(self):
-        """The id of the mask token."""
+        """The id of the mask token; raises a UserError if the decoder has none."""
         if not self.mask_token:
             raise UserError("this decoder has no mask token; set config.model.decoder.mask_token=True")
         return self.vocab_size
 
     def embed(self, token_ids):
-        """Integers [B, L] -> [B, L, D], without positions."""
+        """Embeds token ids without positions: integers [B, L] -> [B, L, D]."""
         limit = self.length if self.posemb == "learned" else token_ids.shape[-1]
         if token_ids.ndim != 2 or token_ids.shape[1] > limit or not jnp.issubdtype(token_ids.dtype, jnp.integer):
             raise UserError(
@@ -79,7 +79,7 @@ class Decoder(Encoder, kw_only=True):
         return look_up(self.token_embed, token_ids)
 
     def tied_logits(self, hidden):
-        """hidden [..., D] -> logits fp32 [..., V], made with the token table."""
+        """Multiplies hidden states with the token table: hidden [..., D] -> logits fp32 [..., V]."""
         table = self.token_embed.embedding[: self.vocab_size].astype(hidden.dtype)
         return jnp.matmul(hidden * self.tied_scale, table.T, preferred_element_type=jnp.float32)
 
@@ -99,16 +99,16 @@ class Decoder(Encoder, kw_only=True):
         """Runs the decoder on token ids.
 
         Args:
-          token_ids: inputs, integers [B, L]: the targets shifted right, or whatever stands in for them.
-          context: [B, Lc, Dc], or None without cross-attention, and after the first step with caches.
-          context_mask: bool [B, Lc], False where context is padding, or [B, L, Lc], which token sees which, or None.
-          mask: bool [B, Lk], False where an input is padding, or [B, L, Lk], which token may see which, or None. Lk is
-            L or, with caches, their room.
-          bidirectional: bool [B, Lk], inputs that all positions see; others are seen from their own position on. None:
-            no such input.
-          caches: what `new_caches` or the last step returned: the L tokens stand at `position` of a longer text, and
-            attend to what came before.
-          position: integer scalar, with caches.
+          token_ids: inputs, integers [B, L]: the targets shifted right, or their corruption.
+          context: [B, Lc, Dc]; None without cross-attention, and after the first step with caches.
+          context_mask: bool [B, Lc], False for padding; or [B, L, Lc], True where token i sees context j; or None.
+          mask: bool [B, Lk], False for padding; or [B, L, Lk], True where token i may see token j; or None. Lk is L, or
+            the room of the caches.
+          bidirectional: bool [B, Lk], True for inputs that all positions see; others are visible from their own
+            position on. None: all False.
+          caches: result of `new_caches` or of the last step. The L tokens then stand at `position` of a longer text
+            and attend to all earlier tokens.
+          position: integer scalar, only with caches.
           train: whether dropout and drop path are active (they draw from the rng `dropout`).
 
         Returns:
@@ -125,7 +125,7 @@ class Decoder(Encoder, kw_only=True):
         return self.run(x, context, context_mask, bidirectional, caches, position, train, mask=mask)
 
     def run(self, x, context, context_mask, bidirectional, caches, position, train, norm=True, mask=None):
-        """The blocks on tokens [B, L, D]; called from a compact method. Others as in `__call__` and `stack`."""
+        """Runs the blocks on tokens [B, L, D]; call it from a compact method. Others: as in `__call__` and `stack`."""
         first = 0 if position is None else position
         seen = None
         if caches is not None or bidirectional is not None:
@@ -155,8 +155,10 @@ class Logits(nn.Module):
 
 
 class Conditional(nn.Module):
-    """p(text | input): a decoder, its logits, and what makes a context of inputs: `encode`, which a model of this kind
-    has. What generates and scores texts (`generate`, the captioning objective) needs no more than this.
+    """p(text | input): a decoder and its logits.
+
+    Subclasses define `encode`, which maps inputs to a context. `generate` and the captioning objective use only this
+    interface.
 
     Attributes:
       decoder: `Decoder`.
@@ -168,31 +170,31 @@ class Conditional(nn.Module):
         self.head = Logits(self.decoder.vocab_size, self.decoder.logits_bias)
 
     def __call__(self, inputs, target_ids, *, train=False):
-        """Logits fp32 [B, L, V] of target_ids [B, L], each given the input and the targets before it."""
+        """Returns logits fp32 [B, L, V] of target_ids [B, L], each given the input and all earlier targets."""
         return self.logits(self.hidden(inputs, shift_right(target_ids, self.decoder.start_id), train=train))
 
     def hidden(self, inputs, input_ids, *, bidirectional=None, train=False):
-        """What the logits are made of [B, L, D], for the decoder's inputs [B, L] as they are; see `Decoder`."""
+        """Returns the hidden states [B, L, D] for `logits`; input_ids [B, L] go to the decoder unchanged."""
         context, context_mask = self.encode(inputs, train=train)
         options = dict(context_mask=context_mask, bidirectional=bidirectional, train=train)
         return self.decode(input_ids, context, **options).hidden
 
     def decode(self, token_ids, context=None, **options):
-        """`Decoded` of token ids [B, L]: one or more steps; see `Decoder`."""
+        """Returns `Decoded` of token ids [B, L]: one or more steps; see `Decoder`."""
         return self.decoder(token_ids, context, **options)
 
     @nn.nowrap
     def new_caches(self, batch, length):
-        """Empty caches for `decode`."""
+        """Returns empty caches for `decode`."""
         return self.decoder.new_caches(batch, length)
 
     def logits(self, hidden):
-        """fp32 [..., V]."""
+        """Returns the logits of hidden states, fp32 [..., V]."""
         return self.head(hidden) if self.decoder.tied_scale is None else self.decoder.tied_logits(hidden)
 
 
 def shift_right(token_ids, start_id=0, segment_ids=None):
-    """[B, L] -> [B, L]: what a decoder sees while it predicts these: the start token, and all but the last of them.
+    """Returns a decoder's inputs for targets [B, L]: the start token, then all targets but the last.
 
     With segment_ids, integers [B, L], every segment of a row begins with the start token.
     """

@@ -1,7 +1,7 @@
 """A convolutional image tower: EfficientNet-Lite (Tan and Le 2019, arXiv:1905.11946).
 
-The Lite variants are the EfficientNets for small devices: ReLU6 for swish, no squeeze-and-excitation, stem and head
-of one width whatever the multiplier.
+The Lite variants are the EfficientNets for small devices: ReLU6 replaces swish, blocks have no squeeze-and-excitation,
+and the widths of stem and head do not depend on the multiplier.
 """
 
 import math
@@ -44,13 +44,13 @@ class BlockSizes(NamedTuple):
 
 
 def lookup(variant):
-    """{"width_multiplier", "depth_multiplier"} of a key of `LITE`."""
+    """Returns {"width_multiplier", "depth_multiplier"} for a key of `LITE`."""
     width, depth, _ = choose(LITE, variant, "variant")
     return dict(width_multiplier=width, depth_multiplier=depth)
 
 
 def block_sizes(width_multiplier, depth_multiplier):
-    """The `BlockSizes` of all blocks; widths are multiples of 8, the first and the last stage are never repeated."""
+    """Returns the `BlockSizes` of all blocks. Widths are multiples of 8. First and last stage are never repeated."""
     blocks = []
     for i, (repeats, kernel, stride, expansion, outputs) in enumerate(STAGES):
         if i not in (0, len(STAGES) - 1):
@@ -68,11 +68,12 @@ def _round_to_8(channels):
 class FrozenBatchNorm(nn.Module):
     """Batch normalisation (Ioffe and Szegedy 2015) by stored statistics: (x - mean) / sqrt(var + eps) * scale + bias.
 
-    The statistics are parameters, so that a model is a function of its parameters alone; they have no gradient and
-    do not move (a weight decay would move them: exclude `.*/(mean|var)` in the parameter table, or freeze the tower).
+    The statistics are parameters, so that a model is a function of its parameters alone. The statistics have no
+    gradient and stay constant. Weight decay would change the statistics: exclude `.*/(mean|var)` in the parameter
+    table, or freeze the tower.
 
     Attributes:
-      dtype: of the output; the arithmetic is fp32.
+      dtype: output dtype; the arithmetic is fp32.
     """
 
     dtype: str = "float32"
@@ -89,14 +90,14 @@ class FrozenBatchNorm(nn.Module):
 
 
 def depthwise(x, kernel, strides, padding, **options):
-    """`lax.conv_general_dilated` where each channel has its own kernel and nothing is dilated.
+    """Depthwise `lax.conv_general_dilated`: each channel has its own kernel; without dilation.
 
-    On a CPU it is a sum of shifted images: XLA takes 10 to 40 times as long for a grouped convolution there.
+    A CPU computes a sum of shifted images, because XLA takes 10 to 40 times as long for a grouped convolution there.
 
     Args:
       x: [B, H, W, C].
       kernel: [k, k, 1, C].
-      strides: two, for H and W.
+      strides: (stride of H, stride of W).
       padding: "SAME" or "VALID".
       **options: for `lax.conv_general_dilated`.
     """
@@ -118,10 +119,10 @@ class ConvNorm(nn.Module):
     """A convolution without bias, "SAME" padding, and its norm: [B, H, W, C] -> [B, H / stride, W / stride, features].
 
     Attributes:
-      features: output channels; None: as many as come in, each convolved alone (depthwise).
-      kernel: its side.
-      stride: in both directions; odd sizes round up.
-      dtype: of the convolution.
+      features: output channels; None: a depthwise convolution with as many outputs as inputs.
+      kernel: side of the kernel.
+      stride: stride in both directions; odd sizes round up.
+      dtype: dtype of the convolution.
     """
 
     features: int | None
@@ -152,8 +153,8 @@ class Block(nn.Module):
     """Mobile inverted bottleneck (Sandler et al. 2018): expand 1x1, depthwise, project 1x1; residual if shapes allow.
 
     Attributes:
-      sizes: its `BlockSizes`.
-      dtype: of the convolutions.
+      sizes: the block's `BlockSizes`.
+      dtype: dtype of the convolutions.
     """
 
     sizes: BlockSizes
@@ -174,15 +175,15 @@ class Block(nn.Module):
 class EfficientNetLite(nn.Module):
     """Stem -> blocks -> 1x1 convolution -> pool -> head. Made for released weights: see `FrozenBatchNorm`.
 
-    Padding is TensorFlow's "SAME" at every image size (the PyTorch ports agree at the size they are built for).
+    Padding is TensorFlow's "SAME" at every image size (PyTorch ports agree only at their native size).
 
     Attributes:
-      width_multiplier: factor on the channels of the blocks; `lookup` has those of the variants.
-      depth_multiplier: factor on the repeats of the stages but the first and the last.
+      width_multiplier: factor on the channels of the blocks; `lookup` has the variants' factors.
+      depth_multiplier: factor on the repeats of all stages but the first and the last.
       stem_width: channels of the first convolution.
       head_width: D, channels of the last convolution.
       pool: "gap" (the mean over the grid), "max" or "none".
-      out_dim: width of the head (1000 for ImageNet's logits); None for none.
+      out_dim: width of the head (1000 for ImageNet's logits); None for no head.
       head_bias: whether the head has a bias.
       dtype: compute dtype.
     """
@@ -202,14 +203,14 @@ class EfficientNetLite(nn.Module):
 
         Args:
           images: floating [B, H, W, 3], already normalised.
-          train: as for other towers; nothing here depends on it.
+          train: unused; other towers have this argument.
 
         Returns:
           `Encoded`: pooled [B, D] or [B, out_dim] (None for pool "none"), tokens [B, h * w, D] with
           h = ceil(H / 32), w = ceil(W / 32), mask None.
 
         Raises:
-          UserError: images of another shape or dtype, an unknown pool, a head without a pool.
+          UserError: the images have another shape or dtype, the pool is unknown, or a head has no pool.
         """
         self._check(images)
         x = jax.nn.relu6(ConvNorm(self.stem_width, 3, 2, self.dtype, name="stem")(images.astype(self.dtype)))

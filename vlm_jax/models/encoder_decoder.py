@@ -1,18 +1,18 @@
-"""Texts to texts: T5 (Raffel et al. 2020, arXiv:1910.10683), T5 v1.1 and UL2 (Tay et al. 2022, arXiv:2205.05131)."""
+"""Text to text: T5 (Raffel et al. 2020, arXiv:1910.10683), T5 v1.1 and UL2 (Tay et al. 2022, arXiv:2205.05131)."""
 
 import flax.linen as nn
 
 from vlm_jax.models.decoder import Conditional, shift_right
 from vlm_jax.models.transformer import Encoder
 
-# What a T5 is beside its sizes: norms and matrices without biases, logits of attention unscaled, and one table of
-# relative positions for all blocks. T5 v1.1 and UL2 have gated MLPs and logits with a matrix of their own.
+# T5's fields without sizes: norms and matrices have no biases, attention logits are unscaled, and all blocks share one
+# table of relative positions. T5 v1.1 and UL2 have gated MLPs and a separate matrix for logits.
 T5 = dict(norm="rmsnorm", attn_bias=False, mlp_bias=False, attn_scale=1.0, relative_buckets=32, gated=True)
 T5_DECODER = dict(T5, posemb="none", logits_bias=False)
 
 
 class TokenEncoder(Encoder, kw_only=True):
-    """Blocks that see both ways and the final norm, on tokens that are vectors. Attributes: see `Encoder`."""
+    """Bidirectional blocks and the final norm, on embedded tokens. Attributes: see `Encoder`."""
 
     pool: str = "none"
 
@@ -23,24 +23,24 @@ class TokenEncoder(Encoder, kw_only=True):
 
 
 class EncoderDecoder(Conditional, kw_only=True):
-    """An encoder of a text and a decoder that reads it through cross-attention; both use the decoder's token table.
+    """A text encoder and a decoder with cross-attention to the encoded text; both use the decoder's token table.
 
     The inputs are token ids, integers [B, L].
 
     Attributes:
       encoder: `TokenEncoder`.
       decoder: `Decoder`.
-      pad_id: of inputs, hidden from all.
+      pad_id: id of padding in inputs; no token attends to padding.
     """
 
     encoder: nn.Module
     pad_id: int = 0
 
     def __call__(self, input_ids, target_ids, *, segments=None, train=False):
-        """Logits fp32 [B, L, V] of target_ids [B, L], each given input_ids [B, Li] and the targets before it.
+        """Returns logits fp32 [B, L, V] of target_ids [B, L], each given input_ids [B, Li] and all earlier targets.
 
-        segments: packed texts: integers ([B, Li], [B, L]), to which text of its row a token belongs; padding is of a
-        text that has no other tokens. Tokens see tokens of their own text. None: a row is a text.
+        segments: for packed texts, integers ([B, Li], [B, L]): each token's text number within the row; padding has its
+        own number. Tokens see only tokens of their own text. None: each row is one text.
         """
         shown = shift_right(target_ids, self.decoder.start_id, None if segments is None else segments[1])
         return self.logits(self.hidden(input_ids, shown, segments=segments, train=train))
@@ -62,5 +62,5 @@ class EncoderDecoder(Conditional, kw_only=True):
 
 
 def _same(queries, keys):
-    """bool [B, Lq, Lk], which are of one segment."""
+    """Returns bool [B, Lq, Lk]: True where query and key are in one segment."""
     return queries[:, :, None] == keys[:, None]

@@ -1,7 +1,8 @@
 """Decoding with caches, in one jitted loop: greedy, sampling, beam search, and the likelihood of given texts.
 
 A model has `encode(inputs) -> (context, mask)`, `new_caches`, `decode(token_ids, context, ...) -> Decoded` and
-`logits(hidden)`, as `Captioner` has. The context's keys and values are computed once, each step computes one token's.
+`logits(hidden)`, like `Captioner`. Keys and values of the context are computed once; each step computes those of one
+token.
 """
 
 from functools import partial
@@ -16,16 +17,16 @@ from vlm_jax.models.token_loss import token_loss
 from vlm_jax.models.transformer import Cache
 
 HIDDEN = -1e30
-"""Logit of a token that may not come; finite, so that sums of several stay finite."""
+"""Logit of a forbidden token; finite, so that sums of such logits stay finite."""
 
 
 class Special(NamedTuple):
-    """Ids with a meaning.
+    """Ids of special tokens.
 
     Attributes:
-      start: what the decoder sees before the first token.
-      end: what ends a text.
-      pad: what follows the end; in a prefix: no token is forced here.
+      start: the decoder's input before the first token.
+      end: ends a text.
+      pad: follows the end; in a prefix: this position is not forced.
     """
 
     start: int = 0
@@ -34,13 +35,13 @@ class Special(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """What changes the logits before a token is chosen.
+    """Changes to the logits before a token is chosen.
 
     Attributes:
-      repetition_penalty: positive logits of tokens that came before are divided by it, negative ones multiplied
-        (Keskar et al. 2019, arXiv:1909.05858, section 4.1).
-      no_repeat_ngram: n: no n tokens come twice in this order; 0: they may.
-      temperature, top_k, top_p: of sampling. top_p: the fewest tokens whose probabilities sum to at least this
+      repetition_penalty: divides positive logits of earlier tokens, multiplies negative ones (Keskar et al. 2019,
+        arXiv:1909.05858, section 4.1).
+      no_repeat_ngram: n: no sequence of n tokens occurs twice; 0: no such rule.
+      temperature, top_k, top_p: for sampling. top_p keeps the fewest tokens with a total probability of at least top_p
         (Holtzman et al. 2019, arXiv:1904.09751, section 3.1), after temperature and top_k.
     """
 
@@ -55,12 +56,12 @@ SPECIAL, RULES = Special(), Rules()
 
 
 class Generated(NamedTuple):
-    """Texts.
+    """Generated texts.
 
     Attributes:
-      token_ids: int32 [B, L], padding after the end; [B, beams, L] of a beam search, the best first.
-      log_likelihood: fp32 [B] or [B, beams], the sum of log p of a text's tokens, end included; p is the model's, after
-        repetition control.
+      token_ids: int32 [B, L], padding after the end; for a beam search [B, beams, L], best first.
+      log_likelihood: fp32 [B] or [B, beams], the sum of log p over a text's tokens, end included; p is the model's
+        probability after repetition control.
     """
 
     token_ids: jax.Array
@@ -80,21 +81,23 @@ def sample(
     special: Special = SPECIAL,
     rules: Rules = RULES,
 ) -> Generated:
-    """Draws a text for each input, or with `greedy` takes the likeliest token each time.
+    """Samples a text for each input; `greedy` takes the most likely token each time.
+
+    The loop ends when all texts have ended.
 
     Args:
       model: see the module's docstring.
-      params: its parameters.
-      inputs: what `model.encode` takes, B of them.
+      params: the model's parameters.
+      inputs: a batch of B inputs for `model.encode`.
       rng: a `jax.random.key`; None for greedy.
-      prefix: integers [B, P], tokens that texts begin with, or None; texts may have prefixes of different lengths,
-        padded with `special.pad`.
-      length: L, of the longest text, end included.
+      prefix: integers [B, P], first tokens of the texts, or None; prefixes may have different lengths, padded with
+        `special.pad`.
+      length: L, the maximum length, end included.
       special: `Special`.
       rules: `Rules`.
 
     Returns:
-      `Generated`; the loop ends when all texts have.
+      `Generated`.
     """
     decoding = _Decoding(model, params, inputs, length, special)
     batch = decoding.size
@@ -133,16 +136,16 @@ def beam_search(
     special: Special = SPECIAL,
     rules: Rules = RULES,
 ) -> Generated:
-    """The texts with the largest log p / ((5 + tokens) / 6)^a that a beam search finds (arXiv:1609.08144, section 7).
+    """Beam search for the texts with the largest log p / ((5 + tokens) / 6)^a (arXiv:1609.08144, section 7).
 
-    A beam keeps as many unfinished texts as finished ones; a text ends if it is among the best `beams` candidates of
-    its step (as in fairseq and Transformers); what is unfinished at L tokens counts as finished. The loop ends when no
-    unfinished text can overtake the finished ones.
+    A beam keeps `beams` unfinished and `beams` finished texts. A text ends only if the text is among the best `beams`
+    candidates of its step (as in fairseq and Transformers). Unfinished texts of L tokens count as finished. The loop
+    ends when no unfinished text can overtake the finished texts.
 
     Args:
-      beams: how many texts are kept.
-      length_penalty: a, at least 0: larger ones favour longer texts; 0 compares log-likelihoods.
-      others: as for `sample`; temperature, top_k and top_p play no part.
+      beams: number of texts to keep.
+      length_penalty: a, at least 0; a larger value favours longer texts; 0 compares log-likelihoods.
+      others: as for `sample`; temperature, top_k and top_p have no effect.
     """
     decoding = _Decoding(model, params, inputs, length, special, beams)
     batch = decoding.size
@@ -195,7 +198,7 @@ def beam_search(
 
 @partial(jax.jit, static_argnames=("model", "pad_id"))
 def log_likelihood(model: nn.Module, params: Any, inputs: Any, target_ids: jax.Array, *, pad_id: int = 0) -> jax.Array:
-    """log p(text i | input i), fp32 [B], of target_ids [B, L]; padding does not count."""
+    """Returns log p(text i | input i), fp32 [B], of target_ids [B, L]; padding does not count."""
     hidden = model.apply({"params": params}, inputs, shift_right(target_ids, model.decoder.start_id), method="hidden")
     return _total(model, params, hidden, target_ids, pad_id)
 
@@ -204,9 +207,9 @@ def log_likelihood(model: nn.Module, params: Any, inputs: Any, target_ids: jax.A
 def log_likelihoods(
     model: nn.Module, params: Any, inputs: Any, target_ids: jax.Array, *, pad_id: int = 0, at_a_time: int = 4
 ) -> jax.Array:
-    """log p(text j | input i), fp32 [B, M], of target_ids [M, L]; the inputs are encoded once.
+    """Returns log p(text j | input i), fp32 [B, M], of target_ids [M, L]; encodes the inputs once.
 
-    `at_a_time` texts are scored together.
+    Scores `at_a_time` texts together.
     """
     decoding = _Decoding(model, params, inputs, target_ids.shape[1], Special(start=model.decoder.start_id))
     _, caches = decoding.first()
@@ -226,7 +229,7 @@ def _total(model, params, hidden, targets, pad_id):
 
 
 class _Decoding:
-    """A model at work on some inputs, `beams` texts for each."""
+    """Decoding steps of a model on a batch of inputs, with `beams` texts for each input."""
 
     def __init__(self, model, params, inputs, length, special, beams=1):
         self.model, self.length, self.special, self.beams = model, length, special, beams
@@ -236,7 +239,7 @@ class _Decoding:
         self.size = len(self.context)
 
     def first(self):
-        """Logits [B * beams, V] of the first token, and the caches."""
+        """Returns logits [B * beams, V] of the first token, and the caches."""
         start = jnp.full((self.size,), self.special.start, jnp.int32)
         caches = self.model.new_caches(self.size, self.length)
         hidden, caches = self.decode(start[:, None], 0, caches, self.context)
@@ -247,34 +250,34 @@ class _Decoding:
         return again(0)(logits), jax.tree.map(again(self.batch_axis), caches)
 
     def step(self, token_ids, position, caches):
-        """Logits [B * beams, V] of what follows token_ids [B * beams], and the caches."""
+        """Returns logits [B * beams, V] of the token after token_ids [B * beams], and the caches."""
         hidden, caches = self.decode(token_ids[:, None], position, caches)
         return self.apply(hidden, method="logits")[:, 0], caches
 
     def decode(self, token_ids, position, caches, context=None):
-        """`Decoded` of token_ids [B * beams, l]."""
+        """Returns `Decoded` of token_ids [B * beams, l]."""
         return self.apply(
             token_ids, context, context_mask=self.context_mask, caches=caches, position=position, method="decode"
         )
 
     def reorder(self, caches, rows):
-        """The caches of other texts of the same inputs: their contexts stay."""
+        """Returns the caches with their texts reordered by `rows`; contexts stay, because the inputs are the same."""
         take = partial(jnp.take, indices=rows, axis=self.batch_axis)
         of_block = lambda cache: cache._replace(attn=jax.tree.map(take, cache.attn))
         return jax.tree.map(of_block, caches, is_leaf=lambda x: isinstance(x, Cache))
 
 
 def _forced(prefix, batch, length, special):
-    """[B, L], `special.pad` where the model chooses."""
+    """Returns the forced tokens [B, L]; `special.pad` where the model chooses."""
     forced = jnp.full((batch, length), special.pad, jnp.int32)
     return forced if prefix is None else forced.at[:, : prefix.shape[1]].set(prefix[:, :length])
 
 
 def _repetition(logits, token_ids, t, rules):
-    """Logits [N, V] of token t after repetition control; token_ids [N, L] hold the tokens before."""
+    """Returns logits [N, V] of token t after repetition control; token_ids [N, L] hold the earlier tokens."""
     length, rows = token_ids.shape[1], jnp.arange(len(token_ids))[:, None]
     at = jnp.arange(length)
-    absent = logits.shape[-1]  # an index that is dropped
+    absent = logits.shape[-1]  # out of range, so that mode="drop" ignores this index
     if rules.repetition_penalty != 1.0:
         seen = jnp.zeros(logits.shape, bool).at[rows, jnp.where(at < t, token_ids, absent)].set(True, mode="drop")
         factor = jnp.where(logits > 0, 1.0 / rules.repetition_penalty, rules.repetition_penalty)
@@ -291,7 +294,7 @@ def _repetition(logits, token_ids, t, rules):
 
 
 def _truncated(logits, rules):
-    """Logits [N, V] to draw from."""
+    """Returns the logits [N, V] for sampling, after temperature, top_k and top_p."""
     logits = logits / rules.temperature
     if rules.top_k is not None:
         floor = jax.lax.top_k(logits, min(rules.top_k, logits.shape[-1]))[0][:, -1:]
@@ -299,7 +302,7 @@ def _truncated(logits, rules):
     if rules.top_p is not None:
         ranked = -jnp.sort(-logits, axis=-1)
         p = jax.nn.softmax(ranked)
-        needed = jnp.cumsum(p, axis=-1) - p < rules.top_p  # what comes before does not reach it
+        needed = jnp.cumsum(p, axis=-1) - p < rules.top_p  # likelier tokens do not reach top_p
         floor = jnp.min(jnp.where(needed, ranked, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits >= floor, logits, HIDDEN)
     return logits

@@ -1,14 +1,14 @@
-"""Modules put into a model that is there, without a change to it: adapters, low rank, prefixes, prompts, contexts.
+"""Inserts modules into an existing, unchanged model: adapters, low rank, prefixes, prompts, contexts.
 
     adapted = inserted(model, Adapter(where=r"image/.*/mlp", width=32), LowRank())
-    params = begin(rng, adapted, params, images, token_ids)   # the model's own, and what is new
+    params = begin(rng, adapted, params, images, token_ids)   # the model's parameters and the new ones
 
-or, in a config, `model.insertions=[dict(type="LowRank", rank=4)]` with `optimizer.params=insert.TABLE`, where
-`model_init` names the model to begin from. The result is a model of the same class. What is new stands in the parameter
-tree beside the module that it changes (`image/blocks/mlp/inserted_down`; scanned blocks have it stacked), so that
-optimizer tables, partition rules and checkpoints treat it like any parameter; `NEW` matches it. Adapters are the
-unified view of He et al. 2022 (arXiv:2110.04366): h <- h + s dh, where dh reads a module's output (serial) or its input
-(parallel).
+In a config: `model.insertions=[dict(type="LowRank", rank=4)]` with `optimizer.params=insertion.TABLE`; `model_init`
+names the initial model. The result is a model of a subclass of the same class. The parameter tree holds a new parameter
+beside the module that the insertion changes (`image/blocks/mlp/inserted_down`; stacked for scanned blocks). Optimizer
+tables, partition rules and checkpoints treat new parameters like all others; `NEW` matches the names. Adapters follow
+the unified view of He et al. 2022 (arXiv:2110.04366): h <- h + s dh, where dh reads a module's output (serial) or its
+input (parallel).
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from vlm_jax.params.table import check_alike, named_leaves
 
 NEW = r"(.*/)?inserted_.*"
 TABLE = ((NEW, {}), (".*", dict(freeze=True)))
-"""The optimizer's parameter table that trains what is new."""
+"""The optimizer's parameter table that trains only the new parameters."""
 
 
 @method(family="insertions", differs="a bottleneck beside or after a module")
@@ -74,12 +74,12 @@ class Adapter(NamedTuple):
 class LowRank(NamedTuple):
     """LoRA (Hu et al. 2021, arXiv:2106.09685, equation 3): h = x W + (alpha / r) x a b, with b 0 at init.
 
-    r (in + out) parameters at each place; `merge` makes plain kernels of them.
+    r (in + out) parameters at each place; `merge` adds them to plain kernels.
 
     Attributes:
       where: regex of the dense layers, by their whole path.
       rank: r.
-      alpha: None is r.
+      alpha: None means r.
     """
 
     where: str = r".*/attn/(query|value)"
@@ -110,7 +110,7 @@ class Prefix(NamedTuple):
     Attributes:
       where: regex of the attention modules, by their whole path.
       length: P.
-      std: of the values at init.
+      std: standard deviation at init.
     """
 
     where: str = r".*/attn"
@@ -132,13 +132,13 @@ class Prefix(NamedTuple):
 class Prompt(NamedTuple):
     """Learned tokens before a tower's own (visual prompt tuning, Jia et al. 2022, arXiv:2203.12119, section 3.2).
 
-    n D parameters, or n D in each block; the tower's tokens come back without them. They join after a norm that follows
-    the positions (CLIP's), and begin as the authors' do for patches of 16.
+    n D parameters, or n D in each block. The tower returns its tokens without the prompts. Prompts join after the norm
+    that follows the positions (in CLIP). Their initial values are the authors' for patches of 16.
 
     Attributes:
       where: regex of the tower's path: "image" or "text".
       length: n.
-      depth: of how many blocks, the first ones, each begins with prompts of its own; None of all ("deep").
+      depth: number of first blocks that begin with their own prompts; None: all blocks ("deep").
     """
 
     where: str = "image"
@@ -164,7 +164,7 @@ class Prompt(NamedTuple):
         first = tokens() if self.depth == 1 else jnp.zeros((len(x), *shape), x.dtype)
         if (mask := kwargs.get("mask")) is not None:
             if mask.ndim == 3:
-                raise UserError("prompts before packed texts are of no text; take the texts apart")
+                raise UserError("prompts before packed texts belong to no text; unpack the texts")
             kwargs["mask"] = jnp.pad(mask, ((0, 0), (self.length, 0)), constant_values=True)
         return call(jnp.concatenate([first, x], axis=1), *args, **kwargs)[:, self.length :]
 
@@ -178,18 +178,18 @@ class Prompt(NamedTuple):
 class Context(NamedTuple):
     """Learned vectors in the place of a prompt's words (CoOp, Zhou et al. 2022, arXiv:2109.01134, section 3.2).
 
-    n D parameters, or n D for the tokens and n D in each block. Texts are to have n tokens there, which ones is of no
-    account: the data op `room(n, at)` makes it.
+    n D parameters, or n D for the tokens and n D in each block. Texts must have n tokens there. Any ids will do; they
+    are overwritten. The data op `room(n, at)` inserts such tokens.
 
     Attributes:
       where: regex of the tower's path.
       length: n.
-      at: which token is the first of them: 1 after a start token.
-      depth: of how many blocks, the first ones, each has vectors of its own there (MaPLe, arXiv:2210.03117, section
-        3.2.1); None of all.
-      image_width: of image embeddings, where a Meta-Net moves the vectors by them (CoCoOp, Zhou et al. 2022,
-        arXiv:2203.05557, section 3.2: E (E / 16) + E / 16 + (E / 16) D + D more parameters); None without.
-      std: of the vectors at init.
+      at: index of the first learned vector: 1 after a start token.
+      depth: number of first blocks with their own vectors (MaPLe, arXiv:2210.03117, section 3.2.1); None: all blocks.
+      image_width: E, width of the image embeddings, for a Meta-Net that moves the vectors by the picture's embedding
+        (CoCoOp, Zhou et al. 2022, arXiv:2203.05557, section 3.2: E (E / 16) + E / 16 + (E / 16) D + D more parameters);
+        None: no Meta-Net.
+      std: standard deviation of the vectors at init.
     """
 
     where: str = "text"
@@ -222,7 +222,7 @@ class Context(NamedTuple):
         return x.at[:, place].set(context)
 
     def _meta_net(self, module, width):
-        """Here for its parameters alone; `class_logits` applies it."""
+        """Creates the Meta-Net's parameters; `class_logits` applies the Meta-Net."""
         hidden = max(self.image_width // 16, 1)
         for name, (inputs, outputs) in (("down", (self.image_width, hidden)), ("up", (hidden, width))):
             uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -240,21 +240,21 @@ def _of_first(depth, layer, new, old):
 
 
 def is_conditional(model: nn.Module) -> bool:
-    """Whether texts depend on the picture they are compared with."""
+    """Returns whether text embeddings depend on the picture (`Context` with a Meta-Net)."""
     contexts = [i for i in getattr(model, "insertions", ()) if isinstance(i, Context)]
     return any(context.image_width is not None for context in contexts)
 
 
 def class_logits(model: nn.Module, params: Any, images: Any, token_ids: jax.Array) -> jax.Array:
-    """Scale * cosine of every picture with every class's text, fp32 [B, C].
+    """Returns scale * cosine of every picture with every class's text, fp32 [B, C].
 
-    With a `Context` that has a Meta-Net each picture has texts of its own, of contexts v_m + net(x), x being the
-    picture's unit-norm embedding (arXiv:2203.05557, equation 3): B C texts are embedded.
+    With a `Context` that has a Meta-Net, each picture has its own texts with the contexts v_m + net(x), where x is the
+    picture's unit-norm embedding (arXiv:2203.05557, equation 3). The text tower then embeds B C texts.
 
     Args:
-      model: a `TwoTower`, inserted or not.
-      params: its parameters.
-      images: what its image tower takes, or embeddings [B, D].
+      model: a `TwoTower`, with or without insertions.
+      params: the model's parameters.
+      images: inputs of the image tower, or embeddings [B, D].
       token_ids: int [C, L], or the texts' embeddings [C, D].
     """
     found = model.apply({"params": params}, images, None)
@@ -277,7 +277,7 @@ def class_logits(model: nn.Module, params: Any, images: Any, token_ids: jax.Arra
 
 
 def of_sections(sections: Sequence[Mapping[str, Any]], where: str) -> tuple:
-    """Insertions as a config has them: [dict(type="LowRank", rank=4), ...], `type` being the name of an insertion."""
+    """Builds insertions from a config: [dict(type="LowRank", rank=4), ...]; `type` is the name of an insertion."""
     insertions = []
     for section in sections:
         fields = dict(section)
@@ -287,7 +287,7 @@ def of_sections(sections: Sequence[Mapping[str, Any]], where: str) -> tuple:
 
 
 def inserted(model: nn.Module, *insertions: Any) -> nn.Module:
-    """The model with insertions, a model of a subclass of its class; those it has already stay."""
+    """Returns the model with more insertions, as a subclass of the model's class; earlier insertions stay."""
     return _with(model, (*getattr(model, "insertions", ()), *insertions))
 
 
@@ -299,16 +299,16 @@ def _with(model, insertions):
 
 
 def begin(rng: jax.Array, model: nn.Module, params: Any, *inputs: Any) -> Any:
-    """Parameters of a model with insertions: `params`, and what is new drawn with rng.
+    """Returns the parameters of a model with insertions: `params`, and new parameters drawn with rng.
 
     Args:
       rng: a `jax.random.key`.
-      model: what `inserted` returned.
-      params: of the model without insertions.
-      inputs: what the model is called with; only their shapes count.
+      model: the result of `inserted`.
+      params: parameters of the model without insertions.
+      inputs: inputs of the model; only their shapes and dtypes matter.
 
     Raises:
-      UserError: an insertion matches no module; the parameters are another model's.
+      UserError: an insertion matches no module, or the parameters belong to another model.
     """
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
     shapes_of = lambda *insertions: jax.eval_shape(_with(model, insertions).init, rng, *shapes)["params"]
@@ -320,13 +320,13 @@ def begin(rng: jax.Array, model: nn.Module, params: Any, *inputs: Any) -> Any:
     @jax.jit
     def draw(rng):
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return new_leaves(model.init(rng, *zeros)["params"])  # of the model's own nothing is computed
+        return new_leaves(model.init(rng, *zeros)["params"])  # jit drops the model's own parameters
 
     return unflatten_dict(named_leaves(params) | draw(rng), sep="/")
 
 
 def merge(params: Any, insertions: tuple) -> Any:
-    """Plain parameters of a model whose only insertions are `LowRank`: each kernel W + (alpha / r) a b."""
+    """Returns plain parameters of a model with one `LowRank` insertion: each kernel is W + (alpha / r) a b."""
     if len(insertions) != 1 or not isinstance(insertions[0], LowRank):
         raise UserError(f"one LowRank can be merged; there are {insertions}")
     leaves, new = named_leaves(params), new_leaves(params)
@@ -341,7 +341,7 @@ def merge(params: Any, insertions: tuple) -> Any:
 
 
 def new_leaves(params: Any) -> dict[str, jax.Array]:
-    """What insertions have brought, by name."""
+    """Returns the parameters of insertions, by name."""
     return {name: leaf for name, leaf in named_leaves(params).items() if re.fullmatch(NEW, name)}
 
 
@@ -375,7 +375,7 @@ def _intercept(insertions, call, args, kwargs, context):
 
 
 def _new(module, name, init, shape):
-    """A parameter beside those of a module: of its scope, which scans slice and initialise like the module's own."""
+    """Returns a new parameter in a module's scope; scans slice and initialise it like the module's own parameters."""
     return module.scope.param(f"inserted_{name}", init, shape)
 
 

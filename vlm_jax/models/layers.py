@@ -27,8 +27,8 @@ ACTIVATIONS: dict[str, Callable] = {
 def dot_general(x, kernel, dimension_numbers, precision=None, preferred_element_type=None):
     """`lax.dot_general` of tokens [B, L, K] and a kernel [K, N].
 
-    On a CPU the tokens are one axis: XLA computes the gradients of [B, L, K] there at a third of the speed of
-    [B * L, K]. Accelerators, where merging the axes can cost a copy, get the plain form.
+    On a CPU the token axes are merged: there XLA computes the gradients of [B, L, K] at a third of the speed of
+    [B * L, K]. Accelerators use the plain form, because merging the axes can cost a copy.
     """
     dot = functools.partial(jax.lax.dot_general, precision=precision, preferred_element_type=preferred_element_type)
 
@@ -48,8 +48,8 @@ class Norm(nn.Module):
     Attributes:
       kind: "layernorm" or "rmsnorm" (no mean, no bias).
       eps: added to the variance.
-      bias: whether a LayerNorm has one.
-      dtype: of the output; statistics are fp32.
+      bias: whether a LayerNorm has a bias.
+      dtype: output dtype; statistics are fp32.
     """
 
     kind: str = "layernorm"
@@ -84,12 +84,13 @@ class Attention(nn.Module):
 
     Attributes:
       heads: number of heads.
-      head_dim: width of a head; None is input width / heads.
-      bias: whether the four projections have one.
+      head_dim: width of a head; defaults to input width / heads.
+      bias: whether the four projections have biases.
       causal: whether position i sees positions 0..i only.
       implementation: see `kernels.attention`.
-      dtype: of the matmuls.
-      scale: factor on q k^T; None is head_dim ** -0.5. Queries begin smaller by what it is larger (T5: 1.0).
+      dtype: dtype of the matmuls.
+      scale: factor on q k^T (T5: 1.0); defaults to head_dim ** -0.5. Query kernels start scaled by
+        `head_dim**-0.5 / scale`.
     """
 
     heads: int
@@ -107,15 +108,15 @@ class Attention(nn.Module):
         Args:
           x: [B, Lq, D].
           kv: [B, Lk, Dk] or None.
-          mask: bool, True = visible, broadcasting to [B, heads, Lq, Lk], or None.
-          logits_bias: added to the scaled logits, broadcasting likewise, or None.
-          cache: `KeyValues` or None: attends to these instead of kv; if there is a position, after writing those of x
-            there.
-          position: integer scalar, where in the cache x stands.
+          mask: bool, True = visible, broadcasts to [B, heads, Lq, Lk]; or None.
+          logits_bias: added to the scaled logits, broadcasts to the same shape; or None.
+          cache: `KeyValues` to attend to instead of kv, or None. With a position, the keys and values of x are first
+            written into the cache.
+          position: integer scalar, the place of x in the cache.
           prefix: `KeyValues` [P, H, head_dim] that every token sees before the others, or None.
 
         Returns:
-          [B, Lq, D], and the `KeyValues` that were attended to.
+          [B, Lq, D], and the attended `KeyValues`.
         """
         width = x.shape[-1]
         if self.head_dim is None and width % self.heads:
@@ -147,7 +148,7 @@ class Attention(nn.Module):
 
 
 def _after_prefix(prefix, rest, mask, bias):
-    """Keys and values, mask and bias of attention to a prefix [P, H, head_dim] and then the rest."""
+    """Returns keys and values, mask and bias for attention to a prefix [P, H, head_dim] and then the rest."""
     whole = lambda own, rest: jnp.concatenate(
         [jnp.broadcast_to(own.astype(rest.dtype), (len(rest), *own.shape)), rest], axis=1
     )
@@ -161,13 +162,13 @@ class Mlp(nn.Module):
     """fc2(act(fc1(x))), or fc2(act(gate(x)) * fc1(x)) when gated (Shazeer 2020, "GLU Variants").
 
     Attributes:
-      width: of the hidden layer.
+      width: width of the hidden layer.
       activation: a key of `ACTIVATIONS`.
-      gated: whether there is a third matrix, `gate`.
-      bias: whether the matrices have one.
+      gated: whether the MLP has a third matrix, `gate`.
+      bias: whether the matrices have biases.
       dropout: rate after the activation.
       train: whether dropout is active (needs the rng `dropout`).
-      dtype: of the matmuls.
+      dtype: dtype of the matmuls.
     """
 
     width: int

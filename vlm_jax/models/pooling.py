@@ -1,4 +1,4 @@
-"""From tokens to one vector."""
+"""Pools: tokens to one vector."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,13 +13,13 @@ from vlm_jax.models.layers import Attention, Mlp, Norm
 
 @flax.struct.dataclass
 class Encoded:
-    """What a tower returns.
+    """The result of a tower.
 
     Attributes:
-      pooled: [B, out_dim] (without a head: what the pool gives), compute dtype; [B, L, out_dim] for pool "all", zero
-        where a token is left out; None for pool "none".
+      pooled: [B, out_dim] (without a head: the pool's width), compute dtype; [B, L, out_dim] for pool "all", zero
+        for left-out tokens; None for pool "none".
       tokens: [B, L, D] after the final norm, before any head; a cls token comes first.
-      mask: bool [B, L], False where a token is padding that attention does not see; None where all are seen.
+      mask: bool [B, L], False for padding that attention does not see; None if attention sees all tokens.
     """
 
     pooled: Any
@@ -33,12 +33,11 @@ def pool(name, tokens, mask=None, position=None):
     Args:
       name: the pool.
       tokens: [B, L, D].
-      mask: bool [B, L], False where a token is left out of "gap", "mean", "max", "concat", "all"; or None.
-      position: int [B], the token that "eos" and "argmax" return.
+      mask: bool [B, L], False leaves a token out of "gap", "mean", "max", "concat", "all"; or None.
+      position: int [B], index of the token that "eos" and "argmax" return.
 
     Returns:
-      [B, D], [B, L * D] for "concat", or [B, L, D] for "all"; in the dtype of tokens. A text with no token left pools
-      to 0.
+      [B, D], [B, L * D] for "concat", or [B, L, D] for "all"; in the dtype of tokens. A fully masked text pools to 0.
     """
     if name not in POOLS:
         raise UserError(f"pool is `{name}`; expected one of: map, none, {', '.join(POOLS)}")
@@ -99,7 +98,7 @@ POOLS: dict[str, Callable] = {
 class MapPool(nn.Module):
     """Multi-head attention pooling: y + mlp(norm(y)) with y = attn(probe, tokens).
 
-    Zhai et al. 2021, "Scaling Vision Transformers", section 3.2. Attributes: those of `transformer.Encoder`.
+    Zhai et al. 2021, "Scaling Vision Transformers", section 3.2. Attributes: see `transformer.Encoder`.
     """
 
     heads: int

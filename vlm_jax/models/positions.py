@@ -1,4 +1,4 @@
-"""Positions: learned, 2-D sine-cosine, the resampling of a learned table to another grid, relative ones."""
+"""Positions: learned, 2-D sine-cosine, relative; and resampling of a learned table to another grid."""
 
 import functools
 import math
@@ -12,10 +12,10 @@ from vlm_jax.errors import UserError
 
 
 def sincos2d(height, width, dim, temperature=10_000.0):
-    """2-D sine-cosine positions (Chen et al. 2021, "MoCo v3", appendix).
+    """Returns 2-D sine-cosine positions (Chen et al. 2021, "MoCo v3", appendix).
 
     Args:
-      height, width: of the grid, in patches.
+      height, width: size of the grid, in patches.
       dim: D, a multiple of 4.
       temperature: ratio of the longest to the shortest wavelength.
 
@@ -31,20 +31,21 @@ def sincos2d(height, width, dim, temperature=10_000.0):
 
 
 def learned(module, length, width):
-    """The parameter `pos_embed` [1, length, width] of a linen module, N(0, 1 / width) at init."""
+    """Returns the parameter `pos_embed` [1, length, width] of a linen module, N(0, 1 / width) at init."""
     return module.param("pos_embed", nn.initializers.normal(width**-0.5), (1, length, width))
 
 
 def relative_bucket(ahead, buckets, distance, two_way):
-    """The row of a table of relative positions (Raffel et al. 2020, arXiv:1910.10683, section 2.1; Mesh TensorFlow).
+    """Returns the row in a table of relative positions (Raffel et al. 2020, arXiv:1910.10683, section 2.1).
 
-    Half of the rows are for exact distances, the others for ranges that grow by a constant factor up to `distance`.
+    Follows Mesh TensorFlow: half of the rows are for exact distances, the others for ranges that grow by a constant
+    factor up to `distance`.
 
     Args:
       ahead: integers, the key's position minus the query's.
       buckets: rows of the table.
-      distance: from which on all share the last row.
-      two_way: keys ahead have the upper half of the rows; without, they share the row of distance 0.
+      distance: distances from here on share the last row.
+      two_way: True: keys ahead use the upper half of the rows; False: keys ahead share the row of distance 0.
 
     Returns:
       integers of the same shape, 0 <= row < buckets.
@@ -57,12 +58,12 @@ def relative_bucket(ahead, buckets, distance, two_way):
     exact = buckets // 2
     ranges = buckets - exact
     ends = [exact * (distance / exact) ** (k / ranges) for k in range(1, ranges)]
-    ends = jnp.asarray([math.ceil(end - 1e-6) for end in ends], jnp.int32)  # whole numbers: no platform's logarithm
+    ends = jnp.asarray([math.ceil(end - 1e-6) for end in ends], jnp.int32)  # integers: the same on any platform
     return first + jnp.where(away < exact, away, exact + jnp.searchsorted(ends, away, "right", method="compare_all"))
 
 
 class RelativeBias(nn.Module):
-    """What attention adds to its logits for the distance of a key from a query: a table [buckets, heads].
+    """The bias on attention logits by the distance of a key from a query: a table [buckets, heads].
 
     Attributes:
       heads: attention heads.
@@ -76,19 +77,19 @@ class RelativeBias(nn.Module):
 
     @nn.compact
     def __call__(self, ahead):
-        """Positions of keys minus those of queries, integers [Lq, Lk] -> fp32 [heads, Lq, Lk]."""
+        """Key positions minus query positions, integers [Lq, Lk] -> fp32 [heads, Lq, Lk]."""
         init = nn.initializers.normal(0.1)
         table = self.param("table", init, (self.buckets, self.heads))
         return jnp.moveaxis(table[relative_bucket(ahead, self.buckets, self.distance, self.two_way)], -1, 0)
 
 
 def resample_posemb(table, old_grid, new_grid, method="linear"):
-    """Resamples a learned table to another grid, as one of the published methods does.
+    """Resamples a learned table to another grid by one of the published methods.
 
     Args:
-      table: [1, h * w, D]; rows of other tokens (cls) are the caller's to split off.
+      table: [1, h * w, D]; the caller splits off rows of other tokens (cls).
       old_grid: (h, w) of the table.
-      new_grid: (h, w) wanted.
+      new_grid: the target (h, w).
       method: a key of `RESAMPLING`: "linear", corner-aligned (big_vision: `scipy.ndimage.zoom(order=1)`); "bicubic",
         antialiased (open_clip, timm); "bicubic_sharp", not antialiased, a = -0.75 (DINOv2 and ViT in Transformers).
 
@@ -109,8 +110,8 @@ def resampled(table, old_grid, grids, length):
     Args:
       table: [h * w, D].
       old_grid: (h, w) of the table.
-      grids: integers [B, 2], the (h, w) wanted.
-      length: N, of which a picture's first h * w count, row by row.
+      grids: integers [B, 2], the target (h, w).
+      length: N; of each picture the first h * w positions count, row by row.
 
     Returns:
       [B, N, D].
@@ -122,7 +123,7 @@ def resampled(table, old_grid, grids, length):
         step = old / new[:, None]
         distance = jnp.arange(old) - ((at + 0.5) * step - 0.5)[..., None]
         share = jnp.maximum(1 - jnp.abs(distance) / jnp.maximum(step, 1)[..., None], 0)
-        return share / jnp.maximum(share.sum(-1, keepdims=True), 1e-6)  # beyond the picture there may be none
+        return share / jnp.maximum(share.sum(-1, keepdims=True), 1e-6)  # weights beyond the picture may all be 0
 
     rows, columns = (weights(old_grid[axis], grids[:, axis], wanted[axis]) for axis in (0, 1))
     share = rows[..., :, None] * columns[..., None, :]
@@ -130,13 +131,13 @@ def resampled(table, old_grid, grids, length):
 
 
 def _corner_aligned(old, new):
-    """Linear weights [new, old]; the first and the last row stay where they are."""
+    """Returns linear weights [new, old]; the first and last rows keep their places."""
     at = np.linspace(0.0, old - 1.0, new) if new > 1 else np.zeros(1)
     return np.maximum(1 - np.abs(at[:, None] - np.arange(old)), 0)
 
 
 def _bicubic(old, new, a, antialias):
-    """Keys' kernel with parameter a at pixel centres, weights [new, old]; edges repeat unless antialiased."""
+    """Returns weights [new, old] of Keys' kernel (parameter a) at pixel centres; edges repeat unless antialiased."""
     step = old / new
     stretch = max(step, 1.0) if antialias else 1.0
     reach = int(np.ceil(2 * stretch)) + 1

@@ -1,4 +1,4 @@
-"""A prefix language model: one stack for what is given and what follows (Raffel et al. 2020, section 3.2.1; UL2)."""
+"""A prefix language model: one stack for the input and the targets (Raffel et al. 2020, section 3.2.1; UL2)."""
 
 import jax.numpy as jnp
 
@@ -8,25 +8,25 @@ from vlm_jax.models.transformer import room
 
 
 class PrefixLM(Conditional, kw_only=True):
-    """A decoder that reads input, start token and targets as one sequence; the input's tokens see each other both ways.
+    """A decoder that reads input, start token and targets as one sequence; attention within the input is bidirectional.
 
-    The inputs are token ids, integers [B, P]. Their padding moves to the front, where nothing sees it: so the targets
-    follow the input's last token, at the distances they have without padding. Positions must be relative.
+    The inputs are token ids, integers [B, P]. Padding of the inputs moves to the front and is masked. The targets thus
+    follow the input's last token, with the same distances as without padding. Positions must be relative.
 
     Attributes:
       decoder: `Decoder` without cross-attention.
-      pad_id: of inputs, hidden from all.
+      pad_id: id of padding in inputs; no token attends to padding.
     """
 
     pad_id: int = 0
 
     def encode(self, input_ids, *, train=False):
-        """Token ids [B, P] -> (the same, padding first, bool [B, P]: False where it is padding)."""
+        """Moves padding to the front: token ids [B, P] -> (token ids [B, P], bool [B, P], False for padding)."""
         if self.decoder.posemb != "none":
             raise UserError(f'a prefix LM has relative positions; set posemb="none", not "{self.decoder.posemb}"')
         length = input_ids.shape[1]
         real = input_ids != self.pad_id
-        spare = jnp.argmax(real[:, ::-1], axis=1)[:, None]  # padding at the end
+        spare = jnp.argmax(real[:, ::-1], axis=1)[:, None]  # number of padding tokens at the end
         ids = jnp.take_along_axis(input_ids, (jnp.arange(length) - spare) % length, axis=1)
         return ids, ids != self.pad_id
 
@@ -41,14 +41,14 @@ class PrefixLM(Conditional, kw_only=True):
         position=None,
         train=False,
     ):
-        """`Decoded` of token ids [B, L] that follow an input.
+        """Returns `Decoded` of token ids [B, L] that follow an input.
 
         Args:
-          token_ids: start token and targets, or some of them.
-          context, context_mask: what `encode` returned; context is None after the first step with caches.
-          bidirectional: bool [B, L], without caches: which of token_ids all positions see.
-          caches: of `new_caches` in the first step, whose result has room for the input as well.
-          position: of token_ids among the targets; 0 in the first step.
+          token_ids: start token and targets, or a part of both.
+          context, context_mask: results of `encode`; context is None after the first step with caches.
+          bidirectional: bool [B, L], only without caches: the token_ids that all positions see.
+          caches: in the first step from `new_caches`; the returned caches also have room for the input.
+          position: index of token_ids among the targets; 0 in the first step.
           train: whether dropout is active.
         """
         given = context_mask.shape[1]

@@ -18,18 +18,19 @@ class TextTransformer(Encoder, kw_only=True):
 
     Attributes:
       vocab_size: V.
-      length: of the position table: the longest text.
+      length: rows of the position table: the longest text.
       pool: "last", "first", "eos" (the first eos_id), "argmax" (the largest id), "mean", "max", "map", "concat" or
         "none".
       causal: whether a token sees earlier tokens only.
       posemb: "learned" or "none".
       pad_id: the id of padding, for pad_mask.
-      pad_mask: whether padding is hidden from attention and from the pool.
+      pad_mask: whether attention and the pool ignore padding.
       eos_id: the id that pool "eos" looks for.
-      pool_exclude: ids left out of the pools "mean", "max", "map" and "concat" (BOS and EOS, say); attention sees them.
-      embed_std: standard deviation of the token embeddings at init; None is D ** -0.5.
+      pool_exclude: ids left out of the pools "mean", "max", "map" and "concat", e.g. BOS and EOS; attention sees these
+        ids.
+      embed_std: standard deviation of the token embeddings at init; defaults to D ** -0.5.
       pre_norm: whether a norm follows the positions.
-      token_types: rows of the token type table, of which every token gets the first (BERT: 2); 0 for none.
+      token_types: rows of the token type table (BERT: 2); every token gets the first row. 0 for no table.
       Others: see `Encoder`.
     """
 
@@ -86,7 +87,7 @@ class TextTransformer(Encoder, kw_only=True):
         if self.pool == "argmax":
             position = jnp.argmax(token_ids, axis=-1)
         elif self.pool == "eos":
-            position = jnp.argmax(token_ids == self.eos_id, axis=-1)  # the first one; 0 where there is none
+            position = jnp.argmax(token_ids == self.eos_id, axis=-1)  # the first one; 0 without any
         return self.summarise(x, mask=mask, pool_mask=pool_mask, position=position)
 
     def _check(self, token_ids):

@@ -1,4 +1,4 @@
-"""Cross-entropy over a vocabulary, without all logits at once."""
+"""Cross-entropy over a vocabulary, computed in chunks to save memory."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -33,7 +33,8 @@ def token_loss(
     """-(1 - e) log p(target) - e mean_v log p(v) + z (log sum_v exp logit_v)^2.
 
     Label smoothing: Szegedy et al. 2015 (arXiv:1512.00567, section 7); z-loss: Chowdhery et al. 2022 (arXiv:2204.02311,
-    section 5). Logits of long texts are made `chunk` positions at a time, and again for the gradient: never [B, L, V].
+    section 5). Logits of long texts are computed `chunk` positions at a time, and again for the gradient. Memory never
+    holds [B, L, V].
 
     Args:
       logits: hidden [B, l, D] -> logits fp32 [B, l, V].
@@ -41,7 +42,7 @@ def token_loss(
       targets: integers [B, L].
       label_smoothing: e.
       z_loss: z.
-      chunk: positions at a time, at most.
+      chunk: maximum number of positions at a time.
     """
 
     def some(hidden, targets):

@@ -1,7 +1,7 @@
-"""The one transformer: the block, and the stack of them that every tower and decoder is.
+"""The transformer of all towers and decoders: the block, and the stack of blocks.
 
-Residual blocks (Vaswani et al. 2017), norms before the branches (Dosovitskiy et al. 2020) or after them (BERT). What
-released models differ in is a field.
+Residual blocks (Vaswani et al. 2017), norms before the branches (Dosovitskiy et al. 2020) or after them (BERT). Fields
+cover the differences between released models.
 """
 
 import functools
@@ -27,10 +27,10 @@ REMAT = {
 
 
 class Cache(NamedTuple):
-    """What a block keeps while decoding.
+    """A block's state while decoding.
 
     Attributes:
-      attn: `KeyValues` of the tokens so far, with room for those to come.
+      attn: `KeyValues` of the tokens so far, with room for later tokens.
       cross_attn: `KeyValues` of the context; None before the first step, and without cross-attention.
     """
 
@@ -39,13 +39,13 @@ class Cache(NamedTuple):
 
 
 class AttentionInputs(NamedTuple):
-    """What is beside the tokens, the same for all blocks.
+    """Inputs of attention besides the tokens, the same for all blocks.
 
     Attributes:
-      mask: bool [B | 1, 1, L | 1, Lk], which keys a token sees, or None.
-      context: [B, Lc, Dc], what cross-attention reads; None without, and once it is in the caches.
+      mask: bool [B | 1, 1, L | 1, Lk], True where a token sees a key, or None.
+      context: [B, Lc, Dc], input of cross-attention; None without cross-attention, and if the caches hold the context.
       context_mask: bool [B, 1, 1, Lc], False where context is padding, or None.
-      position: integer scalar, where in the caches the tokens stand; None without caches.
+      position: integer scalar, the tokens' place in the caches; None without caches.
       bias: [1, heads, L, Lk], added to the logits of self-attention, or None; `Encoder.stack` makes it.
     """
 
@@ -57,25 +57,25 @@ class AttentionInputs(NamedTuple):
 
 
 def over_heads(mask):
-    """bool [B, Lk] or [B, L, Lk] -> [B, 1, 1 | L, Lk], as attention takes it; None stays None."""
+    """Adds the axis of heads to a mask: bool [B, Lk] or [B, L, Lk] -> [B, 1, 1 | L, Lk]; None stays None."""
     if mask is None:
         return None
     return mask[:, None, None] if mask.ndim == 2 else mask[:, None]
 
 
 def room(caches):
-    """For how many tokens caches, one or several, have room."""
+    """Returns the number of tokens that caches, one or several, have room for."""
     return jax.tree.leaves(caches)[0].shape[-3]
 
 
 class Block(nn.Module):
-    """x + attn(norm1(x)), then x + mlp(norm2(x)); each branch scaled, dropped out and dropped whole if asked for.
+    """x + attn(norm1(x)), then x + mlp(norm2(x)); optional layer scale, dropout and drop path on each branch.
 
-    With cross "inside", x + cross_attn(cross_norm(x), context) comes between (Vaswani et al. 2017); with "after", it
-    follows, reads context_norm(context) and has an MLP of its own (CoCa). With post_norm: norm1(x + attn(x)), then
-    norm2(x + mlp(x)).
+    With cross "inside", x + cross_attn(cross_norm(x), context) stands between the two (Vaswani et al. 2017). With
+    "after", cross-attention follows them, reads context_norm(context) and has its own MLP (CoCa). With post_norm:
+    norm1(x + attn(x)), then norm2(x + mlp(x)).
 
-    Attributes: those of `Encoder`, and train: whether dropout and drop path are active.
+    Attributes: see `Encoder`; and train: whether dropout and drop path are active.
     """
 
     heads: int
@@ -113,7 +113,7 @@ class Block(nn.Module):
         own, read = (None, None) if cache is None else cache
 
         def residual(x, name, norm, branch):
-            """The sum, and what else the branch returns."""
+            """Returns the sum, and the branch's second result."""
             y, other = branch(x if self.post_norm else norm(x))
             x = x + self._branch(name, y, drop_path)
             return norm(x) if self.post_norm else x, other
@@ -151,36 +151,36 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module, kw_only=True):
-    """What an image and a text tower share: the fields, the stack of blocks, and the final norm.
+    """The shared base of towers and decoders: the fields, the stack of blocks, and the final norm.
 
     Attributes:
-      width: D, of the tokens.
+      width: D, width of the tokens.
       depth: number of blocks.
       heads: attention heads.
-      mlp_dim: hidden width of the MLP; None is 4 * width.
-      head_dim: width of an attention head; None is width / heads.
+      mlp_dim: hidden width of the MLP; defaults to 4 * width.
+      head_dim: width of an attention head; defaults to width / heads.
       activation: a key of `ACTIVATIONS`.
       gated: gated MLP.
       norm: "layernorm" or "rmsnorm".
-      norm_eps: its epsilon.
+      norm_eps: epsilon of the norms.
       norm_bias: whether the norms inside blocks have a bias (the final norm always has).
-      post_norm: whether norms follow the branches (BERT); there is no final norm then.
+      post_norm: whether norms follow the branches (BERT); the stack then has no final norm.
       attn_bias: whether attention projections have biases.
-      attn_scale: factor on attention's q k^T; None is head_dim ** -0.5 (T5: 1.0).
+      attn_scale: factor on attention's q k^T (T5: 1.0); defaults to head_dim ** -0.5.
       mlp_bias: whether MLP matrices have biases.
-      layer_scale: initial value of a learned scale on each branch; None for none.
+      layer_scale: initial value of a learned scale on each branch; None for no scale.
       dropout: rate after the positions, the MLP activation and each branch.
-      drop_path: rate of the last block; grows linearly from 0 at the first.
-      scan: whether the blocks are one `lax.scan`, parameters stacked in `blocks` with a leading layer axis.
-      remat: a key of `REMAT`: what a block keeps for the backward pass ("none": everything).
+      drop_path: rate of the last block; rates grow linearly from 0 at the first block.
+      scan: whether the blocks are one `lax.scan`, with parameters stacked in `blocks` (leading layer axis).
+      remat: a key of `REMAT`: the values that a block keeps for the backward pass ("none": all values).
       implementation: see `kernels.attention`.
-      pool: how tokens become one vector: "map" (attention with a learned query), a key of `pooling.POOLS`, "none".
-      rep_dim: width of tanh(dense(pooled)) before the head (ViTs pretrained on ImageNet-21k); None for none.
-      out_dim: width of the projection head; None for none.
+      pool: the pool: "map" (attention with a learned query), a key of `pooling.POOLS`, or "none".
+      rep_dim: width of tanh(dense(pooled)) before the head (ViTs pretrained on ImageNet-21k); None for no such layer.
+      out_dim: width of the projection head; None for no head.
       head_bias: whether the head has a bias.
-      relative_buckets: rows of the table of relative positions that all blocks share (T5); 0 for none.
-      relative_distance: from which on all distances share a row of it.
-      relative_two_way: whether what is ahead has rows of its own.
+      relative_buckets: rows of the table of relative positions that all blocks share (T5); 0 for no table.
+      relative_distance: distances from here on share one row of the table.
+      relative_two_way: whether keys ahead of the query have their own rows.
       dtype: compute dtype.
     """
 
@@ -214,7 +214,7 @@ class Encoder(nn.Module, kw_only=True):
     dtype: str = "float32"
 
     def new_norm(self, name):
-        """A norm of this encoder's kind."""
+        """Returns a norm of this encoder's kind."""
         return Norm(self.norm, self.norm_eps, dtype=self.dtype, name=name)
 
     def encode(self, x, *, mask=None, causal=False, train=False):
@@ -222,7 +222,7 @@ class Encoder(nn.Module, kw_only=True):
 
         Args:
           x: tokens with positions [B, L, D].
-          mask: bool [B, L], False where a token is padding, or [B, L, L], which token sees which, or None.
+          mask: bool [B, L], False for padding; or [B, L, L], True where token i sees token j; or None.
           causal: whether token i sees tokens 0..i only.
           train: whether dropout and drop path are active (they draw from the rng `dropout`).
 
@@ -232,13 +232,13 @@ class Encoder(nn.Module, kw_only=True):
         return self.stack(x, AttentionInputs(over_heads(mask)), causal=causal, train=train)[0]
 
     def stack(self, x, around, *, caches=None, causal=False, cross=None, train=False, norm=True):
-        """As `encode`, with all that a decoder needs.
+        """Like `encode`, with the additional inputs of a decoder.
 
         Args:
           x, causal, train: as for `encode`.
           around: `AttentionInputs`.
-          caches: what `new_caches` or the last call returned, or None.
-          cross: where blocks have cross-attention, see `Block`; None for none.
+          caches: result of `new_caches` or of the last call, or None.
+          cross: place of cross-attention in blocks, see `Block`; None for no cross-attention.
           norm: whether the final norm follows.
 
         Returns:
@@ -297,7 +297,7 @@ class Encoder(nn.Module, kw_only=True):
         return self.new_norm("norm")(x) if norm and not self.post_norm else x, caches
 
     def new_caches(self, batch, length):
-        """Empty caches for `stack`: a list of `Cache`, or, with scan, one with a leading layer axis."""
+        """Returns empty caches for `stack`: a list of `Cache`, or, with scan, one `Cache` with a leading layer axis."""
         head_dim = self.head_dim or self.width // self.heads
         layers = (self.depth,) if self.scan else ()
         zeros = lambda: jnp.zeros((*layers, batch, length, self.heads, head_dim), self.dtype)
@@ -308,10 +308,10 @@ class Encoder(nn.Module, kw_only=True):
         """Pools and projects encoded tokens; called from the compact method of a tower.
 
         Args:
-          tokens: [B, L, D], what `encode` returned.
+          tokens: [B, L, D], result of `encode`.
           mask: bool [B, L], the mask given to `encode`, or None.
-          pool_mask: bool [B, L], False where a token is left out of the pool, or None.
-          position: int [B], the token that the pools "eos" and "argmax" take.
+          pool_mask: bool [B, L], False for tokens left out of the pool, or None.
+          position: int [B], index of the token for the pools "eos" and "argmax".
 
         Returns:
           `Encoded`.
@@ -342,5 +342,5 @@ class Encoder(nn.Module, kw_only=True):
         if self.out_dim:
             x = nn.Dense(self.out_dim, use_bias=self.head_bias, dtype=self.dtype, name="head")(x)
         if self.pool == "all":
-            x = pool("all", x, pool_mask)  # biases of the heads are no tokens
+            x = pool("all", x, pool_mask)  # heads' biases make left-out tokens nonzero
         return Encoded(x, tokens, mask)

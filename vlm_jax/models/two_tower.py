@@ -1,4 +1,4 @@
-"""Two towers that meet in one space: CLIP (Radford et al. 2021), LiT (Zhai et al. 2022), SigLIP (Zhai et al. 2023)."""
+"""Two towers, one embedding space: CLIP (Radford et al. 2021), LiT (Zhai et al. 2022), SigLIP (Zhai et al. 2023)."""
 
 import math
 from typing import Any
@@ -12,11 +12,11 @@ from vlm_jax.errors import UserError
 
 @flax.struct.dataclass
 class Embeddings:
-    """What two towers return; None where an input was None.
+    """The result of two towers; fields of an input None are None.
 
     Attributes:
-      image: fp32 [B, D], unit norm; of a tower with pool "all", [B, N, D], zeros for padding.
-      text: fp32 [B, D], unit norm; likewise [B, L, D].
+      image: fp32 [B, D], unit norm; for a tower with pool "all" [B, N, D], zeros for padding.
+      text: fp32 [B, D], unit norm; for a tower with pool "all" [B, L, D], zeros for padding.
       image_tokens: [B, N, D_image], before pool and head.
       text_tokens: [B, L, D_text], before pool and head.
       scale: fp32 scalar, the factor on cosines: exp(logit_scale); None for one tower alone.
@@ -32,7 +32,7 @@ class Embeddings:
 
 
 def unit(x, eps=1e-8):
-    """x / (|x| + eps) over the last axis, in fp32; zero (with a zero gradient) at zero."""
+    """Returns x / (|x| + eps) over the last axis, in fp32; value and gradient at zero are zero."""
     x = x.astype(jnp.float32)
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     norm = jnp.sqrt(jnp.where(square == 0, 1.0, square))
@@ -59,8 +59,8 @@ class TwoTower(nn.Module):
         """Embeds images and texts; either may be None.
 
         Args:
-          images: what the image tower takes, floating [B, H, W, 3], already normalised; or what it has returned
-            before, pooled [B, D], for a tower that is locked; or None.
+          images: inputs of the image tower, floating [B, H, W, 3], already normalised; or precomputed pooled outputs
+            [B, D] of a locked tower; or None.
           token_ids: integers [B, L], or None.
           train: whether dropout and drop path are active (they draw from the rng `dropout`).
 
@@ -100,7 +100,7 @@ class TwoTower(nn.Module):
 
 
 def _picture_size(tower):
-    """(height, width) of pictures that a tower can be initialised with."""
+    """Returns (height, width) of pictures for initialising a tower."""
     size = getattr(tower, "image_size", None)
     if size is None and hasattr(tower, "patch"):
         raise UserError("on precomputed embeddings the image tower's positions need config.model.image.image_size")

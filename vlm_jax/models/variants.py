@@ -1,4 +1,4 @@
-"""Sizes that have names.
+"""Named sizes of towers.
 
 Dosovitskiy et al. 2020, table 1; Zhai et al. 2021, table 2; Alabdulmohsin et al. 2023; T5 v1.1 (Xue et al. 2021, mT5,
 section 3.2, has the same); UL2 (Tay et al. 2022, section 5.1).
@@ -34,16 +34,16 @@ T5 = {  # width, depth of the encoder and of the decoder, mlp_dim, heads, head_d
 
 
 def t5(variant):
-    """The sizes of T5 v1.1 "base" or UL2 "20b": dict(width, depth, mlp_dim, heads, head_dim, activation)."""
+    """Returns the sizes of T5 v1.1 "base" or UL2 "20b": dict(width, depth, mlp_dim, heads, head_dim, activation)."""
     sizes = choose(T5, variant, "variant")
     return dict(zip(("width", "depth", "mlp_dim", "heads", "head_dim", "activation"), sizes, strict=True))
 
 
 def lookup(variant):
-    """The sizes of "B" (a text tower) or "B/32" (an image tower with patches of 32 px).
+    """Returns the sizes of "B" (a text tower) or "B/32" (an image tower with patches of 32 px).
 
     Returns:
-      dict(width, depth, mlp_dim, heads), and patch where the name has one.
+      dict(width, depth, mlp_dim, heads), and patch if the name has a patch size.
     """
     name, slash, patch = variant.partition("/")
     sizes = choose(VARIANTS, name, "variant")

@@ -12,7 +12,7 @@ from vlm_jax.models.transformer import Encoder
 
 
 def patchify(images, patch):
-    """Cuts images [B, H, W, C] into patches [B, h, w, patch * patch * C]; rows and columns left over are dropped."""
+    """Cuts images [B, H, W, C] into patches [B, h, w, patch * patch * C]; drops remaining rows and columns."""
     h, w = images.shape[1] // patch, images.shape[2] // patch
     images = images[:, : h * patch, : w * patch]
     images = images.reshape(images.shape[0], h, patch, w, patch, images.shape[-1])
@@ -24,13 +24,13 @@ class ViT(Encoder, kw_only=True):
 
     Attributes:
       patch: side of a patch in pixels.
-      image_size: (height, width) in pixels or one int, checked; None takes whatever the parameters are made for.
-        Packed patches need it: the position table is resampled from this size to each picture's.
+      image_size: (height, width) in pixels or one int; other sizes raise. None accepts every size that fits the
+        parameters. Packed patches need `image_size`: the position table is resampled from this size to each picture's.
       pool: "gap" (the mean of all tokens, cls included), "map", "tok", "concat", "max", "all" or "none".
       posemb: "learned", "sincos2d" or "none".
-      cls: whether a cls token comes first; None: exactly where pool is "tok".
-      cls_position: whether the learned positions have a row for it, the first (OpenAI's CLIP).
-      registers: learned tokens after the cls token, without position (Darcet et al. 2023).
+      cls: whether a cls token comes first; None: only if pool is "tok".
+      cls_position: whether the first row of the learned positions is for the cls token (OpenAI's CLIP).
+      registers: number of learned tokens after the cls token, without position (Darcet et al. 2023).
       patch_bias: whether the patch projection has a bias.
       pre_norm: whether a norm follows the positions (OpenAI's CLIP).
       Others: see `Encoder`.
@@ -53,7 +53,7 @@ class ViT(Encoder, kw_only=True):
         Args:
           images: floating [B, H, W, 3], already normalised; H and W at least `patch`. Or packed patches of pictures of
             different sizes (NaFlex: Tschannen et al. 2025, section 2.4.2), dict(patches=floating
-            [B, N, patch * patch * 3], grid=integers [B, 2]): row by row, of which the first grid.prod() count.
+            [B, N, patch * patch * 3], grid=integers [B, 2]): row by row; the first grid.prod() patches count.
           train: whether dropout and drop path are active.
 
         Returns:
@@ -95,7 +95,7 @@ class ViT(Encoder, kw_only=True):
         raise UserError(f"posemb is `{self.posemb}`; expected one of: learned, sincos2d, none")
 
     def _packed(self, images, has_cls):
-        """Patches [B, N, P], positions [B, N, D], mask bool [B, N]."""
+        """Returns patches [B, N, P], positions [B, N, D], mask bool [B, N]."""
         patches, grid = images["patches"], images["grid"]
         if patches.ndim != 3 or patches.shape[-1] != 3 * self.patch**2 or grid.shape != (patches.shape[0], 2):
             raise UserError(

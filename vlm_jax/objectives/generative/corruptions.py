@@ -18,7 +18,7 @@ class Corrupted(NamedTuple):
 
     Attributes:
       inputs: integers [B, L].
-      bidirectional: bool [B, L], inputs that all positions see; None: only later positions see an input.
+      bidirectional: bool [B, L], inputs that all positions see; None: attention is causal.
       counts: bool [B, L], tokens that count in the loss; None for all.
       kind: integers [B], for a mixture: the number of the part that corrupted the caption.
     """
