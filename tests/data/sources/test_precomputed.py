@@ -85,7 +85,7 @@ def test_what_does_not_fit_is_named(lit, tmp_path):
     settings, _, uri, folder = lit
     with pytest.raises(UserError, match="holds embeddings of other settings"):
         precompute(settings | dict(preprocess="decode | resize(16)"), folder, uri=uri, batch_size=8, shard_size=8)
-    with pytest.raises(UserError, match=r"model_init\.image should name the checkpoint"):
+    with pytest.raises(UserError, match=r"lacks model_init\.image; expected the checkpoint"):
         precompute(settings | dict(model_init=None), tmp_path, uri=uri)
     with pytest.raises(UserError, match="has no image/head/bias"):
         headed = dict(settings["model"], image=dict(IMAGE, out_dim=4))

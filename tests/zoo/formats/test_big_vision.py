@@ -14,7 +14,7 @@ from tests.support.paths import GOLDEN
 from tests.support.released import read, unpack
 from vlm_jax.errors import UserError
 from vlm_jax.params.table import named_leaves
-from vlm_jax.pretrained.pretrained import embed
+from vlm_jax.pretrained.embedding import embed
 from vlm_jax.zoo import recognize
 from vlm_jax.zoo.formats import big_vision
 from vlm_jax.zoo.readers.tensors import write_npz
