@@ -1,4 +1,4 @@
-"""The catalogue of methods: each is declared once, by the decorator of its function.
+"""The catalogue of methods: a decorator declares each method once, at its function.
 
     @method(
         family="modules", paper="arXiv:2106.09685", where="eq. 3", differs="a low-rank update beside dense layers",
@@ -6,8 +6,8 @@
     )
     def lora(model: nn.Module, *, rank: int = 4) -> Recipe: ...
 
-The name is the function's, the options are its keyword-only arguments. Declarations are read by `ast`: their arguments
-are literals, and listing methods imports no JAX. A function is imported when it is used.
+A method has the name of its function. Its options are the keyword-only arguments. Declarations are read by `ast`: their
+arguments are literals, and listing methods imports no JAX. A function is imported at its first use.
 """
 
 import ast
@@ -25,18 +25,18 @@ from vlm_jax.errors import UserError
 PACKAGE = Path(__file__).parent
 CONFIGS = next(
     filter(Path.is_dir, (PACKAGE / "configs", PACKAGE.with_name("configs")))
-)  # of a wheel, of the repository
+)  # in a wheel, in the repository
 _OWN: dict[tuple[str, str], Callable] = {}  # (family, name) -> a method declared outside the package
 VERDICTS = PACKAGE / "verdicts.json"  # study -> claim -> verdict, written by experiments/study.py
 
 
 class Family(NamedTuple):
-    """What declarations of one family have in common.
+    """Properties shared by all methods of one family.
 
     Attributes:
-      kind: what the names are looked up as; names of one kind are unique.
-      takes: what the functions take and return.
-      run: how a method is used, `{name}` stands for its name.
+      kind: the namespace of the names; names of one kind are unique.
+      takes: inputs and outputs of the functions.
+      run: how to use a method; `{name}` stands for its name.
     """
 
     kind: str
@@ -72,21 +72,21 @@ FAMILIES = {
 
 
 class Declaration(NamedTuple):
-    """A method, as its decorator and its signature declare it.
+    """A method, read from its decorator and its signature.
 
     Attributes:
-      name: of the function; of a recipe, of its file.
+      name: the function's name; a recipe has the name of its file.
       family: a key of `FAMILIES`.
       differs: what the method changes, in a few words.
-      paper: "arXiv:..." or how else the paper is found; "" for what has none.
+      paper: "arXiv:..." or another reference; "" without a paper.
       where: section or equation of the paper.
-      claim: "study: row", a row of `verdicts.json`; "" if nothing was claimed that a study asks.
-      system: name of the published system, where it has another one.
-      module, function: what is imported.
-      path, line: where it is declared, the path relative to the package's parent.
-      needs: config key -> value, without which the method does not run.
-      count: number of parameters that train, a formula of the options and of D_t, D_v (widths of the text and of the
-        image tower), L_t, L_v (their depths) and E (width of the embeddings); "" where it is not the paper's point.
+      claim: "study: row", a row of `verdicts.json`; "" if no study tests a claim of the method.
+      system: name of the published system, if it differs from `name`.
+      module, function: what to import.
+      path, line: place of the declaration; the path is relative to the package's parent.
+      needs: config key -> value; the method does not run without these values.
+      count: number of parameters that train, a formula of the options and of D_t, D_v (widths of the text and image
+        tower), L_t, L_v (depths of the two towers) and E (width of the embeddings); "" if the paper claims no number.
       identity: whether the adapted model is the base model before it is trained.
       options: keyword-only argument -> its default, as source text.
       summary: first line of the docstring.
@@ -111,19 +111,19 @@ class Declaration(NamedTuple):
 
     @property
     def run(self) -> str:
-        """How the method is used."""
+        """The command line or the option that uses the method."""
         words = [FAMILIES[self.family].run.format(name=self.name)]
         return " ".join([*words, *(f"--config.{key}={value}" for key, value in self.needs.items())])
 
     @property
     def verdict(self) -> str:
-        """What the study found of the claim; "" without a claim."""
+        """The study's verdict on the claim; "" without a claim."""
         study, _, row = self.claim.partition(": ")
         return _verdicts()[study][row] if study else ""
 
     @property
     def test(self) -> str:
-        """The test under the same path in tests/, of the file or of a folder around it; "" if there is none here."""
+        """The test under the same path in tests/, for the file or an enclosing folder; "" if there is no test."""
         path = PurePosixPath(self.path.removesuffix("/__init__.py"))
         for near in (path, *path.parents[:-2]):
             test = PurePosixPath("tests", *near.parent.parts[1:], f"test_{near.stem}.py")
@@ -132,7 +132,7 @@ class Declaration(NamedTuple):
         return ""
 
     def load(self) -> Callable:
-        """The function, imported now."""
+        """Imports and returns the function."""
         return getattr(importlib.import_module(self.module), self.function)
 
 
@@ -148,10 +148,10 @@ def method(
     count: str = "",
     identity: bool = False,
 ) -> Callable[[Callable], Callable]:
-    """Declares a function as a method; the arguments are literals, see `Declaration`. The function is unchanged.
+    """Declares a function as a method and returns the function unchanged.
 
-    A function outside the package, of a notebook or a file of yours, is known in this process from then on, and
-    overrides a method of that name.
+    The arguments are literals, see `Declaration`. A function outside the package, e.g. in a notebook or in your own
+    file, is registered for this process and overrides a method of the same name.
     """
 
     def declare(function):
@@ -163,7 +163,7 @@ def method(
 
 
 def of(*families: str) -> dict[str, Declaration]:
-    """Name -> declaration of some families, in the order of families, files and lines.
+    """Returns `{name: declaration}` of some families, ordered by family, file and line.
 
     Raises:
       UserError: there is no such family; a declaration is wrong, see `read`.
@@ -175,12 +175,12 @@ def of(*families: str) -> dict[str, Declaration]:
 
 
 def get(families: str | tuple[str, ...], name: str, where: str) -> Callable:
-    """The function of a method.
+    """Returns the function of a method.
 
     Args:
-      families: where it may be declared.
-      name: its name.
-      where: what is chosen, for messages, e.g. "config.objective.penalty".
+      families: families to look in.
+      name: name of the method.
+      where: name of the choice in messages, e.g. "config.objective.penalty".
 
     Raises:
       UserError: none of the families has the name.
@@ -198,13 +198,13 @@ def build(family: str, spec: str | Mapping[str, Any], where: str, **fixed: Any) 
     """Builds a part from its name, or from a dict with its name and arguments.
 
     Args:
-      family: of the part.
+      family: the part's family.
       spec: "softmax", or dict(name="softmax", label_smoothing=0.1).
-      where: how the section is called in messages, e.g. "config.objective.penalty".
-      **fixed: arguments that the caller gives and the section may not.
+      where: name of the section in messages, e.g. "config.objective.penalty".
+      **fixed: arguments from the caller; the section may not set them.
 
     Raises:
-      UserError: there is no such name, or an argument that it does not take.
+      UserError: the family has no such name, or the part does not take an argument.
     """
     arguments = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = arguments.pop("name", None)
@@ -213,7 +213,7 @@ def build(family: str, spec: str | Mapping[str, Any], where: str, **fixed: Any) 
 
 
 def unknown(what: str, name: str, known: Mapping[str, Any]) -> str:
-    """The message for a name that is not among those known."""
+    """Returns the error message for a name that is not in `known`."""
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" (did you mean `{close[0]}`?)" if close else ""
     return f"{what}{hint}" if close and len(known) > 12 else f"{what}; expected one of: {', '.join(known)}{hint}"
@@ -221,10 +221,10 @@ def unknown(what: str, name: str, known: Mapping[str, Any]) -> str:
 
 @functools.cache
 def read() -> tuple[Declaration, ...]:
-    """All declarations of the package and of the recipes in configs/.
+    """Returns all declarations of the package and of the recipes in configs/.
 
     Raises:
-      UserError: an argument that is no literal, a family or a claim that does not exist, two methods of one name.
+      UserError: an argument is not a literal, a family or a claim does not exist, or two methods share a name.
     """
     found: dict[tuple[str, str], Declaration] = {}
     for folder, package in ((PACKAGE, "vlm_jax"), (CONFIGS, "configs")):

@@ -4,8 +4,8 @@
     vlm-jax methods lora
     vlm-jax methods --family=prompts --json
 
-With names, only these are shown, in full; with --family, one family. A method is declared by the decorator of its
-function, see `vlm_jax.catalogue`.
+With names, the command shows only these methods, in full; with --family, one family. A decorator declares each method,
+see `vlm_jax.catalogue`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ from vlm_jax.errors import UserError
 
 
 def describe(declaration: Declaration) -> dict[str, Any]:
-    """A method as JSON: everything that is declared, its verdict, and where its code and its test are."""
+    """Returns a method as JSON: the whole declaration, its verdict, the places of code and test."""
     fields = declaration._asdict()
     order = ("name", "family", "system", "paper", "where", "differs", "claim")
     return {
@@ -34,7 +34,7 @@ def describe(declaration: Declaration) -> dict[str, Any]:
 
 
 def table(declarations: Iterable[Declaration]) -> str:
-    """Families with a line for each method: name, paper, what it changes, verdict."""
+    """Returns all families with one line a method: name, paper, what the method changes, verdict."""
     declarations, lines = list(declarations), []
     width = max((len(d.name) for d in declarations), default=0)
     for family in FAMILIES:
@@ -51,7 +51,7 @@ def _short(declaration: Declaration) -> str:
 
 
 def page(declaration: Declaration) -> str:
-    """All that is known of one method, a line for each thing."""
+    """Returns all facts about one method, one a line."""
     about = describe(declaration)
     facts = {
         "system": about["system"],
@@ -70,7 +70,7 @@ def page(declaration: Declaration) -> str:
 
 def main(argv: Sequence[str], values: flags.FlagValues) -> command.Answer:
     families = [values.family] if values.family else list(FAMILIES)
-    catalogue.of(*families)  # names a family that does not exist
+    catalogue.of(*families)  # raises if a family does not exist
     chosen = [d for d in catalogue.read() if d.family in families]
     names = argv[1:]
     known = dict.fromkeys(name for d in chosen for name in (d.name, d.system) if name)

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: one function, a plain reference, and the implementations that compete with it.
+"""Scaled dot-product attention: one function, a plain reference, and several implementations.
 
 Vaswani et al. 2017, "Attention Is All You Need", equation 1: softmax(scale q k^T + bias) v, softmax in fp32.
 """
@@ -26,7 +26,7 @@ IMPLEMENTATIONS = {
     "gpu": _gpu.gpu,
     "gpu_interpret": functools.partial(_gpu.gpu, interpret=True),
 }
-"""Name -> function. `*_interpret` is the same kernel run by Pallas's interpreter on any platform, slowly: for tests."""
+"""Name -> function. `*_interpret` runs the same kernel in Pallas's interpreter on any platform, slowly: for tests."""
 
 LACKS = {
     "cudnn": cudnn_lacks,
@@ -35,11 +35,11 @@ LACKS = {
     "gpu": _gpu.lacks,
     "gpu_interpret": _gpu.lacks,
 }
-"""Name -> what of (q, k, bias, mask) the implementation cannot do, in words, or None."""
+"""Name -> function of (q, k, bias, mask) that returns in words the unsupported argument, or None."""
 
 
 class Choice(NamedTuple):
-    """Which implementation `attention` runs for given arguments, and why."""
+    """The implementation that `attention` runs for given arguments, and the reason."""
 
     implementation: str
     reason: str
@@ -53,17 +53,17 @@ def attention(q, k, v, *, bias=None, mask=None, causal=False, scale=None, implem
       k: keys [B, Lk, H, D].
       v: values [B, Lk, H, D].
       bias: added to the scaled logits; broadcasts to [B, H, Lq, Lk].
-      mask: bool, True where a query may see a key; broadcasts to [B, H, Lq, Lk]. A query that may see nothing
+      mask: bool, True where a query may see a key; broadcasts to [B, H, Lq, Lk]. A query without any visible key
         attends evenly to all keys.
       causal: query i sees keys 0..i only (positions count from the start of both).
-      scale: factor on q k^T; None is D ** -0.5.
+      scale: factor on q k^T; defaults to D ** -0.5.
       implementation: a key of `IMPLEMENTATIONS`; None chooses by platform and shape (see `explain`).
 
     Returns:
       [B, Lq, H, D] in q's dtype.
 
     Raises:
-      UserError: shapes that do not agree, an implementation that does not exist, or one that cannot do this.
+      UserError: the shapes do not agree, the implementation does not exist, or it does not support the arguments.
     """
     choice = explain(q, k, v, bias=bias, mask=mask, causal=causal, implementation=implementation)
     run = IMPLEMENTATIONS[choice.implementation]
@@ -74,10 +74,10 @@ def attention(q, k, v, *, bias=None, mask=None, causal=False, scale=None, implem
 def explain(q, k, v, *, bias=None, mask=None, causal=False, scale=None, implementation=None) -> Choice:
     """Returns the `Choice` that `attention` makes for the same arguments (arrays or `jax.ShapeDtypeStruct`s).
 
-    With implementation=None the platform decides when attention is traced: that of the ambient mesh's devices
-    (`jax.set_mesh`; so a program compiled ahead of time for a TPU holds the kernel), else `jax.default_backend()`. On a
-    TPU it is `tpu` where that can do the request, and `xla` everywhere else: no GPU has timed `gpu` yet, and `cudnn`
-    has to be asked for.
+    With implementation=None the platform decides, at trace time: the platform of the ambient mesh's devices
+    (`jax.set_mesh`; a program compiled ahead of time for a TPU thus holds the kernel), else `jax.default_backend()`. On
+    a TPU the choice is `tpu` if `tpu` supports the arguments. In all other cases the choice is `xla`; `cudnn` and `gpu`
+    (not yet timed on a GPU) run only by name.
     """
     del causal, scale
     _check(q, k, v, bias, mask)

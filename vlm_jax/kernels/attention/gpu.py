@@ -1,13 +1,13 @@
 """Attention on an NVIDIA GPU: Pallas (Triton) kernels, forward and backward.
 
-Dao et al. 2022, "FlashAttention", algorithms 1 and 4, on [B, L, H, D] as it lies. A program is (example, head, block of
-queries) and passes over blocks of keys with an online softmax. In the backward pass dK and dV are programs of a block
-of keys, dQ of a block of queries, and dbias of a block of logits that sums over the examples and heads that share it:
-nothing of size [B, H, Lq, Lk] is written and no atomics are needed. Triton wants powers of two: head_dim and
-lengths are padded to them in registers, by masked loads, never in memory.
+Dao et al. 2022, "FlashAttention", algorithms 1 and 4, on [B, L, H, D] without transposes. A program is (example, head,
+block of queries) and passes over blocks of keys with an online softmax. In the backward pass, dK and dV have a program
+for each block of keys, dQ for each block of queries, and dbias for each block of logits; a dbias program sums over the
+examples and heads that share the bias. No array of size [B, H, Lq, Lk] is written, and no atomics are needed. Triton
+requires powers of two: masked loads pad head_dim and lengths in registers, never in memory.
 
-The kernels are tested by interpretation and lowered for CUDA; no GPU has timed them, so `attention` does not choose
-them by itself. JAX deprecates Pallas's Triton backend from 0.12 on, in favour of Mosaic GPU.
+The tests interpret the kernels and lower them for CUDA. No GPU has timed the kernels, so `attention` never chooses them
+by default. JAX deprecates Pallas's Triton backend from 0.12 on, in favour of Mosaic GPU.
 """
 
 import functools
@@ -20,21 +20,21 @@ from jax.experimental.pallas import triton as plgpu
 
 from vlm_jax.kernels.attention.reference import HIDDEN
 
-SEES_NOTHING = 1e30  # in place of the log-sum-exp of a row whose keys are all hidden, as in `tpu_short`
+SEES_NOTHING = 1e30  # replaces the log-sum-exp of a row without visible keys, as in `tpu_short`
 
 
 class Static(NamedTuple):
-    """What is fixed when attention is traced."""
+    """Arguments that are fixed when attention is traced."""
 
     causal: bool
     scale: float
     interpret: bool
-    queries: int = 64  # of a block, a power of two
+    queries: int = 64  # queries of a block, a power of two
     keys: int = 64
 
 
 def lacks(q, k, bias, mask):
-    """What of these arguments the kernels cannot do, in words; None where they can."""
+    """Returns in words why the kernels do not support these arguments; None if they do."""
     del bias, mask
     if q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"dtype {q.dtype} (float32, bfloat16 and float16 only)"
@@ -47,7 +47,7 @@ def lacks(q, k, bias, mask):
 
 def gpu(q, k, v, *, bias, mask, causal, scale, interpret=False):
     """Attention by the Triton kernels; arguments as in `kernels.attention`."""
-    if isinstance(scale, jax.Array):  # traced: the kernels want a number
+    if isinstance(scale, jax.Array):  # traced, but the kernels need a number
         q, scale = (q * scale).astype(q.dtype), 1.0
     whole = lambda x: jnp.broadcast_to(x, (*x.shape[:2], q.shape[1], k.shape[1]))
     bias = None if bias is None else whole(bias.astype(jnp.float32))
@@ -61,7 +61,7 @@ def _attend(static, q, k, v, bias, mask):
 
 
 def _attend_forward(static, q, k, v, bias, mask):
-    out, lse = _forward(static, q, k, v, bias, mask, jnp.float32)  # rounded, it would cost `delta` its digits
+    out, lse = _forward(static, q, k, v, bias, mask, jnp.float32)  # unrounded, for the digits of `delta`
     return out.astype(q.dtype), (q, k, v, bias, mask, out, lse)
 
 
@@ -94,7 +94,7 @@ def _blocks(static, lq, lk):
 
 
 def _rows(array, by, size, dim):
-    """[B, L, H, D]: one example and head, all of it or (by block) `size` rows of it."""
+    """Returns the block of [B, L, H, D] for one example and head: all rows, or (by block) `size` rows."""
     length = pl.cdiv(array.shape[1], size) * size
     if by:
         return pl.BlockSpec((None, size, None, dim), lambda b, h, i: (b, i, h, 0))
@@ -141,14 +141,14 @@ def _run(static, by, kernel, name, arrays, results):
 
 
 def _load(ref, first, count, length, dim):
-    """Rows [first, first + count) of a head as [count, power of two], zero beyond its length and its head_dim."""
+    """Returns the row numbers first .. first + count - 1 and the mask of valid entries, [count, power of two] each."""
     row = first + jax.lax.broadcasted_iota(jnp.int32, (count, ref.shape[-1]), 0)
     lane = jax.lax.broadcasted_iota(jnp.int32, (count, ref.shape[-1]), 1)
     return row, (row < length) & (lane < dim)
 
 
 def _rows_of(ref, start, count, first, length, dim):
-    """Loads `count` rows from `start` of a ref whose own row 0 is number `first - start` of the head."""
+    """Loads `count` rows of a ref from `start`; row 0 of the ref is row `first - start` of the head."""
     _, there = _load(ref, first, count, length, dim)
     return plgpu.load(ref.at[pl.ds(start, count), :], mask=there, other=0.0)
 
@@ -160,7 +160,7 @@ def _dot(a, b, transpose=(False, False)):
 
 
 def _logits(static, q, k, bias, mask, query, key, lk):
-    """[queries, keys] in fp32: hidden keys at HIDDEN, keys beyond the last at -inf."""
+    """Returns logits [queries, keys] in fp32: HIDDEN for hidden keys, -inf for keys beyond the last."""
     logits = _dot(q, k, (False, True)) * static.scale
     if bias is not None:
         logits = logits + bias
@@ -211,7 +211,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, *refs, static, lq, lk, dim, bq, bk, has
 
 
 def _key_blocks(static, first_query, lk, bq, bk, has_mask):
-    """Blocks of keys before the causal future; all of them where a mask may hide the rest, or without causality."""
+    """Returns the number of key blocks before the causal future; all blocks without causality or with a mask."""
     blocks = pl.cdiv(lk, bk)
     if static.causal and not has_mask:
         return jnp.minimum(blocks, jax.lax.div(first_query + bq + bk - 1, bk))
@@ -219,11 +219,11 @@ def _key_blocks(static, first_query, lk, bq, bk, has_mask):
 
 
 def _block_gradient(static, q, k, v, dout, lse, delta, bias, mask, query, key, lk, has_mask):
-    """(weights for dV, gradient of the logits), [queries, keys] in fp32."""
+    """Returns (weights for dV, gradient of the logits), [queries, keys] in fp32."""
     logits = _logits(static, q, k, bias, mask, query, key, lk)
     weights = jnp.exp(logits - lse[:, None])
     dlogits = weights * (_dot(dout, v, (False, True)) - delta[:, None])
-    if has_mask:  # a row that sees nothing: weights 1 / Lk for dV, none for the rest
+    if has_mask:  # a row without visible keys: weights 1 / Lk for dV, 0 for all else
         even = jnp.where(lse > 0.5 * SEES_NOTHING, 1.0 / lk, 0.0)
         weights = weights + jnp.where(key < lk, even[:, None], 0.0)
     return weights, dlogits
@@ -287,7 +287,7 @@ def _dkv_kernel(
 
 
 def _dbias(static, arrays):
-    """[1 | B, 1 | H, Lq, Lk]: a program is a block of one bias, and sums over the examples and heads that share it."""
+    """Returns dbias [1 | B, 1 | H, Lq, Lk]; a program sums one block over examples and heads that share the bias."""
     q, k, _, _, _, _, bias, mask = arrays
     batch, lq, heads, dim = q.shape
     lk, dim = k.shape[1], _power_of_two(dim)

@@ -1,11 +1,11 @@
-"""The equation of attention, line by line: what every other implementation is compared with."""
+"""The equation of attention, line by line: the reference for every other implementation."""
 
 import jax
 import jax.numpy as jnp
 
 HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
-"""The logit of a key that a query may not see. Finite, so that a row without any visible key stays finite: its
-weights are exp(HIDDEN - HIDDEN) / Lk = 1 / Lk, whatever the bias, and its queries, keys and bias get no gradient."""
+"""The logit of a key that a query may not see. The value is finite, so that a row without visible keys stays finite:
+the weights are exp(HIDDEN - HIDDEN) / Lk = 1 / Lk for any bias, and the row's query, keys and bias get no gradient."""
 
 
 def reference(q, k, v, *, bias, mask, causal, scale):

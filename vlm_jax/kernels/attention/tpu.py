@@ -1,8 +1,8 @@
-"""Attention on a TPU: from [B, L, H, D] to the Pallas kernels and back, with the gradient, `vmap` and sharding.
+"""Attention on a TPU: calls the Pallas kernels on [B, L, H, D], with gradient, `vmap` and sharding.
 
-`tpu_short` holds the kernels for sequences that fit on chip, `tpu_long` the online softmax for those that do not.
+`tpu_short` holds the kernels for sequences that fit on chip, `tpu_long` the online softmax for longer sequences.
 
-The backward pass keeps q, k, v and the row log-sum-exp [B, H, Lq], and for long sequences the output; nothing of size
+The backward pass keeps q, k, v, the row log-sum-exp [B, H, Lq], and for long sequences the output; no array of size
 Lq x Lk.
 """
 
@@ -21,7 +21,7 @@ from vlm_jax.kernels.attention.tuning import sizes
 
 
 class Static(NamedTuple):
-    """What is fixed when attention is traced."""
+    """Arguments that are fixed when attention is traced."""
 
     causal: bool
     scale: float
@@ -29,7 +29,7 @@ class Static(NamedTuple):
 
 
 def lacks(q, k, bias, mask):
-    """What of these arguments the kernels cannot do, in words; None where they can."""
+    """Returns in words why the kernels do not support these arguments; None if they do."""
     (_, lq, _, dim), lk, heads = q.shape, k.shape[1], _heads_here(q)
     length = f"{lq} queries on {lk} keys"
     if max(lq, lk) > 8192:
@@ -40,7 +40,7 @@ def lacks(q, k, bias, mask):
         return f"a mask by query or head with {length} of {heads} heads (the logits do not fit on chip)"
     tiles = -(-lk // 8) * 8 * -(-lq // LANES) * LANES * 4
     biased = 0 if bias is None else min(bias.shape[1], heads)
-    if biased and 4 * biased * tiles + _block_bytes(q, k) > 56 << 20:  # it and its gradient, two buffers each
+    if biased and 4 * biased * tiles + _block_bytes(q, k) > 56 << 20:  # bias and gradient, two buffers each
         return f"a bias of {biased} heads with {length} (its gradient does not fit on chip)"
     if dim % 8 or (dim > LANES and dim % LANES):
         return f"head_dim {dim} (a multiple of 8 up to 128, or a multiple of 128)"
@@ -53,15 +53,17 @@ def lacks(q, k, bias, mask):
 
 def tpu(q, k, v, *, bias, mask, causal, scale, interpret=False):
     """Attention by the Pallas kernels; arguments as in `kernels.attention`."""
-    if isinstance(scale, jax.Array):  # traced: the kernels want a number
+    if isinstance(scale, jax.Array):  # traced, but the kernels need a number
         q, scale = (q * scale).astype(q.dtype), 1.0
     static = Static(causal, float(scale), interpret)
     return _attend(static, *_vary_together(q, k, v, bias, mask))
 
 
 def _vary_together(*arrays):
-    """Under `shard_map`, all arrays as varying over the axes that any varies over: a replicated bias beside a sharded
-    batch. The transpose of that cast is the sum over those axes, which its gradient needs."""
+    """Makes all arrays vary over the same axes under `shard_map`, e.g. a replicated bias beside a sharded batch.
+
+    The transpose of the cast is the sum over those axes, as the gradient of the replicated array requires.
+    """
     axes = lambda x: jax.typeof(x).manual_axis_type.varying
     every = frozenset().union(*(axes(x) for x in arrays if x is not None))
     cast = lambda x: jax.lax.pcast(x, tuple(every - axes(x)), to="varying") if every - axes(x) else x
@@ -107,7 +109,7 @@ def _backward(static, q, k, v, bias, mask, out, lse, dout):
     if lk == 1:
         dbias = None if bias is None else jnp.zeros_like(bias)
         return jnp.zeros_like(q), jnp.zeros_like(k), dout.sum(1, keepdims=True).astype(v.dtype), dbias
-    if lq == 1:  # seven copies of the query, whose output nothing reads
+    if lq == 1:  # adds seven copies of the query; their output is not read
         q, lse = jnp.broadcast_to(q, (q.shape[0], 8, *q.shape[2:])), jnp.broadcast_to(lse, (*lse.shape[:2], 8))
         out = None if out is None else jnp.broadcast_to(out, q.shape)
         dout = jnp.pad(dout, ((0, 0), (0, 7), (0, 0), (0, 0)))
@@ -129,7 +131,7 @@ def _unpack(x, like):
 
 
 def _transposed_bias(q, k, bias):
-    """[1 | B, 1 | H, Lk, Lq] in fp32, as the kernels' logits lie; its transpose reduces over what is broadcast here."""
+    """Returns the bias in the kernels' layout, [1 | B, 1 | H, Lk, Lq] fp32; the transpose sums over broadcast axes."""
     if bias is None:
         return None
     bias = jnp.broadcast_to(bias.astype(jnp.float32), (*bias.shape[:2], q.shape[1], k.shape[1]))
@@ -137,7 +139,7 @@ def _transposed_bias(q, k, bias):
 
 
 def _transposed_mask(q, k, mask):
-    """(keys [1 | B, 1, 1, Lk] fp32 or None, mask [1 | B, 1 | H, Lk, Lq] int32 or None): one of them, or neither."""
+    """Returns (keys [1 | B, 1, 1, Lk] fp32 or None, mask [1 | B, 1 | H, Lk, Lq] int32 or None), at most one of both."""
     if mask is None:
         return None, None
     if mask.shape[1:3] == (1, 1):
@@ -147,10 +149,10 @@ def _transposed_mask(q, k, mask):
 
 
 class Call(NamedTuple):
-    """One kernel call, less its arrays. Hashable: traces, partitioned and batched versions are cached by it.
+    """One kernel call without its arrays; the hashable key of cached traces, partitioned and batched versions.
 
-    Arrays, in order (those that are None left out when run): q, k, v [B, L, H * D], bias, keys, mask, and for the
-    backward pass out (long sequences only) and dout [B, Lq, H * D], and lse [B, H, Lq].
+    Arrays, in order (arrays that are None are left out): q, k, v [B, L, H * D], bias, keys, mask, and for the backward
+    pass out (long sequences only) and dout [B, Lq, H * D], and lse [B, H, Lq].
     """
 
     direction: str
@@ -161,7 +163,7 @@ class Call(NamedTuple):
     present: tuple[bool, ...] = ()
 
     def results(self):
-        """How the results are sharded: as which operand, by its place in the full list; "lse" as [B, H, Lq]."""
+        """Returns for each result the operand with the same sharding, by its place in the full list; or "lse"."""
         if self.direction == "forward":
             return (0, "lse") if self.with_lse else (0,)
         return (0, 1, 2, 3) if self.present[3] else (0, 1, 2)
@@ -177,7 +179,7 @@ def _run(call, operands):
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def local(call, *arrays):
-    """The kernel on this device's share of the batch and the heads."""
+    """Runs the kernel on this device's share of the batch and the heads."""
     arrays = iter(arrays)
     operands = [next(arrays) if there else None for there in call.present]
     q, k = operands[:2]
@@ -197,25 +199,25 @@ def local(call, *arrays):
 
 
 def is_long(q, k):
-    """Whether the logits of a head, or an example with all its heads, are too much to stay on chip at once."""
+    """Returns whether a head's logits, or an example with all its heads, are too large for the chip."""
     return max(q.shape[1], k.shape[1]) > 1024 or _block_bytes(q, k) > 48 << 20
 
 
 def _heads_here(q):
-    """Heads of q [B, L, H, D] that a device has, as `_partitioned` splits them."""
+    """Returns the number of heads of q [B, L, H, D] on one device after the split of `_partitioned`."""
     mesh = jax.sharding.get_abstract_mesh()
     _, axes = _split(q.shape[2], mesh, _free(mesh), q)
     return q.shape[2] // math.prod(mesh.shape[name] for name in axes)
 
 
 def _block_bytes(q, k):
-    """Of the backward kernel's blocks: q, k, v, dout and three gradients of an example, two buffers each."""
+    """Returns the bytes of the backward kernel's blocks: q, k, v, dout, three gradients of an example, two buffers."""
     lanes = -(-_heads_here(q) * q.shape[3] // LANES) * LANES
     return 14 * max(q.shape[1], k.shape[1]) * lanes * q.dtype.itemsize
 
 
 def _long(call, q, k, v, bias, keys, mask, *rest):
-    """`tpu_long`, with what it wants: lengths of whole blocks, head_dims that tile 128 lanes, whole lane tiles."""
+    """Pads for `tpu_long` and calls it: lengths to whole blocks, head_dims that tile 128 lanes, whole lane tiles."""
     assert bias is None and mask is None
     lq, lk, heads, dim = q.shape[1], k.shape[1], call.heads, q.shape[2] // call.heads
     wide = dim if LANES % dim == 0 else -(-dim // LANES) * LANES
@@ -256,7 +258,7 @@ def _long(call, q, k, v, bias, keys, mask, *rest):
 
 @functools.cache
 def _batched(call):
-    """The partitioned call; `vmap` folds its axis into the batch, so that the kernels see four axes always."""
+    """Returns the partitioned call; `vmap` folds its axis into the batch, so that the kernels always see four axes."""
 
     @custom_vmap
     def run(*arrays):
@@ -278,10 +280,10 @@ def _batched(call):
 
 
 def _partitioned(call, *arrays):
-    """The call, each device doing its share of the batch and the heads; everything else of an operand is whole there.
+    """Splits the call over devices by batch and heads; all other axes of an operand stay whole.
 
-    XLA cannot partition Mosaic kernels, so under a mesh they run in a `shard_map` over every axis that is not manual
-    yet. A bias shared by sharded examples (or heads) gets the sum of the devices' gradients.
+    XLA cannot partition Mosaic kernels. Under a mesh they therefore run in a `shard_map` over every axis that is not
+    manual yet. A bias shared by sharded examples (or heads) gets the sum of the devices' gradients.
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = _free(mesh)
@@ -315,12 +317,12 @@ def _partitioned(call, *arrays):
 
 
 def _free(mesh):
-    """Axes that are not manual yet."""
+    """Returns the axes that are not manual yet."""
     return [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual]
 
 
 def _split(heads, mesh, free, q):
-    """(mesh axes of the batch, mesh axes of the heads). Explicit axes say it in q's type; automatic ones by name."""
+    """Returns (mesh axes of the batch, mesh axes of the heads): explicit axes from q's type, automatic ones by name."""
     explicit = [name for name in free if mesh.axis_types[mesh.axis_names.index(name)] == AxisType.Explicit]
     spec = tuple(jax.typeof(q).sharding.spec) if explicit else ()
     typed = [_names(spec[axis]) if axis < len(spec) else () for axis in (0, 2)]
@@ -343,4 +345,4 @@ def _names(axes):
 
 
 BATCH_AXES, HEAD_AXES = ("data", "fsdp"), ("tensor",)
-"""The automatic mesh axes that the batch and the heads are divided over (the names of `vlm_jax.params.sharding`)."""
+"""The automatic mesh axes that split the batch and the heads (the names of `vlm_jax.params.sharding`)."""

@@ -1,11 +1,11 @@
-"""Where the heads of packed arrays [B, L, H * D] lie in a TPU kernel's blocks: reading and writing them, one by one.
+"""Reads and writes single heads of packed arrays [B, L, H * D] in a TPU kernel's blocks.
 
-A head is D lanes of the packed arrays, wherever they fall:
+A head is D lanes of the packed arrays:
 
 - D divides 128: `128 / D` heads share a lane tile. Zeroing the other heads' lanes of one operand is enough for
   S^T = K Q^T; the transposed operands are cut along sublanes.
-- D a multiple of 128: whole lane tiles.
-- any other D (72, 80, 88, 104): the two lane tiles around the head, rotated so that it starts at lane 0.
+- D is a multiple of 128: a head is whole lane tiles.
+- any other D (72, 80, 88, 104): the two lane tiles around the head, rotated so that the head starts at lane 0.
 """
 
 import functools
@@ -20,14 +20,14 @@ LANES = 128
 
 
 class Spec(NamedTuple):
-    """What a kernel is specialised on, besides the shapes of its operands."""
+    """Static parameters of a kernel, besides the shapes of its operands."""
 
     heads: int
     head_dim: int
     causal: bool
     scale: float
     examples: int = 1  # per grid step
-    groups: int = 1  # lane tiles (or heads, where a head is not a whole number of them) per grid step
+    groups: int = 1  # lane tiles (or unaligned heads) per grid step
     ahead: int = 0  # units whose logits are computed before the softmax of the current one
     tile: int = 512  # queries of a unit, in the forward pass
     chunk: int = 1024  # keys of a piece of a unit
@@ -68,7 +68,7 @@ class Spec(NamedTuple):
 
 
 def fits_groups(spec):
-    """The largest number of groups up to `spec.groups` that divides them all."""
+    """Returns the spec with the largest number of groups up to `spec.groups` that divides all groups."""
     groups = min(spec.groups, spec.total_groups)
     while spec.total_groups % groups:
         groups -= 1
@@ -76,7 +76,7 @@ def fits_groups(spec):
 
 
 class Heads:
-    """Reads and writes heads in packed refs; one per traced kernel. Operands are cached, so that heads share them."""
+    """Reads and writes heads in packed refs, one instance per traced kernel; a cache lets heads share operands."""
 
     lag = 0  # grid steps between fetching a head and computing it
 
@@ -86,7 +86,7 @@ class Heads:
         self.step = 0 if spec.static or spec.lagged else pl.program_id(1)
 
     def units(self):
-        """(example, group, head in group) of this grid step."""
+        """Yields (example, group, head in group) of this grid step."""
         spec = self.spec
         for b in range(spec.examples):
             for g in range(self.per_step):
@@ -94,27 +94,27 @@ class Heads:
                     yield b, g, h
 
     def index(self, g, h):
-        """The number of a head in the whole array."""
+        """Returns the number of a head in the whole array."""
         return (self.step * self.per_step + g) * self.spec.group_heads + h
 
     def fetch(self):
-        """Nothing to prepare for the next step."""
+        """Does nothing: aligned heads need no preparation for the next step."""
 
     commit = fetch
 
     def last(self, g, h):
-        """Whether h is the last head of its group."""
+        """Returns whether h is the last head of its group."""
         return h == min(self.spec.group_heads, self.spec.heads - g * self.spec.group_heads) - 1
 
     def lanes(self, g):
-        """The lanes of an aligned group."""
+        """Returns the lanes of an aligned group."""
         spec, size = self.spec, self.spec.group_heads * self.spec.head_dim
         if spec.static:
             return slice(g * size, min((g + 1) * size, spec.width))
         return pl.ds(pl.multiple_of((self.step * self.per_step + g) * size, LANES), size)
 
     def group(self, ref, b, g):
-        """[L, lanes] with the group's heads; an unaligned head starts at lane 0 and other heads' lanes follow it."""
+        """Returns the group's heads [L, lanes]; an unaligned head starts at lane 0, other heads' lanes follow."""
         key = (id(ref), b, g)
         if key not in self.cache:
             spec = self.spec
@@ -123,7 +123,7 @@ class Heads:
         return self.cache[key]
 
     def only(self, ref, b, g, h):
-        """The group with zeros in the lanes of every head but h."""
+        """Returns the group with zeros in the lanes of every head but h."""
         value, dim = self.group(ref, b, g), self.spec.head_dim
         if value.shape[1] == dim:
             return value
@@ -131,7 +131,7 @@ class Heads:
         return jnp.where((lane >= h * dim) & (lane < (h + 1) * dim), value, jnp.zeros_like(value))
 
     def transposed(self, ref, b, g, h):
-        """One head as [D, L]."""
+        """Returns one head as [D, L]."""
         key = (id(ref), b, g, "T")
         if key not in self.cache:
             self.cache[key] = self.group(ref, b, g).T
@@ -143,7 +143,7 @@ class Heads:
         self.write_group(ref, b, g, rows, value.T if self.dtype == jnp.float32 else value.astype(self.dtype).T)
 
     def write_group(self, ref, b, g, rows, value):
-        """Stores [rows, lanes]; lanes past an unaligned head are ignored."""
+        """Stores [rows, lanes]; ignores lanes past an unaligned head."""
         spec, dim = self.spec, self.spec.head_dim
         if spec.aligned:
             ref[b, rows, self.lanes(g)] = value.astype(ref.dtype)
@@ -154,10 +154,10 @@ class Heads:
 class LaggedHeads(Heads):
     """Unaligned heads, one a grid step: step n reads head n from HBM's blocks, computes head n - 1, writes head n - 2.
 
-    Rotating a head into place is work for the cross-lane unit, which matrix products leave idle, but they wait for
-    it. So a step computes on scratch, and meanwhile writes the results of the step before, rotates the head of the
-    next step and begins with it (`started`: the products of its first units). All of that is independent; what the
-    next step needs goes to scratch as the last act (`commit`).
+    The cross-lane unit rotates a head into place. Matrix products leave this unit idle, but must wait for the rotation.
+    A step therefore computes on scratch. Meanwhile the step writes the results of the previous step, rotates the head
+    of the next step and begins the next head's first products (`started`). These tasks are independent. At its end a
+    step stores the inputs of the next step in scratch (`commit`).
     """
 
     lag = 1
@@ -176,7 +176,7 @@ class LaggedHeads(Heads):
         self.tasks += [functools.partial(self.rotate, ref) for ref in refs]
 
     def window(self, head):
-        """(first lane, rotation) of the two lane tiles that hold a head."""
+        """Returns (first lane, rotation) of the two lane tiles that hold a head."""
         start = head * self.spec.head_dim
         first = jnp.minimum(jax.lax.div(start, LANES) * LANES, self.spec.width - 2 * LANES)
         return pl.ds(pl.multiple_of(first, LANES), 2 * LANES), start - first
@@ -189,7 +189,7 @@ class LaggedHeads(Heads):
         return self.scratch[id(ref)][...]
 
     def fetch(self):
-        """One more result of the last step, or operand of the next."""
+        """Writes one more result of the last step, or reads one more operand of the next step."""
         if self.tasks:
             self.tasks.pop(0)()
 
@@ -198,7 +198,7 @@ class LaggedHeads(Heads):
         self.fetched[id(ref)] = pltpu.roll(ref[0, :, lanes], 2 * LANES - shift, 1)[:, :LANES]
 
     def flush(self, ref):
-        """[D, L] of the last step's head to its lanes of [L, H * D]."""
+        """Writes the last step's head [D, L] to its lanes of [L, H * D]."""
         (lanes, shift), dim = self.window(self.gone), self.spec.head_dim
         value = self.scratch[id(ref)][...]
         value = jnp.concatenate([value, jnp.zeros((2 * LANES - dim, value.shape[1]), value.dtype)], 0)
@@ -210,7 +210,7 @@ class LaggedHeads(Heads):
         self.written.append((self.scratch[id(ref)], rows, heads[0]))
 
     def started(self, i, chunks, per_chunk):
-        """What the step before began for unit i: per chunk of keys, `per_chunk` arrays [keys, queries]."""
+        """Returns the previous step's products for unit i: per chunk of keys, `per_chunk` arrays [keys, queries]."""
         refs = self.carried[i * per_chunk : (i + 1) * per_chunk]
         parts = [tuple(ref[chunk] for ref in refs) for chunk in chunks]
         return [part[0] for part in parts] if per_chunk == 1 else parts

@@ -4,7 +4,7 @@ Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", and Da
 algorithms 1 and 4, with the logits transposed as in `tpu_short`: S^T = K Q^T, keys along sublanes.
 
 Memory order: a grid step is (example, lane tile, block of queries). All keys and values of the lane tile's heads stay
-on chip while its blocks of queries pass; dK and dV accumulate there in fp32. The backward pass is one pass: S and
+on chip while the blocks of queries pass; dK and dV accumulate on chip in fp32. The backward pass is one pass: S and
 dO V^T are computed once for dq, dk and dv.
 """
 
@@ -24,16 +24,16 @@ LOWEST = float(jnp.finfo(jnp.float32).min)  # below HIDDEN, and finite
 
 
 class Spec(NamedTuple):
-    """What a kernel is specialised on, besides the shapes of its operands."""
+    """Static parameters of a kernel, besides the shapes of its operands."""
 
     heads: int
     head_dim: int  # divides 128 or is a multiple of it; heads * head_dim is a whole number of lane tiles
     causal: bool
     scale: float
-    length: int  # keys that are not padding
-    queries: int = 1024  # of a grid step; divides Lq
-    keys: int = 512  # of a block; divides Lk
-    unroll: int = 4  # blocks written out in the program at a time, so that the compiler overlaps them
+    length: int  # number of keys without padding
+    queries: int = 1024  # queries of a grid step; divides Lq
+    keys: int = 512  # keys of a block; divides Lk
+    unroll: int = 4  # blocks unrolled at a time, so that the compiler overlaps them
     interpret: bool = False
 
     @property
@@ -46,7 +46,7 @@ class Spec(NamedTuple):
 
 
 def _visible(spec, keys_ref, first_key, first_query, shape):
-    """bool [keys, queries] or None where every key of the block is visible."""
+    """Returns (key numbers, bool [keys, queries] of visible pairs, or None if every key of the block is visible)."""
     seen = None
     key = jax.lax.broadcasted_iota(jnp.int32, shape, 0) + first_key
     if keys_ref is not None:
@@ -58,7 +58,7 @@ def _visible(spec, keys_ref, first_key, first_query, shape):
 
 
 def _hide(spec, logits, keys_ref, first_key, first_query, lk):
-    """Hidden keys at HIDDEN, keys that are padding at -inf: exp of those is 0 even where every key is hidden."""
+    """Sets logits of hidden keys to HIDDEN, of padding to -inf: exp(-inf) is 0 even if every key is hidden."""
     if keys_ref is None and not spec.causal and spec.length == lk:
         return logits
     key, seen = _visible(spec, keys_ref, first_key, first_query, logits.shape)
@@ -68,7 +68,7 @@ def _hide(spec, logits, keys_ref, first_key, first_query, lk):
 
 
 def _head_lanes(spec, x, h):
-    """x [L, lanes] with zeros in the lanes of every head of the tile but h."""
+    """Returns x [L, lanes] with zeros in the lanes of every head of the tile but h."""
     if spec.group_heads == 1:
         return x
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, x.shape[1]), 1)
@@ -76,8 +76,10 @@ def _head_lanes(spec, x, h):
 
 
 def _loop(spec, lk, first_query, has_keys, body, carry):
-    """body(first key, carry) over the blocks of keys; blocks wholly in a causal future are left out, unless a mask may
-    leave a query nothing but those to attend to, evenly."""
+    """Runs body(first key, carry) over the blocks of keys, without blocks wholly in the causal future.
+
+    With a mask all blocks run: a query without any visible key attends evenly to all keys, the future included.
+    """
     blocks = lk // spec.keys
     unroll = min(spec.unroll, blocks)
     while blocks % unroll:
@@ -210,7 +212,7 @@ def _call(kernel, name, spec, arrays, results, scratch=()):
 
 
 def forward(q, k, v, keys, *, spec):
-    """out [B, Lq, H * D] and the log-sum-exp of the logits [B, H, Lq]; operands as in `tpu_short.forward`."""
+    """Returns out [B, Lq, H * D] and the logits' log-sum-exp [B, H, Lq]; operands as in `tpu_short.forward`."""
     rows = (q.shape[0], spec.heads // spec.group_heads, spec.group_heads, q.shape[1])
     arrays = [q, k, v] + ([] if keys is None else [keys])
     results = [("query", like(q, q.shape, q.dtype)), ("row", like(q, rows, jnp.float32))]
@@ -220,7 +222,7 @@ def forward(q, k, v, keys, *, spec):
 
 
 def backward(q, k, v, keys, dout, lse, delta, *, spec):
-    """dq, dk, dv; delta [B, H, Lq] is the sum over a head's lanes of dout * out (fp32)."""
+    """Returns dq, dk, dv; delta [B, H, Lq] is the sum of dout * out over a head's lanes (fp32)."""
     rows = (q.shape[0], spec.heads // spec.group_heads, spec.group_heads, q.shape[1])
     arrays = [q, k, v] + ([] if keys is None else [keys]) + [dout, lse.reshape(rows), delta.reshape(rows)]
     results = [("query", like(q, q.shape, q.dtype))] + [("key", like(q, k.shape, k.dtype))] * 2

@@ -1,19 +1,19 @@
 """Attention on a TPU for sequences that fit on chip: the Pallas (Mosaic) kernels, forward and backward.
 
-Logits are computed transposed, S^T = K Q^T, keys along sublanes and queries along lanes. Why:
+Logits are computed transposed, S^T = K Q^T, with keys along sublanes and queries along lanes, for two reasons:
 
-- Vaswani et al. 2017, equation 1, has softmax over keys: here that is a sum over sublanes (vector adds) instead of
-  over lanes (cross-lane unit), the maximum, the sum and the log-sum-exp of a query are lane vectors [1, Lq] that
-  broadcast for free, and the log-sum-exp goes to HBM as [B, H, Lq] without padding.
+- The softmax of Vaswani et al. 2017, equation 1, is over keys: a sum over sublanes (vector adds) instead of over lanes
+  (cross-lane unit). A query's maximum, sum and log-sum-exp are lane vectors [1, Lq], which broadcast for free. The
+  log-sum-exp goes to HBM as [B, H, Lq] without padding.
 - O^T = V^T P^T has head_dim as the rows that stream through the matrix unit. Rows come in steps of 16, columns in
-  steps of 128: O = P V with head_dim 64 would leave half of the unit empty, O^T does not. Likewise
-  dV^T = dO^T P, dK^T = Q^T dS, dQ^T = K^T dS^T. The transposes cost the cross-lane unit, which is idle.
+  steps of 128: O = P V with head_dim 64 would leave half of the unit empty, O^T fills the unit. The same holds for
+  dV^T = dO^T P, dK^T = Q^T dS, dQ^T = K^T dS^T. The transposes run on the cross-lane unit, which is idle.
 
-Arrays come packed, [B, L, H * D], as the projections make them (`tpu_heads` finds the heads in them).
+Arrays are packed, [B, L, H * D], as the projections return them (`tpu_heads` finds the heads).
 
 Memory order: a grid step holds `examples` whole examples (all heads) of q, k, v, out in VMEM, one contiguous DMA each,
-and computes a group of heads; examples are the slow grid axis. With `ahead` = n, the logits of unit i + n are written
-in the program before the softmax of unit i, which is what lets the compiler overlap matrix and vector work.
+and computes a group of heads; examples are the slow grid axis. With `ahead` = n, the program has the logits of unit
+i + n before the softmax of unit i, so that the compiler overlaps matrix and vector work.
 """
 
 import functools
@@ -28,25 +28,25 @@ from vlm_jax.kernels.attention.reference import HIDDEN
 from vlm_jax.kernels.attention.tpu_heads import LANES, Heads, LaggedHeads
 
 LOG2E = 1.4426950408889634
-SEES_NOTHING = 1e30  # in place of the log-sum-exp of a row whose keys are all hidden: exp(logit - 1e30) = 0
+SEES_NOTHING = 1e30  # replaces the log-sum-exp of a row without visible keys: exp(logit - 1e30) = 0
 
 _contract = lambda a, b: (((a,), (b,)), ((), ()))
 NN, NT = _contract(1, 0), _contract(1, 1)
 
 
 def dot(a, b, dimensions):
-    """`lax.dot_general` with float32 sums; products of float32 are exact to float32."""
+    """Returns `lax.dot_general` with float32 sums; products of float32 are exact to float32."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _at(ref, b, h):
-    """[Lk, Lq] (or [1, Lk]) of an array [1 | examples, 1 | heads, ...] for an example and a head of this step."""
+    """Returns [Lk, Lq] (or [1, Lk]) of an array [1 | examples, 1 | heads, ...] for an example and head of this step."""
     return ref[b if ref.shape[0] > 1 else 0, h if ref.shape[1] > 1 else 0]
 
 
 def _logits(raw, spec, bias, keys, mask, first_key, first_query):
-    """scale * raw + bias with hidden keys at HIDDEN; raw [keys, queries] from first_key and first_query on."""
+    """Returns scale * raw + bias, HIDDEN for hidden keys; raw [keys, queries] starts at first_key and first_query."""
     logits = raw * spec.scale
     if bias is not None:
         logits = logits + bias
@@ -63,7 +63,7 @@ def _logits(raw, spec, bias, keys, mask, first_key, first_query):
 
 
 def key_column(ref, b, h):
-    """[Lk, 1], 1.0 where a key is visible, from a row of the padding mask."""
+    """Returns [Lk, 1], 1.0 for visible keys, from a row of the padding mask."""
     row = _at(ref, b, h)
     return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
 
@@ -75,9 +75,12 @@ def _split(spec, refs, has_bias, has_keys, has_mask):
 
 
 def _queue(heads, units, start, finish, chunks, per_chunk):
-    """Traces start(i + ahead) piece by piece between the pieces of finish(i): the compiler overlaps matrix and vector
-    work where they lie close together in the program. Both are generators; start appends its results to a list, a
-    piece for each chunk of keys. Past the last unit, heads that lag start the first units of the next grid step."""
+    """Traces start(i + ahead) piece by piece between the pieces of finish(i).
+
+    The compiler overlaps matrix and vector work that stand close together in the program. Both are generators; start
+    appends its results to a list, a piece for each chunk of keys. Past the last unit, heads that lag start the first
+    units of the next grid step.
+    """
     units, ahead, coming = list(units), heads.spec.ahead, []
     started = [[] for _ in units]
     first = -ahead
@@ -113,7 +116,7 @@ def _of_the_next_step(heads, pieces):
 
 
 def _chunks(length, size):
-    """Slices of `size`, the last one whatever is left, but not 1: products with one column do not compile."""
+    """Returns slices of `size`; the last slice takes the rest, never 1: products with one column do not compile."""
     stops = [*range(size, length - 1, size), length]
     return [slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
 
@@ -131,7 +134,7 @@ def _forward(q_ref, k_ref, v_ref, *refs, spec, has_bias, has_keys, has_mask, has
     plain = not (has_bias or has_keys or has_mask or spec.causal) and spec.scale > 0
     outs, lses = {}, {}
     tiles = _chunks(length, spec.tile)
-    factor = spec.scale * LOG2E if plain else LOG2E  # the scale joins the change of base: one multiplication less
+    factor = spec.scale * LOG2E if plain else LOG2E  # scale and change of base in one multiplication
 
     chunks = _chunks(k_ref.shape[1], spec.chunk)
 
@@ -189,7 +192,7 @@ def _backward(q_ref, k_ref, v_ref, *refs, spec, has_bias, has_keys, has_mask, on
     heads, dim = _heads(spec, (q_ref, k_ref, v_ref, dout_ref), results, refs[has_bias:]), spec.head_dim
     columns, grads = {}, {}
     plain = not (has_bias or has_keys or has_mask or spec.causal) and spec.scale > 0
-    wide = spec.aligned and dim >= LANES  # dV and dK as they are: their columns fill the matrix unit
+    wide = spec.aligned and dim >= LANES  # dV and dK not transposed: their columns fill the matrix unit
 
     chunks = _chunks(k_ref.shape[1], spec.chunk)
 
@@ -226,7 +229,7 @@ def _backward(q_ref, k_ref, v_ref, *refs, spec, has_bias, has_keys, has_mask, on
         dq, dks, dvs = 0.0, [], []
         for chunk, (weights, products) in zip(chunks, done, strict=True):
             dlogits = products - weights * total
-            if has_keys or has_mask:  # a row that sees nothing: weights 1 / Lk for dV, none for dQ, dK and dbias
+            if has_keys or has_mask:  # a row without visible keys: weights 1 / Lk for dV, 0 for dQ, dK, dbias
                 weights = weights + jnp.where(lse > 0.5 * SEES_NOTHING, 1.0 / k_ref.shape[1], 0.0)
             if has_bias:
                 own = jnp.where(heads.again, 0.0, dlogits) if heads.lag else dlogits
@@ -253,7 +256,7 @@ def _backward(q_ref, k_ref, v_ref, *refs, spec, has_bias, has_keys, has_mask, on
 
 
 def _zero_before_first(ref, heads, one_bias):
-    """dbias is a sum over the examples, or the heads, that share a bias: its block stays on chip while they pass."""
+    """Zeroes dbias at its first step: its block stays on chip while the examples or heads that share a bias pass."""
     first = pl.program_id(0) <= heads.lag if one_bias else heads.step == 0
     if one_bias and not heads.lag and not isinstance(heads.step, int):
         first = first & (heads.step == 0)
@@ -269,7 +272,7 @@ def _accumulate(ref, b, h, rows, value):
 
 
 def _block(array, spec, lag):
-    """All of an array [1 | B, ...] for the examples of a grid step, or the one that all examples share."""
+    """Returns the block of an array [1 | B, ...]: a grid step's examples, or the entry that all examples share."""
     shared, trailing = array.shape[0] == 1, (0,) * (array.ndim - 1)
     if spec.lagged:
         last = array.shape[0] * spec.heads - 1
@@ -280,8 +283,11 @@ def _block(array, spec, lag):
 
 
 def _call(kernel, name, spec, inputs, outputs, fetched, late, begun, carries):
-    """Runs a kernel over (examples, groups of heads). If heads lag, `fetched` of the inputs, the first `late` outputs
-    and the products that a step begins for the next, of shapes `begun`, go through scratch."""
+    """Runs a kernel over (examples, groups of heads).
+
+    If heads lag, scratch holds the inputs in `fetched`, the first `late` outputs, and the products (of shapes `begun`)
+    that a step begins for the next step.
+    """
     batch = inputs[0].shape[0]
     grid, semantics = (batch // spec.examples, spec.steps), ("arbitrary" if carries else "parallel", "arbitrary")
     if spec.lagged:
@@ -308,15 +314,15 @@ VMEM_LIMIT = 64 << 20
 
 
 def like(q, shape, dtype):
-    """A result that varies over the mesh axes that q varies over (under `shard_map`)."""
+    """Returns the type of a result that varies over the same mesh axes as q (under `shard_map`)."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(q).manual_axis_type)
 
 
 def forward(q, k, v, bias, keys, mask, *, spec, lse):
-    """out [B, Lq, H * D], and the log-sum-exp of the logits [B, H, Lq] (fp32) when `lse`.
+    """Returns out [B, Lq, H * D] and, if `lse`, the logits' log-sum-exp [B, H, Lq] (fp32).
 
     q [B, Lq, H * D]; k, v [B, Lk, H * D]; bias [1 | B, 1 | H, Lk, Lq] fp32, keys [1 | B, 1, 1, Lk] fp32 (1.0 =
-    visible), mask [1 | B, 1 | H, Lk, Lq] int32 (1 = visible): each may be None.
+    visible), mask [1 | B, 1 | H, Lk, Lq] int32 (1 = visible). bias, keys and mask may be None.
     """
     extras = [x for x in (bias, keys, mask) if x is not None]
     inputs = [q, k, v, *extras]
@@ -333,7 +339,7 @@ def forward(q, k, v, bias, keys, mask, *, spec, lse):
 
 
 def backward(q, k, v, bias, keys, mask, dout, lse, *, spec):
-    """dq, dk, dv as q, k, v, and dbias as bias when there is one; arguments as in `forward`."""
+    """Returns dq, dk, dv with the shapes of q, k, v, and dbias if bias is given; arguments as in `forward`."""
     extras = [x for x in (bias, keys, mask) if x is not None]
     inputs = [q, k, v, *extras, dout, lse]
     outputs = [like(q, x.shape, x.dtype) for x in (q, k, v)]

@@ -1,10 +1,10 @@
-"""Attention as XLA and cuDNN have it: `jax.nn.dot_product_attention`."""
+"""Attention by XLA and by cuDNN: `jax.nn.dot_product_attention`."""
 
 import jax
 
 
 def xla(q, k, v, *, bias, mask, causal, scale):
-    """`jax.nn.dot_product_attention` as XLA compiles it: the logits [B, H, Lq, Lk] go through memory."""
+    """Attention compiled by XLA (`jax.nn.dot_product_attention`); the logits [B, H, Lq, Lk] go through memory."""
     return jax.nn.dot_product_attention(q, k, v, bias, mask, scale=scale, is_causal=causal, implementation="xla")
 
 
@@ -14,10 +14,10 @@ def cudnn(q, k, v, *, bias, mask, causal, scale):
 
 
 def cudnn_lacks(q, k, bias, mask):
-    """What of these arguments cuDNN cannot do, in words; None where it can.
+    """Returns in words why cuDNN does not support these arguments; None if cuDNN supports them.
 
-    The limits are those of `jax._src.cudnn.fused_attention_stablehlo`: half precision, head_dim a multiple of 8 up to
-    128, and even lengths when there is a bias (a mask becomes one).
+    The limits come from `jax._src.cudnn.fused_attention_stablehlo`: half precision, head_dim a multiple of 8 up to 128,
+    and even lengths with a bias (a mask becomes a bias).
     """
     if q.dtype.itemsize != 2:
         return f"dtype {q.dtype} (bfloat16 or float16 only)"

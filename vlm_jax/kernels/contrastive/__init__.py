@@ -1,9 +1,9 @@
-"""Log-sum-exp and sigmoid losses over all pairs of two sets of embeddings, without the matrix of their logits.
+"""Log-sum-exp and sigmoid losses over all pairs of two sets of embeddings, without the logits' matrix.
 
     l_ij = scale x_i . y_j + bias,   x [N, D] (images, queries), y [M, D] (texts, candidates)
 
-One pass over the pairs serves rows and columns; the gradient makes a second and computes the logits anew. Memory is
-O((N + M) D), on a mesh O((N + M) D / devices); `block` has the equations, `ring` what travels.
+One pass over the pairs serves rows and columns. The gradient makes a second pass and recomputes the logits. Memory is
+O((N + M) D), on a mesh O((N + M) D / devices). `block` has the equations, `ring` the communication.
 
     row_lse, col_lse = pairwise_logsumexp(image, text, scale)
     loss = (row_lse.mean() + col_lse.mean()) / 2 - scale * (image * text).sum(1).mean()     # CLIP
@@ -47,45 +47,45 @@ IMPLEMENTATIONS = {
     "gpu": gpu,
     "gpu_interpret": _interpreted(gpu),
 }
-"""Name -> module with the `forward` and `backward` of one device's pairs, and what it `lacks`. `*_interpret` is the
-same kernel run by Pallas's interpreter on any platform, slowly: for tests."""
+"""Name -> module with `forward` and `backward` for one device's pairs, and `lacks`. `*_interpret` runs the same kernel
+in Pallas's interpreter on any platform, slowly: for tests."""
 
 PLAIN_PAIRS = 1024**2
-"""Up to this many pairs the plain form is the default on one device: see experiments/contrastive_memory."""
+"""On one device the plain form is the default up to this number of pairs: see experiments/contrastive_memory."""
 
 BATCH_AXES = ("data", "fsdp")
 
 
 class Choice(NamedTuple):
-    """Which implementation runs for given arguments, and why."""
+    """The implementation for given arguments, and the reason."""
 
     implementation: str
     reason: str
 
 
 def pairwise_logsumexp(x, y, scale, bias=None, *, x_mask=None, y_mask=None, implementation=None, mesh=None, axes=None):
-    """Log-sum-exps of the rows and the columns of scale x y^T + bias, in one pass.
+    """Returns the log-sum-exps of rows and columns of scale x y^T + bias, in one pass.
 
     Args:
       x: [N, D], float32, bfloat16, float16 or float64.
       y: [M, D], of x's dtype.
       scale: scalar.
       bias: scalar or None.
-      x_mask: bool [N], False for rows that take part in nothing (padding): they are in no column's sum, their own
-        result is 0 and their gradients are 0, whatever they hold.
+      x_mask: bool [N], False for ignored rows (padding): no column's sum contains an ignored row, and its result and
+        gradients are 0 for any content.
       y_mask: bool [M], the same for columns.
       implementation: a key of `IMPLEMENTATIONS`; None chooses by platform and size (see `explain`).
-      mesh: a `jax.sharding.Mesh` over which x and y are sharded on their leading axis: blocks travel a ring. None is
-        that of `jax.set_mesh`, if it has batch axes.
-      axes: the mesh's axes that split the batch; None is those of `data` and `fsdp` that it has.
+      mesh: a `jax.sharding.Mesh`; x and y are sharded on their leading axis, and blocks travel a ring. Defaults to the
+        mesh of `jax.set_mesh`, if that mesh has batch axes.
+      axes: the mesh's axes that split the batch; defaults to `data` and `fsdp`, if the mesh has them.
 
     Returns:
-      (row_lse [N], col_lse [M]), float32 (float64 for such inputs). With respect to x, y, scale and bias they have
-      gradients of first order.
+      (row_lse [N], col_lse [M]), float32 (float64 for float64 inputs), with first-order gradients for x, y, scale and
+      bias.
 
     Raises:
-      UserError: shapes or dtypes that do not agree, an unknown implementation, axes that the mesh lacks, or
-        embeddings that the implementation cannot do.
+      UserError: shapes or dtypes do not agree, the implementation is unknown, the mesh lacks an axis, or the
+        implementation does not support the embeddings.
     """
     rows, columns = statistics(
         x, y, scale, bias, x_mask=x_mask, y_mask=y_mask, implementation=implementation, mesh=mesh, axes=axes
@@ -110,11 +110,11 @@ def pairwise_sigmoid_loss(
     """-1/N sum_ij log sigmoid(z_ij l_ij), z = +1 for positives, else -1 (SigLIP, arXiv:2303.15343, section 3.2).
 
     Args:
-      x_labels, y_labels: int [N] and [M]; pairs of equal labels are positives. None: x_i and y_i are.
+      x_labels, y_labels: int [N] and [M]; pairs with equal labels are positives. None: the pairs (x_i, y_i) are.
       others: as in `pairwise_logsumexp`.
 
     Returns:
-      Scalar; N counts the rows of `x_mask` only.
+      Scalar; N counts only rows where `x_mask` is True.
     """
     if x_labels is None and y_labels is None:
         x_labels, y_labels = jnp.arange(len(x)), jnp.arange(len(y))
@@ -142,10 +142,10 @@ def statistics(
     mesh=None,
     axes=None,
 ) -> tuple[Results, Results]:
-    """What contrastive losses and their metrics need of rows and of columns, in one pass over the pairs.
+    """Returns statistics of rows and columns for contrastive losses and metrics, in one pass.
 
     Args:
-      x_labels, y_labels: int [N] and [M], or None; pairs of equal labels are positives.
+      x_labels, y_labels: int [N] and [M], or None; pairs with equal labels are positives.
       penalty: "softmax": `lse` of rows and columns. "sigmoid": `loss` of rows.
       positives: also `positive_sum` and `positive_count` (softmax only).
       best: also `best_positive` and `best_negative`.
@@ -192,8 +192,9 @@ def explain(
 ) -> Choice:
     """Returns the `Choice` for the same arguments (arrays or `jax.ShapeDtypeStruct`s).
 
-    With implementation=None the platform decides: that of the mesh's devices, else `jax.default_backend()`. On a TPU it
-    is `tpu` where that can do the request; elsewhere the size of the batch. `gpu` has to be asked for.
+    With implementation=None the platform decides: the mesh's devices, else `jax.default_backend()`. On a TPU the choice
+    is `tpu` if `tpu` supports the embeddings. In all other cases the batch size decides between `reference` and
+    `blockwise`. `gpu` runs only by name.
     """
     _check(x, y, scale, bias, x_labels, y_labels, x_mask, y_mask)
     mesh = ambient_mesh(axes) if mesh is None else mesh
@@ -277,7 +278,7 @@ _statistics.defvjp(_forward, _backward)
 
 
 def _sides(x, y, bias, arrays):
-    """(rows, columns): masks become logits of `LOWEST`, labels that match nothing, and embeddings of zeros."""
+    """Returns (rows, columns); masked ones have the logit `LOWEST`, a label without match, and a zero embedding."""
 
     def side(z, mask, labels, ignored, bias):
         add = None if bias is None else jnp.broadcast_to(bias, len(z))
@@ -302,7 +303,7 @@ def _results(stats, mask):
 
 
 def _run(spec, where, direction, scale, rows, columns):
-    """The pass, on one device or around the ring; rows and columns may come back padded."""
+    """Runs the pass on one device or around the ring; the results may be padded."""
     sweep = getattr(IMPLEMENTATIONS[spec.by], direction)
     if where is None:
         return sweep(spec, scale, rows, columns)
@@ -319,7 +320,7 @@ def _run(spec, where, direction, scale, rows, columns):
 
 
 def ambient_mesh(axes=None):
-    """The mesh of `jax.set_mesh` if it splits batches over several devices and is not inside `shard_map`; else None."""
+    """Returns the mesh of `jax.set_mesh` if it splits batches over devices, outside `shard_map`; else None."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     names = BATCH_AXES if axes is None else (axes,) if isinstance(axes, str) else axes

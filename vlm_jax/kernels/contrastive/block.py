@@ -1,22 +1,23 @@
-"""What a block of pairs adds to its rows and its columns, and what it takes back: the arithmetic, in XLA.
-
-With x [N, D] in rows, y [M, D] in columns, s_i = the numbers of a row, t_j = those of a column,
+"""The arithmetic of one block of pairs, forward and backward, in XLA.
 
     l_ij = scale x_i . y_j + bias
+
+x [N, D] are the rows, y [M, D] the columns. Row i has the maximum m_i and the sum s_i of exp(l_ij - m_i), column j
+the maximum m_j and the sum t_j of exp(l_ij - m_j).
 
 - softmax: the log-sum-exps of rows and columns, kept as (max, sum of exp(l - max)) and merged as in Milakov and
   Gimelshein 2018 (arXiv:1805.02867, Algorithm 3); the cotangent of the logits is
   d_ij = g_i exp(l_ij - m_i) / s_i + h_j exp(l_ij - m_j) / t_j + (p_i + q_j) [i and j positive],
-  with g, h those of the log-sum-exps and p, q those of the sums of positives' logits. The pair (m, s) and not its
-  logarithm stands in the exponent: rounding log-sum-exp costs digits at large scales.
+  where g, h are the cotangents of the log-sum-exps and p, q those of the sums of positives' logits. The exponent uses
+  the pair (m, s) instead of the log-sum-exp, because rounding log-sum-exp costs digits at large scales.
 - sigmoid: rows sum softplus(-z_ij l_ij), z = +1 for positives, else -1 (arXiv:2303.15343, section 3.2);
   d_ij = -g_i z_ij sigmoid(-z_ij l_ij).
 
-Either way dx = scale d y, dy = scale d^T x, and d/dscale = sum_ij d_ij x_i . y_j = sum_i x_i . (d y)_i, which needs no
-further pass over the pairs.
+In both cases dx = scale d y, dy = scale d^T x, and d/dscale = sum_ij d_ij x_i . y_j = sum_i x_i . (d y)_i, without
+another pass over the pairs.
 
-Everything but the products' bf16 operands is in `promote(dtype, float32)`. In bf16, d is rounded to bf16 for the matrix
-unit, and sums stay in fp32.
+All arithmetic is in `promote(dtype, float32)`, except the bf16 operands of products. In bf16, d is rounded to bf16 for
+the matrix unit; sums stay in fp32.
 """
 
 from typing import NamedTuple
@@ -25,21 +26,21 @@ import jax
 import jax.numpy as jnp
 
 LOWEST = -1e30
-"""Logit of a pair that does not count; finite, so that differences of two of them are numbers."""
+"""Logit of a pair that does not count; finite, so that the difference of two such logits is a number."""
 
 IGNORED_ROW, IGNORED_COLUMN = -(2**31), -(2**31) + 1
-"""Labels of those that count nowhere: they match nothing."""
+"""Labels of rows and columns that do not count: these labels match nothing."""
 
 
 class Spec(NamedTuple):
-    """What a pass over the pairs computes.
+    """The requested results of a pass over the pairs, and its block sizes.
 
     Attributes:
       penalty: "softmax" (log-sum-exps of rows and columns) or "sigmoid" (loss of rows).
-      positives: softmax: also the sums of positives' logits, and their number, for rows and columns.
-      best: also the largest logit of positives and that of negatives, for rows and columns.
-      rows, columns: of a block.
-      by: who passes over the pairs of one device, a key of `IMPLEMENTATIONS`.
+      positives: softmax: also the sums of positives' logits, and the number of positives, for rows and columns.
+      best: also the largest logit of positives and the largest logit of negatives, for rows and columns.
+      rows, columns: size of a block.
+      by: the implementation for one device's pairs, a key of `IMPLEMENTATIONS`.
     """
 
     penalty: str = "softmax"
@@ -51,13 +52,13 @@ class Spec(NamedTuple):
 
 
 class Side(NamedTuple):
-    """The rows or the columns: embeddings and what is known of each; n of them.
+    """The rows or the columns: n embeddings with their vectors.
 
     Attributes:
-      z: [n, D].
-      add: added to the logits, [n]: the bias (in rows), `LOWEST` where ignored; or None for nothing.
-      labels: int32 [n]; a row and a column are positives of each other where these are equal; or None.
-      max, weight, positive: for the backward pass, [n]: m, g / s and p of the module's equations; None elsewhere.
+      z: embeddings [n, D].
+      add: added to the logits, [n]: the bias (in rows), `LOWEST` for ignored ones; or None.
+      labels: int32 [n]; a row and a column with equal labels are positives; or None.
+      max, weight, positive: for the backward pass, [n]: m, g / s and p of the module's equations; else None.
     """
 
     z: jax.Array
@@ -69,7 +70,7 @@ class Side(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """Partial results of rows or of columns, [n] each; None where the `Spec` does not want them."""
+    """Partial results of rows or of columns, [n] each; None if the `Spec` does not request them."""
 
     max: jax.Array | None = None
     sum: jax.Array | None = None
@@ -81,13 +82,13 @@ class Stats(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What is known of rows or of columns once all pairs have passed, [n] each; None where the `Spec` wants it not.
+    """Final results of rows or of columns, [n] each; None if the `Spec` does not request them.
 
     Attributes:
-      lse: log-sum-exp of the logits; -inf over nothing; 0 for an ignored row or column.
-      loss: sigmoid: sum of softplus(-z l), of rows only.
-      positive_sum, positive_count: sum of positives' logits, and how many there are. The count has no gradient.
-      best_positive, best_negative: largest logits, `LOWEST` where there is none. Without gradient.
+      lse: log-sum-exp of the logits; -inf over no pairs; 0 for an ignored row or column.
+      loss: sigmoid: sum of softplus(-z l), for rows only.
+      positive_sum, positive_count: sum of positives' logits, and number of positives. The count has no gradient.
+      best_positive, best_negative: largest logits, `LOWEST` over no pairs. Without gradient.
     """
 
     lse: jax.Array | None = None
@@ -99,7 +100,7 @@ class Results(NamedTuple):
 
 
 def empty(spec: Spec, size: int, dtype, *, row: bool) -> Stats:
-    """The stats of no pairs."""
+    """Returns the stats of no pairs."""
     zeros, lowest = (lambda on: jnp.zeros(size, dtype) if on else None), jnp.full(size, LOWEST, dtype)
     soft = spec.penalty == "softmax"
     return Stats(
@@ -114,7 +115,7 @@ def empty(spec: Spec, size: int, dtype, *, row: bool) -> Stats:
 
 
 def merge(a: Stats, b: Stats) -> Stats:
-    """The stats of both sets of pairs."""
+    """Returns the stats of the union of two sets of pairs."""
     both = lambda op, x, y: None if x is None else op(x, y)
     top, total = both(jnp.maximum, a.max, b.max), None
     if top is not None:
@@ -124,12 +125,12 @@ def merge(a: Stats, b: Stats) -> Stats:
 
 
 def accumulator(x: jax.Array):
-    """The dtype of logits and sums."""
+    """Returns the dtype of logits and sums."""
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """Products summed over axis contract[0] of a and contract[1] of b, in b's `accumulator`."""
+    """Contracts axis contract[0] of a with axis contract[1] of b, in b's `accumulator`."""
     dims = (((contract[0],), (contract[1],)), ((), ()))
     precision = jax.lax.Precision.HIGHEST
     return jax.lax.dot_general(a.astype(b.dtype), b, dims, precision, preferred_element_type=accumulator(b))
@@ -143,7 +144,7 @@ def _logits(scale, x: Side, y: Side):
 
 
 def _similarity(x, y, halvings=3):
-    """x y^T; in fp32 by pairwise summation over D, since a logit's rounding is `scale` times the product's."""
+    """Returns x y^T; fp32 sums pairwise over D, because `scale` multiplies the product's rounding error."""
     half = x.shape[1] // 2
     if x.dtype != jnp.float32 or half < 32 or not halvings:
         return dot(x, y, (1, 1))
@@ -176,7 +177,7 @@ def forward(spec: Spec, scale: jax.Array, x: Side, y: Side) -> tuple[Stats, Stat
 
 
 def backward(spec: Spec, scale: jax.Array, x: Side, y: Side) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Returns d y [rows, D], d^T x [columns, D] and, for the sigmoid, d's sum over columns [rows], of one block."""
+    """Returns d y [rows, D], d^T x [columns, D] and, for the sigmoid, d's sum over columns [rows], for one block."""
     logits = _logits(scale, x, y)
     match = None if x.labels is None else x.labels[:, None] == y.labels
     of_rows = None

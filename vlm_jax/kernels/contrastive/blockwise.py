@@ -1,8 +1,8 @@
 """One device's pass over all pairs, block by block: an XLA loop on any platform.
 
-Memory order: rows are the slow loop and stay in cache with their partials; columns pass by, and theirs are updated in
-place. Beside the inputs and the results: one block of logits. What does not fill the last blocks is padded with
-embeddings that count nowhere.
+Memory order: rows are the slow loop and stay in cache with their partial results. Columns are the fast loop; their
+partial results are updated in place. Memory beyond inputs and results: one block of logits. Padding fills the last
+blocks with embeddings that do not count.
 """
 
 import jax
@@ -60,7 +60,7 @@ def backward(spec: Spec, scale: jax.Array, x: Side, y: Side) -> tuple[jax.Array,
 
 
 def blocks(side: Side, size: int, label: int) -> Side:
-    """Arrays [n, ...] as [blocks, block, ...], of equal blocks of at most `size`, padded; padding has this label."""
+    """Returns arrays [n, ...] as [blocks, block, ...], in equal blocks of at most `size`; padding has this label."""
     n = len(side.z)
     count = -(-n // size)
     size = -(-n // count)
@@ -68,7 +68,7 @@ def blocks(side: Side, size: int, label: int) -> Side:
 
 
 def pad(side: Side, size: int, label: int) -> Side:
-    """The side with `size` rows: what is added counts nowhere."""
+    """Pads a side to `size` rows; the added rows do not count."""
     extra = size - len(side.z)
     if not extra:
         return side
@@ -79,10 +79,10 @@ def pad(side: Side, size: int, label: int) -> Side:
 
 
 def at(tree, j):
-    """Row j of every array."""
+    """Returns row j of every array."""
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, j, keepdims=False), tree)
 
 
 def put(tree, j, values):
-    """The arrays with `values` as row j."""
+    """Returns the arrays with `values` as row j."""
     return jax.tree.map(lambda a, v: jax.lax.dynamic_update_index_in_dim(a, v, j, 0), tree, values)

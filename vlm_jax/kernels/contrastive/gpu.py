@@ -1,10 +1,10 @@
 """One device's pass over all pairs on an NVIDIA GPU: Pallas (Triton) kernels, forward and backward.
 
-The equations are those of `block`. Rows and columns are served by two passes of one kernel, with their roles swapped: a
-program holds what a block of one side gathers in registers while the other side passes, so nothing is written twice
-and no atomics are needed. In the backward pass a program gathers a part of the width, and computes the logits anew.
+`block` has the equations. One kernel runs twice, for rows and for columns, with swapped roles. A program keeps the
+results of one side's block in registers while the other side passes: nothing is written twice, and no atomics are
+needed. A program of the backward pass computes a part of the width, and recomputes the logits.
 
-The kernels are tested by interpretation and lowered for CUDA; no GPU has timed them, so they are not chosen by default.
+The tests interpret the kernels and lower them for CUDA. No GPU has timed the kernels, so they are not the default.
 """
 
 import functools
@@ -18,15 +18,15 @@ from vlm_jax.kernels.contrastive import block, blockwise
 from vlm_jax.kernels.contrastive.block import IGNORED_COLUMN, IGNORED_ROW, Side, Spec, Stats
 
 SIZE = 64
-"""Of a block on either side, and of the steps along the width."""
+"""Size of a block on both sides, and of the steps along the width."""
 
 GATHERED = 256
-"""Of the width at most, by one program of the backward pass."""
+"""Largest part of the width for one program of the backward pass."""
 
 
 def lacks(x, y):
-    """What of these embeddings the kernels cannot do, in words; None where they can."""
-    del y  # of x's dtype
+    """Returns in words why the kernels do not support these embeddings; None if they do."""
+    del y  # has x's dtype
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"dtype {x.dtype} (float32, bfloat16 and float16 only)"
     return None
@@ -63,14 +63,14 @@ def backward(spec: Spec, scale: jax.Array, x: Side, y: Side, *, interpret=False)
 
 
 def _both(x, y):
-    """(own side, other side, whether own is rows) twice, padded to whole blocks."""
+    """Returns (own side, other side, whether own is rows) for both roles, padded to whole blocks."""
     pad = lambda side, label: _widen(blockwise.pad(side, pl.cdiv(len(side.z), SIZE) * SIZE, label))
     x, y = pad(x, IGNORED_ROW), pad(y, IGNORED_COLUMN)
     return (x, y, True), (y, x, False)
 
 
 def _widen(side):
-    """Triton wants powers of two: embeddings that are parts of such, zeros appended."""
+    """Appends zeros to the embeddings until their parts are powers of two, as Triton requires."""
     width = side.z.shape[1]
     part = min(GATHERED, max(SIZE, pl.next_power_of_2(width)))
     return side._replace(z=jnp.pad(side.z, ((0, 0), (0, -width % part))))
@@ -150,7 +150,7 @@ def _block(i):
 
 
 def _own(side):
-    """(the place of this program's block, what is known of it); z stays where it is."""
+    """Returns (rows of this program's block, the block's side); z stays unread."""
     rows = _block(pl.program_id(0))
     return rows, Side(side.z, *(None if ref is None else ref[rows] for ref in side[1:]))
 
@@ -161,7 +161,7 @@ def _dot(a, b):
 
 
 def _logits(scale, own, other, rows, columns):
-    """(logits of two blocks, whether they are of positives, or None without labels)"""
+    """Returns (logits of two blocks, which pairs are positives, or None without labels)."""
 
     def along(k, products):
         return products + _dot(own.z[rows, _block(k)], other.z[columns, _block(k)].T)

@@ -1,5 +1,7 @@
-"""The plain form, which holds all logits and leaves the gradient to JAX: what the others are compared with, and
-fastest for small batches."""
+"""The plain form: holds all logits, and JAX derives the gradient.
+
+The reference for the other implementations, and the fastest for small batches.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from vlm_jax.kernels.contrastive.block import LOWEST, Results, Spec
 
 
 def statistics(spec: Spec, x, y, scale, bias, x_labels, y_labels, x_mask, y_mask) -> tuple[Results, Results]:
-    """The results of rows and of columns, by their definitions; arguments as in `contrastive.statistics`."""
+    """Returns the results of rows and of columns by definition; arguments as in `contrastive.statistics`."""
     x, y = (z if mask is None else jnp.where(mask[:, None], z, 0) for z, mask in ((x, x_mask), (y, y_mask)))
     logits = scale * block.dot(x, y, (1, 1)) + (0 if bias is None else bias)
     true = lambda mask, z: jnp.ones(len(z), bool) if mask is None else mask

@@ -1,16 +1,15 @@
-"""All pairs of a batch that is sharded over a mesh: columns travel a ring, in both directions at once.
+"""All pairs of a batch sharded over a mesh: columns travel a ring, in both directions at once.
 
-Each of n devices holds N / n rows and M / n columns. Its columns are cut in two; one half goes clockwise, the other
-counter-clockwise (both directions of a link carry data), and after n steps each has met every row and is home. Liu et
-al. 2023 (arXiv:2310.01889) pass keys and values like this; Cheng et al. 2024 (Inf-CL, arXiv:2410.17243, section 3.2)
-the texts of a contrastive batch, in one direction and with rows' log-sum-exps only. Here the columns' own partial
-results follow them, so that one pass serves both directions of the loss.
+Each of n devices holds N / n rows and M / n columns. One half of the columns goes clockwise, the other half
+counter-clockwise, so that both directions of a link carry data. After n steps each half has met every row and is home.
+Liu et al. 2023 (arXiv:2310.01889) pass keys and values like this. Cheng et al. 2024 (Inf-CL, arXiv:2410.17243, section
+3.2) pass the texts of a contrastive batch, in one direction and with only the rows' log-sum-exps. Here the columns'
+partial results travel too, so that one pass serves both directions of the loss.
 
-Step t: the embeddings of step t + 1 and the partials of step t - 1 are sent while the block of step t is computed;
-partials are merged when both are there. What is sent never waits for what is computed in the same step.
+Step t computes one block. Meanwhile the devices send the embeddings of step t + 1 and the partial results of step
+t - 1; the results are merged when both are there. A transfer never waits for the computation of the same step.
 
-Devices pass columns on in an order of neighbouring chips (`order`), which is also what lets a v5e pod send them
-asynchronously.
+Devices pass columns along neighbouring chips (see `order`). A v5e pod needs this order to send asynchronously.
 
 Memory per device: x and dx, three times y (home, here, next) and dy; O((N + M) / n D), and one block of logits.
 """
@@ -23,13 +22,13 @@ from vlm_jax.kernels.contrastive.block import Side, Spec, Stats
 
 
 def forward(sweep, spec: Spec, axes, order, scale, x: Side, y: Side) -> tuple[Stats, Stats]:
-    """The stats of this device's rows and columns; inside `shard_map`.
+    """Returns the stats of this device's rows and columns; call it inside `shard_map`.
 
     Args:
       sweep: the `forward` of one device, e.g. `blockwise.forward`.
-      spec: what is computed.
+      spec: the requested results.
       axes: mesh axes of the ring.
-      order: the devices, as positions along `axes`, in the order in which they pass columns on; see `order`.
+      order: the devices, as positions along `axes`, in ring order; see `order`.
       scale: scalar.
       x: this device's rows.
       y: this device's columns, an even number.
@@ -53,7 +52,7 @@ def forward(sweep, spec: Spec, axes, order, scale, x: Side, y: Side) -> tuple[St
 
 
 def backward(sweep, spec: Spec, axes, order, scale, x: Side, y: Side):
-    """d y, d^T x and, for the sigmoid, the sum of d, of this device's rows and columns; arguments as in `forward`."""
+    """Returns d y, d^T x and, for the sigmoid, the sum of d, for this device; arguments as in `forward`."""
     dtype = block.accumulator(x.z)
 
     def step(carry, _):
@@ -73,7 +72,7 @@ def backward(sweep, spec: Spec, axes, order, scale, x: Side, y: Side):
 
 
 def send(pair, axes, order):
-    """The first of the pair to the next device, the second to the one before."""
+    """Sends the first of the pair to the next device and the second to the previous device."""
     clockwise = list(zip(order, order[1:] + order[:1], strict=True))
     counter = [(there, here) for here, there in clockwise]
     shift = lambda tree, pairs: jax.tree.map(lambda a: jax.lax.ppermute(a, axes, pairs), tree)
@@ -81,12 +80,12 @@ def send(pair, axes, order):
 
 
 def order(mesh, axes) -> tuple[int, ...]:
-    """The order in which the devices along `axes` pass columns on.
+    """Returns the ring order of the devices along `axes`.
 
-    On a grid of chips (v5e, v6e) a closed walk over neighbours: every hop is one link. Libtpu makes a
-    collective-permute asynchronous on a v5e of more than 4 x 4 chips only if all its pairs are near ("must satisfy
-    routing limitations"): in the order of indices, whose last hop is not, each transfer would be waited for. On another
-    shape, on an odd grid, or for an abstract mesh, whose devices are not known: the order of indices.
+    On a grid of chips (v5e, v6e) the order is a closed walk over neighbours: every hop is one link. On a v5e of more
+    than 4 x 4 chips, libtpu makes a collective-permute asynchronous only if all its pairs are near ("must satisfy
+    routing limitations"). The last hop in index order is far, so that every transfer would block. For other shapes, an
+    odd grid, or an abstract mesh (without known devices), the order is the index order.
     """
     size = 1
     for axis in axes:
@@ -107,7 +106,7 @@ def order(mesh, axes) -> tuple[int, ...]:
 
 
 def closed_walk(rows: int, columns: int) -> list[tuple[int, int]] | None:
-    """A closed walk over all cells of a grid, from neighbour to neighbour; None where there is none."""
+    """Returns a closed walk over all cells of a grid, from neighbour to neighbour; None if no such walk exists."""
     if rows * columns == 2:
         return [(0, 0), (rows - 1, columns - 1)]
     if rows % 2:
@@ -121,11 +120,11 @@ def closed_walk(rows: int, columns: int) -> list[tuple[int, int]] | None:
 
 
 def halves(tree):
-    """(first halves, second halves) of every array's rows."""
+    """Returns (first halves, second halves) of every array's rows."""
     cut = lambda a: (a[: len(a) // 2], a[len(a) // 2 :])
     return tuple(jax.tree.map(lambda a, i=i: cut(a)[i], tree) for i in (0, 1))
 
 
 def whole(pair):
-    """The inverse of `halves`."""
+    """Inverts `halves`."""
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *pair)

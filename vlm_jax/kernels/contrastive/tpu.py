@@ -1,17 +1,17 @@
 """One device's pass over all pairs on a TPU: the Pallas (Mosaic) kernels, forward and backward.
 
-The equations and their roundings are those of `block`; only sums are taken in another order.
+Equations and rounding are the same as in `block`; only the order of sums differs.
 
-Memory order: a block of rows, and its d y, stay on chip while blocks of columns pass. What columns gather from all rows
-(partial results; d^T x in fp32) stays on chip throughout and leaves with the last block of rows. Where that does not
-fit, columns come in slabs, a call each.
+Memory order: a block of rows and its d y stay on chip while blocks of columns pass. The columns' results over all rows
+(partial results; d^T x in fp32) stay on chip throughout, and leave with the last block of rows. If these results do not
+fit, columns are cut into slabs, with one call for each slab.
 
-Layout: logits have rows along sublanes and columns along lanes. A row's partial results are kept for each lane
-[rows, 128], a column's for each sublane [8, columns], so that they grow by elementwise operations; lanes and sublanes
-meet once, after the last block. Likewise what is known of a row is spread over 128 lanes once per block of rows.
+Layout: logits have rows along sublanes and columns along lanes. A row has partial results for each lane [rows, 128], a
+column for each sublane [8, columns], so that elementwise operations update them. Lanes and sublanes are reduced once,
+after the last block. A row's vectors are broadcast over 128 lanes once per block of rows.
 
-A block's logits are computed in chunks of columns, so that the compiler has matrix products to overlap with their
-exponentials.
+A block's logits are computed in chunks of columns: the compiler overlaps the matrix products of one chunk with the
+exponentials of another.
 """
 
 import functools
@@ -27,28 +27,28 @@ from vlm_jax.kernels.contrastive.block import IGNORED_COLUMN, IGNORED_ROW, LOWES
 
 LANES, SUBLANES = 128, 8
 ROWS, COLUMNS, CHUNK = 1024, 1024, 512
-"""Of a block at most (bf16; half of it in fp32), and columns of a chunk."""
+"""Largest rows and columns of a block (bf16; half in fp32), and columns of a chunk."""
 
 BLOCK_BYTES, SLAB_BYTES, VMEM_LIMIT = 5 << 19, 24 << 20, 100 << 20
-"""Of a block's embeddings at most, of a slab's d^T x, and of all that is on chip."""
+"""Largest size of a block's embeddings, of a slab's d^T x, and of all data on chip."""
 
 WIDEST = 4096
 MAXIMA = ("max", "best_positive", "best_negative")
-"""`Stats` that merge by maximum; the others are sums."""
+"""`Stats` that merge by maximum; all others are sums."""
 
 NT, NN, TN = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ())), (((0,), (0,)), ((), ()))
 
 
 def lacks(x, y):
-    """What of these embeddings the kernels cannot do, in words; None where they can."""
-    del y  # of x's dtype and width
+    """Returns in words why the kernels do not support these embeddings; None if they do."""
+    del y  # has x's dtype and width
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         return f"dtype {x.dtype} (float32 and bfloat16 only)"
     return f"embeddings of width {x.shape[1]} ({WIDEST} at most)" if x.shape[1] > WIDEST else None
 
 
 def _on_each_device(sweep):
-    """XLA cannot partition Mosaic kernels: under a mesh, outside of `shard_map`, every device does all pairs."""
+    """Under a mesh, outside `shard_map`, makes every device do all pairs: XLA cannot partition Mosaic kernels."""
 
     @functools.wraps(sweep)
     def run(spec, *arrays, interpret=False):
@@ -105,7 +105,7 @@ def backward(spec: Spec, scale: jax.Array, x: Side, y: Side, *, interpret=False)
 
 
 def _blocks(x, y):
-    """x padded to whole blocks, y as slabs [slabs, columns, ...] of whole blocks, (rows, columns) of a block."""
+    """Returns x in whole blocks, y as slabs [slabs, columns, ...] of whole blocks, and (rows, columns) of a block."""
     n, m, width = len(x.z), len(y.z), -(-x.z.shape[1] // LANES) * LANES
     itemsize = x.z.dtype.itemsize
     fits = lambda most: min(most * 2 // itemsize, BLOCK_BYTES // (width * itemsize))
@@ -119,7 +119,7 @@ def _blocks(x, y):
 
 
 def _vmem(shape, like):
-    """fp32 scratch for each array."""
+    """Returns fp32 scratch for each array."""
     return jax.tree.map(lambda _: pltpu.VMEM(shape, jnp.float32), like)
 
 
@@ -128,12 +128,12 @@ def _first(tree, size):
 
 
 def _even(size, most):
-    """Of blocks as equal as whole lane tiles allow, of at most `most`."""
+    """Returns the size of equal blocks of whole lane tiles, at most `most`."""
     return pl.cdiv(pl.cdiv(size, pl.cdiv(size, max(LANES, most // LANES * LANES))), LANES) * LANES
 
 
 def _each_slab(run, merge, start, slabs):
-    """(what rows gather from all slabs of columns, what columns gather); one slab needs no merging."""
+    """Returns (results of rows over all slabs, results of columns); one slab needs no merging."""
     if len(slabs.z) == 1:
         return run(jax.tree.map(lambda a: a[0], slabs))
 
@@ -146,12 +146,15 @@ def _each_slab(run, merge, start, slabs):
 
 
 def _call(kernel, name, spec, blocks, scale, x, y, out, parts, interpret):
-    """Runs a kernel over (blocks of rows, blocks of columns). Results are like `out` = (of rows, of columns), vectors
-    [1, n]. Scratch is what is known of a block's rows, over all lanes, and `parts`."""
+    """Runs a kernel over (blocks of rows, blocks of columns).
+
+    Results are like `out` = (of rows, of columns), with vectors [1, n]. Scratch holds the vectors of a block's rows,
+    broadcast over all lanes, and `parts`.
+    """
     grid = len(x.z) // blocks[0], len(y.z) // blocks[1]
     last = grid[0] - 1
     of_row, of_column = (lambda i, j: i), (lambda i, j: j)
-    at_last = lambda i, j: jnp.where(i == last, j, 0)  # what columns gather is written once
+    at_last = lambda i, j: jnp.where(i == last, j, 0)  # columns' results are written once
 
     def specs(tree, size, at):
         vector, matrix = (lambda i, j: (0, at(i, j))), (lambda i, j: (at(i, j), 0))
@@ -285,7 +288,7 @@ def _dot(a, b, dimensions):
 
 
 def _logits(scale, z, y, over, chunk):
-    """(logits [rows, columns of the chunk], whether they are of positives, or None without labels)"""
+    """Returns (logits [rows, columns of the chunk], which pairs are positives, or None without labels)."""
     logits = scale * _dot(z, y.z[chunk], NT)
     if over.add is not None:
         logits += _over_lanes(over.add[...], logits)
@@ -295,7 +298,7 @@ def _logits(scale, z, y, over, chunk):
 
 
 def _spread(x, over):
-    """What is known of a row into all lanes: [1, rows] to [rows, 128]."""
+    """Broadcasts the rows' vectors into all lanes: [1, rows] -> [rows, 128]."""
     for vector, into in zip(x, over, strict=True):
         if into is not None:
             into[...] = jnp.broadcast_to(vector[...], (LANES, vector.shape[1])).T
@@ -308,7 +311,7 @@ def _clear(parts, at):
 
 
 def _meet(results, parts, read):
-    """The partial results [parts, n] that `read` makes of each ref, as [1, n]."""
+    """Reduces each ref's partial results, `read(ref)` [parts, n], to [1, n]."""
     for name, ref, result in zip(Stats._fields, parts, results, strict=True):
         if ref is None:
             continue
