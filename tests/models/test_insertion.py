@@ -96,7 +96,7 @@ def test_merged_is_unmerged(base):
     assert jax.tree.structure(merged) == jax.tree.structure(params)
     for got, want in zip(embed(model, merged), embed(adapted, trained), strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
-    with pytest.raises(UserError, match="one LowRank can be merged"):
+    with pytest.raises(UserError, match="merge needs exactly one insertion, a LowRank"):
         merge(trained, (Adapter(),))
 
 
@@ -182,7 +182,7 @@ def test_low_rank_of_a_vit_b16():
 
 def test_what_does_not_fit_is_named(base):
     model, params, _ = base
-    with pytest.raises(UserError, match=r"Adapter.*is put nowhere"):
+    with pytest.raises(UserError, match=r"Adapter.*changes nothing"):
         begin(jax.random.key(0), inserted(model, Adapter(where="image/mlp")), params, IMAGES, TEXTS)
     with pytest.raises(UserError, match=r"`text/\S+` is in one and not in another; expected parameters of one model"):
         alone = models.build(dict(image=None, text=dict(width=D, depth=1, heads=HEADS, vocab_size=12, length=8)))

@@ -170,7 +170,7 @@ def test_zero_features_have_finite_gradients():
         (dict(image=IMAGE | dict(widht=3)), "did you mean `width`"),
         (dict(image=IMAGE | dict(variant="Z/16")), "variant is `Z`"),
         (dict(image=dict(variant="B/x")), "`B/x`"),
-        (dict(text=TEXT | dict(variant="B/16")), "which texts have not"),
+        (dict(text=TEXT | dict(variant="B/16")), "but the tower has none"),
         (dict(image=dict(variant="B")), "lacks the key `patch`"),
     ],
 )

@@ -120,5 +120,5 @@ def test_trees_that_differ(call):
 
 def test_an_empty_soup():
     for soup in (averages.uniform_soup, lambda trees: averages.greedy_soup(trees, lambda _: 0.0)):
-        with pytest.raises(UserError, match="a soup of no models"):
+        with pytest.raises(UserError, match="the soup has no models"):
             soup([])

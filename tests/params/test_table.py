@@ -31,7 +31,7 @@ def test_the_first_match_of_the_whole_name_wins():
         ([(".*/kernel", 0), ("logit_scale", 0)], r"matches `txt/head/bias`; add one or end with `\('\.\*', \.\.\.\)`"),
         ([("text/.*", 0), (".*", 0)], r"the rule `text/\.\*` matches no parameter"),
         ([("head/kernel", 0), (".*", 0)], r"must match the whole name\); the nearest name is `txt/head/kernel`"),
-        ([("txt/.*", 0), ("txt/head/bias", 1), (".*", 2)], r"`txt/head/bias` decides nothing, `txt/\.\*` before it"),
+        ([("txt/.*", 0), ("txt/head/bias", 1), (".*", 2)], r"`txt/head/bias` has no effect, `txt/\.\*` above"),
         ([("image/(", 0), (".*", 0)], r"config.sharding: `image/\(` is not a regular expression"),
     ],
 )  # fmt: skip

@@ -174,11 +174,11 @@ def test_another_model_is_named(tmp_path):
     saver.save(1, state_of(1), {})
     saver.wait()
     wrong = {
-        r"`params/a` it has \(8,\), the config none": {"b": jnp.zeros(3)},
-        r"`params/a` it has \(8,\), the config \(3,\)": {"a": jnp.zeros(3)},
+        r"`params/a` has the shape \(8,\) in the checkpoint, none in the config": {"b": jnp.zeros(3)},
+        r"`params/a` has the shape \(8,\) in the checkpoint, \(3,\) in the config": {"a": jnp.zeros(3)},
     }
     for message, params in wrong.items():
-        with pytest.raises(UserError, match=f"checkpoint 1 does not fit the config's .*: of {message}"):
+        with pytest.raises(UserError, match=f"checkpoint 1 does not fit the config's .*: {message}"):
             saver.restore(abstract(state_of(0) | {"params": params}, sharding.make_mesh()))
     saver.close()
 

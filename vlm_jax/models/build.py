@@ -123,7 +123,7 @@ def tower(kind, section, where, dtype):
     cls, lookup = config.choose(TOWERS, section.pop("type", kind), f"{where}.type")
     sizes = lookup(section.pop("variant")) if "variant" in section else {}
     if "patch" in sizes and cls is not ViT:
-        raise UserError(f"{where}.variant has a patch size, which texts have not; leave out `/{sizes['patch']}`")
+        raise UserError(f"{where}.variant has a patch size, but the tower has none; leave out `/{sizes['patch']}`")
     return config.call(cls, {**sizes, **section}, where, dtype=dtype)
 
 

@@ -315,7 +315,7 @@ def begin(rng: jax.Array, model: nn.Module, params: Any, *inputs: Any) -> Any:
     check_alike(shapes_of(), params)
     for insertion in model.insertions:
         if not new_leaves(shapes_of(insertion)):
-            raise UserError(f"{insertion} is put nowhere: its `where` matches no module of the model")
+            raise UserError(f"{insertion} changes nothing: its `where` matches no module of the model")
 
     @jax.jit
     def draw(rng):
@@ -328,7 +328,7 @@ def begin(rng: jax.Array, model: nn.Module, params: Any, *inputs: Any) -> Any:
 def merge(params: Any, insertions: tuple) -> Any:
     """Returns plain parameters of a model with one `LowRank` insertion: each kernel is W + (alpha / r) a b."""
     if len(insertions) != 1 or not isinstance(insertions[0], LowRank):
-        raise UserError(f"one LowRank can be merged; there are {insertions}")
+        raise UserError(f"merge needs exactly one insertion, a LowRank; got {insertions}")
     leaves, new = named_leaves(params), new_leaves(params)
 
     def plain(name):

@@ -42,7 +42,7 @@ def pool(name, tokens, mask=None, position=None):
     if name not in POOLS:
         raise UserError(f"pool is `{name}`; expected one of: map, none, {', '.join(POOLS)}")
     if name in ("eos", "argmax") and position is None:
-        raise UserError(f"pool `{name}` looks for a token id: it is for text towers")
+        raise UserError(f"pool `{name}` needs token ids; use it only in text towers")
     return POOLS[name](tokens, mask, position)
 
 

@@ -47,7 +47,7 @@ def wise_ft(base: Any, tuned: Any, alpha: float | jax.Array) -> Any:
 def uniform_soup(candidates: Sequence[Any]) -> Any:
     """Returns the mean of parameter trees (Wortsman et al. 2022, arXiv:2203.05482, section 2)."""
     if not candidates:
-        raise UserError("a soup of no models; give one parameter tree or more")
+        raise UserError("the soup has no models; give at least one parameter tree")
     check_alike(*candidates)
     return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]) / len(leaves), *candidates)
 

@@ -73,7 +73,7 @@ def check_entries(base, entries, where):
             shape = shape[1:]
         expected = kind(jax.ShapeDtypeStruct(shape, dtype))
         if kind(value) != expected:
-            raise UserError(f"{where}: `{entry}` is {kind(value)}, in the model {expected}; use the sizes it is from")
+            raise UserError(f"{where}: `{entry}` is {kind(value)}, in the model {expected}; use an equal model")
 
 
 def _is_stack(name):

@@ -62,7 +62,7 @@ def _last(params, k):
         raise UserError(f"trainable is `last_{k}`, but no parameter is in `blocks`; give a table of names")
     for tower, depth in depths.items():
         if k > depth:
-            raise UserError(f"trainable is `last_{k}`, but `{tower}blocks` has {depth} blocks; expected at most that")
+            raise UserError(f"trainable is `last_{k}`, but `{tower}blocks` has {depth} blocks; expected k <= {depth}")
 
     def mask(name, leaf):
         match = blocks[name]
@@ -122,7 +122,7 @@ def largest_moves(base: Any, tuned: Any, k: int) -> Any:
     def moved(name, old, new):
         distance = np.abs(np.asarray(new, np.float32) - np.asarray(old, np.float32))
         if not np.all(np.isfinite(distance)):
-            raise UserError(f"`{name}` moved by NaN or infinity, which ranks nowhere; look at the run that tuned it")
+            raise UserError(f"`{name}` moved by NaN or infinity, which has no rank; check the run that tuned it")
         return distance.ravel()
 
     distances = jax.tree.leaves(map_with_name(moved, base, tuned))
@@ -138,7 +138,7 @@ def random_mask(rng: jax.Array, params: Any, k: int) -> Any:
 def _largest(scores, params, k):
     """Returns the mask of the k largest scores; `scores` has one entry for each scalar of params, in tree order."""
     if not 1 <= k <= scores.size:
-        raise UserError(f"a mask of k = {k} scalars of {scores.size:,}; expected 1 to as many as there are")
+        raise UserError(f"the mask asks for k = {k} scalars of {scores.size:,}; expected 1 <= k <= {scores.size:,}")
     threshold = np.partition(scores, scores.size - k)[scores.size - k]
     chosen = scores > threshold
     chosen[np.flatnonzero(scores == threshold)[: k - np.sum(chosen)]] = True

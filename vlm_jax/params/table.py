@@ -60,8 +60,8 @@ def match_rules(
         if hidden is not None:
             winner = next(p.pattern for p in patterns if p.fullmatch(hidden))
             raise UserError(
-                f"{where}: the rule `{pattern.pattern}` decides nothing, `{winner}` before it takes `{hidden}`; "
-                "move it up or remove it"
+                f"{where}: the rule `{pattern.pattern}` has no effect, `{winner}` above matches `{hidden}`; "
+                f"move `{pattern.pattern}` up or remove it"
             )
         close = difflib.get_close_matches(pattern.pattern, names, n=1, cutoff=0.0)
         nearest = f"; the nearest name is `{close[0]}`" if close else ""

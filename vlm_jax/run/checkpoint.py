@@ -187,8 +187,8 @@ def _check_fits(step: int, saved: Mapping[str, Any], wanted: Mapping[str, Any]) 
         shapes = [str(tuple(side[name].shape)) if name in side else "none" for side in (saved, wanted)]
         if shapes[0] != shapes[1]:
             raise UserError(
-                f"checkpoint {step} does not fit the config's model and optimizer: of `{name}` it has {shapes[0]}, the "
-                f"config {shapes[1]}; use the config it was made with, or another --workdir"
+                f"checkpoint {step} does not fit the config's model and optimizer: `{name}` has the shape {shapes[0]} "
+                f"in the checkpoint, {shapes[1]} in the config; use the run's own config, or another --workdir"
             )
 
 

@@ -206,7 +206,7 @@ def test_explain():
     [
         (dict(implementation="magic"), "`magic`; expected one of: reference, blockwise"),
         (dict(y=jnp.zeros((3, 5))), r"x \[N, D\] and y \[M, D\]; got x \(3, 4\) float32, y \(3, 5\)"),
-        (dict(y=jnp.zeros((3, 4), jnp.bfloat16)), "of one floating dtype"),
+        (dict(y=jnp.zeros((3, 4), jnp.bfloat16)), "equal floating dtypes"),
         (dict(scale=jnp.ones(3)), r"scale is a scalar; got shape \(3,\)"),
         (dict(x_mask=jnp.ones(2, bool)), r"x_mask is bool_? \(3,\)"),
         (dict(x_mask=jnp.ones(3)), "got float32"),

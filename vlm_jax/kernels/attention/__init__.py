@@ -103,10 +103,10 @@ def explain(q, k, v, *, bias=None, mask=None, causal=False, scale=None, implemen
 def _check(q, k, v, bias, mask):
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     if not (q.ndim == k.ndim == v.ndim == 4):
-        raise UserError(f"attention wants [batch, length, heads, head_dim]; got {shapes}")
+        raise UserError(f"attention needs [batch, length, heads, head_dim]; got {shapes}")
     if k.shape != v.shape or q.shape[:1] + q.shape[2:] != k.shape[:1] + k.shape[2:]:
         raise UserError(
-            f"attention wants q, k, v of one batch, heads and head_dim, k and v of one length; got {shapes}"
+            f"attention needs q, k, v of equal batch, heads and head_dim, and k, v of equal length; got {shapes}"
         )
     logits = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     for name, array in (("bias", bias), ("mask", mask)):

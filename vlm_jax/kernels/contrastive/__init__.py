@@ -208,7 +208,7 @@ def explain(
                 f"contrastive implementation is `{implementation}`; expected one of: {', '.join(IMPLEMENTATIONS)}"
             )
         if around and implementation == "reference":
-            raise UserError("contrastive implementation `reference` is for one device; give no mesh, or None for it")
+            raise UserError("contrastive implementation `reference` runs on one device; use another, or None")
         lacks = getattr(IMPLEMENTATIONS[implementation], "lacks", lambda *_: None)(x, y)
         if lacks:
             raise UserError(f"contrastive implementation `{implementation}` cannot do {lacks}; use another, or None")
@@ -354,7 +354,7 @@ def _check(x, y, scale, bias, x_labels, y_labels, x_mask, y_mask):
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or 0 in x.shape + y.shape:
         raise UserError(f"contrastive embeddings are x [N, D] and y [M, D]; got {shapes}")
     if x.dtype != y.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise UserError(f"contrastive embeddings are of one floating dtype; got {shapes}; cast one with .astype")
+        raise UserError(f"contrastive embeddings must have equal floating dtypes; got {shapes}; cast one with .astype")
     for name, value in (("scale", scale), ("bias", bias)):
         if value is not None and jnp.ndim(value):
             raise UserError(f"contrastive {name} is a scalar; got shape {jnp.shape(value)}")

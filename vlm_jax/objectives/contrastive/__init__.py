@@ -52,7 +52,7 @@ def contrastive(
     """
     similarity = catalogue.build("similarities", similarity, f"{WHERE}.similarity")
     if similarity.embeddings is None and (mask is not None or implementation is not None):
-        raise UserError(f"{WHERE}.mask and implementation are of the similarity `cosine`, which kernels know")
+        raise UserError(f"{WHERE}.mask and implementation need the similarity `cosine`; the kernels support no other")
     penalty = catalogue.build("penalties", penalty, f"{WHERE}.penalty")
 
     def encode(params, batch, rng):
