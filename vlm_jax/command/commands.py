@@ -63,20 +63,20 @@ MODEL = text("model", "A workdir, a folder, a file, hf:org/name, pkg:package/pat
 DATA = text("data", "Data set: tfds:, wds:, jsonl:, csv:, folder:", needed=True)
 LABELLED = (
     text("split", "The data set's split"),
-    several("where", "Which records count: field=value,value; repeatable"),
+    several("where", "Records that count: field=value,value; repeatable"),
     text("label", "The field with the label"),
     text("classes", "imagenet, emoji:seen, emoji:subgroups, a file, a list (the data set's own)"),
     several("templates", "imagenet80, a file, a prompt with {}; repeatable"),
     whole("batch_size", "Pictures at a time over all devices", 256),
 )
 LOADING = (  # the arguments of `vlm_jax.load`
-    text("preprocess", "Where the model's files do not tell: openai, siglip, ..., or an op string"),
-    text("tokenizer", "Where the model's files do not tell: clip, json:/path, ..."),
-    text("tokenize", "Where the model's files do not tell: e.g. tokenize(77)"),
-    text("activation", "Of bare CLIP weights (quick_gelu, gelu) and T5X (gelu_tanh, silu)"),
+    text("preprocess", "For model files without preprocessing: openai, siglip, ..., or an op string"),
+    text("tokenizer", "For model files without tokenizer: clip, json:/path, ..."),
+    text("tokenize", "For model files without tokenization: e.g. tokenize(77)"),
+    text("activation", "For bare CLIP weights (quick_gelu, gelu) and T5X (gelu_tanh, silu)"),
     listed("image_size", "Another size than the model's: 384 or 384,288; needs --resample"),
-    text("resample", "How learned positions get to it: linear, bicubic, bicubic_sharp"),
-    text("dtype", "Compute dtype (a run's own, else float32)"),
+    text("resample", "Resampling of learned positions to --image_size: linear, bicubic, bicubic_sharp"),
+    text("dtype", "Compute dtype (the run's own, else float32)"),
 )
 
 COMMANDS = {
@@ -101,14 +101,14 @@ COMMANDS = {
             "task": (
                 listed("captions", "retrieval, captions: the fields with captions"),
                 text("template", "retrieval: a prompt, {} for the caption"),
-                listed("ks", "retrieval: how many candidates may be named, e.g. 1,5,10"),
+                listed("ks", "retrieval: the k of recall@k, e.g. 1,5,10"),
                 whole("gallery", "Pictures in the report (24)"),
                 several("option", "Any other argument of the task: name=value; repeatable"),
             ),
             "model": LOADING,
             "machine": (
-                listed("mesh", "data=2,fsdp=4,tensor=1 (data has all devices)"),
-                Flag(flags.DEFINE_float, "memory_share", "Of the free memory, for embeddings (0.25)"),
+                listed("mesh", "data=2,fsdp=4,tensor=1 (all devices in data)"),
+                Flag(flags.DEFINE_float, "memory_share", "Share of the free memory for embeddings (0.25)"),
                 DISTRIBUTED,
             ),
         },
@@ -118,17 +118,17 @@ COMMANDS = {
         {
             "": (
                 MODEL,
-                listed("method", "Names of methods, with commas between", needed=True),
+                listed("method", "Names of methods, separated by commas", needed=True),
                 DATA,
                 text("out", "Folder for results.json and the adapters", needed=True),
             ),
             "draws": (
                 whole("shots", "Training pictures of each class", 16),
-                whole("seeds", "Draws of them", 3),
-                text("train_split", "The split to draw from (train); --train_split= where there are none"),
-                several("train_where", "Which of its records count; repeatable"),
+                whole("seeds", "Number of random draws", 3),
+                text("train_split", "The split to draw from (train); --train_split= for data without splits"),
+                several("train_where", "Records of that split that count: field=value,value; repeatable"),
                 switch("base_to_new", "Train on half of the classes, test the others as well"),
-                several("option", "Of the methods: steps=100, learning_rate=1e-3, rank=8; repeatable"),
+                several("option", "Options of the methods: steps=100, learning_rate=1e-3, rank=8; repeatable"),
             ),
             "data": LABELLED,
             "model": LOADING,
@@ -139,9 +139,9 @@ COMMANDS = {
         {
             "": (
                 text("format", "What to write: native, hf, open_clip, big_vision, t5x", "native"),
-                switch("inspect", "Say what SRC is and where each tensor goes, and convert nothing"),
+                switch("inspect", "Describe SRC and where each tensor goes; convert nothing"),
             ),
-            "model": (*LOADING[:4], listed("image_size", "Where its positions do not tell: 384 or 384,288")),
+            "model": (*LOADING[:4], listed("image_size", "For positions of unknown grid: 384 or 384,288")),
         },
         arguments="SRC DST",
     ),
@@ -162,9 +162,9 @@ COMMANDS = {
             "": (
                 config("Experiment, e.g. ul2:20b or configs/ul2.py:20b"),
                 text("topology", "Slice: v5e:16x16, v5p:4x8x8, v6e:16x16, h100:1x1x8, ...", needed=True),
-                switch("search", "Look for the mesh, remat and accumulation that are fastest"),
-                switch("table", "Print the parameters and their shardings, too"),
-                switch("codegen", "Have TPU programs' machine code made, too: minutes, the same plan"),
+                switch("search", "Search for the fastest mesh, remat and accumulation"),
+                switch("table", "Also print the parameters and their shardings"),
+                switch("codegen", "Also generate TPU machine code: takes minutes, gives the same plan"),
             )
         }
     ),
@@ -178,7 +178,7 @@ COMMANDS = {
                 listed("fields", "Text fields, nested ones as name/en", needed=True),
                 text("out", "The file to write", needed=True),
                 text("split", "The data set's split"),
-                whole("vocab_size", "Tokens at most, 256 bytes and 3 specials among them", 4096),
+                whole("vocab_size", "Maximum number of tokens, including 256 bytes and 3 special tokens", 4096),
             )
         }
     ),
