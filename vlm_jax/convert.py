@@ -1,4 +1,4 @@
-"""Converts checkpoints between projects, and says what a file is.
+"""Converts checkpoints between projects, or describes a checkpoint.
 
     vlm-jax convert --inspect pkg:vlm_jax/zoo/clip_tiny
     vlm-jax convert pkg:vlm_jax/zoo/clip_tiny runs/emoji_clip --format=native

@@ -1,4 +1,4 @@
-"""Lists the published methods: paper, what each changes, how to run it, its claim and the verdict.
+"""Lists the published methods: paper, difference, command, claim and verdict.
 
     vlm-jax methods
     vlm-jax methods lora
