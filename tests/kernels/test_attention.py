@@ -58,7 +58,7 @@ def test_what_an_implementation_cannot_do_raises(implementation, x, bias, messag
     ("change", "message"),
     [
         (dict(implementation="magic"), "`magic`; expected one of: reference, xla"),
-        (dict(k=jnp.zeros((2, 7, 3, 4))), "one batch, heads and head_dim"),
+        (dict(k=jnp.zeros((2, 7, 3, 4))), "equal batch, heads and head_dim"),
         (dict(q=jnp.zeros((5, 3, 8))), r"\[batch, length, heads, head_dim\]"),
         (dict(bias=jnp.zeros((3, 5, 7))), "bias must broadcast"),
         (dict(mask=jnp.ones((2, 1, 1, 5), bool)), "mask must broadcast"),

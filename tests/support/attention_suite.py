@@ -75,25 +75,23 @@ def _case(dtype, lq, lk, batch=2, heads=3, head_dim=8, bias=None, mask=None, hid
 
 def exact(q, k, v, bias, dout, mask=None, causal=False, scale=None):
     """The equation and its derivative, in fp64."""
-    q, k, v, dout = (np.asarray(x, np.float64) for x in (q, k, v, dout))
+    swap = lambda x: np.swapaxes(np.asarray(x, np.float64), 1, 2)  # [batch, length, heads, ...] and back
+    q, k, v, dout = map(swap, (q, k, v, dout))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    logits = scale * np.einsum("bqhd,bkhd->bhqk", q, k)
+    logits = scale * q @ k.mT
     seen = np.ones(logits.shape, bool)
     if bias is not None:
         logits = logits + np.asarray(bias, np.float64)
     if mask is not None:
         seen = seen & mask
     if causal:
-        seen = seen & (np.arange(q.shape[1])[:, None] >= np.arange(k.shape[1]))
+        seen = seen & (np.arange(q.shape[2])[:, None] >= np.arange(k.shape[2]))
     logits = np.where(seen, logits, HIDDEN)
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    out = np.einsum("bhqk,bkhd->bqhd", weights, v)
-    dweights = np.einsum("bqhd,bkhd->bhqk", dout, v)
+    dweights = dout @ v.mT
     dlogits = weights * (dweights - (weights * dweights).sum(-1, keepdims=True)) * seen
-    dq = scale * np.einsum("bhqk,bkhd->bqhd", dlogits, k)
-    dk = scale * np.einsum("bhqk,bqhd->bkhd", dlogits, q)
-    results = [out, dq, dk, np.einsum("bhqk,bqhd->bkhd", weights, dout)]
+    results = list(map(swap, (weights @ v, scale * dlogits @ k, scale * dlogits.mT @ q, weights.mT @ dout)))
     if bias is not None:
         shared = tuple(i for i, n in enumerate(bias.shape) if n == 1)
         results.append(dlogits.sum(shared, keepdims=True) if shared else dlogits)
