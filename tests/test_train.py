@@ -103,9 +103,10 @@ def kill_when(process, condition):
     process.communicate()
 
 
+QUICK = ("--config.evals={}", "--config.batch_size=16")
 OVERRIDES = {
-    "plain": ("--config.evals={}",),
-    "workers and accumulate": ("--config.evals={}", "--config.data.workers=2", "--config.accumulate=2"),
+    "plain": QUICK,
+    "workers and accumulate": (*QUICK, "--config.data.workers=2", "--config.accumulate=2"),
 }
 
 
