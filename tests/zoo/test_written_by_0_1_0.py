@@ -36,7 +36,23 @@ def test_models(written, wanted, kind):
     np.testing.assert_allclose(model.embed_texts(NAMES), wanted["texts"], rtol=1e-5, atol=1e-6)
 
 
-ADAPTERS = ["gda", "tip_adapter_f", "tip_x", "cross_modal_probe", "prolip", "bias", "last_1", "lora", "adapter", "prefix", "coop", "cocoop", "vpt_deep", "maple", "upt"]
+ADAPTERS = [
+    "gda",
+    "tip_adapter_f",
+    "tip_x",
+    "cross_modal_probe",
+    "prolip",
+    "bias",
+    "last_1",
+    "lora",
+    "adapter",
+    "prefix",
+    "coop",
+    "cocoop",
+    "vpt_deep",
+    "maple",
+    "upt",
+]
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
