@@ -6,7 +6,7 @@ A method is declared in the folder of its family: `heads`, `parameters`, `module
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,7 +14,7 @@ from vlm_jax import catalogue, config
 from vlm_jax.adapt.heads.search import choose
 from vlm_jax.adapt.task import Shots, Task, accuracy
 from vlm_jax.adapt.tune import tune
-from vlm_jax.errors import DivergedError
+from vlm_jax.errors import DivergedError, UserError
 from vlm_jax.pretrained import Pretrained
 
 TRAINED = ("parameters", "modules", "prompts")  # families whose methods change the model
@@ -41,6 +41,16 @@ def fit(name: str) -> Callable[..., Pretrained]:
     """
     make = catalogue.get(FAMILIES, name, "a method of few_shot")
     return partial(fit_head if name in catalogue.of("heads") else fit_recipe, make)
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raises a UserError if the method has no such option; `fit` would raise it after the pictures are embedded."""
+    declaration = catalogue.of(*FAMILIES)[name]
+    training = inspect.signature(search_rate).parameters if declaration.family in TRAINED else {}
+    known = [*declaration.options, *(key for key, p in dict(training).items() if p.kind is p.KEYWORD_ONLY)]
+    for key in options:
+        if key not in known:
+            raise UserError(catalogue.unknown(f"the method {name} has no option `{key}`", key, dict.fromkeys(known)))
 
 
 def fit_head(
@@ -86,7 +96,7 @@ def fit_recipe(
     )
     training = {name: value for name, value in options.items() if name not in own}
     run = recipe.fit if isinstance(recipe, Fits) else partial(search_rate, recipe)
-    return run(base, shots, validation, task, **training)
+    return config.call(run, training, WHERE, base=base, shots=shots, validation=validation, task=task)
 
 
 def search_rate(

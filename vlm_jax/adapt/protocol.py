@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from vlm_jax import catalogue, config
-from vlm_jax.adapt.methods import fit
+from vlm_jax.adapt.methods import check_options, fit
 from vlm_jax.adapt.task import Shots, Task, accuracy, share_right
 from vlm_jax.data.sources import open_source
 from vlm_jax.errors import UserError
@@ -87,7 +87,7 @@ def few_shot(
       classes: the labels that count, with their names, see `classes.read`; defaults to the data set's own.
       templates: prompts, see `classes.read_templates`.
       methods: names, see `vlm-jax methods`; defaults to all heads.
-      options: options of the methods: steps, learning_rate, rank, ...; heads take none.
+      options: options that every one of the methods has: steps, learning_rate, rank, ...
       shots: training pictures of each class; a smaller class gives all its pictures but one to choose on.
       seeds: number of draws: 0, 1, ...
       tests: name -> changes of `uri`, `split`, `where`, `label` and `classes` in a further test. Heads are tested only
@@ -98,8 +98,8 @@ def few_shot(
     """
     heads = catalogue.of("heads")
     fits = {method: fit(method) for method in (heads if methods is None else methods)}
-    if options and (fixed := [method for method in fits if method in heads]):
-        raise UserError(f"few_shot: {', '.join(options)} given to {fixed[0]}, which takes no options")
+    for name in fits:
+        check_options(name, options or {})
     if shots < 1 or seeds < 1:
         raise UserError(f"few_shot wants shots and seeds of 1 or more; got {shots} and {seeds}")
     if label is None:
