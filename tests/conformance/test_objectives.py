@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.support.models import IMAGES, TOKENS, section
+from tests.support.models import IMAGES, TOKENS, initial, section
 from vlm_jax import catalogue, models, objectives
 from vlm_jax.errors import UserError
 from vlm_jax.params import sharding
@@ -47,7 +47,7 @@ def test_objective(declaration):
     model_section, section = settings(declaration)
     model = models.build(model_section)
     objective, given = objectives.build(section, model), batch(model)
-    params = jax.jit(model.init)(jax.random.key(0), *objectives.model_inputs(given))["params"]
+    params = initial(model, *objectives.model_inputs(given))
     run = jax.jit(
         lambda params, batch, rng, k: objectives.value_and_grad(objective, params, batch, rng, accumulate=k)[:3],
         static_argnums=3,
