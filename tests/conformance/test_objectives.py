@@ -43,9 +43,11 @@ def batch(model):
     return given | {"token_ids": TOKENS[rows], "concept": rows, "denoiser": rows % 2}
 
 
-def close(got, want):
-    """To 2e-5 of the largest number: sums in another order."""
-    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5 * np.max(np.abs(want)) + 1e-7)
+def assert_close(got, want):
+    """To 2e-5, or 2e-6 of the tree's largest number: some gradients, of keys' biases, are sums that vanish."""
+    largest = max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(want))
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6 * largest)
+    jax.tree.map(close, got, want)
 
 
 @pytest.mark.parametrize("declaration", CASES, ids=lambda d: f"{d.family}-{d.name}")
@@ -64,7 +66,8 @@ def test_objective(declaration):
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     with jax.set_mesh(mesh):  # accumulated, on eight devices
         spread = run(params, sharding.to_global(given, mesh, ROWS), None, 2)
-    jax.tree.map(close, spread, whole)
+    for part, whole_part in zip(spread, whole, strict=True):
+        assert_close(part, whole_part)
     step = 1e-2 / optax.tree.norm(grads)
     moved = jax.tree.map(lambda p, g: p - step * g, params, grads)
     assert run(moved, given, None, 1)[0] < value
