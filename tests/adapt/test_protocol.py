@@ -70,7 +70,7 @@ def test_what_is_wrong_is_named(two_tower):
         build(split="train")
     with pytest.raises(UserError, match="the test `far` of few_shot has no key `splits`; did you mean `split`"):
         build(tests={"far": dict(splits="near_style")})
-    with pytest.raises(UserError, match="the method gda has no option `rank`; expected one of: alpha, shrinkage, prior"):
+    with pytest.raises(UserError, match="gda has no option `rank`; expected one of: alpha, shrinkage, prior"):
         build(methods=["gda"], options={"rank": 2})
     with pytest.raises(UserError, match="compares embeddings, and a captioner has none"):
         build()(untrained(cappa.get_config("smoke")))
