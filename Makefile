@@ -20,7 +20,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/python -m vlm_jax.train --config=$(CONFIG) --workdir=$(WORKDIR)
 
 test: $(VENV)/installed-test
-	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n 2 $(TESTS)
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 parity: $(VENV)/installed-parity
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n 2 -rs tests/parity

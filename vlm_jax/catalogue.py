@@ -23,11 +23,10 @@ from vlm_jax import config
 from vlm_jax.errors import UserError
 
 PACKAGE = Path(__file__).parent
-CONFIGS = next(
-    filter(Path.is_dir, (PACKAGE / "configs", PACKAGE.with_name("configs")))
-)  # in a wheel, in the repository
-_OWN: dict[tuple[str, str], Callable] = {}  # (family, name) -> a method declared outside the package
+_CONFIGS = (PACKAGE / "configs", PACKAGE.with_name("configs"))  # in a wheel, in the repository
+CONFIGS = next(filter(Path.is_dir, _CONFIGS))
 VERDICTS = PACKAGE / "verdicts.json"  # study -> claim -> verdict, written by experiments/study.py
+_OWN: dict[tuple[str, str], Callable] = {}  # (family, name) -> a method declared outside the package
 
 
 class Family(NamedTuple):

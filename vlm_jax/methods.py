@@ -40,7 +40,8 @@ def table(declarations: Iterable[Declaration]) -> str:
     for family in FAMILIES:
         own = [d for d in declarations if d.family == family]
         if own:
-            lines += ["", f"{family}: {FAMILIES[family].run.format(name='NAME')}"]
+            about = FAMILIES[family]
+            lines += ["", f"{family}: {about.takes}", f"  {about.run.format(name='NAME')}", ""]
             lines += [f"  {d.name:{width}}  {d.paper:16}  {_short(d)}".rstrip() for d in own]
     return "\n".join(lines[1:])
 

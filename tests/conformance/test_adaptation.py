@@ -97,8 +97,9 @@ def test_trained(name, base, task, tmp_path):
             np.testing.assert_array_equal(logits(untrained), logits(base))
         if declaration.family in ("modules", "prompts"):
             assert all("/inserted_" in f"/{name}" for name in changed)
-    of_shots = tuned.class_logits(task[0].images, NAMES)
-    assert accuracy(base, tuned, task[0], NAMES) == np.mean(of_shots.argmax(1) == task[0].labels)
+    others = task[1]
+    by_pictures = tuned.class_logits(others.images, NAMES)
+    assert accuracy(base, tuned, others, NAMES) == np.mean(by_pictures.argmax(1) == others.labels)
     found = logits(tuned)
     assert found.shape == (4, 3) and np.isfinite(found).all()
     comes_back(base, tuned, found, tmp_path)

@@ -101,7 +101,8 @@ def initial(model: nn.Module, *inputs: Any) -> Any:
                 return np.full_like(noise, np.log(1 / 0.07))
         return noise / 10
 
-    return map_with_name(draw, jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"])
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    return jax.tree.map(jnp.asarray, map_with_name(draw, shapes))
 
 
 def drawn(shapes: Any, seed: int = 0, scale: float = 1.0) -> Any:
