@@ -99,7 +99,8 @@ TABLE = (  # what the command matches; the flags that it is given; why
 
 
 def flags(command: str) -> list[str]:
-    """The flags that the table adds to a command."""
+    """The flags that the table adds to a command; a config's name stands for its path."""
+    command = re.sub(r"--config=(\w+)(?=[: ]|$)", r"--config=configs/\1.py", command)
     found = [text for pattern, text, _ in TABLE if re.search(pattern, command)]
     return [flag for text in found for flag in shlex.split(text.format(data=os.environ["DOCS_DATA"]))]
 
