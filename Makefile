@@ -23,10 +23,10 @@ test: $(VENV)/installed-test
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 parity: $(VENV)/installed-parity
-	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n 2 -rs tests/parity
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n 2 --dist worksteal -rs tests/parity
 
 docs: $(VENV)/installed-docs
-	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n 2 -rs tests/docs
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n 2 --dist worksteal -rs tests/docs
 
 notebooks: $(VENV)/installed-docs
 ifeq ($(STORE),)
