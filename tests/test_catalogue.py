@@ -46,7 +46,7 @@ def test_declarations_are_read_and_not_imported(folder):
     assert (only.name, only.family, only.paper, only.module) == (
         "throw_away", "modules", "arXiv:0000.00000", "vlm_jax.one",
     )  # fmt: skip
-    assert only.options == {"rank": "2"} and only.summary == "A throw-away method." and only.verdict == ""
+    assert only.options == {"rank": "2"} and only.verdict == ""
     assert only.run == "vlm-jax adapt --method=throw_away"
     assert only.path == "vlm_jax/one.py"
     assert "def throw_away" in (folder / "one.py").read_text().splitlines()[only.line - 1]

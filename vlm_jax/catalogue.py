@@ -88,7 +88,6 @@ class Declaration(NamedTuple):
         tower), L_t, L_v (depths of the two towers) and E (width of the embeddings); "" if the paper claims no number.
       identity: whether the adapted model is the base model before it is trained.
       options: keyword-only argument -> its default, as source text.
-      summary: first line of the docstring.
     """
 
     name: str
@@ -106,13 +105,13 @@ class Declaration(NamedTuple):
     path: str
     line: int
     options: Mapping[str, str]
-    summary: str
 
     @property
     def run(self) -> str:
         """The command line or the option that uses the method."""
-        words = [FAMILIES[self.family].run.format(name=self.name)]
-        return " ".join([*words, *(f"--config.{key}={value}" for key, value in self.needs.items())])
+        run = FAMILIES[self.family].run.format(name=self.name)
+        needs = [f"--config.{key}={value}" for key, value in self.needs.items() if run.startswith("--config")]
+        return " ".join([run, *needs])
 
     @property
     def verdict(self) -> str:
@@ -278,9 +277,8 @@ def _declaration(node: Any, call: ast.Call, module: str, place: str) -> Declarat
         pairs = zip((argument.arg for argument in node.args.kwonlyargs), node.args.kw_defaults, strict=True)
     options = {name: "" if default is None else ast.unparse(default) for name, default in pairs}
     name = place.rpartition("/")[2].removesuffix(".py") if fields["family"] == "recipes" else node.name
-    summary = (ast.get_docstring(node) or "").partition("\n")[0]
     return Declaration(
-        name=name, module=module, function=node.name, path=place, line=node.lineno, options=options, summary=summary,
+        name=name, module=module, function=node.name, path=place, line=node.lineno, options=options,
         **fields,
     )  # fmt: skip
 

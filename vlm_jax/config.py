@@ -44,13 +44,6 @@ def choose(options: Mapping[str, Any], name: str, where: str) -> Any:
     return options[name]
 
 
-def part(options: Mapping[str, Callable], spec: str | Mapping[str, Any], where: str) -> Any:
-    """Builds one part of a composition from its name, or from a dict with its name and arguments."""
-    arguments = {"name": spec} if isinstance(spec, str) else dict(spec)
-    name = arguments.pop("name", None)
-    return call(choose(options, name, where), arguments, where)
-
-
 def plain(section: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the config after a round trip through JSON: dicts, lists, strings, numbers."""
     return json.loads(json.dumps(section, default=lambda value: value.to_dict()))

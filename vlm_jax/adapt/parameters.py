@@ -49,6 +49,7 @@ def norm(model: nn.Module) -> Masked:
     system="XAttn-only",
     paper="arXiv:2104.08771",
     differs="cross-attention of a decoder alone trains",
+    needs={"model.name": "captioner"},
     identity=True,
 )
 def cross_attention(model: nn.Module) -> Masked:
