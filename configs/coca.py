@@ -52,7 +52,11 @@ def get_config(variant: str = "L/14") -> ConfigDict:
                 out_dim=width,
                 dtype="bfloat16",
             ),
-            objective=dict(name="coca", contrastive_loss=dict(penalty="softmax", max_scale=100.0)),
+            objective=dict(
+                terms=dict(
+                    contrastive=dict(penalty="softmax", max_scale=100.0), captioning=dict(mean="token", weight=2.0)
+                )
+            ),
             optimizer=dict(
                 name="adamw",
                 lr=1e-3,

@@ -47,7 +47,8 @@ def coca(variant: str) -> ConfigDict:
     if variant != "smoke":
         config.duration = "208k examples"
     config.model = dict(name="coca", image=image, pool=pool, text=text, decoder=text, out_dim=decoder["width"])
-    config.objective = dict(name="coca", contrastive_loss=dict(penalty="softmax", targets="concept"))
+    contrastive, captioning = dict(penalty="softmax", targets="concept"), dict(mean="token", weight=2.0)
+    config.objective = dict(terms=dict(contrastive=contrastive, captioning=captioning))
     return config
 
 

@@ -35,9 +35,10 @@ def random_batches(count, size):
         yield {"image": image, "token_ids": rng.integers(1, 64, (size, 8)).astype(np.int32)}
 
 
-def build(mesh, penalty, batch, steps=20, accumulate=1):
+def build(mesh, penalty, batch, steps=20, accumulate=1, size=16):
     return build_program(
         batch,
+        size,
         mesh,
         lambda length: steps if length == "100%" else int(length),
         model=towers(bias_init=-10.0 if penalty == "sigmoid" else None),
@@ -53,12 +54,12 @@ def build(mesh, penalty, batch, steps=20, accumulate=1):
 def loss_curve(mesh, penalty, accumulate=1, steps=20, size=16):
     """(losses of the first of 20 steps, the state after them)."""
     batches = list(random_batches(steps, size))
-    program = build(mesh, penalty, batches[0], accumulate=accumulate)
+    program = build(mesh, penalty, batches[0], accumulate=accumulate, size=size)
     with jax.set_mesh(mesh):
         state = program.init(jax.random.key(0), {})
-    step, losses = program.compile_step(batches[0], size), []
+    step, losses = program.compile_step(), []
     for batch in batches:
-        state, metrics, _ = step(state, sharding.to_global(batch, mesh, size))
+        state, metrics, _ = step(state, sharding.to_global(batch, mesh, size), {})
         losses.append(float(metrics["loss"]))
     return np.array(losses), state
 
@@ -80,7 +81,7 @@ def test_same_curve_on_every_mesh(penalty, shapes):
 def test_a_sharded_batch_goes_around_the_ring():
     (batch,) = random_batches(1, 16)
     for mesh, ring in ((sharding.make_mesh(2, 2, 2), True), (sharding.make_mesh(devices=jax.devices()[:1]), False)):
-        lowered = build(mesh, "softmax", batch).lower_step(batch, 16)
+        lowered = build(mesh, "softmax", batch).lower_step()
         assert ("collective_permute" in lowered.as_text()) == ring
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from vlm_jax import command, config, evaluators, report
+from vlm_jax import command, config, evaluators, objectives, report
 from vlm_jax.data import loader, tokenizers
 from vlm_jax.params import optim, sharding
 from vlm_jax.params.table import named_leaves
@@ -29,6 +29,7 @@ from vlm_jax.run.flops import model_flops
 from vlm_jax.run.metric_writer import MetricWriter
 from vlm_jax.run.program import build_program
 from vlm_jax.run.throughput import Profile, Throughput
+from vlm_jax.zoo.load import load
 from vlm_jax.zoo.model_init import read as read_init
 
 
@@ -81,12 +82,13 @@ def _train(
     steps = lambda length: optim.duration_to_steps(length, batch_size, batches.num_examples, total)
     with doing("building the model"):
         program = build_program(
-            batches.example, mesh, steps, model=model, objective=objective, optimizer=optimizer,
-            partition=partition, accumulate=accumulate, ema=ema, seed=seed,
+            batches.example, batch_size, mesh, steps, model=model, objective=objective, optimizer=optimizer,
+            partition=partition, accumulate=accumulate, ema=ema, seed=seed, tokenizer=tokenizer, load=load,
         )  # fmt: skip
     evals = [Evaluation(name, section, steps) for name, section in (evals or {}).items()]
+    released = lambda state: objectives.of_model(state.params if state.ema is None else state.ema)
     pretrained = lambda state: Pretrained(
-        program.model, state.params if state.ema is None else state.ema, tokenizer, preprocess, tokenize, settings, mesh
+        program.model, released(state), tokenizer, preprocess, tokenize, settings, mesh
     )
 
     checkpoint, log = {"every": "20%", **(checkpoint or {})}, {"every": "10 steps", **(log or {})}
@@ -96,7 +98,8 @@ def _train(
     check_same_config(workdir / "config.json", settings)
     if saver.latest_step() is None:
         with doing("making the parameters"):
-            given = read_init(model_init, named_leaves(program.abstract_state.params)) if model_init else {}
+            own = named_leaves(objectives.of_model(program.abstract_state.params))
+            given = read_init(model_init, own) if model_init else {}
             with jax.set_mesh(mesh):
                 state = program.init(jax.random.key(seed), given)
         progress = {"seconds": 0.0, "data_wait": 0.0, "data": None}
@@ -110,10 +113,8 @@ def _train(
         batches.set_state(progress["data"] | counts)
     batches.start()  # reads data while the step compiles
     with doing("compiling the train step"):
-        train_step = program.compile_step(batches.example, batch_size)
-    step_flops = lambda: model_flops(
-        settings, program, sharding.abstract_batch(batches.example, batch_size, mesh), steps
-    )
+        train_step, frozen = program.compile_step(), program.frozen()
+    step_flops = lambda: model_flops(program)
 
     first = int(state.step)
     writer = config.call(MetricWriter, log, "config.log", workdir=workdir, start_step=first)
@@ -126,7 +127,7 @@ def _train(
         for step in range(first + 1, total + 1):
             with tracer.step(step):
                 batch = sharding.to_global(next(batches), mesh, batch_size)
-                state, metrics, norms = train_step(state, batch)
+                state, metrics, norms = train_step(state, batch, frozen)
             tracer.after(step, metrics)
             if before:  # checks the step before, so that the device never waits for the host
                 check_finite(*before, saver.latest_step())

@@ -8,21 +8,23 @@ import optax
 import pytest
 
 from tests.support.models import IMAGES, TOKENS, initial, section
+from tests.support.towers import Towers
 from vlm_jax import catalogue, models, objectives
 from vlm_jax.errors import UserError
 from vlm_jax.params import sharding
 
 PARTS = {"similarities": ("contrastive", "similarity"), "penalties": ("contrastive", "penalty"),
+         "targets": ("contrastive", "targets"), "negatives": ("contrastive", "negatives"),
          "corruptions": ("captioning", "corruption")}  # fmt: skip
 
 
 def is_default(declaration):
     """Whether an objective has the part unless told otherwise: then it is tested with the objective."""
     name, key = PARTS.get(declaration.family, (None, None))
-    return name and catalogue.of("objectives")[name].options[key] == repr(declaration.name)
+    return name and catalogue.of("terms")[name].options[key] == repr(declaration.name)
 
 
-CASES = [d for d in catalogue.of("objectives", *PARTS).values() if not is_default(d)]
+CASES = [d for d in catalogue.of("terms", *PARTS).values() if not is_default(d)]
 ROWS = 8
 
 
@@ -33,7 +35,7 @@ def settings(declaration):
     if declaration.family in PARTS:
         name, key = PARTS[declaration.family]
         objective = {"name": name, key: {"name": declaration.name}}
-        needs = catalogue.of("objectives")[name].needs | needs
+        needs = catalogue.of("terms")[name].needs | needs
     config = {"model": section(needs.pop("model.name", "two_tower"), scan=True), "objective": objective}
     for path, value in needs.items():
         *folders, key = path.split(".")
@@ -46,9 +48,24 @@ def batch(model):
     rows = np.resize(np.arange(len(TOKENS)), ROWS)
     rng = np.random.default_rng(0)
     given = {"image": (IMAGES[rows] + rng.normal(size=(ROWS, *IMAGES.shape[1:]))).astype(np.float32)}
-    if not hasattr(model, "image"):
+    if not hasattr(model, "image") and not isinstance(model, Towers):
         given = {"input_ids": TOKENS[rows[::-1]]}
-    return given | {"token_ids": TOKENS[rows], "concept": rows, "denoiser": rows % 2}
+    wrong = TOKENS[(rows[:, None] + [1, 2]) % len(TOKENS)]
+    return given | {"token_ids": TOKENS[rows], "texts": wrong, "concept": rows, "denoiser": rows % 2}
+
+
+def begin(objective, model, given):
+    """(parameters with the terms' own, memory after a step)"""
+    params, rng = initial(model, *objectives.model_inputs(given)), jax.random.key(0)
+    make = functools.partial(objectives.make, objective, model)
+    if jax.eval_shape(make, params, given, rng) == jax.eval_shape(lambda: (params, None)):
+        return params, None
+    params, state = jax.jit(make)(params, given, rng)
+    take_step = functools.partial(objectives.value_and_grad, objective, model)
+    step = lambda params, state: objectives.update(
+        objective, state, params, take_step(params, given, rng, state=state)[3], rng, 0
+    )
+    return params, jax.jit(step)(params, state)
 
 
 def assert_close(got, want):
@@ -61,24 +78,28 @@ def assert_close(got, want):
 @pytest.mark.parametrize("declaration", CASES, ids=lambda d: f"{d.family}-{d.name}")
 def test_objective(declaration):
     model_section, section = settings(declaration)
-    model = models.build(model_section)
+    if PARTS.get(declaration.family, [None])[0] == "contrastive":  # its parts see embeddings alone
+        model = Towers(tokens=declaration.needs.get("model.image.pool") == "all")
+    else:
+        model = models.build(model_section)
     objective, given = objectives.build(section, model), batch(model)
-    params = initial(model, *objectives.model_inputs(given))
+    params, state = begin(objective, model, given)
+    differentiate = functools.partial(objectives.value_and_grad, objective, model, train=False)
     run = jax.jit(
-        lambda params, batch, rng, k: objectives.value_and_grad(objective, params, batch, rng, accumulate=k)[:3],
-        static_argnums=3,
+        lambda params, batch, k: differentiate(params, batch, jax.random.key(0), state=state, accumulate=k)[:3],
+        static_argnums=2,
     )
-    value, metrics, grads = whole = run(params, given, None, 1)
+    value, metrics, grads = whole = run(params, given, 1)
     assert np.isfinite(value) and value == metrics["loss"]
     assert any(np.any(leaf) for leaf in jax.tree.leaves(grads))
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     with jax.set_mesh(mesh):  # accumulated, on eight devices
-        spread = run(params, sharding.to_global(given, mesh, ROWS), None, 2)
+        spread = run(params, sharding.to_global(given, mesh, ROWS), 2)
     for part, whole_part in zip(spread, whole, strict=True):
         assert_close(part, whole_part)
     step = 1e-2 / optax.tree.norm(grads)
     moved = jax.tree.map(lambda p, g: p - step * g, params, grads)
-    assert run(moved, given, None, 1)[0] < value
+    assert run(moved, given, 1)[0] < value
 
 
 @pytest.mark.parametrize("declaration", CASES, ids=lambda d: f"{d.family}-{d.name}")

@@ -39,7 +39,7 @@ def test_builds(name, variant, millions):
     sections = {key: settings[key] for key in ("model", "objective", "optimizer")}
     steps = lambda length: optim.duration_to_steps(length, 256, 10**6, 10**6)
     program = build_program(
-        example, sharding.make_mesh(fsdp=8), steps, **sections,
+        example, 256, sharding.make_mesh(fsdp=8), steps, **sections,
         partition=sharding.RULES, accumulate=1, ema=None, seed=0,
     )  # fmt: skip
     if millions:

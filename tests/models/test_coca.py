@@ -1,5 +1,7 @@
 """CoCa: what each token sees, decoding with caches, and its objective."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,8 @@ from tests.support.compare import close
 from tests.support.models import BOS, EOS, LENGTH, tiny
 from vlm_jax import objectives
 from vlm_jax.models.generate import Special, sample
+
+OBJECTIVE = dict(terms=dict(contrastive={}, captioning=dict(mean="token", weight=2.0, chunk=2)))
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["loop", "scan"])
@@ -51,10 +55,9 @@ def test_cached_decoding_is_the_loop(coca):
 def test_objective(coca):
     """The sum of the two losses, each by its definition; the first token is given, not predicted."""
     model, params, (images, token_ids) = coca
-    objective = objectives.build(dict(name="coca", contrastive_loss=dict(penalty="softmax"), chunk=2), model)
+    objective = objectives.build(OBJECTIVE, model)
     batch = {"image": images, "token_ids": token_ids}
-    features = jax.jit(objective.encode)(params, batch, None)
-    value, metrics = objective.loss(params, features, batch)
+    value, metrics = jax.jit(partial(objectives.value, objective, model))(params, batch, None)
     embeddings = coca.apply()
     logits = embeddings.scale * embeddings.image @ embeddings.text.T
     pair = -np.mean([np.diag(jax.nn.log_softmax(logits, axis)).mean() for axis in (0, 1)])
@@ -63,14 +66,15 @@ def test_objective(coca):
     targets = np.asarray(token_ids[:, 1:])
     own = np.take_along_axis(log_p, targets[..., None], axis=2)[..., 0]
     caption = -own[targets != 0].mean()
-    np.testing.assert_allclose(metrics["contrastive_loss"], pair, rtol=1e-5)
-    np.testing.assert_allclose(metrics["caption_loss"], caption, rtol=1e-5)
+    np.testing.assert_allclose(metrics["contrastive/loss"], pair, rtol=1e-5)
+    np.testing.assert_allclose(metrics["captioning/loss"], caption, rtol=1e-5)
     np.testing.assert_allclose(value, pair + 2 * caption, rtol=1e-5)
 
 
 def test_micro_batches_give_the_same_gradients():
     model, params, (images, token_ids) = tiny("coca", scan=True)
-    objective = objectives.build(dict(name="coca", contrastive_loss=dict(penalty="softmax"), chunk=2), model)
+    objective = objectives.build(OBJECTIVE, model)
     batch = {"image": images, "token_ids": token_ids}
-    run = jax.jit(lambda p, k: objectives.value_and_grad(objective, p, batch, None, accumulate=k)[2], static_argnums=1)
+    grads = partial(objectives.value_and_grad, objective, model, batch=batch, rng=None)
+    run = jax.jit(lambda params, k: grads(params, accumulate=k)[2], static_argnums=1)
     close(run(params, 3), run(params, 1), rtol=2e-6, atol=2e-6)  # gradients are as large as 5

@@ -1,35 +1,15 @@
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from tests.support.towers import Towers
 from vlm_jax import models, objectives
 from vlm_jax.errors import UserError
-from vlm_jax.models import Embeddings
+from vlm_jax.objectives.sum import Sum
 
 BATCH = 8
-
-
-class Towers(nn.Module):
-    """Two small towers in the dtype of their parameters."""
-
-    dropout: float = 0.0
-
-    @nn.compact
-    def __call__(self, images, token_ids, *, train=False):
-        scale = jnp.exp(self.param("logit_scale", nn.initializers.constant(np.log(10.0)), ()))
-        bias = self.param("logit_bias", nn.initializers.constant(-3.0), ())
-        image = text = None
-        if images is not None:
-            x = nn.Dropout(self.dropout, deterministic=not train)(images.reshape(images.shape[0], -1))
-            x = nn.Dense(5, name="image_head")(nn.gelu(nn.Dense(7, name="image_fc")(x)))
-            image = x / jnp.linalg.norm(x, axis=-1, keepdims=True)
-        if token_ids is not None:
-            x = nn.Dense(5, name="text_head")(nn.Embed(11, 6, name="embed")(token_ids).mean(1))
-            text = x / jnp.linalg.norm(x, axis=-1, keepdims=True)
-        return Embeddings(image, text, None, None, scale, bias)
 
 
 def batch(dtype=np.float32):
@@ -46,9 +26,9 @@ def init(model, batch, dtype=np.float32):
     return jax.tree.map(draw, shapes) | {"logit_scale": dtype(2.3), "logit_bias": dtype(-3.0)}
 
 
-def jitted(objective, data, rng=None, **options):
-    """`value_and_grad` as a function of (params, accumulate)."""
-    run = lambda params, k: objectives.value_and_grad(objective, params, data, rng, accumulate=k, **options)
+def jitted(objective, model, data, rng=None, **options):
+    """`value_and_grad` as a function of (params, accumulate), without the features."""
+    run = lambda params, k: objectives.value_and_grad(objective, model, params, data, rng, accumulate=k, **options)[:3]
     return jax.jit(run, static_argnums=1)
 
 
@@ -64,7 +44,7 @@ def test_accumulated_gradients_are_the_full_batch_s(penalty, targets):
         params = init(model, data, np.float64)
         section = {"name": "contrastive", "penalty": penalty, "targets": targets}
         objective = objectives.build(section, model)
-        run = jitted(objective, data)
+        run = jitted(objective, model, data)
         want = run(params, 1)
         assert abs(want[2]["logit_scale"]) > 1e-3
         assert_close(run(params, 4), want, rtol=1e-9, atol=1e-14)
@@ -75,7 +55,7 @@ def test_a_sum_of_micro_batch_losses_would_not_do():
     data, model = batch(), Towers()
     params = init(model, data)
     objective = objectives.build({"name": "contrastive"}, model)
-    loss = jax.jit(lambda data: objective.loss(params, objective.encode(params, data, None), data)[0])
+    loss = jax.jit(lambda data: objectives.value(objective, model, params, data, None)[0])
     averaged = np.mean([loss(jax.tree.map(lambda x, i=i: x[i::2], data)) for i in range(2)])
     full = loss(data)
     assert full - averaged > 0.3
@@ -100,67 +80,32 @@ def test_both_passes_draw_the_same_masks(model):
     data = batch()
     params, rng = init(model, data), jax.random.key(3)
     objective = objectives.build({"name": "contrastive", "penalty": "sigmoid"}, model)
-    run = jax.jit(lambda rng: objectives.value_and_grad(objective, params, data, rng, accumulate=2))
-    loss, _, grads, _ = run(rng)
+    run = jax.jit(lambda rng: objectives.value_and_grad(objective, model, params, data, rng, accumulate=2)[:3])
+    loss, _, grads = run(rng)
 
     def by_hand(params):
+        whole, index = Sum(objective, model, data, rng), jnp.arange(BATCH)
         parts = [
-            objective.encode(params, jax.tree.map(lambda x, i=i: x[i::2], data), jax.random.fold_in(rng, i))
+            whole.encode(params, "batch", jax.tree.map(lambda x, i=i: x[i::2], data), {}, {}, index[i::2], i)
             for i in range(2)
         ]
         features = jax.tree.map(lambda *x: jnp.stack(x, 1).reshape(BATCH, -1), *parts)
-        return objective.loss(params, features, data)[0]
+        return whole.losses(params, {"batch": features}, {"batch": data})[0]["contrastive"]
 
     assert_close((loss, grads), jax.jit(jax.value_and_grad(by_hand))(params), rtol=1e-4, atol=1e-6)
     assert abs(float(run(jax.random.key(4))[0] - loss)) > 1e-3
 
 
-def centred(rate=0.5):
-    """Scores images by their distance to a running centre of all features, and by a label in the features."""
-
-    def encode(params, batch, rng, state):
-        z = jnp.tanh(batch["image"].reshape(len(batch["image"]), -1) @ params["w"]) - state["centre"]
-        return {"z": z, "label": batch["concept"]}  # an integer leaf has no gradient, and is carried along
-
-    def loss(params, features, batch, state):
-        z, label = features["z"], features["label"]
-        value = jnp.mean((z - z.mean(0)) ** 2 * label[:, None]) + params["offset"] * z.mean()
-        centre = (1 - rate) * state["centre"] + rate * (z.mean(0) + state["centre"])
-        return value, {"norm": jnp.linalg.norm(centre)}, {"centre": centre}
-
-    return objectives.Objective(encode, loss, init=lambda params: {"centre": jnp.zeros(params["w"].shape[1:])})
-
-
-@pytest.mark.parametrize("k", [1, 2, 4])
-def test_state_is_read_by_both_passes_and_returned(k):
-    data = batch()
-    params = {"w": jax.random.normal(jax.random.key(0), (48, 3)) / 7, "offset": jnp.float32(0.3)}
-    objective = centred()
-    state = objective.init(params)
-    step = jax.jit(lambda state: objectives.value_and_grad(objective, params, data, None, state=state, accumulate=k))
-    _, metrics, _, state = step(state)
-    loss, metrics, grads, state = step(state)
-
-    z = np.tanh(data["image"].reshape(BATCH, -1) @ np.asarray(params["w"]))
-    np.testing.assert_allclose(state["centre"], 0.75 * z.mean(0), atol=1e-6)
-    np.testing.assert_allclose(metrics["norm"], np.linalg.norm(state["centre"]), rtol=1e-6)
-    np.testing.assert_allclose(grads["offset"], (z - 0.5 * z.mean(0)).mean(), atol=1e-6)
-    full = lambda p, s: objective.loss(p, objective.encode(p, data, None, s), data, s)[0]
-    want, want_grads = jax.value_and_grad(full)(params, {"centre": 0.5 * z.mean(0)})
-    assert_close((loss, grads), (want, want_grads), rtol=1e-4, atol=1e-6)
-
-
 def test_micro_batches_of_a_sharded_batch_move_no_data():
     """Cutting the batch and restoring its order stay on each device: nothing is sent but sums of gradients."""
-    objective = objectives.Objective(
-        encode=lambda params, batch, rng: jnp.tanh(batch["x"] * params["w"]),
-        loss=lambda params, features, batch: (jnp.sum(features * batch["y"]), {}),
-    )
+    features = lambda outputs, ctx: jnp.tanh(outputs["x"] * outputs.params["w"])
+    loss = lambda outputs, features, rows, ctx: (jnp.sum(features * rows["y"]), {})
+    objective = objectives.Objective((objectives.Term("products", features, loss),))
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     data = {"x": np.arange(48, dtype=np.float32).reshape(16, 3), "y": np.arange(48, dtype=np.float32).reshape(16, 3)}
     params = {"w": jnp.full((3,), 0.01)}
     sharded = jax.device_put(data, NamedSharding(mesh, PartitionSpec("data")))
-    step = jax.jit(lambda p, b: objectives.value_and_grad(objective, p, b, None, accumulate=2)[::2])
+    step = jax.jit(lambda p, b: objectives.value_and_grad(objective, None, p, b, None, accumulate=2)[:3:2])
     assert_close(step(params, sharded), step(params, data), rtol=1e-5)
     program = step.lower(params, sharded).compile().as_text()
     assert "all-reduce" in program
@@ -174,10 +119,10 @@ def test_parameters_out_of_training_cost_nothing():
     trainable = {name: jax.tree.map(lambda _, n=name: not n.startswith("image"), params[name]) for name in params}
     is_image = lambda grads: {name: grad for name, grad in grads.items() if name.startswith("image")}
     others = lambda grads: {name: grad for name, grad in grads.items() if not name.startswith("image")}
-    full = jitted(objective, data)
+    full = jitted(objective, model, data)
     want = full(params, 1)[2]
     for k in (1, 2):
-        run = jitted(objective, data, trainable=trainable)
+        run = jitted(objective, model, data, trainable=trainable)
         grads = run(params, k)[2]
         assert_close(others(grads), others(want), rtol=1e-4, atol=1e-6)
         assert not any(np.any(grad) for grad in jax.tree.leaves(is_image(grads)))
@@ -190,7 +135,7 @@ def test_a_batch_that_cannot_be_cut_is_named(k):
     data, model = batch(), Towers()
     objective = objectives.build({"name": "contrastive"}, model)
     with pytest.raises(UserError, match=f"a batch of 8 cannot be cut into {k} equal micro-batches"):
-        objectives.value_and_grad(objective, init(model, data), data, None, accumulate=k)
+        objectives.value_and_grad(objective, model, init(model, data), data, None, accumulate=k)
 
 
 def test_two_tower():
@@ -199,5 +144,6 @@ def test_two_tower():
         data = batch(np.float64)
         model = two_tower("float64")
         params = init(model, data, np.float64)
-        run = jitted(objectives.build({"name": "contrastive", "penalty": "sigmoid", "max_scale": 100.0}, model), data)
+        section = {"name": "contrastive", "penalty": "sigmoid", "max_scale": 100.0}
+        run = jitted(objectives.build(section, model), model, data)
         assert_close(run(params, 4), run(params, 1), rtol=1e-6, atol=1e-8)

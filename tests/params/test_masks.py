@@ -8,7 +8,7 @@ import pytest
 
 from vlm_jax import models
 from vlm_jax.errors import UserError
-from vlm_jax.objectives import Objective, value_and_grad
+from vlm_jax.objectives import Objective, Term, value_and_grad
 from vlm_jax.params import masks
 from vlm_jax.params.table import named_leaves
 
@@ -111,9 +111,9 @@ def test_a_step_with_a_mask_moves_only_what_trains():
     mask = {"w": np.array([[False], [False], [True]]), "frozen": False}
     whole = masks.trainable_leaves(mask)
     assert whole == {"w": True, "frozen": False}
-    encode = lambda params, batch, rng: batch @ (params["w"] * params["frozen"])
-    objective = Objective(encode, lambda params, features, batch: (jnp.sum(features), {}))
-    _, _, grads, _ = value_and_grad(objective, params, jnp.ones((4, 3)), None, trainable=whole)
+    product = lambda outputs, ctx: outputs["x"] @ (outputs.params["w"] * outputs.params["frozen"])
+    objective = Objective((Term("sum", product, lambda outputs, features, rows, ctx: (jnp.sum(features), {})),))
+    _, _, grads, _ = value_and_grad(objective, None, params, {"x": jnp.ones((4, 3))}, None, trainable=whole)
     np.testing.assert_array_equal(grads["w"], np.full((3, 2), 4.0))
     tx = optax.masked(optax.adamw(0.1, weight_decay=0.1), whole)
 

@@ -69,10 +69,10 @@ def test_activations_stay_split_over_the_batch():
     example = {name: np.zeros((1, 12), np.int32) for name in ("input_ids", "token_ids")}
     mesh = sharding.make_mesh(fsdp=8)
     program = build_program(
-        example, mesh, lambda length: 10, model=section, objective=dict(name="denoising"),
+        example, 56, mesh, lambda length: 10, model=section, objective=dict(name="denoising"),
         optimizer=dict(name="sgd", lr=0.1), partition=sharding.RULES, accumulate=1, ema=None, seed=0,
     )  # fmt: skip
-    shapes = set(re.findall(r"f32\[([\d,]+)\]", program.compile_step(example, 56).as_text()))
+    shapes = set(re.findall(r"f32\[([\d,]+)\]", program.compile_step().as_text()))
     assert "7,12,32" in shapes
     # of all texts a device has but the columns that it looks up
     assert {shape for shape in shapes if shape.startswith("56,12")} <= {"56,12,4"}

@@ -87,8 +87,9 @@ def test_what_the_compiler_has_no_room_for_does_not_fit(message, temporaries):
 
     mesh = jax.make_mesh((8, 1, 1), ("data", "fsdp", "tensor"))
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh)), {}, {})
-    program = SimpleNamespace(mesh=mesh, abstract_state=state, table="", compile_step=fail)
-    result = train_step.compiled(train_step.Traced(program, {}, 8, 2e11, 1e11), CHIP)
+    nothing = dict(abstract_batch={}, abstract_frozen={}, table="")
+    program = SimpleNamespace(mesh=mesh, abstract_state=state, compile_step=fail, **nothing)
+    result = train_step.compiled(train_step.Traced(program, 2e11, 1e11), CHIP)
     assert result.memory["temporaries"] == temporaries and not result.compiled and not result.fits
     assert "it does not fit" in train_step.text(result) and "MFU" not in train_step.text(result)
 

@@ -27,7 +27,7 @@ def main(chip):
     step = train_step.traced(settings, devices)
     planned = lambda codegen: sum(train_step.compiled(step, chip, codegen).memory.values())
     found = dict(codegen=planned(True), schedule=planned(False))
-    found["exact"] = in_all(step.program.compile_step(step.example, step.batch_size).memory_analysis())
+    found["exact"] = in_all(step.program.compile_step().memory_analysis())
     print("FOUND", json.dumps(found))
 
 

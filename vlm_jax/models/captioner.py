@@ -1,8 +1,10 @@
 """Captioners: an image tower and a decoder that describes the picture (Tschannen et al. 2023, "Cap" and "CapPa")."""
 
+from typing import ClassVar
+
 import flax.linen as nn
 
-from vlm_jax.models.decoder import Conditional
+from vlm_jax.models.decoder import WRITING, Conditional
 
 
 class Captioner(Conditional, kw_only=True):
@@ -17,6 +19,11 @@ class Captioner(Conditional, kw_only=True):
     """
 
     image: nn.Module
+
+    outputs: ClassVar = WRITING | {
+        "context": lambda o: o.apply("encode", o["image"]),
+        "image_tokens": lambda o: o["context"][0],
+    }
 
     def encode(self, images, *, train=False):
         """Images -> (context [B, N, D], its mask bool [B, N] or None)."""

@@ -1,6 +1,7 @@
 """CoCa: contrastive and captioning on one image tower (Yu et al. 2022, arXiv:2205.01917), as open_clip releases it."""
 
 import math
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -10,7 +11,7 @@ from vlm_jax.models import positions
 from vlm_jax.models.decoder import Decoded, Decoder, Logits
 from vlm_jax.models.layers import Attention, Norm
 from vlm_jax.models.transformer import AttentionInputs
-from vlm_jax.models.two_tower import Embeddings, unit
+from vlm_jax.models.two_tower import EMBEDDINGS, Embeddings, unit
 
 
 class QueryPool(nn.Module):
@@ -100,6 +101,14 @@ class CoCa(nn.Module):
     decoder: nn.Module
     out_dim: int
     scale_init: float = 1 / 0.07
+
+    outputs: ClassVar = EMBEDDINGS | {
+        # texts begin with the start token: (hidden states of all tokens but the last, the tokens after them)
+        "next_token": lambda o: (
+            o.apply("describe", o["image_tokens"], o["text_tokens"][:, :-1]),
+            o["token_ids"][:, 1:],
+        ),
+    }
 
     def setup(self):
         head = lambda name: nn.Dense(self.out_dim, use_bias=False, dtype=self.decoder.dtype, name=name)

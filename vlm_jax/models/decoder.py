@@ -154,6 +154,17 @@ class Logits(nn.Module):
         return logits + self.param("bias", nn.initializers.zeros, (self.vocab_size,)) if self.bias else logits
 
 
+def _next_token(o):
+    """(hidden states that predict the targets, each from all targets before; the targets)."""
+    (context, mask), targets = o["context"], o["token_ids"]
+    inputs = shift_right(targets, o.model.decoder.start_id)
+    return o.apply("decode", inputs, context, context_mask=mask).hidden, targets
+
+
+WRITING = {"next_token": _next_token}
+"""The outputs of every `Conditional`; each class adds `context`, the result of its `encode`."""
+
+
 class Conditional(nn.Module):
     """p(text | input): a decoder and its logits.
 
@@ -179,9 +190,9 @@ class Conditional(nn.Module):
         options = dict(context_mask=context_mask, bidirectional=bidirectional, train=train)
         return self.decode(input_ids, context, **options).hidden
 
-    def decode(self, token_ids, context=None, **options):
+    def decode(self, token_ids, context=None, *, train=False, **options):
         """Returns `Decoded` of token ids [B, L]: one or more steps; see `Decoder`."""
-        return self.decoder(token_ids, context, **options)
+        return self.decoder(token_ids, context, train=train, **options)
 
     @nn.nowrap
     def new_caches(self, batch, length):

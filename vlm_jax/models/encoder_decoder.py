@@ -1,8 +1,10 @@
 """Text to text: T5 (Raffel et al. 2020, arXiv:1910.10683), T5 v1.1 and UL2 (Tay et al. 2022, arXiv:2205.05131)."""
 
+from typing import ClassVar
+
 import flax.linen as nn
 
-from vlm_jax.models.decoder import Conditional, shift_right
+from vlm_jax.models.decoder import WRITING, Conditional, shift_right
 from vlm_jax.models.transformer import Encoder
 
 # T5's fields without sizes: norms and matrices have no biases, attention logits are unscaled, and all blocks share one
@@ -35,6 +37,8 @@ class EncoderDecoder(Conditional, kw_only=True):
 
     encoder: nn.Module
     pad_id: int = 0
+
+    outputs: ClassVar = WRITING | {"context": lambda o: o.apply("encode", o["input_ids"])}
 
     def __call__(self, input_ids, target_ids, *, segments=None, train=False):
         """Returns logits fp32 [B, L, V] of target_ids [B, L], each given input_ids [B, Li] and all earlier targets.

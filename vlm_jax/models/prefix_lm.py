@@ -1,9 +1,11 @@
 """A prefix language model: one stack for the input and the targets (Raffel et al. 2020, section 3.2.1; UL2)."""
 
+from typing import ClassVar
+
 import jax.numpy as jnp
 
 from vlm_jax.errors import UserError
-from vlm_jax.models.decoder import Conditional
+from vlm_jax.models.decoder import WRITING, Conditional
 from vlm_jax.models.transformer import room
 
 
@@ -19,6 +21,8 @@ class PrefixLM(Conditional, kw_only=True):
     """
 
     pad_id: int = 0
+
+    outputs: ClassVar = WRITING | {"context": lambda o: o.apply("encode", o["input_ids"])}
 
     def encode(self, input_ids, *, train=False):
         """Moves padding to the front: token ids [B, P] -> (token ids [B, P], bool [B, P], False for padding)."""

@@ -1,7 +1,7 @@
 """Two towers, one embedding space: CLIP (Radford et al. 2021), LiT (Zhai et al. 2022), SigLIP (Zhai et al. 2023)."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import flax
 import flax.linen as nn
@@ -39,6 +39,20 @@ def unit(x, eps=1e-8):
     return x / (jnp.where(square == 0, 0.0, norm) + eps)
 
 
+EMBEDDINGS = {
+    "of_image": lambda o: o.apply("__call__", o["image"], None),
+    "of_text": lambda o: o.apply("__call__", None, o["token_ids"]),
+    "of_both": lambda o: o.apply("__call__", None, None),
+    "image_embedding": lambda o: o["of_image"].image,
+    "image_tokens": lambda o: o["of_image"].image_tokens,
+    "text_embedding": lambda o: o["of_text"].text,
+    "text_tokens": lambda o: o["of_text"].text_tokens,
+    "scale": lambda o: o["of_both"].scale,
+    "bias": lambda o: o["of_both"].bias,
+}
+"""The outputs of a model whose call returns `Embeddings`: the fields, from the rows `image` and `token_ids`."""
+
+
 class TwoTower(nn.Module):
     """An image tower and a text tower, with the scale and bias of their logits; or one tower alone.
 
@@ -53,6 +67,8 @@ class TwoTower(nn.Module):
     text: nn.Module | None
     scale_init: float = 10.0
     bias_init: float | None = None
+
+    outputs: ClassVar = EMBEDDINGS
 
     @nn.compact
     def __call__(self, images, token_ids, *, train=False):

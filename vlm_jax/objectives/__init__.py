@@ -1,19 +1,34 @@
-"""Objectives: the losses of a batch."""
+"""Objectives: the losses of a batch, as a weighted sum of terms over row sets.
 
-from collections.abc import Mapping
-from typing import Any
+objective=dict(name="contrastive", penalty="sigmoid")                            # one term
+objective=dict(terms=dict(contrastive={}, captioning=dict(weight=2.0)))          # several
+objective=dict(terms=..., teachers=dict(average=dict(decay=0.999)), combine="project")
+"""
 
-from vlm_jax import catalogue
 from vlm_jax.objectives.accumulation import value_and_grad
-from vlm_jax.objectives.objective import Objective, model_inputs
+from vlm_jax.objectives.build import build
+from vlm_jax.objectives.outputs import Outputs, of_model
+from vlm_jax.objectives.state import active, frozen, make, reached, update
+from vlm_jax.objectives.sum import value
+from vlm_jax.objectives.term import Context, Feature, Objective, Row, Selection, Teacher, Term, model_inputs
 
-__all__ = ["Objective", "build", "model_inputs", "value_and_grad"]
-
-
-def build(section: Mapping[str, Any], model: Any) -> Objective:
-    """Returns the objective of a config section, `dict(name="contrastive", penalty="softmax", ...)`, on `model`.
-
-    Raises:
-      UserError: the name is unknown, or the objective does not take a key.
-    """
-    return catalogue.build("objectives", section, "config.objective", model=model)
+__all__ = [
+    "Context",
+    "Feature",
+    "Objective",
+    "Outputs",
+    "Row",
+    "Selection",
+    "Teacher",
+    "Term",
+    "active",
+    "build",
+    "frozen",
+    "make",
+    "model_inputs",
+    "of_model",
+    "reached",
+    "update",
+    "value",
+    "value_and_grad",
+]

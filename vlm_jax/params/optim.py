@@ -2,7 +2,8 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,9 @@ from vlm_jax.params import schedules
 from vlm_jax.params.table import map_with_name, match_rules, named_leaves
 
 WHERE = "config.optimizer"
+FROZEN, UNREACHED = "frozen", "frozen: no term reaches it"
+CLOCKS = tuple(type(tx(lambda step: 0.0).init({})) for tx in (optax.scale_by_schedule, optax.add_decayed_weights))
+"""The states of schedules, which count steps."""
 duration_to_steps = schedules.duration_to_steps
 
 
@@ -23,7 +27,8 @@ def build(
     params: Any,
     total_steps: int,
     steps: Callable[[int | str], int] | None = None,
-) -> tuple[optax.GradientTransformation, dict[str, str], schedules.Schedule]:
+    reach: Mapping[str, Hashable] | None = None,
+) -> tuple[optax.GradientTransformationExtraArgs, dict[str, str], schedules.Schedule]:
     """Returns (tx, table, schedule_fn) of an optimizer section.
 
     Section keys:
@@ -49,9 +54,12 @@ def build(
       params: parameter tree, or its `jax.ShapeDtypeStruct`s.
       total_steps: number of optimizer steps of the run.
       steps: duration -> number of steps; without it, durations are in steps or percent.
+      reach: name -> a key of `active`, or None for always, of the parameters that the loss reaches. Others get no
+        gradient and stay as they are. None: all are reached always.
 
     Returns:
-      tx: for `optax.apply_updates`; `tx.update` needs `params`.
+      tx: for `optax.apply_updates`; `tx.update` needs `params`, and `active`, key -> bool, if `reach` has keys. Where
+        False, parameters and moments stay as they are, weight decay included; schedules go on.
       table: `{name: group}`, for `parameter_table.format_table`.
       schedule_fn: step -> learning rate of a group with multiplier 1.
 
@@ -59,7 +67,7 @@ def build(
       UserError: the section has an unknown, missing or unused key, or a rule that matches nothing.
     """
     make_schedule = lambda section, where: schedules.build(section, total_steps, steps, where)
-    return config.call(_build, section, WHERE, tree=params, make_schedule=make_schedule)
+    return config.call(_build, section, WHERE, tree=params, make_schedule=make_schedule, reach=reach)
 
 
 def _build(
@@ -67,6 +75,7 @@ def _build(
     lr: float,
     *,
     tree: Any,
+    reach: Mapping[str, Hashable] | None,
     make_schedule: Callable[[Mapping[str, Any], str], schedules.Schedule],
     schedule: Mapping[str, Any] | None = None,
     weight_decay: float = 0.0,
@@ -89,23 +98,30 @@ def _build(
     if all(group["freeze"] for group in groups.values()):
         raise UserError(f"{WHERE}.params freezes every parameter; nothing is left to train")
 
-    labels: dict[str, str] = {}  # description of the group -> label in the optimizer state
-    transforms = {"frozen": hold()}
-    for group in groups.values():
-        if group["freeze"] or describe(group) in labels:
+    reach = dict.fromkeys(groups) if reach is None else reach
+    label_of = {}  # parameter -> label in the optimizer state
+    labels: dict[tuple, str] = {}  # (description of the group, key of `active`) -> label
+    transforms = {FROZEN: hold()}
+    for leaf, group in groups.items():
+        if group["freeze"] or leaf not in reach:
+            label_of[leaf] = FROZEN
             continue
-        label = labels[describe(group)] = f"group{len(labels)}"
+        known = (describe(group), reach[leaf])
+        label = label_of[leaf] = labels.setdefault(known, f"group{len(labels)}")
+        if label in transforms:
+            continue
         where = f"{WHERE}.params[{group['regex']!r}].schedule"
         curve = make_schedule(group["schedule"], where) if group["schedule"] else main_schedule
         wd = weight_decay * group["wd"]
-        transforms[label] = _transform(factory, options, _times(lr * group["lr"], curve), curve, wd, decay)
+        transform = _transform(factory, options, _times(lr * group["lr"], curve), curve, wd, decay)
+        transforms[label] = transform if reach[leaf] is None else _held(transform, reach[leaf])
 
-    label_of = lambda leaf: "frozen" if groups[leaf]["freeze"] else labels[describe(groups[leaf])]
-    label_tree = map_with_name(lambda leaf, _: label_of(leaf), tree)
-    trained = jax.tree.map(lambda label: label != "frozen", label_tree)
+    label_tree = map_with_name(lambda leaf, _: label_of[leaf], tree)
+    trained = jax.tree.map(lambda label: label != FROZEN, label_tree)
     clip = [optax.masked(optax.clip_by_global_norm(clip_norm), trained)] if clip_norm else []
     tx = optax.chain(*clip, optax.partition(transforms, label_tree))
-    return tx, {leaf: describe(group) for leaf, group in groups.items()}, _times(lr, main_schedule)
+    words = lambda leaf, group: describe(group) if group["freeze"] or leaf in reach else UNREACHED
+    return tx, {leaf: words(leaf, group) for leaf, group in groups.items()}, _times(lr, main_schedule)
 
 
 def _group(*, regex: str, lr: float = 1.0, wd: float | None = None, freeze: bool = False, schedule=None) -> dict:
@@ -118,7 +134,7 @@ def _group(*, regex: str, lr: float = 1.0, wd: float | None = None, freeze: bool
 def describe(group: Mapping[str, Any]) -> str:
     """Returns the optimizer's treatment of a group in words; options with equal words form one group."""
     if group["freeze"]:
-        return "frozen"
+        return FROZEN
     own = group["schedule"]
     curve = ", " + " ".join(f"{k}={v}" for k, v in own.items()) if own else ""
     return f"lr x{group['lr']:.12g}, wd x{group['wd']:.12g}{curve}"
@@ -169,6 +185,19 @@ def hold() -> optax.GradientTransformation:
     """Returns updates that keep parameters bit for bit: -0.0, because adding 0.0 would turn -0.0 into 0.0."""
     update = lambda updates, state, params=None: (jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates), state)
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _held(tx: optax.GradientTransformation, key: Hashable) -> optax.GradientTransformationExtraArgs:
+    """Returns tx, which keeps its moments and moves nothing where `active[key]` is False; its schedules go on."""
+    is_clock = lambda state: isinstance(state, CLOCKS)
+
+    def update(updates, state, params=None, *, active, **others):
+        moved, after = optax.with_extra_args_support(tx).update(updates, state, params, **others)
+        keep = lambda new, old: new if is_clock(new) else jax.tree.map(partial(jnp.where, active[key]), new, old)
+        moved = jax.tree.map(lambda u: jnp.where(active[key], u, -0.0), moved)
+        return moved, jax.tree.map(keep, after, state, is_leaf=is_clock)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def adafactor(

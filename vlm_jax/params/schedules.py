@@ -133,6 +133,37 @@ def build(
         return config.call(schedule, options, where, total_steps=total_steps)
 
 
+def window(weight: float | Mapping[str, Any], steps: Callable[[int | str], int] | None, where: str) -> float | Schedule:
+    """Returns a weight: the number itself, or a function of the step that is 0 outside a window.
+
+    Args:
+      weight: a number, or a dict:
+        value: factor on the schedule (1.0).
+        begin, end: durations from the run's start; the weight is 0 before `begin` and from `end` on.
+        Others: the schedule over the window, see `build`; constant by default.
+      steps: duration -> number of steps of the run.
+      where: name of the weight in messages.
+
+    Raises:
+      UserError: the weight is 0 at every step, or as for `build`.
+    """
+    if not isinstance(weight, Mapping):
+        if not weight:
+            raise UserError(f"{where} is {weight} at every step; leave the term out, or give it a weight")
+        return weight
+    options = {"name": "constant", **weight}
+    value, first, last = options.pop("value", 1.0), options.pop("begin", 0), options.pop("end", "100%")
+    if steps is None:
+        raise UserError(f"{where} changes over the run, but the number of steps is not known here; give a number")
+    with _named(where):
+        first, last = steps(first), steps(last)
+    if first >= last or not value:
+        raise UserError(f"{where}: {value} from step {first} to step {last} is 0 at every step of the run")
+    curve = build(options, last - first, steps, where)
+    inside = lambda step: (step >= first) & (step < last)
+    return lambda step: jnp.where(inside(step), value * curve(step - first), 0.0)
+
+
 @contextlib.contextmanager
 def _named(where: str):
     """Puts the section's name before messages that lack the name."""

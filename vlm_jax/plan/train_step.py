@@ -24,6 +24,7 @@ from vlm_jax.run import flops
 from vlm_jax.run.chips import Chip
 from vlm_jax.run.compiler_options import compiler_options
 from vlm_jax.run.program import Program, build_program
+from vlm_jax.zoo.load import load
 
 EXAMPLES = 10**9  # stands in for the data set's number of examples, in durations in epochs
 
@@ -35,8 +36,8 @@ class Plan(NamedTuple):
       devices: number of devices of the slice.
       mesh: sizes of the mesh's axes.
       parameters: number of the model's parameters.
-      memory: bytes of a device: its shares of `parameters` and `optimizer` (with EMA and the objective's state), its
-        `batch`, and `temporaries`, all else at the compiled step's peak: activations and gradients.
+      memory: bytes of a device: its shares of `parameters` and `optimizer` (with EMA and the objective's state), of
+        frozen `teachers`, its `batch`, and `temporaries`, all else at the compiled step's peak: activations, gradients.
       flops: of the step on a device, with recomputation and the optimizer's products; see `run.flops`.
       model_flops: on a device, of the loss and its gradients alone.
       hbm_bytes: a lower bound on the bytes that the compiled step moves on a device; see `plan.hlo.hbm_bytes`.
@@ -92,11 +93,9 @@ class Plan(NamedTuple):
 
 
 class Traced(NamedTuple):
-    """A train step before compilation: the program, a batch of one, the global batch size; FLOPs as in `Plan`."""
+    """A train step before compilation: the program; FLOPs as in `Plan`."""
 
     program: Program
-    example: dict[str, np.ndarray]
-    batch_size: int
     flops: float
     model_flops: float
 
@@ -126,14 +125,12 @@ def traced(settings: Mapping[str, Any], devices: Sequence[jax.Device]) -> Traced
     steps = _durations(settings)
     optional = {"partition": sharding.RULES, "accumulate": 1, "ema": None, "seed": 0}
     sections = {key: settings[key] for key in ("model", "objective", "optimizer")}
-    program = build_program(
-        example, mesh, steps, **sections, **{key: settings.get(key, default) for key, default in optional.items()}
-    )
-    batch = sharding.abstract_batch(example, batch_size, mesh)
+    sections |= {key: settings.get(key, default) for key, default in optional.items()}
+    program = build_program(example, batch_size, mesh, steps, **sections, load=load)
     with jax.set_mesh(mesh):
-        jaxpr = program.step.trace(program.abstract_state, batch).jaxpr
-    counts = flops.hardware_flops(jaxpr), flops.model_flops(settings, program, batch, steps)
-    return Traced(program, example, batch_size, *(count / mesh.size for count in counts))
+        jaxpr = program.step.trace(program.abstract_state, program.abstract_batch, program.abstract_frozen).jaxpr
+    counts = flops.hardware_flops(jaxpr), flops.model_flops(program)
+    return Traced(program, *(count / mesh.size for count in counts))
 
 
 def compiled(step: Traced, chip: Chip, codegen: bool = True) -> Plan:
@@ -154,8 +151,8 @@ def compiled(step: Traced, chip: Chip, codegen: bool = True) -> Plan:
     kinds["temporaries"] = max(total - sum(kinds.values()), 0)
     parsed = hlo.parse(written)
     params = {name: leaf.shape for name, leaf in named_leaves(state.params).items()}
-    image = step.example.get("image")
-    pictures = (step.batch_size, *image.shape[1:]) if image is not None and image.ndim == 4 else None
+    image = program.abstract_batch.get("image")
+    pictures = image.shape if image is not None and image.ndim == 4 else None
     found = replicated(parsed, mesh.shape, params, pictures)
     return Plan(*about, hlo.hbm_bytes(parsed), collectives(parsed, mesh.shape), found, chip, program.table, True)
 
@@ -164,8 +161,8 @@ def _written(step: Traced, codegen: bool) -> tuple[str, int]:
     """The text of the compiled step, and all bytes of a device that it takes."""
     program, device = step.program, step.program.mesh.devices.flat[0]
     if device.platform == "tpu":
-        return schedule(program.lower_step(step.example, step.batch_size), compiler_options(device), codegen)
-    binary = program.compile_step(step.example, step.batch_size)
+        return schedule(program.lower_step(), compiler_options(device), codegen)
+    binary = program.compile_step()
     return binary.as_text(), in_all(binary.memory_analysis())
 
 
@@ -207,10 +204,10 @@ def _durations(settings: Mapping[str, Any]) -> Callable[[int | str], int]:
 
 def _held(step: Traced) -> dict[str, int]:
     """Bytes of a device before a step, by kind."""
-    state, mesh = step.program.abstract_state, step.program.mesh
-    parameters = _bytes(state.params)
-    batch = _bytes(sharding.abstract_batch(step.example, step.batch_size, mesh))
-    return dict(parameters=parameters, optimizer=_bytes(state) - parameters, batch=batch)
+    state, parameters = step.program.abstract_state, _bytes(step.program.abstract_state.params)
+    kinds = dict(parameters=parameters, optimizer=_bytes(state) - parameters, batch=_bytes(step.program.abstract_batch))
+    teachers = _bytes(step.program.abstract_frozen)
+    return kinds | ({"teachers": teachers} if teachers else {})
 
 
 def _bytes(tree: Any) -> int:

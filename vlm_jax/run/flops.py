@@ -11,7 +11,7 @@ depends on trained parameters. Model FLOPs therefore follow from the loss alone.
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,8 +20,6 @@ from jax.extend.core import Literal
 from jax.interpreters import partial_eval
 
 from vlm_jax import objectives
-from vlm_jax.params import optim
-from vlm_jax.params.table import map_with_name
 from vlm_jax.run.program import Program
 
 # Pallas kernels of `vlm_jax.kernels`: name -> number of products of the size of q k^T, or of x y^T, in one call.
@@ -46,27 +44,19 @@ def hardware_flops(jaxpr: Any) -> float:
     return _walk(needed, [False] * len(needed.invars))[0]
 
 
-def model_flops(settings: Mapping[str, Any], program: Program, batch: Mapping[str, Any], steps: Callable) -> float:
-    """Returns the FLOPs of a batch's loss and gradients without recomputation, for any mesh and chip.
+def model_flops(program: Program) -> float:
+    """Returns the FLOPs of a batch's loss and gradients without recomputation, for any mesh and chip."""
 
-    Args:
-      settings: a config of `vlm_jax.train`, as plain dicts.
-      program: the config's program.
-      batch: shapes and dtypes of a global batch.
-      steps: duration -> number of steps of the run.
-    """
-    params = program.abstract_state.params
-    objective = objectives.build(settings["objective"], program.model)
-    _, groups, _ = optim.build(settings["optimizer"], params, total_steps=steps("100%"), steps=steps)
+    def loss(params, batch, rng, state, frozen):
+        return objectives.value(
+            program.objective, program.model, params, batch, rng, state=state, frozen=frozen, train=True
+        )[0]
 
-    def loss(params, batch, rng, *state):
-        return objective.loss(params, objective.encode(params, batch, rng, *state), batch, *state)[0]
-
-    state = (jax.eval_shape(objective.init, params),) if objective.init else ()
-    given = params, batch, jax.eval_shape(lambda: jax.random.key(0)), *state
+    state, rng = program.abstract_state, jax.eval_shape(lambda: jax.random.key(0))
+    given = state.params, program.abstract_batch, rng, state.objective_state, program.abstract_frozen
     given = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), given)  # of no mesh
     jaxpr = jax.make_jaxpr(loss)(*given).jaxpr
-    trained = jax.tree.leaves(map_with_name(lambda name, _: groups[name] != "frozen", params))
+    trained = jax.tree.leaves(program.trainable)
     active = trained + [False] * (len(jaxpr.invars) - len(trained))
     needed, kept = partial_eval.dce_jaxpr(jaxpr, [True])
     return _walk(needed, list(itertools.compress(active, kept)))[0]

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -20,7 +19,10 @@ from vlm_jax.run.divergence import gradient_norms
 
 @flax.struct.dataclass
 class TrainState:
-    """The state that a step reads and writes; randomness and data follow from `step`."""
+    """The state that a step reads and writes; randomness and data follow from `step`.
+
+    `objective_state` holds the memory of terms and the teachers that follow the run, see `objectives.make`.
+    """
 
     step: jax.Array
     params: Any
@@ -32,31 +34,45 @@ class TrainState:
 class Program(NamedTuple):
     """The compiled functions of a run.
 
-    `step(state, batch) -> (state, metrics, group norms)`. `init(rng, given) -> TrainState`; `given` overrides initial
-    parameters by name.
+    Attributes:
+      model, objective: built.
+      init: `init(rng, given) -> TrainState`; `given` overrides initial parameters of the model by name.
+      step: `step(state, batch, frozen) -> (state, metrics, group norms)`.
+      abstract_state, abstract_batch, abstract_frozen: shapes, dtypes and shardings.
+      trainable: tree like the parameters of bools.
+      table: the parameters, their optimizer groups and shardings, to read.
+      mesh: the devices.
     """
 
     model: Any
+    objective: objectives.Objective
     init: Callable
     step: Callable
-    abstract_state: TrainState  # shapes, dtypes and shardings
+    abstract_state: TrainState
+    abstract_batch: dict[str, Any]
+    abstract_frozen: dict[str, Any]
+    trainable: Any
     table: str
     mesh: Mesh
 
-    def lower_step(self, example: Mapping[str, np.ndarray], batch_size: int) -> jax.stages.Lowered:
-        """Lowers `step` for global batches; `example` [b, ...] gives the examples' shapes and dtypes."""
-        batch = sharding.abstract_batch(example, batch_size, self.mesh)
-        with jax.set_mesh(self.mesh):  # kernels and models read the mesh: where to run, how batches are split
-            return self.step.lower(self.abstract_state, batch)
+    def frozen(self) -> dict[str, Any]:
+        """Returns the parameters of teachers with a `spec`, on the mesh."""
+        where = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_frozen)
+        return jax.device_put(objectives.frozen(self.objective), where)
 
-    def compile_step(self, example: Mapping[str, np.ndarray], batch_size: int) -> jax.stages.Compiled:
-        """Lowers and compiles `step`; arguments as for `lower_step`."""
-        options = compiler_options(self.mesh.devices.flat[0])
-        return self.lower_step(example, batch_size).compile(compiler_options=options)
+    def lower_step(self) -> jax.stages.Lowered:
+        """Lowers `step` for global batches."""
+        with jax.set_mesh(self.mesh):  # kernels and models read the mesh: where to run, how batches are split
+            return self.step.lower(self.abstract_state, self.abstract_batch, self.abstract_frozen)
+
+    def compile_step(self) -> jax.stages.Compiled:
+        """Lowers and compiles `step`."""
+        return self.lower_step().compile(compiler_options=compiler_options(self.mesh.devices.flat[0]))
 
 
 def build_program(
-    example: Mapping[str, np.ndarray],
+    example: Mapping[str, Any],
+    batch_size: int,
     mesh: Mesh,
     steps: Callable[[int | str], int],
     *,
@@ -67,57 +83,79 @@ def build_program(
     accumulate: int,
     ema: float | None,
     seed: int,
+    tokenizer: Any = None,
+    load: Callable[[str], Any] | None = None,
 ) -> Program:
-    """Builds the jitted init and train step from config sections; `example` is a batch that gives shapes and dtypes."""
+    """Builds the jitted init and train step from config sections.
+
+    `example` [b, ...] gives the examples' shapes and dtypes; `tokenizer` and `load` are for `objectives.build`.
+    """
     model = models.build(model)
-    objective = objectives.build(objective, model)
-    one = {name: jnp.zeros((1, *np.shape(array)[1:]), array.dtype) for name, array in example.items()}
-    init_params = lambda rng: model.init(rng, *objectives.model_inputs(one))["params"]
-    shapes = jax.eval_shape(init_params, jax.random.key(seed))
-    tx, groups, schedule = optim.build(optimizer, shapes, total_steps=steps("100%"), steps=steps)
-    trainable = map_with_name(lambda name, _: groups[name] != "frozen", shapes)
-    differentiate = partial(objectives.value_and_grad, objective, accumulate=accumulate, trainable=trainable)
+    objective = objectives.build(objective, model, steps=steps, tokenizer=tokenizer, load=load)
+    batch = sharding.abstract_batch(example, batch_size, mesh)
+    frozen = objectives.frozen(objective)
+    zeros = partial(jax.tree.map, lambda leaf: jnp.zeros(leaf.shape, leaf.dtype))
+
+    def init_params(rng, given):
+        one = jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape[1:]), leaf.dtype), batch)
+        params = map_with_name(
+            lambda name, leaf: given.get(name, leaf), model.init(rng, *objectives.model_inputs(one))["params"]
+        )
+        return objectives.make(objective, model, params, zeros(batch), rng, zeros(frozen))
+
+    shapes, memory = jax.eval_shape(init_params, jax.random.key(seed), {})
+    reach = objectives.reached(objective, model, shapes, batch, memory, frozen)
+    tx, groups, schedule = optim.build(optimizer, shapes, total_steps=steps("100%"), steps=steps, reach=reach)
+    trainable = map_with_name(lambda name, _: not groups[name].startswith(optim.FROZEN), shapes)
+    differentiate = partial(objectives.value_and_grad, objective, model, accumulate=accumulate, trainable=trainable)
 
     def init_state(rng, given):
-        params = map_with_name(lambda name, leaf: given.get(name, leaf), init_params(rng))
+        params, memory = init_params(rng, given)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=tx.init(params),
             ema=params if ema else None,
-            objective_state=objective.init(params) if objective.init else None,
+            objective_state=memory,
         )
 
-    def train_step(state, batch):
+    def train_step(state, batch, frozen):
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        loss, metrics, grads, objective_state = differentiate(state.params, batch, rng, state=state.objective_state)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        _, metrics, grads, features = differentiate(
+            state.params, batch, rng, step=state.step, state=state.objective_state, frozen=frozen
+        )
+        active = objectives.active(reach, state.step)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, active=active)
         params = optax.apply_updates(state.params, updates)
-        metrics = {**metrics, "loss": loss, "grad_norm": optax.tree.norm(grads), "lr": schedule(state.step)}
+        metrics = {**metrics, "grad_norm": optax.tree.norm(grads), "lr": schedule(state.step)}
         state = TrainState(
             step=state.step + 1,
             params=params,
             opt_state=opt_state,
             ema=optim.ema_update(state.ema, params, ema, state.step) if ema else None,
-            objective_state=objective_state,
+            objective_state=objectives.update(objective, state.objective_state, params, features, rng, state.step),
         )
         return state, metrics, gradient_norms(grads)
 
     param_shardings = sharding.param_shardings(partition, shapes, mesh)
     abstract = jax.eval_shape(init_state, jax.random.key(seed), {})
     placed = sharding.follow_params(abstract, shapes, param_shardings, mesh)
+    place_frozen = {name: sharding.param_shardings(sharding.RULES, params, mesh) for name, params in frozen.items()}
+    described = partial(jax.tree.map, lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where))
     return Program(
         model=model,
+        objective=objective,
         init=jax.jit(init_state, out_shardings=placed),
         step=jax.jit(
             train_step,
             donate_argnums=0,
-            in_shardings=(placed, sharding.batch_sharding(mesh)),
+            in_shardings=(placed, sharding.batch_sharding(mesh), place_frozen),
             out_shardings=(placed, sharding.replicated(mesh), sharding.replicated(mesh)),
         ),
-        abstract_state=jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, placed
-        ),
+        abstract_state=described(abstract, placed),
+        abstract_batch=batch,
+        abstract_frozen=described(frozen, place_frozen),
+        trainable=trainable,
         table=format_table(shapes, groups, param_shardings),
         mesh=mesh,
     )

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -10,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from vlm_jax import objectives
 from vlm_jax.errors import UserError
 from vlm_jax.models import Embeddings
+from vlm_jax.models.two_tower import EMBEDDINGS
 
 GOLDEN = np.load(Path(__file__).parents[2] / "golden/losses.npz")
 KEYS = jax.random.split(jax.random.key(0), 4)
@@ -19,6 +21,7 @@ class Lookup(nn.Module):
     """Embeddings are the inputs themselves, so that a loss can be compared with its formula."""
 
     bias: bool = True
+    outputs: ClassVar = EMBEDDINGS
 
     @nn.compact
     def __call__(self, images, texts, *, train=False):
@@ -28,7 +31,8 @@ class Lookup(nn.Module):
 
 
 def build(bias=True, **section):
-    return objectives.build(dict(name="contrastive", **section), Lookup(bias))
+    """(objective, model)"""
+    return objectives.build(dict(name="contrastive", **section), Lookup(bias)), Lookup(bias)
 
 
 def params(log_scale=2.302585093, bias=-2.5):
@@ -37,7 +41,8 @@ def params(log_scale=2.302585093, bias=-2.5):
 
 def value(objective, params, image, text, **batch):
     batch = {"image": image, "token_ids": text, **batch}
-    return objective.loss(params, objective.encode(params, batch, None), batch)
+    loss, metrics = objectives.value(*objective, params, batch, None)
+    return loss, {name.removeprefix("contrastive/"): metric for name, metric in metrics.items()}
 
 
 @pytest.mark.parametrize("penalty, short", [("softmax", "dsoft"), ("sigmoid", "dsig")])
@@ -126,7 +131,7 @@ def test_max_scale_holds_but_does_not_trap():
 def test_every_device_sees_all_negatives(penalty):
     objective = build(penalty=penalty, targets="concept")
     batch = {"image": jnp.asarray(GOLDEN["z1"]), "token_ids": jnp.asarray(GOLDEN["z2"]), "concept": jnp.arange(8) // 2}
-    step = jax.jit(lambda p, batch: objectives.value_and_grad(objective, p, batch, jax.random.key(0))[:3])
+    step = jax.jit(lambda p, batch: objectives.value_and_grad(*objective, p, batch, jax.random.key(0))[:3])
     want = step(params(), batch)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     sharded = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))

@@ -2,7 +2,9 @@
 
 from contextlib import nullcontext
 from functools import partial
+from typing import ClassVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ import vlm_jax
 from configs import filip
 from vlm_jax import evaluators, objectives
 from vlm_jax.models import Embeddings, build
+from vlm_jax.models.two_tower import EMBEDDINGS
 from vlm_jax.objectives.contrastive.similarity import token_wise
 from vlm_jax.params import sharding
 from vlm_jax.pretrained import attention_maps
@@ -71,13 +74,15 @@ def test_prompts_are_averaged_and_blocks_change_nothing(monkeypatch):
 
 @pytest.mark.parametrize("penalty", ["softmax", "sigmoid"])
 def test_images_and_texts_each_have_their_own_logits(penalty):
-    class Lookup:
-        def apply(self, variables, images, token_ids, **options):
+    class Lookup(nn.Module):
+        outputs: ClassVar = EMBEDDINGS
+
+        def __call__(self, images, token_ids):
             return Embeddings(images, token_ids, None, None, jnp.float32(7.0), jnp.float32(-2.0))
 
     objective = objectives.build(dict(name="contrastive", penalty=penalty, similarity="token_wise"), Lookup())
     batch = {"image": IMAGES, "token_ids": TEXTS}
-    loss, metrics = objective.loss({}, objective.encode({}, batch, None), batch)
+    loss, metrics = objectives.value(objective, Lookup(), {}, batch, None)
     logits = [7 * by_hand(IMAGES, TEXTS) - 2, 7 * by_hand(TEXTS, IMAGES) - 2]  # a query a row
     if penalty == "softmax":
         want = np.mean([np.log(np.exp(x).sum(1)) - np.diag(x) for x in logits])
@@ -86,7 +91,9 @@ def test_images_and_texts_each_have_their_own_logits(penalty):
         want = np.mean([np.log1p(np.exp(-sign * x)).sum(1) for x in logits])
     np.testing.assert_allclose(loss, want, rtol=1e-5)
     best = [np.mean(np.argmax(x, axis=1) == np.arange(6)) for x in logits]
-    np.testing.assert_allclose([metrics["accuracy_image_to_text"], metrics["accuracy_text_to_image"]], best)
+    np.testing.assert_allclose(
+        [metrics[f"contrastive/accuracy_{way}"] for way in ("image_to_text", "text_to_image")], best
+    )
 
 
 def test_pool_all_projects_every_token_and_leaves_padding_zero():
@@ -142,11 +149,11 @@ def test_a_mesh_and_accumulation_change_nothing():
     found = []
     for where, accumulate in ((None, 1), (mesh, 1), (mesh, 2)):
         objective = objectives.build(dict(name="contrastive", similarity="token_wise"), model)
-        step = jax.jit(partial(objectives.value_and_grad, objective, accumulate=accumulate))
+        step = jax.jit(partial(objectives.value_and_grad, objective, model, accumulate=accumulate))
         with jax.set_mesh(mesh) if where else nullcontext():
             given = sharding.to_global(batch, mesh, 16) if where else batch
             loss, metrics, grads, _ = step(params, given, jax.random.key(0))
-        found.append((loss, metrics["accuracy_image_to_text"], grads))
+        found.append((loss, metrics["contrastive/accuracy_image_to_text"], grads))
     for other in found[1:]:
         for want, got in zip(*map(jax.tree.leaves, (found[0], other)), strict=True):
             np.testing.assert_allclose(got, want, atol=1e-5)
@@ -170,4 +177,4 @@ def test_pools_that_do_not_fit_are_named(section, message):
     model = build(dict(image=image, text=text))
     with pytest.raises(vlm_jax.UserError, match=message):
         params = model.init(jax.random.key(0), batch["image"], batch["token_ids"])["params"]
-        objectives.build(dict(name="contrastive", **section), model).encode(params, batch, None)
+        objectives.value(objectives.build(dict(name="contrastive", **section), model), model, params, batch, None)

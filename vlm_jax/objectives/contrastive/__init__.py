@@ -1,11 +1,11 @@
-"""Contrastive objectives: similarity x targets x penalty, over all pairs of the global batch.
+"""The contrastive term: similarity x targets x negatives x penalty, over all pairs of the global batch.
 
 The code works on global arrays: under `jit` with a batch sharded over devices, the examples of every device are
 negatives for all other devices.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,92 +14,185 @@ from vlm_jax import catalogue
 from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
 from vlm_jax.kernels import contrastive as kernel
-from vlm_jax.objectives.contrastive.penalty import Pairs
-from vlm_jax.objectives.contrastive.targets import labels_of, positives
-from vlm_jax.objectives.objective import WHERE, Objective, model_inputs
+from vlm_jax.objectives.contrastive import targets as targets_of
+from vlm_jax.objectives.contrastive.negatives import Candidates, Negatives
+from vlm_jax.objectives.contrastive.penalty import Pairs, Penalty
+from vlm_jax.objectives.contrastive.similarity import Similarity
+from vlm_jax.objectives.contrastive.targets import Targets
+from vlm_jax.objectives.term import WHERE, Term
 
 
 @method(
-    family="objectives",
+    family="terms",
     paper="arXiv:2103.00020",
     where="section 2.3",
-    differs="pairs against all other pairs of the global batch: similarity x targets x penalty",
+    differs="pairs against all other pairs of the global batch: similarity x targets x negatives x penalty",
 )
 def contrastive(
     *,
     model: Any,
     penalty: str | Mapping[str, Any] = "softmax",
     similarity: str | Mapping[str, Any] = "cosine",
-    targets: str = "identity",
+    targets: str | Mapping[str, Any] = "identity",
+    negatives: str | Mapping[str, Any] = "in_batch",
     max_scale: float | None = None,
     mask: str | None = None,
     implementation: str | None = None,
-) -> Objective:
-    """Returns the objective of a model with `Embeddings`; logits are scale x similarity + bias.
+) -> Term:
+    """Returns the term of a model with two embeddings; logits are scale x similarity + bias.
 
     Args:
-      model: linen module, `apply({"params": p}, images, token_ids, train=...) -> Embeddings`.
+      model: linen module with the outputs `image_embedding`, `text_embedding`, `scale` and `bias`.
       penalty: "softmax", "sigmoid", or a dict with the name and options, `dict(name="softmax", label_smoothing=0.1)`.
       similarity: "cosine" or "token_wise", for towers with pool "all".
-      targets: "identity", or a batch key such as "concept": pictures and texts with equal values are positives.
+      targets: "identity", a dict, or a batch key such as "concept": pictures and texts with equal values are positives.
+      negatives: "in_batch", or more candidates: `dict(name="queue", size=65536)`, `dict(name="texts", key="texts")`.
       max_scale: upper limit of the scale (100 in CLIP, Section 2.5); gradients that lower the scale still pass.
       mask: a batch key, bool [B]; examples with False are no negatives, and loss and metrics ignore them.
       implementation: that of `kernels.contrastive`. None holds all logits of a small batch on one device, and otherwise
-        one block of logits at a time. Several devices without a mesh (`jax.set_mesh`) together hold all logits.
+        one block of logits at a time, see `explain`.
 
     Metrics: `accuracy_image_to_text` (the share of images with a positive above every negative),
     `accuracy_text_to_image`, `scale`, and `bias` if the model has a bias.
     """
-    similarity = catalogue.build("similarities", similarity, f"{WHERE}.similarity")
-    if similarity.embeddings is None and (mask is not None or implementation is not None):
-        raise UserError(f"{WHERE}.mask and implementation need the similarity `cosine`; the kernels support no other")
-    penalty = catalogue.build("penalties", penalty, f"{WHERE}.penalty")
+    parts = Parts(
+        catalogue.build("similarities", similarity, f"{WHERE}.similarity"),
+        targets_of.build(targets, f"{WHERE}.targets"),
+        catalogue.build("negatives", negatives, f"{WHERE}.negatives"),
+        catalogue.build("penalties", penalty, f"{WHERE}.penalty"),
+        mask,
+        implementation,
+    )
+    if parts.by_name and (lacks := parts.lacks()):
+        raise UserError(f"{WHERE}.mask and implementation need the kernels, which support no {lacks}")
+    if parts.similarity.embeddings is None and negatives != "in_batch":
+        raise UserError(f"{WHERE}.negatives need a similarity of one vector each, such as `cosine`")
 
-    def encode(params, batch, rng):
-        rngs = None if rng is None else {"dropout": rng}
-        embeddings = model.apply({"params": params}, *model_inputs(batch), train=rng is not None, rngs=rngs)
-        return similarity.features(embeddings)
+    def features(outputs, ctx):
+        return {
+            **parts.similarity.features(outputs),
+            **parts.targets.features(outputs),
+            **parts.negatives.features(outputs),
+        }
 
-    def loss(params, features, batch):
-        embeddings = model.apply({"params": params}, None, None)
-        scale, bias = embeddings.scale, embeddings.bias
+    def loss(outputs, features, rows, ctx):
+        scale, bias = outputs["scale"], outputs["bias"]
         if max_scale is not None:
             scale = at_most(scale, max_scale)
         metrics = {"scale": scale} | ({} if bias is None else {"bias": bias})
-        if by_pairs(features):
-            pairs = pairs_of(features, batch, scale, bias)
-            value, *results = penalty.of_pairs(pairs)
-            accuracies = [pairs.mean(result.best_positive > result.best_negative) for result in results]
+        candidates = None
+        if parts.similarity.embeddings is not None:
+            candidates = parts.negatives.candidates(features, ctx.state)
+        if explain(parts, features, candidates).implementation == "plain":
+            of_images, of_texts = _logits(parts, features, candidates, scale, bias)
+            matches = _matches(parts, features, rows, of_images, of_texts)
+            value = parts.penalty.plain(of_images, of_texts, *matches)
+            accuracies = accuracy(of_images, matches[0] > 0, axis=1), accuracy(of_texts, matches[1] > 0, axis=0)
         else:
-            logits = [scale * scores for scores in similarity.scores(features)]
-            if bias is not None:
-                logits = [one + bias for one in logits]
-            matches = positives(targets, batch, len(logits[0]))
-            value = penalty.plain(*logits, matches)
-            accuracies = [accuracy(one, matches, axis) for one, axis in zip(logits, (1, 0), strict=True)]
+            pairs = _pairs(parts, features, candidates, rows, scale, bias)
+            value, *results = parts.penalty.of_pairs(pairs)
+            accuracies = [pairs.mean(result.best_positive > result.best_negative) for result in results]
         names = "accuracy_image_to_text", "accuracy_text_to_image"
-        return value, metrics | dict(zip(names, accuracies, strict=True)) | {"loss": value}
+        return value, metrics | dict(zip(names, accuracies, strict=True))
 
-    def by_pairs(features):
-        if similarity.embeddings is None:
-            return False
-        if mask is not None or implementation is not None:
-            return True
-        if jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1:
-            return False
-        return kernel.explain(*similarity.embeddings(features)).implementation != "reference"
+    return Term("contrastive", features, loss, init=parts.negatives.init, update=parts.negatives.update)
 
-    def pairs_of(features, batch, scale, bias):
-        image, text = similarity.embeddings(features)
-        if mask is not None and mask not in batch:
-            raise UserError(f"{WHERE}.mask is `{mask}`, which the batch lacks; it has: {', '.join(batch)}")
-        dtype = jnp.promote_types(image.dtype, jnp.float32)
-        scale, bias = scale.astype(dtype), None if bias is None else bias.astype(dtype)
-        labels = labels_of(targets, batch, len(image))
-        valid = None if mask is None else batch[mask]
-        return Pairs(image, text, scale, bias, labels, targets == "identity", valid, implementation)
 
-    return Objective(encode, loss)
+class Parts(NamedTuple):
+    """The parts of a contrastive term, built."""
+
+    similarity: Similarity
+    targets: Targets
+    negatives: Negatives
+    penalty: Penalty
+    mask: str | None = None
+    implementation: str | None = None
+
+    @property
+    def by_name(self) -> bool:
+        """Whether the kernels were asked for."""
+        return self.mask is not None or self.implementation is not None
+
+    def lacks(self, candidates: Candidates | None = None) -> str:
+        """Returns what the kernels do not support, "" if they support all."""
+        if self.similarity.embeddings is None:
+            return "similarity other than `cosine`"
+        if self.targets.labels is None:
+            return "soft targets"
+        if self.penalty.of_pairs is None:
+            return "penalty other than softmax and sigmoid"
+        if candidates is not None and candidates.images is not None and self.penalty.one_matrix:
+            return "sigmoid whose images and texts have candidates of their own"
+        return ""
+
+
+def explain(parts: Parts, features: Mapping[str, Any], candidates: Candidates | None) -> kernel.Choice:
+    """Returns the form of the loss: "plain", which holds all logits, or an implementation of `kernels.contrastive`."""
+    lacks = parts.lacks(candidates)
+    if lacks:
+        return kernel.Choice("plain", f"the kernels support no {lacks}")
+    if not parts.by_name and jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1:
+        return kernel.Choice("plain", "several devices without a mesh (`jax.set_mesh`) together hold all logits")
+    image, _ = parts.similarity.embeddings(features)
+    choice = kernel.explain(image, candidates.texts, implementation=parts.implementation)
+    if choice.implementation == "reference" and not parts.by_name:
+        return kernel.Choice("plain", choice.reason)
+    return choice
+
+
+def _logits(parts, features, candidates, scale, bias):
+    """Returns logits [B, M] of images with texts and [M', B] of images with texts."""
+    scores = parts.similarity.scores(features)
+    if candidates is not None and len(candidates.texts) > len(features["text"]):
+        of = lambda image, text: parts.similarity.scores({"image": image, "text": text})[0]
+        images = candidates.images
+        scores = of(features["image"], candidates.texts), scores[1] if images is None else of(images, features["text"])
+    logits = [scale * one for one in scores]
+    if bias is not None:
+        logits = [one + bias for one in logits]
+    if candidates is None:
+        return logits
+    hide = lambda logits, mask: logits if mask is None else jnp.where(mask, logits, -jnp.inf)
+    return hide(logits[0], candidates.text_mask), hide(logits[1].T, candidates.image_mask).T
+
+
+def _matches(parts, features, rows, of_images, of_texts):
+    """Returns the targets of `_logits`: no image or text matches a candidate that is not of the batch."""
+    size = of_images.shape[0]
+    of_image, of_text = parts.targets.of(features, rows, size)
+    wider = lambda x, shape: jnp.pad(x, [(0, new - old) for new, old in zip(shape, x.shape, strict=True)])
+    return wider(of_image, of_images.shape), wider(of_text, of_texts.shape)
+
+
+def _pairs(parts, features, candidates, rows, scale, bias):
+    image, text = parts.similarity.embeddings(features)
+    valid = None
+    if parts.mask is not None:
+        if parts.mask not in rows:
+            raise UserError(f"{WHERE}.mask is `{parts.mask}`, which the batch lacks; it has: {', '.join(rows)}")
+        valid = rows[parts.mask]
+    dtype = jnp.promote_types(image.dtype, jnp.float32)
+
+    def counted(candidates, mask):
+        if valid is None or candidates is None:
+            return mask
+        own = jnp.pad(valid, (0, len(candidates) - len(valid)), constant_values=True)
+        return own if mask is None else own & mask
+
+    return Pairs(
+        image,
+        text,
+        candidates.texts,
+        candidates.images,
+        scale.astype(dtype),
+        None if bias is None else bias.astype(dtype),
+        parts.targets.labels(rows, len(image)),
+        parts.targets.differ,
+        valid,
+        counted(candidates.texts, candidates.text_mask),
+        counted(candidates.images, candidates.image_mask),
+        parts.implementation,
+    )
 
 
 def accuracy(logits: jax.Array, positives: jax.Array, axis: int) -> jax.Array:

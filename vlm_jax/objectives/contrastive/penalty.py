@@ -1,7 +1,7 @@
-"""Penalties: how logits and positives become a loss.
+"""Penalties: how logits and targets become a loss.
 
-Each penalty has two forms with equal results: one takes the logits [B, B], for small batches; the other uses
-`kernels.contrastive.statistics`, which holds one block of the logits at a time.
+A penalty takes all logits. `softmax` and `sigmoid` also have a form with equal results that uses
+`kernels.contrastive.statistics` and holds one block of the logits at a time.
 """
 
 from collections.abc import Callable
@@ -15,16 +15,20 @@ from vlm_jax.kernels import contrastive as kernel
 
 
 class Penalty(NamedTuple):
-    """How logits and positives become a loss.
+    """How logits and targets become a loss.
 
     Attributes:
-      plain: (logits of images [B, B], logits of texts [B, B], positives bool [B, B]) -> scalar.
+      plain: (logits of images [B, M], logits of texts [M', B], targets of images [B, M], of texts [M', B]) -> scalar.
+        Images stand in rows, texts in columns; the first B candidates of each are the batch's own. Targets are bool, or
+        weights of at least 0. Logits of candidates that do not count are -inf.
       of_pairs: (`Pairs`) -> (scalar, results of images, results of texts); results have `best_positive` and
-        `best_negative`.
+        `best_negative`. None: the penalty needs all logits.
+      one_matrix: whether `of_pairs` needs one matrix of logits for both directions.
     """
 
     plain: Callable
-    of_pairs: Callable
+    of_pairs: Callable | None = None
+    one_matrix: bool = False
 
 
 class Pairs(NamedTuple):
@@ -32,28 +36,43 @@ class Pairs(NamedTuple):
 
     Attributes:
       image, text: [B, D].
+      texts, images: candidates [M, D], [M', D]; the first B are the batch's own. images None: `image`.
       scale, bias: scalars; the bias may be None.
       labels: int [B].
       identity: whether all labels differ: text i is the only positive of image i.
       mask: bool [B], the examples that count; None for all.
+      text_mask, image_mask: bool [M], [M'], the candidates that count; None for all.
       implementation: the implementation of `kernels.contrastive`.
     """
 
     image: jax.Array
     text: jax.Array
+    texts: jax.Array
+    images: jax.Array | None
     scale: jax.Array
     bias: jax.Array | None
     labels: jax.Array
     identity: bool
     mask: jax.Array | None
+    text_mask: jax.Array | None
+    image_mask: jax.Array | None
     implementation: str | None
 
     def statistics(self, **options):
-        """Returns `kernels.contrastive.statistics` with images in rows, texts in columns."""
+        """Returns the results of images and of texts of `kernels.contrastive.statistics`."""
+        of_images, of_texts = self._statistics(self.image, self.texts, self.text_mask, options)
+        if self.images is not None:
+            return of_images, self._statistics(self.text, self.images, self.image_mask, options)[0]
+        return of_images, of_texts if len(self.texts) == len(self.text) else of_texts._replace(
+            **{name: None if one is None else one[: len(self.text)] for name, one in of_texts._asdict().items()}
+        )
+
+    def _statistics(self, x, y, y_mask, options):
+        new = jnp.full(len(y) - len(x), jnp.min(self.labels) - 1, self.labels.dtype)
+        labels = jnp.concatenate([self.labels, new]) if len(new) else self.labels
         return kernel.statistics(
-            self.image, self.text, self.scale, self.bias, x_labels=self.labels, y_labels=self.labels,
-            x_mask=self.mask, y_mask=self.mask, implementation=self.implementation, best=True,
-            **options,
+            x, y, self.scale, self.bias, x_labels=self.labels, y_labels=labels, x_mask=self.mask, y_mask=y_mask,
+            implementation=self.implementation, best=True, **options,
         )  # fmt: skip
 
     def mean(self, values):
@@ -74,37 +93,44 @@ class Pairs(NamedTuple):
     where="figure 3",
     differs="cross-entropy over the batch, in both directions",
 )
-def softmax(*, label_smoothing: float = 0.0) -> Callable:
+def softmax(*, label_smoothing: float = 0.0) -> Penalty:
     """Mean of the cross-entropies image -> texts and text -> images (CLIP, Radford et al. 2021, Figure 3).
 
-    The target of a row or column is uniform over its positives (Khosla et al. 2020, arXiv:2004.11362, eq. 2, L_out).
-    `label_smoothing` moves that share of the target to the uniform distribution over all.
+    The target of a row or column is its weights divided by their sum: uniform over its positives (Khosla et al. 2020,
+    arXiv:2004.11362, eq. 2, L_out). `label_smoothing` moves that share of the target to the uniform distribution over
+    all candidates.
 
     Over pairs: lse_i - (1 - e) (sum of positives' logits)_i / (number of positives)_i - e (mean of all logits)_i, where
     e is `label_smoothing`. The mean of all logits is the logit of x_i and the mean of y.
     """
 
-    def cross_entropy(logits, positives, axis):
-        target = positives / jnp.sum(positives, axis, keepdims=True, dtype=logits.dtype)
-        target = (1 - label_smoothing) * target + label_smoothing / logits.shape[axis]
-        return jnp.mean(jax.nn.logsumexp(logits, axis) - jnp.sum(target * logits, axis))
+    def cross_entropy(logits, targets, axis):
+        target = targets / jnp.sum(targets, axis, keepdims=True, dtype=logits.dtype)
+        if label_smoothing:
+            counts = jnp.isfinite(logits)
+            target = (1 - label_smoothing) * target + label_smoothing * counts / jnp.sum(counts, axis, keepdims=True)
+        products = jnp.where(target == 0, 0, target * logits)
+        return jnp.mean(jax.nn.logsumexp(logits, axis) - jnp.sum(products, axis))
 
     def of_pairs(pairs):
         results = pairs.statistics(positives=not pairs.identity)
-        own = pairs.logits_of(pairs.image, pairs.text) if pairs.identity else None
-        count = jnp.asarray(len(pairs.image)) if pairs.mask is None else jnp.maximum(jnp.sum(pairs.mask), 1)
-        counts = lambda z: z if pairs.mask is None else jnp.where(pairs.mask[:, None], z, 0)
+        texts, images = pairs.texts, pairs.image if pairs.images is None else pairs.images
+        sides = ((pairs.image, texts, pairs.text_mask), (pairs.text, images, pairs.image_mask))
         total = 0
-        for result, (x, y) in zip(results, ((pairs.image, pairs.text), (pairs.text, pairs.image)), strict=True):
+        for result, (x, y, mask) in zip(results, sides, strict=True):
+            own = pairs.logits_of(x, y[: len(x)]) if pairs.identity else None
             positive = own if pairs.identity else result.positive_sum / jnp.maximum(result.positive_count, 1)
             value = result.lse - (1 - label_smoothing) * positive
             if label_smoothing:
-                value -= label_smoothing * pairs.logits_of(counts(x), jnp.sum(counts(y), 0, pairs.scale.dtype) / count)
+                mask = pairs.mask if mask is None else mask
+                count = len(y) if mask is None else jnp.maximum(jnp.sum(mask), 1)
+                counted = y if mask is None else jnp.where(mask[:, None], y, 0)
+                value -= label_smoothing * pairs.logits_of(x, jnp.sum(counted, 0, pairs.scale.dtype) / count)
             total += pairs.mean(value)
         return 0.5 * total, *results
 
-    def plain(of_images, of_texts, positives):
-        return 0.5 * (cross_entropy(of_images, positives, 1) + cross_entropy(of_texts, positives, 0))
+    def plain(of_images, of_texts, targets_of_images, targets_of_texts):
+        return 0.5 * (cross_entropy(of_images, targets_of_images, 1) + cross_entropy(of_texts, targets_of_texts, 0))
 
     return Penalty(plain, of_pairs)
 
@@ -112,15 +138,78 @@ def softmax(*, label_smoothing: float = 0.0) -> Callable:
 @method(
     family="penalties", paper="arXiv:2303.15343", where="section 3.2", differs="every pair is right or wrong by itself"
 )
-def sigmoid() -> Callable:
-    """-1/B sum_ij log sigmoid(s_ij x_ij), s = +1 for positives, else -1 (SigLIP, arXiv:2303.15343, Section 3.2)."""
+def sigmoid() -> Penalty:
+    """-1/B sum_ij log sigmoid(s_ij x_ij), s = +1 for positives, else -1 (SigLIP, arXiv:2303.15343, Section 3.2).
 
-    def plain(of_images, of_texts, positives):
-        of_pairs = lambda logits: jax.nn.log_sigmoid(jnp.where(positives, logits, -logits))
-        return -0.5 * jnp.mean(jnp.sum(of_pairs(of_images) + of_pairs(of_texts), axis=1))
+    A weight w between 0 and 1 is the probability that the pair matches: w log sigmoid(x) + (1 - w) log sigmoid(-x).
+    """
+
+    def of_each(logits, targets):
+        if targets.dtype == bool:
+            return jax.nn.log_sigmoid(jnp.where(targets, logits, -logits))
+        return targets * jax.nn.log_sigmoid(logits) + (1 - targets) * jax.nn.log_sigmoid(-logits)
 
     def of_pairs(pairs):
         images, texts = pairs.statistics(penalty="sigmoid")
         return pairs.mean(images.loss), images, texts
 
-    return Penalty(plain, of_pairs)
+    return Penalty(_over_pairs(of_each), of_pairs, one_matrix=True)
+
+
+@method(
+    family="penalties",
+    paper="arXiv:1708.02002",
+    where="section 3.2",
+    differs="pairs that are told apart already count less",
+)
+def focal(*, gamma: float = 2.0) -> Penalty:
+    """The cross-entropies of `softmax`, each times (1 - p)^gamma, where p is the probability of the positives.
+
+    The focal loss (Lin et al. 2017, equation 4) on the softmax over all candidates. With gamma 0: `softmax`.
+    """
+
+    def directed(logits, targets, axis):
+        target = targets / jnp.sum(targets, axis, keepdims=True, dtype=logits.dtype)
+        log_p = jax.nn.log_softmax(logits, axis)
+        own = jnp.sum(jnp.where(target == 0, 0, target * log_p), axis)
+        rest = 1 - jnp.sum(jnp.where(target == 0, 0, jnp.exp(log_p)), axis)
+        return -jnp.mean(jnp.maximum(rest, 0) ** gamma * own if gamma else own)
+
+    return Penalty(lambda *given: 0.5 * (directed(*given[0::2], axis=1) + directed(*given[1::2], axis=0)))
+
+
+@method(
+    family="penalties",
+    paper="arXiv:1707.05612",
+    differs="a positive has to be above the hardest negative by a margin",
+)
+def margin(*, margin: float = 0.2, hardest: bool = True) -> Penalty:
+    """max(0, margin + s_negative - s_positive), of the logits without softmax (VSE++, Faghri et al. 2018).
+
+    `hardest` takes each row's and column's largest negative; otherwise the hinges of all negatives are summed. With
+    several positives, the smallest counts. Logits are scale x cosine: a margin of 0.2 of cosines needs the scale 1.
+    """
+
+    def directed(logits, targets, axis):
+        positive = jnp.min(logits, axis, keepdims=True, initial=jnp.inf, where=targets > 0)
+        hinge = jnp.where(targets > 0, 0, jnp.maximum(0, margin + logits - positive))
+        return jnp.mean(jnp.max(hinge, axis) if hardest else jnp.sum(hinge, axis))
+
+    return Penalty(lambda *given: directed(*given[0::2], axis=1) + directed(*given[1::2], axis=0))
+
+
+def _over_pairs(of_each: Callable) -> Callable:
+    """Returns the `plain` of a penalty of single pairs: minus the sum over each image's and text's pairs, by B.
+
+    The batch's own pairs have two logits, which are averaged; pairs with other candidates have one.
+    """
+
+    def plain(of_images, of_texts, targets_of_images, targets_of_texts):
+        size = len(of_images)
+        images, texts = of_each(of_images, targets_of_images), of_each(of_texts, targets_of_texts)
+        value = -0.5 * jnp.mean(jnp.sum(images[:, :size] + texts[:size], axis=1))
+        for others in (images[:, size:], texts[size:].T):
+            value = value - jnp.sum(others) / size if others.size else value
+        return value
+
+    return plain

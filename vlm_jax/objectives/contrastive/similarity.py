@@ -8,14 +8,14 @@ import jax.numpy as jnp
 
 from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
-from vlm_jax.objectives.objective import WHERE
+from vlm_jax.objectives.term import WHERE
 
 
 class Similarity(NamedTuple):
     """Scores of images with texts, before scale and bias.
 
     Attributes:
-      features: `Embeddings` -> the compared part: pytree, leading axis B.
+      features: `Outputs` -> the compared part: pytree, leading axis B.
       scores: features -> (scores image -> text, scores text -> image), each [B, B], images in rows, texts in columns.
       embeddings: features -> (images [B, D], texts [B, D]); the scores are their inner products. None if the scores are
         not inner products.
@@ -78,15 +78,17 @@ def token_wise(*, chunk: int = 64) -> Similarity:
     return Similarity(tokens, scores)
 
 
-def vectors(embeddings: Any) -> dict[str, jax.Array]:
-    """Returns both towers' global embeddings from `Embeddings`: one vector for each image and text."""
-    if embeddings.image.ndim != 2:
+def vectors(outputs: Any) -> dict[str, jax.Array]:
+    """Returns both towers' global embeddings: one vector for each image and text."""
+    image, text = outputs["image_embedding"], outputs["text_embedding"]
+    if image.ndim != 2 or text.ndim != 2:
         raise UserError(f'{WHERE}.similarity compares one vector each; give towers another pool than "all"')
-    return {"image": embeddings.image, "text": embeddings.text}
+    return {"image": image, "text": text}
 
 
-def tokens(embeddings: Any) -> dict[str, jax.Array]:
-    """Returns both towers' token embeddings from `Embeddings`: one vector for each token."""
-    if embeddings.image.ndim != 3:
+def tokens(outputs: Any) -> dict[str, jax.Array]:
+    """Returns both towers' token embeddings: one vector for each token."""
+    image, text = outputs["image_embedding"], outputs["text_embedding"]
+    if image.ndim != 3 or text.ndim != 3:
         raise UserError(f'{WHERE}.similarity compares tokens; give image and text pool "all"')
-    return {"image": embeddings.image, "text": embeddings.text}
+    return {"image": image, "text": text}

@@ -1,4 +1,4 @@
-"""Generative objectives: a corruption of the text x a token loss.
+"""Generative terms: a corruption of the text x a token loss.
 
 Captioning is denoising with an image as the prefix. If the prefix is a text, as for T5, the data op `denoise` makes
 inputs and targets, and the corruption is causal.
@@ -15,11 +15,11 @@ from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
 from vlm_jax.models.token_loss import token_loss
 from vlm_jax.objectives.generative.losses import caption_loss, of_captions, token_metrics
-from vlm_jax.objectives.objective import WHERE, Objective, model_inputs
+from vlm_jax.objectives.term import WHERE, Term
 
 
 @method(
-    family="objectives",
+    family="terms",
     paper="arXiv:2306.07915",
     where="section 3",
     differs="the cross-entropy of a corrupted caption's tokens, given the picture",
@@ -35,11 +35,12 @@ def captioning(
     mean: str = "caption",
     pad_id: int = 0,
     chunk: int = 8,
-) -> Objective:
-    """Returns the objective of a `Captioner`, an `EncoderDecoder` or a `PrefixLM`.
+) -> Term:
+    """Returns the term of a model that writes: `Captioner`, `CoCa`, `EncoderDecoder`, `PrefixLM`.
 
     Args:
-      model: linen module with the methods `hidden` and `logits` of `models.decoder.Conditional`.
+      model: linen module with the output `next_token` and the method `logits`; with another corruption than "causal",
+        with the output `context` and the method `decode` of `models.decoder.Conditional`.
       corruption: "causal", or a dict with the name and options, `dict(name="parallel", rate=0.75)`.
       denoisers: names of the denoisers that the op `denoise` draws from, for metrics of each denoiser;
         batch["denoiser"] holds their numbers.
@@ -50,27 +51,33 @@ def captioning(
     Metrics: `token_accuracy`, and `perplexity`: exp of the mean cross-entropy of the tokens that count, without label
     smoothing and z-loss. Both also for each part of a mixture, e.g. `R/perplexity`; NaN if the batch has no such text.
     """
-    corrupt = catalogue.build("corruptions", corruption, f"{WHERE}.corruption")
+    corrupt = None if corruption == "causal" else catalogue.build("corruptions", corruption, f"{WHERE}.corruption")
     if mean not in ("caption", "token"):
         raise UserError(f"{WHERE}.mean is `{mean}`; expected one of: caption, token")
-    corrupt(jnp.zeros((1, 2), int), jnp.ones(1, int), model.decoder, jax.random.key(0))  # raises without a mask token
+    if corrupt is not None:
+        if "context" not in model.outputs:
+            raise UserError(f"{WHERE}.corruption: the decoder of a {type(model).__name__} reads causally; leave it out")
+        corrupt(jnp.zeros((1, 2), int), jnp.ones(1, int), model.decoder, jax.random.split(jax.random.key(0), 1))
     kinds = tuple(denoisers) or getattr(corrupt, "kinds", ())
 
-    def encode(params, batch, rng):
-        given, targets = model_inputs(batch)
-        real = targets != pad_id
-        rngs = None if rng is None else {"dropout": jax.random.fold_in(rng, 1)}
-        inputs, bidirectional, counts, kind = corrupt(targets, jnp.sum(real, axis=1), model.decoder, rng)
-        hidden = model.apply(
-            {"params": params}, given, inputs, bidirectional=bidirectional, train=rng is not None,
-            rngs=rngs, method="hidden",
-        )  # fmt: skip
-        logits = lambda hidden: model.apply({"params": params}, hidden, method="logits")
+    def features(outputs, ctx):
+        counts = kind = None
+        if corrupt is None:
+            hidden, targets = outputs["next_token"]
+        else:
+            targets = outputs["token_ids"]
+            keys = outputs.keys if ctx.train else None
+            inputs, two_way, counts, kind = corrupt(targets, jnp.sum(targets != pad_id, 1), model.decoder, keys)
+            context, mask = outputs["context"]
+            options = dict(context_mask=mask, bidirectional=two_way)
+            hidden = outputs.apply("decode", inputs, context, **options).hidden
+        logits = lambda hidden: outputs.apply("logits", hidden)
         losses = token_loss(logits, hidden, targets, label_smoothing=label_smoothing, z_loss=z_loss, chunk=chunk)
+        real = targets != pad_id
         sums = of_captions(losses, real if counts is None else real & counts)
-        return sums | ({"kind": batch["denoiser"] if denoisers else kind} if kinds else {})
+        return sums | ({"kind": outputs["denoiser"] if denoisers else kind} if kinds else {})
 
-    def loss(params, features, batch):
+    def loss(outputs, features, rows, ctx):
         value, metrics = caption_loss(features, mean)
         for number, name in enumerate(kinds):
             metrics |= {
@@ -78,11 +85,11 @@ def captioning(
             }
         return value, metrics
 
-    return Objective(encode, loss)
+    return Term("captioning", features, loss)
 
 
 @method(
-    family="objectives",
+    family="terms",
     paper="arXiv:2205.05131",
     where="section 3.1",
     differs="the cross-entropy of what the op `denoise` has hidden of a text",
@@ -97,7 +104,7 @@ def denoising(
     mean: str = "caption",
     pad_id: int = 0,
     chunk: int = 8,
-) -> Objective:
-    """Returns the `captioning` objective with texts as inputs; arguments and metrics as for `captioning`."""
+) -> Term:
+    """Returns the `captioning` term with texts as inputs; arguments and metrics as for `captioning`."""
     options = dict(label_smoothing=label_smoothing, z_loss=z_loss, mean=mean, pad_id=pad_id, chunk=chunk)
     return captioning(model=model, denoisers=denoisers, **options)

@@ -1,4 +1,7 @@
-"""Corruptions: the decoder's inputs for a caption, and the tokens that count in the loss."""
+"""Corruptions: the decoder's inputs for a caption, and the tokens that count in the loss.
+
+A corruption is `corrupt(targets [B, L], lengths [B], decoder, keys [B]) -> Corrupted`; keys are None in evaluation.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,7 +13,7 @@ from vlm_jax import catalogue
 from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
 from vlm_jax.models.decoder import shift_right
-from vlm_jax.objectives.objective import WHERE
+from vlm_jax.objectives.term import WHERE
 
 
 class Corrupted(NamedTuple):
@@ -32,7 +35,7 @@ class Corrupted(NamedTuple):
 @method(family="corruptions", paper="arXiv:2306.07915", where="section 3.1", differs="each token given all before it")
 def causal() -> Callable:
     """Predicts each token from all tokens before (Cap)."""
-    return lambda targets, lengths, decoder, rng: Corrupted(shift_right(targets, decoder.start_id))
+    return lambda targets, lengths, decoder, keys: Corrupted(shift_right(targets, decoder.start_id))
 
 
 @method(
@@ -48,14 +51,15 @@ def parallel(*, rate: float = 0.75, ratio: float = 1.0) -> Callable:
     `ratio` below 1, each input is the token itself with probability 1 - ratio. Without randomness (evaluation): causal.
     """
 
-    def corrupt(targets, lengths, decoder, rng):
-        if rng is None:
-            return causal()(targets, lengths, decoder, rng)
-        of_caption, of_token = jax.random.split(rng)
-        at_once = jax.random.bernoulli(of_caption, rate, (len(targets), 1))
+    def corrupt(targets, lengths, decoder, keys):
+        if keys is None:
+            return causal()(targets, lengths, decoder, keys)
+        of_caption, of_tokens = _split(keys, 2)
+        at_once = jax.vmap(lambda key: jax.random.bernoulli(key, rate, (1,)))(of_caption)
         hidden = jnp.full_like(targets, decoder.mask_id)
         if ratio < 1:
-            hidden = jnp.where(jax.random.bernoulli(of_token, ratio, targets.shape), hidden, targets)
+            drawn = jax.vmap(lambda key: jax.random.bernoulli(key, ratio, targets.shape[1:]))(of_tokens)
+            hidden = jnp.where(drawn, hidden, targets)
         shown = jnp.where(at_once, hidden, shift_right(targets, decoder.start_id))
         return Corrupted(shown, jnp.broadcast_to(at_once, targets.shape))
 
@@ -75,10 +79,10 @@ def prefix(*, rate: float | None = None) -> Callable:
     uniformly, from 0. At least one token counts.
     """
 
-    def corrupt(targets, lengths, decoder, rng):
+    def corrupt(targets, lengths, decoder, keys):
         share = rate
         if share is None:
-            share = 0.0 if rng is None else jax.random.uniform(rng, lengths.shape)
+            share = 0.0 if keys is None else jax.vmap(jax.random.uniform)(keys)
         cut = jnp.minimum((share * lengths).astype(lengths.dtype), jnp.maximum(lengths - 1, 0))[:, None]
         at = jnp.arange(targets.shape[1])
         return Corrupted(shift_right(targets, decoder.start_id), at <= cut, at >= cut)  # input i + 1 is token i
@@ -106,10 +110,10 @@ def masked_spans(*, rate: float = 0.5, mean_span: float = 3.0) -> Callable:
     if enter > 1:
         raise UserError(f"{WHERE}.corruption masked_spans: rate {rate} needs spans longer than {mean_span}")
 
-    def corrupt(targets, lengths, decoder, rng):
-        if rng is None:
-            return causal()(targets, lengths, decoder, rng)
-        draws = jax.random.uniform(rng, (targets.shape[1] + 1, len(targets)))
+    def corrupt(targets, lengths, decoder, keys):
+        if keys is None:
+            return causal()(targets, lengths, decoder, keys)
+        draws = jax.vmap(lambda key: jax.random.uniform(key, targets.shape[1] + 1))(keys).T
 
         def step(inside, u):
             inside = jnp.where(inside, u >= leave, u < enter)
@@ -143,12 +147,12 @@ def mixture(*, of: Mapping[str, tuple[Any, float]]) -> Callable:
     parts = [catalogue.build("corruptions", part, f"{WHERE}.corruption.of.{name}") for name, (part, _) in of.items()]
     log_weights = jnp.log(jnp.asarray([weight for _, weight in of.values()], jnp.float32))
 
-    def corrupt(targets, lengths, decoder, rng):
-        if rng is None:
-            return causal()(targets, lengths, decoder, rng)._replace(kind=jnp.full(len(targets), -1))
-        draw, *rngs = jax.random.split(rng, len(parts) + 1)
-        kind = jax.random.categorical(draw, log_weights, shape=(len(targets),))
-        results = [part(targets, lengths, decoder, rng) for part, rng in zip(parts, rngs, strict=True)]
+    def corrupt(targets, lengths, decoder, keys):
+        if keys is None:
+            return causal()(targets, lengths, decoder, keys)._replace(kind=jnp.full(len(targets), -1))
+        draw, *others = _split(keys, len(parts) + 1)
+        kind = jax.vmap(lambda key: jax.random.categorical(key, log_weights))(draw)
+        results = [part(targets, lengths, decoder, keys) for part, keys in zip(parts, others, strict=True)]
         drawn = lambda arrays: jax.lax.select_n(jnp.broadcast_to(kind[:, None], targets.shape), *arrays)
         whole = lambda array, value: (
             jnp.full(targets.shape, value) if array is None else jnp.broadcast_to(array, targets.shape)
@@ -162,3 +166,8 @@ def mixture(*, of: Mapping[str, tuple[Any, float]]) -> Callable:
 
     corrupt.kinds = tuple(of)
     return corrupt
+
+
+def _split(keys: jax.Array, count: int) -> jax.Array:
+    """Returns keys [count, B] of keys [B]."""
+    return jnp.swapaxes(jax.vmap(lambda key: jax.random.split(key, count))(keys), 0, 1)

@@ -21,7 +21,7 @@ def caption_loss(features: Mapping[str, jax.Array], mean: str) -> tuple[jax.Arra
         value = jnp.mean(features["loss"] / jnp.maximum(tokens, 1))
     else:
         value = jnp.sum(features["loss"]) / jnp.maximum(jnp.sum(tokens), 1)
-    return value, {**token_metrics(features, tokens > 0), "loss": value}
+    return value, token_metrics(features, tokens > 0)
 
 
 def token_metrics(features: Mapping[str, jax.Array], of: jax.Array) -> dict[str, jax.Array]:

@@ -1,0 +1,115 @@
+"""Negatives: the texts and images that a batch's images and texts are compared with."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.catalogue import method
+from vlm_jax.objectives.term import Context
+
+
+class Candidates(NamedTuple):
+    """What images and texts are compared with; the first B of each are the batch's own, in order.
+
+    Attributes:
+      texts: for the images, [M, D].
+      images: for the texts, [M', D]; None: the batch's images, so that one matrix of logits serves both directions.
+      text_mask, image_mask: bool [M], [M'], candidates that count; None for all.
+    """
+
+    texts: jax.Array
+    images: jax.Array | None = None
+    text_mask: jax.Array | None = None
+    image_mask: jax.Array | None = None
+
+
+class Negatives(NamedTuple):
+    """Negatives besides the pairs of the batch.
+
+    Attributes:
+      features: (outputs) -> dict of arrays [B, ...], with other keys than "image" and "text".
+      candidates: (features, state) -> `Candidates`; features has "image" and "text", [B, D], as well.
+      init, update: of a memory, as for `Term`.
+    """
+
+    features: Callable
+    candidates: Callable
+    init: Callable | None = None
+    update: Callable | None = None
+
+
+@method(
+    family="negatives", paper="arXiv:2103.00020", where="figure 3", differs="all other images and texts of the batch"
+)
+def in_batch() -> Negatives:
+    """The batch alone."""
+    return Negatives(lambda outputs: {}, lambda features, state: Candidates(features["text"]))
+
+
+@method(
+    family="negatives",
+    paper="arXiv:2210.01936",
+    where="section 4",
+    differs="texts that are wrong by a word stand beside the batch's",
+    needs={"objective.negatives.key": "texts"},
+)
+def texts(*, key: str = "texts", pad_id: int = 0) -> Negatives:
+    """More texts of the batch, `key` int [B, K, L]: wrong for every image, candidates for every image.
+
+    For hard negatives: texts that are wrong by a word or by the order of words. Texts of padding alone do not count.
+    """
+
+    def features(outputs):
+        ids = outputs[key]
+        embedded = outputs.apply("__call__", None, ids.reshape(-1, ids.shape[-1])).text
+        return {"texts": embedded.reshape(*ids.shape[:2], -1), "given": jnp.any(ids != pad_id, axis=-1)}
+
+    def candidates(features, state):
+        more, size = features["texts"], len(features["text"])
+        counts = jnp.concatenate([jnp.ones(size, bool), features["given"].reshape(-1)])
+        return Candidates(jnp.concatenate([features["text"], more.reshape(-1, more.shape[-1])]), text_mask=counts)
+
+    return Negatives(features, candidates)
+
+
+@method(
+    family="negatives",
+    paper="arXiv:1911.05722",
+    where="section 3.2",
+    differs="a queue of earlier batches' embeddings under a slow average of the model",
+    needs={"objective.teachers": {"momentum": {"decay": 0.99}}},
+)
+def queue(*, size: int = 65_536, teacher: str | None = "momentum") -> Negatives:
+    """The last `size` images and texts of earlier steps, as the teacher embedded them (MoCo).
+
+    Images and texts are compared with the teacher's embeddings, also with those of the own pair. Without a teacher the
+    model itself embeds the candidates. The queue is empty at first. `size` is rounded up to whole batches.
+    """
+
+    def features(outputs):
+        given = outputs.teacher(teacher) if teacher else outputs
+        found = {"key_image": given["image_embedding"], "key_text": given["text_embedding"]}
+        return found if teacher is None else jax.lax.stop_gradient(found)
+
+    def candidates(features, state):
+        own = jnp.ones(len(features["key_text"]), bool)
+        counts = jnp.concatenate([own, state["filled"]])
+        with_queue = lambda key: jnp.concatenate([features[key], state[key]])
+        return Candidates(with_queue("key_text"), with_queue("key_image"), counts, counts)
+
+    def init(features):
+        rows = -(-size // len(features["key_text"])) * len(features["key_text"])
+        empty = lambda key: jnp.zeros((rows, features[key].shape[1]), features[key].dtype)
+        keys = {key: empty(key) for key in ("key_image", "key_text")}
+        return keys | {"filled": jnp.zeros(rows, bool), "next": jnp.zeros((), jnp.int32)}
+
+    def update(state: Mapping[str, Any], features: Mapping[str, Any], ctx: Context):
+        put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, state["next"], axis=0)
+        count, rows = len(features["key_text"]), len(state["filled"])
+        keys = {key: put(state[key], features[key]) for key in ("key_image", "key_text")}
+        filled = put(state["filled"], jnp.ones(count, bool))
+        return keys | {"filled": filled, "next": (state["next"] + count) % rows}
+
+    return Negatives(features, candidates, init, update)
