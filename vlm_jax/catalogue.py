@@ -60,6 +60,7 @@ FAMILIES = {
     "negatives": _part("negatives", "-> Negatives", "objective.negatives"),
     "penalties": _part("penalty", "-> Penalty", "objective.penalty"),
     "corruptions": _part("corruption", "-> corrupt(targets, lengths, decoder, keys)", "objective.corruption"),
+    "selections": Family("selection", "model -> Selection", "--config.objective.selections.chosen.name={name}"),
     "combinations": _part("combination", "-> combine({term: gradients}, parameters)", "objective.combine"),
     "heads": _adapts("features, labels, text, scale -> head"),
     "parameters": _adapts("model -> Recipe"),

@@ -26,6 +26,8 @@ def build(
         weight: a number (1.0), or dict(value=2.0, begin="80%", end="100%", **schedule): see `schedules.window`.
         on: the row set; defaults to the term's own.
         reaches: regex of the parameters that the term's gradient may move; defaults to all.
+      selections: {row set: options}; the method, of the family "selections", is the option `name`, which defaults to
+        the name here. `on` is the row set that the selection reads.
       teachers: {name: dict(decay=0.999) or dict(spec="runs/clip"), inputs=...}, see `Teacher`.
       combine: what happens to the terms' gradients instead of their sum, a method of the family "combinations".
 
@@ -43,14 +45,19 @@ def build(
     """
     section = dict(section)
     if "terms" not in section:
-        whole = {key: section.pop(key) for key in ("teachers", "combine") if key in section}
+        whole = {key: section.pop(key) for key in ("selections", "teachers", "combine") if key in section}
         section = {"terms": {section.get("name"): section}, **whole}
     return config.call(_build, section, WHERE, model=model, steps=steps, tokenizer=tokenizer, load=load)
 
 
-def _build(*, terms, model, steps, tokenizer, load, teachers=None, combine=None) -> Objective:
+def _build(*, terms, model, steps, tokenizer, load, selections=None, teachers=None, combine=None) -> Objective:
     weights: dict[str, Any] = {}  # equal weights are one function: these terms are computed together
-    parts, selections, known = [], [], {}
+    parts, made, known = [], [], {}
+    for name, options in (selections or {}).items():
+        options = {"name": name, **options}
+        changes = {"name": name} | ({"on": options.pop("on")} if "on" in options else {})
+        selection = catalogue.build("selections", options, f"{WHERE}.selections.{name}", model=model)
+        made.append(dataclasses.replace(selection, **changes))
     for name, options in terms.items():
         where = WHERE if name == options.get("name") and len(terms) == 1 else f"{WHERE}.terms.{name}"
         options = {"name": name, **options}
@@ -58,7 +65,7 @@ def _build(*, terms, model, steps, tokenizer, load, teachers=None, combine=None)
         part = catalogue.build("terms", options, where, model=model)
         found = (part,) if isinstance(part, Term) else part.terms
         if not isinstance(part, Term):
-            selections += part.selections
+            made += part.selections
             known |= part.teachers
         if weight is not None:
             weight = weights.setdefault(repr(weight), schedules.window(weight, steps, f"{where}.weight"))
@@ -73,7 +80,7 @@ def _build(*, terms, model, steps, tokenizer, load, teachers=None, combine=None)
     for name, options in (teachers or {}).items():
         known[name] = config.call(_teacher, options, f"{WHERE}.teachers.{name}", load=load)
     combine = combine and catalogue.build("combinations", combine, f"{WHERE}.combine")
-    return Objective(tuple(parts), tuple(selections), known, combine, tokenizer)
+    return Objective(tuple(parts), tuple(made), known, combine, tokenizer)
 
 
 def _product(own: float, weight: float | Callable) -> float | Callable:

@@ -1,6 +1,7 @@
 """The value of an objective: all row sets in order, then the weighted sum of the terms' losses."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -98,27 +99,29 @@ class Sum:
         for schedules in dict.fromkeys([None, *map(self.objective.schedules_of, users)]):  # what is always on: first
             some = [user for user in users if self.objective.schedules_of(user) == schedules]
             if some:
-                fork = outputs if schedules is None or self.made is not None else outputs.fork()
-                run = lambda some=some, fork=fork: {
-                    user.name: user.features_of(name)(fork.of(user.name), self._context()) for user in some
-                }
+                run = partial(self._features, name, some, outputs, schedules)
                 found |= self._when(schedules, run, 0)
         return found
+
+    def _features(self, name, users, outputs, schedules):
+        outputs = outputs if self._always(schedules) else outputs.fork()
+        return {user.name: user.features_of(name)(outputs.of(user.name), self._context()) for user in users}
 
     def losses(self, params, features, rows) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """Returns ({term: loss}, metrics)."""
         outputs, values, metrics = self._outputs(params, {}, self.rng, None), {}, {}
         for term in self.objective.terms:
-            given = {name: features[name][term.name] for name in term.sets}
-            own = outputs.fork() if callable(term.weight) and self.made is None else outputs
-            loss = lambda term=term, given=given, own=own: term.loss(
-                own.of(term.name), term.seen(given), term.seen(rows), self._context(term)
-            )
+            loss = partial(self._loss, term, outputs, features, rows)
             on = self.objective.schedules_of(term)
             values[term.name], more = self._when(on, loss, (0, jnp.nan))
             shown = values[term.name] if on is None else jnp.where(self._on(on), values[term.name], jnp.nan)
             metrics |= {f"{term.name}/{key}": one for key, one in more.items()} | {f"{term.name}/loss": shown}
         return values, metrics
+
+    def _loss(self, term, outputs, features, rows):
+        outputs = outputs if self._always(self.objective.schedules_of(term)) else outputs.fork()
+        given = {name: features[name][term.name] for name in term.sets}
+        return term.loss(outputs.of(term.name), term.seen(given), term.seen(rows), self._context(term))
 
     def _select(self, selection: Selection, features, rows) -> dict:
         """Returns the rows that a selection makes; no gradient flows to them but through `Feature`."""
@@ -166,13 +169,16 @@ class Sum:
             return context
         return context._replace(rng=fold(self.rng, user.name), state=self.state.get("terms", {}).get(user.name))
 
+    def _always(self, schedules: tuple | None) -> bool:
+        return schedules is None or self.made is not None
+
     def _on(self, schedules: tuple) -> jax.Array:
         """Returns whether one of the weights differs from 0 at this step."""
         return jnp.stack([jnp.asarray(schedule(self.step)) != 0 for schedule in schedules]).any()
 
     def _when(self, schedules: tuple | None, run: Callable, otherwise: Any) -> Any:
         """Returns `run()` if one of the weights differs from 0; else arrays of `otherwise`, a prefix of the tree."""
-        if schedules is None or self.made is not None:
+        if self._always(schedules):
             return run()
         shapes = jax.eval_shape(run)
         fill = lambda value, tree: jax.tree.map(lambda x: jnp.full(x.shape, value, x.dtype), tree)

@@ -1,0 +1,1 @@
+"""Terms that align what a model sees: matching of pairs, distillation from teachers."""
