@@ -43,7 +43,7 @@ class TrainBatches:
 
     def __getitem__(self, k: int) -> tuple[Batch, list[BadRecord]]:
         bad = []
-        return self._shaped({name: rows.read(self.start + k, bad) for name, rows in self.sets.items()}), bad
+        return self._shaped({name: rows.read(self.start + int(k), bad) for name, rows in self.sets.items()}), bad
 
     def one(self) -> Batch:
         """Returns a batch of one example in each row set."""
