@@ -202,6 +202,17 @@ def test_a_bad_example_is_logged_and_too_many_stop_the_run(kind, tmp_path, caplo
         train(on_pictures(many), tmp_path / "stopped")
 
 
+def test_a_mixture_trains(tmp_path):
+    tables = {}
+    for name, count in (("few", 20), ("many", 60)):
+        (tmp_path / name).mkdir()
+        write_pictures(tmp_path / name, count)
+        tables[name] = on_pictures(tmp_path / name)["data"] | {"weight": count}
+    settings = on_pictures(tmp_path) | dict(data=dict(sources=tables), duration="1 epoch", checkpoint={})
+    assert train(settings, tmp_path / "run")["step"] == 5  # 80 examples in batches of 16
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["sources"]["few"]["weight"] == 20
+
+
 def test_a_run_that_diverges_stops_and_saves_nothing_broken(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()

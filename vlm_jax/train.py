@@ -18,7 +18,7 @@ import jax
 from absl import flags
 
 from vlm_jax import command, config, evaluators, objectives, report
-from vlm_jax.data import loader, tokenizers
+from vlm_jax.data import loader, mixture, tokenizers
 from vlm_jax.params import optim, sharding
 from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained
@@ -70,19 +70,20 @@ def _train(
     profile: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     mesh = config.call(sharding.make_mesh, mesh or {}, "config.mesh")
-    sharding.check_batch_size(batch_size, mesh)
+    sizes = mixture.sizes(data.get("sources"), batch_size)
+    sharding.check_batch_size(sizes, mesh)
     doing = partial(command.doing, seen=processes.is_first())
     with doing("opening the data set"):
         tokenizer = tokenizers.build(tokenizer)
         batches = config.call(
             loader.train_loader, data, "config.data", batch_size=batch_size, seed=seed, tokenizer=tokenizer,
-            rows=sharding.rows_of_process(mesh, batch_size),
+            rows=sharding.rows_of_process(mesh, sizes),
         )  # fmt: skip
     total = optim.duration_to_steps(duration, batch_size, batches.num_examples)
     steps = lambda length: optim.duration_to_steps(length, batch_size, batches.num_examples, total)
     with doing("building the model"):
         program = build_program(
-            batches.example, batch_size, mesh, steps, model=model, objective=objective, optimizer=optimizer,
+            batches.example, sizes, mesh, steps, model=model, objective=objective, optimizer=optimizer,
             partition=partition, accumulate=accumulate, ema=ema, seed=seed, tokenizer=tokenizer, load=load,
         )  # fmt: skip
     evals = [Evaluation(name, section, steps) for name, section in (evals or {}).items()]
@@ -126,7 +127,7 @@ def _train(
     with closing(saver), closing(writer), closing(batches), closing(bar), closing(tracer):
         for step in range(first + 1, total + 1):
             with tracer.step(step):
-                batch = sharding.to_global(next(batches), mesh, batch_size)
+                batch = sharding.to_global(next(batches), mesh, sizes)
                 state, metrics, norms = train_step(state, batch, frozen)
             tracer.after(step, metrics)
             if before:  # checks the step before, so that the device never waits for the host
@@ -180,7 +181,7 @@ def _train(
 def position(batches: loader.Loader) -> dict[str, int]:
     """Returns the data position with the counts of all processes; processes with the same rows count once."""
     by_row = {}
-    for row, state in processes.exchange([batches.rows[0], batches.get_state()]):
+    for row, state in processes.exchange([batches.first_row, batches.get_state()]):
         by_row.setdefault(row, state)
     return by_row[0] | {name: sum(state[name] for state in by_row.values()) for name in ("read", "bad")}
 

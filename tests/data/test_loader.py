@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_jax.data import examples, loader
+from vlm_jax.data import examples, loader, mixture
 from vlm_jax.errors import UserError
 
 OPS = "decode | random_resized_crop(8, scale=(0.3, 1.0)) | flip | normalize"
@@ -305,7 +305,7 @@ def test_the_generator_of_a_draw_is_that_of_a_fresh_philox():
 
 
 def test_a_very_large_epoch_needs_no_memory():
-    order = loader.epoch_order(0, 3, 2**33)
+    order = mixture.epoch_order(0, 3, 2**33)
     assert len({int(order[i]) for i in range(100)}) == 100
 
 

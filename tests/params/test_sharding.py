@@ -27,6 +27,22 @@ def test_batches_are_spread_over_data_and_fsdp():
         sharding.check_batch_size(6, mesh)
 
 
+def test_row_sets_are_spread_each_by_its_own_size():
+    mesh, sizes = sharding.make_mesh(2, 2, 2), {"batch": 8, "texts": 4}
+    batch = {name: {"x": np.arange(2.0 * size).reshape(size, 2)} for name, size in sizes.items()}
+    placed = sharding.to_global(batch, mesh, sizes)
+    abstract = sharding.abstract_batch(batch, sizes, mesh)
+    for name, size in sizes.items():
+        np.testing.assert_array_equal(placed[name]["x"], batch[name]["x"])
+        assert placed[name]["x"].addressable_shards[0].data.shape == (size // 4, 2)
+        assert abstract[name]["x"].shape == (size, 2) and abstract[name]["x"].sharding == placed[name]["x"].sharding
+    rows = sharding.rows_of_process(mesh, sizes)
+    assert {name: own.tolist() for name, own in rows.items()} == {"batch": list(range(8)), "texts": list(range(4))}
+    sharding.check_batch_size(sizes, mesh)
+    with pytest.raises(UserError, match=r"^config.batch_size 10: the row set `texts` of 2 cannot be split over 4 dev"):
+        sharding.check_batch_size({"batch": 8, "texts": 2}, mesh)
+
+
 def test_specs_name_the_last_dimensions():
     mesh = sharding.make_mesh(1, 4, 2)
     params = {"blocks": {"mlp": {"fc1": {"kernel": jnp.zeros((3, 8, 16)), "bias": jnp.zeros((3, 16))}}}}

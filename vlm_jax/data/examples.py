@@ -3,13 +3,16 @@
 import itertools
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from vlm_jax.data import index as index_lib
+from vlm_jax.data import ops as ops_lib
 from vlm_jax.data.ops import Pipeline
-from vlm_jax.data.source import BadExample, Source
+from vlm_jax.data.source import BadExample, Source, select
+from vlm_jax.data.sources import open_source
 from vlm_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -38,10 +41,28 @@ def generator(seed: int, draw: int) -> np.random.Generator:
 
 
 class Examples:
-    """Examples by record number; remembers the results of the ops before `cache`."""
+    """Examples by number; remembers the results of the ops before `cache`.
 
-    def __init__(self, source: Source, pipeline: Pipeline, chosen: np.ndarray | None, seed: int):
+    Args:
+      source: the records.
+      pipeline: makes an example of a record.
+      chosen: int [n], the examples' record numbers; None for all records in order.
+      seed: of the ops' randomness.
+      weight: float [n], the field `weight` of the records; None leaves them as they are.
+      name: stands before the keys of records.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        pipeline: Pipeline,
+        chosen: np.ndarray | None,
+        seed: int,
+        weight: np.ndarray | None = None,
+        name: str = "",
+    ):
         self.source, self.pipeline, self.chosen, self.seed = source, pipeline, chosen, seed
+        self.weight, self.name = weight, name
         self.memory: dict[int, dict[str, Any] | str] = {}
 
     def __len__(self) -> int:
@@ -50,18 +71,22 @@ class Examples:
     def __getstate__(self):
         return self.__dict__ | {"memory": {}}
 
-    def _record(self, i: int) -> int:
+    def _number(self, i: int) -> int:
         return i if self.chosen is None else int(self.chosen[i])
 
     def key(self, i: int) -> str:
-        return self.source.key(self._record(i))
+        return self.name + self.source.key(self._number(i))
+
+    def _record(self, i: int) -> dict[str, Any]:
+        record = self.source[self._number(i)]
+        return record if self.weight is None else record | {"weight": float(self.weight[i])}
 
     def _prepared(self, i: int) -> dict[str, Any]:
         if not self.pipeline.cached:
-            return self.pipeline.prepare(self.source[self._record(i)])
+            return self.pipeline.prepare(self._record(i))
         if i not in self.memory:
             try:
-                self.memory[i] = self.pipeline.prepare(self.source[self._record(i)])
+                self.memory[i] = self.pipeline.prepare(self._record(i))
             except BadExample as error:
                 self.memory[i] = str(error)
         if isinstance(self.memory[i], str):
@@ -81,6 +106,31 @@ class Examples:
             except BadExample as error:
                 bad.append((self.key(j), str(error)))
         raise UserError(f"{len(bad) - before} examples in a row are bad; the last is {bad[-1][0]}: {bad[-1][1]}")
+
+
+def open_examples(
+    *,
+    uri: str,
+    ops: str,
+    split: str | None,
+    where: Mapping[str, Iterable[Any]] | None,
+    index: str | None = None,
+    tokenizer: Any,
+    seed: int,
+    name: str = "",
+) -> Examples:
+    """Opens the examples of a source; arguments as of `loader.train_loader` and `Examples`."""
+    pipeline = ops_lib.parse(ops, tokenizer)
+    source = open_source(uri, split)
+    chosen, weight = (None, None) if index is None else index_lib.read(index, len(source), uri)
+    if where:
+        selected = select(source, where)
+        if index is None:
+            chosen = selected
+        else:
+            keep = np.isin(chosen, selected)
+            chosen, weight = chosen[keep], weight[keep]
+    return Examples(source.narrow(pipeline.paths) if pipeline.paths else source, pipeline, chosen, seed, weight, name)
 
 
 def log_bad(bad: list[BadRecord]) -> None:

@@ -12,14 +12,13 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 
-from vlm_jax.data import background
-from vlm_jax.data import ops as ops_lib
-from vlm_jax.data.examples import SUBSTITUTES, BadRecord, Batch, Examples, check_bad, collate, log_bad
-from vlm_jax.data.source import BadExample, select
-from vlm_jax.data.sources import open_source
+from vlm_jax import config
+from vlm_jax.data import background, mixture
+from vlm_jax.data.examples import SUBSTITUTES, BadRecord, Batch, Examples, check_bad, collate, log_bad, open_examples
+from vlm_jax.data.mixture import RowSet
+from vlm_jax.data.source import BadExample
 from vlm_jax.errors import UserError
 
 # The share of bad examples is computed over at least this many reads (or over a smaller data set): the share of the
@@ -27,42 +26,31 @@ from vlm_jax.errors import UserError
 ENOUGH_READS = 10_000
 
 
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, n: int) -> Sequence[int]:
-    """Returns an epoch's permutation of range(n): an array up to 8 MB, computed index by index above."""
-    if n <= 2**20:
-        return np.random.default_rng((seed, epoch)).permutation(n)
-    # A cipher over the indices needs no memory. On small ranges the cipher walks long cycles (2 ms per index at n=40).
-    return grain.MapDataset.range(n).shuffle(seed=(seed * 1_000_003 + epoch) % 2**32)
-
-
 class TrainBatches:
-    """(batch, bad examples) by batch number; every epoch has its own order, and drops its last partial batch."""
+    """(batch, bad examples) by batch number.
 
-    def __init__(self, examples: Examples, batch_size: int, slots: Sequence[int]):
-        self.examples, self.batch_size, self.n = examples, batch_size, len(examples)
-        self.slots = slots
+    A batch is a dict of arrays if its only row set is "batch", else a dict of row sets: `{row set: {field: array}}`.
+    """
+
+    def __init__(self, sets: Mapping[str, RowSet], seed: int):
+        self.sets, self.seed = sets, seed
         self.start = 0
+        self.sizes = self._shaped({name: rows.size for name, rows in sets.items()})
+        self.slots = self._shaped({name: rows.slots for name, rows in sets.items()})
 
     def __len__(self) -> int:
         return sys.maxsize // 2
 
     def __getitem__(self, k: int) -> tuple[Batch, list[BadRecord]]:
-        k += self.start
-        epoch, within = divmod(k, self.n // self.batch_size)
-        order = epoch_order(self.examples.seed, epoch, self.n)
-        rows, bad = [], []
-        for slot in self.slots:
-            at, draw = within * self.batch_size + slot, k * self.batch_size + slot
-            # Substitutes come from the next batches: the records of this batch are already used.
-            following = (int(order[(at + self.batch_size + t) % self.n]) for t in range(min(SUBSTITUTES, self.n) - 1))
-            rows.append(self.examples.read_or_next(int(order[at]), following, draw, bad))
-        return collate(rows, self.examples.pipeline.keeps), bad
+        bad = []
+        return self._shaped({name: rows.read(self.start + int(k), bad) for name, rows in self.sets.items()}), bad
 
     def one(self) -> Batch:
-        """Returns a batch of one example."""
-        row = self.examples.read_or_next(0, range(1, min(SUBSTITUTES, self.n)), 0, [])
-        return collate([row], self.examples.pipeline.keeps)
+        """Returns a batch of one example in each row set."""
+        return self._shaped({name: rows.one() for name, rows in self.sets.items()})
+
+    def _shaped(self, by_set: dict[str, Any]) -> Any:
+        return by_set["batch"] if list(by_set) == ["batch"] else by_set
 
 
 class Loader(Iterator[Batch]):
@@ -70,9 +58,12 @@ class Loader(Iterator[Batch]):
 
     Attributes:
       example: a batch of one example, for its fields, shapes and dtypes.
-      num_examples: examples of the data set.
-      rows: numbers of the rows that this process reads of each batch.
-      batches_per_epoch: whole batches of an epoch; the rest of the epoch is dropped.
+      num_examples: examples of the data set, the length of an epoch. An epoch of a mixture is as many examples as its
+        sources have together: each once, if the weights are as the sources' sizes.
+      sizes: rows of a batch over all processes; of several row sets, {row set: rows}.
+      rows: numbers of the rows that this process reads of each batch; of several row sets, {row set: numbers}.
+      first_row: the first of these numbers; processes with the same first row read the same rows.
+      batches_per_epoch: whole batches of an epoch; a single source drops the rest of the epoch.
       read, bad: examples of this process read so far, and how many of them were bad (counts survive resuming).
       wait_seconds: time spent waiting in `next`.
     """
@@ -84,8 +75,12 @@ class Loader(Iterator[Batch]):
         self._k = 0
         self.read = self.bad = 0
         self.wait_seconds = 0.0
-        self.num_examples, self.rows = batches.n, batches.slots
-        self.batches_per_epoch = batches.n // batches.batch_size
+        sets = batches.sets.values()
+        self.sizes, self.rows = batches.sizes, batches.slots
+        self.first_row = next(iter(sets)).slots[0]
+        self.num_examples = sum(len(examples) for rows in sets for examples in rows.sources)
+        self._batch_size, self._share = sum(rows.size for rows in sets), sum(len(rows.slots) for rows in sets)
+        self.batches_per_epoch = self.num_examples // self._batch_size
 
     @functools.cached_property
     def example(self) -> Batch:
@@ -103,7 +98,7 @@ class Loader(Iterator[Batch]):
         batch, bad = next(self._iterator)
         self.wait_seconds += time.perf_counter() - begin
         self._k += 1
-        self.read += len(self._batches.slots) + len(bad)
+        self.read += self._share + len(bad)
         self.bad += len(bad)
         if bad:
             self._check(bad)
@@ -111,7 +106,7 @@ class Loader(Iterator[Batch]):
 
     def _check(self, bad: list[BadRecord]) -> None:
         log_bad(bad)
-        epochs = -(-self._k // self.batches_per_epoch)
+        epochs = sum(rows.epochs(self._k) for rows in self._batches.sets.values())
         allowed = self._max_bad_fraction * max(self.read, min(self.num_examples, ENOUGH_READS))
         if self._max_bad_fraction > 0:
             allowed = max(allowed, epochs)  # one bad record of a small data set comes again in every epoch
@@ -123,9 +118,9 @@ class Loader(Iterator[Batch]):
             "batch": self._k,
             "read": self.read,
             "bad": self.bad,
-            "batch_size": self._batches.batch_size,
+            "batch_size": self._batch_size,
             "num_examples": self.num_examples,
-            "seed": self._batches.examples.seed,
+            "seed": self._batches.seed,
         }
 
     def set_state(self, state: Mapping[str, int]) -> None:
@@ -153,55 +148,54 @@ class Loader(Iterator[Batch]):
 
 def train_loader(
     *,
-    uri: str,
-    ops: str,
     batch_size: int,
+    uri: str | None = None,
+    ops: str | None = None,
     split: str | None = None,
     seed: int = 0,
     tokenizer: Any = None,
     where: Mapping[str, Iterable[Any]] | None = None,
+    index: str | None = None,
+    sources: Mapping[str, Mapping[str, Any]] | None = None,
     workers: int = 0,
     threads: int = 1,
     max_bad_fraction: float = 0.001,
-    rows: Sequence[int] | None = None,
+    rows: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
 ) -> Loader:
-    """Returns shuffled, infinite batches of a data set; every process gets its rows of each batch.
+    """Returns shuffled, infinite batches of a data set or a mixture; every process gets its rows of each batch.
 
     Args:
+      batch_size: examples of the batch over all processes, of all row sets together.
       uri: the source, see `sources.open_source`.
       ops: the op string, see `ops.parse`; without `keep`, a batch holds the numbers and arrays of its examples.
-      batch_size: examples of the batch over all processes.
       split: the source's split.
       seed: fixes order and augmentation.
       tokenizer: for ops such as `tokenize`.
       where: field path -> accepted values; keeps the records that match: `{"style": ("twemoji", "fluent")}`.
+      index: file that chooses examples by number, and may weight them (the field `weight`), see `index.read`.
+      sources: a mixture, name -> `mixture.Part`, in place of the five arguments of one source.
       workers: processes that compute batches; 0 computes them in threads of this process.
       threads: threads that compute batches, in this process or in each worker.
       max_bad_fraction: allowed share of bad examples (counted, logged and replaced); a larger one raises UserError.
       rows: numbers of the rows that this process reads, see `sharding.rows_of_process`; None reads all.
 
     Raises:
-      UserError: the batch is larger than the data set.
+      UserError: the batch is larger than the data set, or the sources of a row set give different fields.
     """
-    examples = _examples(uri, split, ops, tokenizer, where, seed)
-    if len(examples) < batch_size:
-        chosen = f" after where={dict(where)}" if where else ""
-        raise UserError(f"data set `{uri}` has {len(examples)} examples{chosen}, fewer than batch_size={batch_size}")
-    batches = TrainBatches(examples, batch_size, _slots(batch_size, rows))
-    return Loader(batches, workers=workers, threads=threads, max_bad_fraction=max_bad_fraction)
-
-
-def _examples(uri, split, ops, tokenizer, where, seed) -> Examples:
-    pipeline = ops_lib.parse(ops, tokenizer)
-    source = open_source(uri, split)
-    chosen = select(source, where) if where else None
-    return Examples(source.narrow(pipeline.paths) if pipeline.paths else source, pipeline, chosen, seed)
-
-
-def _slots(batch_size: int, rows: Sequence[int] | None) -> Sequence[int]:
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size}; expected 1 or more")
-    return range(batch_size) if rows is None else [int(row) for row in rows]
+    one = dict(uri=uri, ops=ops, split=split, where=where, index=index)
+    given = {name: value for name, value in one.items() if value is not None}
+    if sources is None:
+        parts = {"": config.call(mixture.Part, given, "config.data")}
+    elif given:
+        name = next(iter(given))
+        raise UserError(f"config.data has `sources` and `{name}`; give each source its own `{name}`")
+    else:
+        parts = mixture.parts(sources)
+    sets = mixture.row_sets(parts, batch_size, seed, tokenizer, rows)
+    loader = Loader(TrainBatches(sets, seed), workers=workers, threads=threads, max_bad_fraction=max_bad_fraction)
+    if sources is not None:
+        _ = loader.example  # read now: sources of a row set must give the same fields
+    return loader
 
 
 class EvalBatches:
@@ -265,8 +259,11 @@ def eval_batches(
     `mask` (bool [B]) is False for rows beyond the last example and for bad examples. All processes get the same number
     of batches, and each process its rows. Arguments as in `train_loader`. The result can be iterated again.
     """
-    examples = _examples(uri, split, ops, tokenizer, where, seed)
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size}; expected 1 or more")
+    examples = open_examples(uri=uri, ops=ops, split=split, where=where, tokenizer=tokenizer, seed=seed)
     if not len(examples):
         chosen = f" with where={dict(where)}" if where else ""
         raise UserError(f"data set `{uri}`, split `{split}`, has no examples{chosen}")
-    return EvalBatches(examples, batch_size, _slots(batch_size, rows), threads, max_bad_fraction)
+    slots = range(batch_size) if rows is None else [int(row) for row in rows]
+    return EvalBatches(examples, batch_size, slots, threads, max_bad_fraction)

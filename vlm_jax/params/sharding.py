@@ -93,8 +93,15 @@ def look_up(embed: Callable, token_ids: jax.Array) -> jax.Array:
     return split_batch(x)
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, where: str = "config.batch_size") -> None:
+# Below, `batch_size` is the number of a batch's rows, or {row set: rows} of a batch {row set: {field: array}}.
+
+
+def check_batch_size(batch_size: int | Mapping[str, int], mesh: Mesh, where: str = "config.batch_size") -> None:
     """Raises a UserError if the devices would get different numbers of examples."""
+    if isinstance(batch_size, Mapping):
+        for name, size in batch_size.items():
+            check_batch_size(size, mesh, f"{where} {sum(batch_size.values())}: the row set `{name}` of")
+        return
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % shards:
         raise UserError(
@@ -102,18 +109,22 @@ def check_batch_size(batch_size: int, mesh: Mesh, where: str = "config.batch_siz
         )
 
 
-def rows_of_process(mesh: Mesh, batch_size: int) -> np.ndarray:
+def rows_of_process(mesh: Mesh, batch_size: int | Mapping[str, int]) -> np.ndarray | dict[str, np.ndarray]:
     """Returns the batch rows that this process's devices hold, int [n], in order.
 
     The rows need not be adjacent, because a host's chips need not be adjacent on a slice. Processes hold the same rows
     if their devices differ only along `tensor`.
     """
+    if isinstance(batch_size, Mapping):
+        return {name: rows_of_process(mesh, size) for name, size in batch_size.items()}
     held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in held]))
 
 
-def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
+def to_global(batch: Mapping[str, Any], mesh: Mesh, batch_size: int | Mapping[str, int]) -> dict[str, Any]:
     """Returns global arrays `[batch_size, ...]` from this process's rows of a batch (see `rows_of_process`)."""
+    if isinstance(batch_size, Mapping):
+        return {name: to_global(batch[name], mesh, size) for name, size in batch_size.items()}
     place, rows = batch_sharding(mesh), rows_of_process(mesh, batch_size)
 
     def part(array, index):
@@ -127,8 +138,10 @@ def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int) -> d
     }
 
 
-def abstract_batch(example: Mapping[str, np.ndarray], batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(example: Mapping[str, Any], batch_size: int | Mapping[str, int], mesh: Mesh) -> dict[str, Any]:
     """Returns shapes, dtypes and shardings of a global batch with examples like those of `example` `[b, ...]`."""
+    if isinstance(batch_size, Mapping):
+        return {name: abstract_batch(example[name], size, mesh) for name, size in batch_size.items()}
     place = batch_sharding(mesh)
     return {
         name: jax.ShapeDtypeStruct((batch_size, *array.shape[1:]), array.dtype, sharding=place)

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax import config, models
-from vlm_jax.data import ops
+from vlm_jax.data import mixture, ops
 from vlm_jax.data.examples import collate
 from vlm_jax.errors import UserError
 from vlm_jax.params import optim, sharding
@@ -119,14 +119,19 @@ def traced(settings: Mapping[str, Any], devices: Sequence[jax.Device]) -> Traced
     """Traces the train step of a config; arguments as of `plan`."""
     settings = config.plain(settings)
     mesh = config.call(sharding.make_mesh, settings.get("mesh") or {}, "config.mesh", devices=devices)
-    batch_size = settings["batch_size"]
-    sharding.check_batch_size(batch_size, mesh)
-    example = example_of(settings["data"]["ops"])
+    sources = settings["data"].get("sources")
+    sizes = mixture.sizes(sources, settings["batch_size"])
+    sharding.check_batch_size(sizes, mesh)
+    if sources is None:
+        example = example_of(settings["data"]["ops"])
+    else:
+        example = {part.rows: example_of(part.ops) for part in mixture.parts(sources).values()}
+        example = example if isinstance(sizes, dict) else example["batch"]
     steps = _durations(settings)
     optional = {"partition": sharding.RULES, "accumulate": 1, "ema": None, "seed": 0}
     sections = {key: settings[key] for key in ("model", "objective", "optimizer")}
     sections |= {key: settings.get(key, default) for key, default in optional.items()}
-    program = build_program(example, batch_size, mesh, steps, **sections, load=load)
+    program = build_program(example, sizes, mesh, steps, **sections, load=load)
     with jax.set_mesh(mesh):
         jaxpr = program.step.trace(program.abstract_state, program.abstract_batch, program.abstract_frozen).jaxpr
     counts = flops.hardware_flops(jaxpr), flops.model_flops(program)
@@ -151,8 +156,8 @@ def compiled(step: Traced, chip: Chip, codegen: bool = True) -> Plan:
     kinds["temporaries"] = max(total - sum(kinds.values()), 0)
     parsed = hlo.parse(written)
     params = {name: leaf.shape for name, leaf in named_leaves(state.params).items()}
-    image = program.abstract_batch.get("image")
-    pictures = image.shape if image is not None and image.ndim == 4 else None
+    images = [leaf.shape for name, leaf in named_leaves(program.abstract_batch).items() if name.endswith("image")]
+    pictures = next((shape for shape in images if len(shape) == 4), None)
     found = replicated(parsed, mesh.shape, params, pictures)
     return Plan(*about, hlo.hbm_bytes(parsed), collectives(parsed, mesh.shape), found, chip, program.table, True)
 

@@ -72,7 +72,7 @@ class Program(NamedTuple):
 
 def build_program(
     example: Mapping[str, Any],
-    batch_size: int,
+    batch_size: int | Mapping[str, int],
     mesh: Mesh,
     steps: Callable[[int | str], int],
     *,
@@ -88,7 +88,8 @@ def build_program(
 ) -> Program:
     """Builds the jitted init and train step from config sections.
 
-    `example` [b, ...] gives the examples' shapes and dtypes; `tokenizer` and `load` are for `objectives.build`.
+    `example` [b, ...] gives the examples' shapes and dtypes, `batch_size` the rows, or {row set: rows} of a batch of
+    several; `tokenizer` and `load` are for `objectives.build`.
     """
     model = models.build(model)
     objective = objectives.build(objective, model, steps=steps, tokenizer=tokenizer, load=load)

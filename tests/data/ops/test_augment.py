@@ -9,6 +9,7 @@ from PIL import Image
 from tests.support.records import encode, picture, run
 from vlm_jax.data import ops
 from vlm_jax.data.ops import augment
+from vlm_jax.data.source import BadExample
 from vlm_jax.errors import UserError
 
 
@@ -92,3 +93,28 @@ def test_random_affine():
     assert (moved[:, : int(dx) - 1] == 255).all() if dx > 1 else (moved[:, int(np.ceil(dx)) + 32 :] == 255).all()
     centre = moved[16 + round(dy), 16 + round(dx)].astype(int)
     assert np.abs(centre - image[16, 16]).max() < 40
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG"])
+def test_views_are_crops_of_the_whole_picture_with_draws_of_their_own(format):
+    """As the ops one after the other, by one generator; a view's small crop leaves the main view all pixels."""
+    record = {"image": encode(picture(400, 600), format)}
+    decoded = np.asarray(Image.open(io.BytesIO(record["image"])))
+    main = "random_resized_crop(64, scale=(0.9, 1.0))"
+    local = "random_resized_crop(16, scale=(0.05, 0.4)) | flip | normalize"
+    rng = np.random.default_rng(3)
+    expected = [ops.parse(local)({"image": decoded}, rng)["image"] for _ in range(6)]
+    out = run(f"decode | views('local', 6, {local}) | {main}", record, 3)
+    assert out["local"].shape == (6, 16, 16, 3) and out["local"].dtype == np.float32
+    np.testing.assert_array_equal(out["local"], expected)
+    np.testing.assert_array_equal(out["image"], ops.parse(main)({"image": decoded}, rng)["image"])
+    assert len(np.unique(out["local"].reshape(6, -1), axis=0)) == 6
+
+
+def test_views_of_what_they_cannot_show():
+    with pytest.raises(UserError, match="put `decode` first"):
+        run("views('local', 2, flip)", {"image": encode(picture())})
+    with pytest.raises(UserError, match="op `views` was given n=0"):
+        run("decode | views('local', 0, flip)", {"image": encode(picture())})
+    with pytest.raises(BadExample, match="has no field `image`"):
+        run("views('local', 2, flip)", {"text": "x"})

@@ -25,6 +25,11 @@ from vlm_jax.errors import UserError
         ("cache | cache", "has `cache` 2 times"),
         ("tokenize(8)", "needs a tokenizer"),
         ("normalize('clap')", "was given mean='clap'"),
+        ("views('local', 2, flop)", "there is no op `flop`; did you mean `flip`?"),
+        ("views('local', 2, 'flip')", "was given ops='flip'; usage: views(to: str, n: int, ops: Pipeline)"),
+        ("views('local', 2, cache | flip)", "was given `cache | flip`; `cache` stands outside of other ops"),
+        ("views('local', 2, flip) | cache", "op `views` is random and stands before `cache`"),
+        ("captions(3, flip)", "op `captions` was given `flip`, which is not a literal"),
     ],
 )
 def test_a_wrong_op_string_is_one_clear_line(string, message):
@@ -44,6 +49,12 @@ def test_cache_splits_the_pipeline_and_leaves_what_it_holds_alone():
     np.testing.assert_allclose(out["image"], before[:, ::-1] / 127.5 - 1, atol=1e-6)
     assert pipeline.paths is None
     assert ops.parse('caption("name/en") | keep("text", "concept")').paths >= {"name/en", "image", "concept"}
+
+
+def test_ops_as_an_argument_of_an_op():
+    string = "captions(2, 'name/en', ops=template('a {}') | lower) | keep('texts')"
+    assert ops.parse(string).paths == {"name/en", "a {}", "texts", "image", "text", "example"}
+    assert run(string, {"name": {"en": "Cat"}}) == {"texts": ["a cat", ""]}
 
 
 def test_an_op_of_ones_own():

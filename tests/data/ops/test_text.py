@@ -5,10 +5,13 @@ import pytest
 
 from tests.support.records import picture, run
 from vlm_jax.data.source import BadExample
+from vlm_jax.errors import UserError
 
 
 class CountingTokenizer:
     """Token = number of letters of each word."""
+
+    pad_id = 0
 
     def __call__(self, texts, length, bos=True, eos=True):
         ids = np.zeros((len(texts), length), np.int32)
@@ -37,6 +40,28 @@ def test_captions():
     assert run("canonicalize(lower=False)", {"text": "It's A."})["text"] == "Its A"
     text = run('caption("name/en") | template("A photo of a {}.") | lower', record)["text"]
     assert text == "a photo of a red apple."
+
+
+def test_several_captions_and_their_tokens():
+    record = {"name": {"en": "Red apple"}, "keywords": {"en": ["fruit", "", "to eat"]}, "none": " "}
+    out = run("captions(4, 'name/en', 'none', 'name/fr', 'keywords/en')", record)
+    assert out["texts"] == ["Red apple", "fruit", "to eat", ""]
+    np.testing.assert_array_equal(out["texts_mask"], [True, True, True, False])
+    tokens = run(
+        "captions(4, 'keywords/en', to='k', ops=lower) | tokenize(4, key='k', to='k')", record, 0, CountingTokenizer()
+    )
+    np.testing.assert_array_equal(tokens["k"], [[98, 5, 99, 0], [98, 2, 3, 99], [0] * 4, [0] * 4])
+    assert tokens["k"].dtype == np.int32
+    np.testing.assert_array_equal(tokens["k_mask"], [True, True, False, False])
+
+    drawn = [tuple(run("captions(2, 'name/en', 'keywords/en')", record, seed)["texts"]) for seed in range(30)]
+    assert set(drawn) == {("Red apple", "fruit"), ("Red apple", "to eat"), ("fruit", "to eat")}
+    assert drawn == [tuple(run("captions(2, 'name/en', 'keywords/en')", record, seed)["texts"]) for seed in range(30)]
+    for string in ("captions(2, 'none', 'name/fr')", "captions(2, 'name/en', ops=template(''))"):
+        with pytest.raises(BadExample, match="are empty"):
+            run(string, record)
+    with pytest.raises(UserError, match="was given `keywords/en` of type list; expected a text"):
+        run("tokenize(4, key='keywords/en')", record, 0, CountingTokenizer())
 
 
 def test_tokenize_keep_rename():

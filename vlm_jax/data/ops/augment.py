@@ -1,4 +1,4 @@
-"""Random image ops: crops, mirrors, colours, affine maps, backgrounds."""
+"""Random image ops: crops, mirrors, colours, affine maps, backgrounds, several views."""
 
 import math
 
@@ -7,7 +7,9 @@ from PIL import Image
 
 from vlm_jax.data.ops.geometry import METHODS, Method
 from vlm_jax.data.ops.image import Picture, array, composite, height_and_width, pil
+from vlm_jax.data.ops.pipeline import Pipeline
 from vlm_jax.data.ops.registry import op
+from vlm_jax.data.source import field
 from vlm_jax.errors import UserError
 
 GREY = np.array((0.299, 0.587, 0.114))  # ITU-R BT.601 luma, as PIL's "L"
@@ -136,3 +138,18 @@ def random_affine(
 def random_grey(image: object, rng: np.random.Generator, p: float = 0.1) -> Picture:
     """Replaces the colours by their grey level (still three channels) with probability `p`."""
     return pil(image).convert("L").convert("RGB") if rng.random() < p else image
+
+
+@op
+def views(example: dict, rng: np.random.Generator, to: str, n: int, ops: Pipeline) -> dict:
+    """Sets `to` to n views [n, H, W, C] of the picture, each by `ops` with draws of its own; `image` stays as it is.
+
+    `decode | views("local", 6, random_resized_crop(96, scale=(0.05, 0.4)) | normalize) | random_resized_crop(224)`: the
+    place in the op string says which picture the views show, here the whole one.
+    """
+    if n < 1:
+        raise UserError(f"op `views` was given n={n}; expected 1 or more")
+    # Loaded first: a crop may ask the decoder of a JPEG for a smaller picture, which other views would then see, too.
+    image = pil(field(example, "image"))
+    example[to] = np.stack([array(ops({"image": image}, rng)["image"]) for _ in range(n)])
+    return example

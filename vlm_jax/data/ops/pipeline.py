@@ -63,9 +63,12 @@ class Pipeline:
     @property
     def paths(self) -> frozenset[str] | None:
         """Record paths that the ops may read: all strings in their arguments; without `keep` None, any path."""
-        steps = (*self.before, *self.after)
-        names = {v for s in steps for v in (*s.args, *s.kwargs.values()) if isinstance(v, str)}
-        return frozenset(names | set(SUBJECTS)) if self.keeps else None
+        return frozenset(self._strings() | set(SUBJECTS)) if self.keeps else None
+
+    def _strings(self) -> set[str]:
+        values = [v for s in (*self.before, *self.after) for v in (*s.args, *s.kwargs.values())]
+        inner = [v._strings() for v in values if isinstance(v, Pipeline)]
+        return {v for v in values if isinstance(v, str)}.union(*inner)
 
     def __call__(self, record: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         return self.finish(self.prepare(record), rng)
@@ -95,6 +98,8 @@ def _images_as_arrays(example: dict) -> dict:
 def parse(string: str, tokenizer: Any = None) -> Pipeline:
     """Parses an op string without evaluating it.
 
+    An argument annotated as `Pipeline` is ops itself: `views("local", 6, random_resized_crop(96) | normalize)`.
+
     Args:
       string: ops joined by `|`, e.g. `"decode | resize(32) | normalize"`. An empty one returns the record.
       tokenizer: `tokenizer(texts, length, bos, eos) -> int32 [B, length]`, for ops that need one (`tokenize`).
@@ -107,6 +112,10 @@ def parse(string: str, tokenizer: Any = None) -> Pipeline:
         tree = ast.parse(string.strip(), mode="eval").body if string.strip() else None
     except SyntaxError as error:
         raise UserError(f"op string `{string}` is not ops joined by `|`: {error.msg}") from None
+    return _pipeline(tree, string, tokenizer)
+
+
+def _pipeline(tree: ast.expr | None, string: str, tokenizer: Any) -> Pipeline:
     calls = []
     while tree is not None:
         is_or = isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.BitOr)
@@ -126,7 +135,7 @@ def parse(string: str, tokenizer: Any = None) -> Pipeline:
 
 
 def _call(node: ast.expr, string: str) -> tuple[str, list, dict]:
-    """Reads `name` or `name(literal, key=literal)`."""
+    """Reads `name` or `name(literal, key=literal)`; an argument that is not a literal stays a node."""
     function, arguments, keywords = node, [], []
     if isinstance(node, ast.Call):
         function, arguments, keywords = node.func, node.args, node.keywords
@@ -134,14 +143,14 @@ def _call(node: ast.expr, string: str) -> tuple[str, list, dict]:
         raise UserError(
             f"op string `{string}` holds `{ast.unparse(node)}`; expected an op such as `flip` or `resize(32)`"
         )
+    return function.id, [*map(_literal, arguments)], {k.arg: _literal(k.value) for k in keywords}
+
+
+def _literal(node: ast.expr) -> Any:
     try:
-        args = [ast.literal_eval(a) for a in arguments]
-        kwargs = {k.arg: ast.literal_eval(k.value) for k in keywords}
+        return ast.literal_eval(node)
     except ValueError:
-        raise UserError(
-            f"op `{ast.unparse(node)}` has an argument that is not a literal (number, string, tuple)"
-        ) from None
-    return function.id, args, kwargs
+        return node
 
 
 def _step(name: str, args: list, kwargs: dict, tokenizer: Any) -> Step:
@@ -153,26 +162,39 @@ def _step(name: str, args: list, kwargs: dict, tokenizer: Any) -> Step:
     signature = inspect.signature(function)
     subject = next(iter(signature.parameters))
     own = [p for p in signature.parameters.values() if p.name not in INJECTED]
-    usage = f"{name}({', '.join(map(str, own))})"
+    usage = f"{name}({', '.join(map(str, own))})".replace(f"{__name__}.", "")
     try:
         bound = inspect.Signature(own).bind(*args, **kwargs)
     except TypeError as error:
         raise UserError(f"op `{name}`: {error}; usage: {usage}") from None
     hints = typing.get_type_hints(function)
-    variadic, kwargs = (), {}
+    several = next((p.name for p in own if p.kind is p.VAR_POSITIONAL), None)
     for key, value in bound.arguments.items():
-        several = signature.parameters[key].kind is inspect.Parameter.VAR_POSITIONAL
-        if not all(_fits(v, hints[key]) for v in (value if several else (value,))):
+        values = tuple(_inner(name, v, hints[key], tokenizer) for v in (value if key == several else (value,)))
+        if not all(_fits(v, hints[key]) for v in values):
             raise UserError(f"op `{name}` was given {key}={value!r}; usage: {usage}")
-        if several:
-            variadic = value
-        else:
-            kwargs[key] = tuple(value) if isinstance(value, list) else value
+        values = tuple(tuple(v) if isinstance(v, list) else v for v in values)
+        bound.arguments[key] = values if key == several else values[0]
+    # What stands before `*paths` goes by position, all else by name: `tokenizer` may stand between.
+    args, kwargs = (bound.args, bound.kwargs) if several else ((), dict(bound.arguments))
     if "tokenizer" in signature.parameters:
         if tokenizer is None:
             raise UserError(f"op `{name}` needs a tokenizer, and none was given")
         kwargs["tokenizer"] = tokenizer
-    return Step(name, function, subject, "rng" in signature.parameters, variadic, kwargs)
+    return Step(name, function, subject, "rng" in signature.parameters, args, kwargs)
+
+
+def _inner(name: str, value: Any, hint: Any, tokenizer: Any) -> Any:
+    """An argument of op `name`: the literal, or the pipeline if the argument is ops and the op takes them."""
+    if not isinstance(value, ast.expr):
+        return value
+    string = ast.unparse(value)
+    if Pipeline not in (hint, *typing.get_args(hint)):
+        raise UserError(f"op `{name}` was given `{string}`, which is not a literal (number, string, tuple)")
+    pipeline = _pipeline(value, string, tokenizer)
+    if pipeline.cached:
+        raise UserError(f"op `{name}` was given `{string}`; `cache` stands outside of other ops")
+    return pipeline
 
 
 def _fits(value: Any, hint: Any) -> bool:

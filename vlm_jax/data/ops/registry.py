@@ -15,7 +15,8 @@ def op(function: Callable) -> Callable:
       or `example`: the op takes and returns the whole dict;
     * the second may be `rng`: the op is random and receives the example's own `np.random.Generator`;
     * `tokenizer` (keyword) is the tokenizer passed to `parse`;
-    * all others are the arguments of the op string, checked against their annotations when the string is parsed.
+    * all others are the arguments of the op string, checked against their annotations when the string is parsed;
+      an argument annotated as `Pipeline` is ops, called as `ops(example, rng)`.
 
     An op may read `image`, `text` and the fields whose paths are among its string arguments; other fields of the record
     may not have been decoded. Between ops an image is a `PIL.Image` or a uint8 array [H, W, C], never changed in place.

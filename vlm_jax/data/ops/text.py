@@ -1,11 +1,13 @@
 """Text ops: choose a caption, fill a template, make tokens, hide spans."""
 
+import contextlib
 import string
 from typing import Any, Literal
 
 import numpy as np
 
 from vlm_jax.data import spans
+from vlm_jax.data.ops.pipeline import Pipeline
 from vlm_jax.data.ops.registry import op
 from vlm_jax.data.source import BadExample, field
 from vlm_jax.errors import UserError
@@ -81,6 +83,44 @@ def random_caption(
 
 
 @op
+def captions(
+    example: dict,
+    rng: np.random.Generator,
+    n: int,
+    path: str,
+    *paths: str,
+    ops: Pipeline | None = None,
+    to: str = "texts",
+) -> dict:
+    """Sets `texts` to n texts of the fields at the paths, and `texts_mask` to bool [n]: False where a text is lacking.
+
+    `captions(4, "name/en", "keywords/en") | tokenize(16, key="texts", to="texts")` sets `texts` to int32 [4, 16]; a
+    lacking text is empty, all padding.
+
+    Args:
+      example: holds the fields: texts, or lists of texts.
+      rng: the example's generator.
+      n: the number of texts. Of more texts, n different ones are drawn anew every time, in the order of the fields.
+      path, *paths: the fields; fields that are absent or empty are passed over, unless all are.
+      ops: ops on each text: `ops=lower | template("a photo of a {}.")`.
+      to: name of the field that is set, and of its mask with `_mask`.
+    """
+    texts = []
+    for place in (path, *paths):
+        with contextlib.suppress(BadExample):
+            texts += _texts(field(example, place), place)
+    if ops:
+        texts = [text for text in (ops({"text": text}, rng)["text"] for text in texts) if text]
+    if not texts:
+        raise BadExample(f"captions {', '.join((path, *paths))} are empty")
+    if len(texts) > n:
+        texts = [texts[i] for i in sorted(rng.permutation(len(texts))[:n])]
+    example[to] = texts + [""] * (n - len(texts))
+    example[f"{to}_mask"] = np.arange(n) < len(texts)
+    return example
+
+
+@op
 def template(text: str, *templates: str) -> str:
     """Replaces `{}` of the (first) template by the text: `template("a photo of a {}.")`."""
     return templates[0].replace("{}", text)
@@ -118,8 +158,15 @@ def tokenize(
     eos: bool = True,
     to: str = "token_ids",
 ) -> dict:
-    """Sets `token_ids` to int32 [length]: the text at `key`, padded or truncated (the end token is kept)."""
+    """Sets `token_ids` to int32 [length]: the text at `key`, padded or truncated (the end token is kept).
+
+    The texts of `captions` become int32 [n, length]; a lacking text becomes padding.
+    """
     text = field(example, key)
+    if isinstance(text, list) and all(isinstance(one, str) for one in text) and f"{key}_mask" in example:
+        token_ids = tokenizer(text, length, bos=bos, eos=eos)
+        example[to] = np.where(example[f"{key}_mask"][:, None], token_ids, tokenizer.pad_id)
+        return example
     if not isinstance(text, str):
         raise UserError(
             f"op `tokenize` was given `{key}` of type {type(text).__name__}; expected a text: use `caption` first"

@@ -1,0 +1,208 @@
+"""Mixtures: turns, shares, row sets, resuming, processes, an index of examples."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from vlm_jax.data import loader, mixture
+from vlm_jax.errors import UserError
+
+OPS = "random_caption('words') | keep('n', 'text')"
+
+
+def write(folder, name, numbers, **change):
+    """A table of these numbers, each with 20 words; `change` maps a number, `n7`, to a line in its place."""
+    rows = [json.dumps({"n": n, "words": [f"{n} {word}" for word in range(20)]}) for n in numbers]
+    lines = [change.get(f"n{n}", row) for n, row in zip(numbers, rows, strict=True)]
+    (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return f"jsonl:{folder}/{name}.jsonl"
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tables")
+    return {name: write(folder, name, numbers) for name, numbers in (("few", range(10)), ("many", range(100, 137)))}
+
+
+def sources(tables, weights=(1.0, 3.0), **change):
+    """`few` and `many` by these weights, sections of a config; `change` maps a name to further keys."""
+    sections = {
+        name: dict(uri=uri, ops=OPS, weight=weight) for (name, uri), weight in zip(tables.items(), weights, strict=True)
+    }
+    return {name: section | change.get(name, {}) for name, section in sections.items()}
+
+
+def take(batches, n):
+    return [next(batches) for _ in range(n)]
+
+
+def plain(batches):
+    """Batches as lists, to compare."""
+    value = lambda x: {key: value(v) for key, v in x.items()} if isinstance(x, dict) else x.tolist()
+    return [value(batch) for batch in batches]
+
+
+@pytest.mark.parametrize("weights", [(1,), (1, 3), (5, 2, 2, 7), (1, 1000)])
+def test_one_source_has_each_turn_and_shares_hold_over_any_stretch(weights):
+    counts = np.array([mixture.turns(position, weights) for position in range(2001)])
+    steps = np.diff(counts, axis=0)
+    assert set(steps.ravel()) <= {0, 1} and (steps.sum(1) == 1).all()
+    off = counts - np.arange(2001)[:, None] * np.array(weights) / sum(weights)
+    assert np.ptp(off, axis=0).max() < len(weights)
+    assert mixture.turns(10**15 * sum(weights), weights) == [10**15 * weight for weight in weights]
+
+
+def test_examples_take_turns_and_every_epoch_of_a_source_has_all_of_it(tables):
+    batches = loader.train_loader(sources=sources(tables), batch_size=8, seed=3)
+    assert (batches.num_examples, batches.batches_per_epoch, batches.sizes) == (47, 5, 8)
+    out = take(batches, 37)
+    numbers = np.concatenate([batch["n"] for batch in out])
+    assert (numbers < 10).reshape(-1, 4).tolist() == [[False, False, False, True]] * 74
+    for own, size in ((numbers[numbers < 10], 10), (numbers[numbers >= 100], 37)):
+        epochs = own[: len(own) // size * size].reshape(-1, size)
+        assert len(epochs) >= 6
+        assert {tuple(sorted(epoch)) for epoch in epochs.tolist()} == {tuple(sorted(set(own.tolist())))}
+        assert len({tuple(epoch) for epoch in epochs.tolist()}) == len(epochs)
+    assert (batches.read, batches.bad) == (296, 0)
+    other = loader.train_loader(sources=sources(tables), batch_size=8, seed=4)
+    assert plain(take(other, 1)) != plain(out[:1])
+
+
+def test_a_source_gives_the_same_examples_in_any_mixture(tables):
+    def few(**options):
+        batches = take(loader.train_loader(seed=3, **options), 8)
+        return [text for batch in batches for n, text in zip(batch["n"], batch["text"], strict=True) if n < 10][:15]
+
+    expected = few(sources=sources(tables), batch_size=8)
+    assert few(sources=sources(tables, (1 / 3, 2 / 3)), batch_size=9) == expected
+    only = {"few": sources(tables)["few"]}
+    assert few(sources=only, batch_size=5) == expected
+
+
+def test_a_source_alone_is_not_a_mixture(tables):
+    """Without `sources`, the seed is the run's own, and the last partial batch of an epoch is dropped."""
+    batches = loader.train_loader(uri=tables["many"], ops=OPS, batch_size=8, seed=3)
+    order = 100 + np.random.default_rng((3, 0)).permutation(37)
+    np.testing.assert_array_equal(np.concatenate([batch["n"] for batch in take(batches, 4)]), order[:32])
+    order = 100 + np.random.default_rng((3, 1)).permutation(37)
+    np.testing.assert_array_equal(next(batches)["n"], order[:8])
+
+
+ROWS = {"flat": {}, "row sets": {"few": dict(rows="texts")}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("flat", dict(threads=3)), ("row sets", {}), ("row sets", dict(workers=2))]
+)
+def test_resuming_equals_never_stopping(tables, kind, options):
+    mixed = dict(sources=sources(tables, **ROWS[kind]), batch_size=8, seed=7)
+    expected = plain(take(loader.train_loader(**mixed), 14))
+    batches = loader.train_loader(**mixed, **options)
+    assert plain(take(batches, 5)) == expected[:5]
+    state = json.loads(json.dumps(batches.get_state()))
+    assert state == {"batch": 5, "read": 40, "bad": 0, "batch_size": 8, "num_examples": 47, "seed": 7}
+    batches.close()
+    again = loader.train_loader(**mixed)
+    again.set_state(state)
+    assert plain(take(again, 9)) == expected[5:]
+
+
+def test_processes_share_the_batch_of_one_process(tables):
+    mixed = dict(sources=sources(tables), batch_size=8, seed=7)
+    expected = take(loader.train_loader(**mixed), 6)
+    for rows in ([0, 1, 4, 5], [2, 3, 6, 7]):
+        share = take(loader.train_loader(**mixed, rows=rows), 6)
+        assert plain(share) == plain({key: array[rows] for key, array in batch.items()} for batch in expected)
+    mixed["sources"] = sources(tables, **ROWS["row sets"])
+    expected = take(loader.train_loader(**mixed), 6)
+    for rows in ({"batch": [0, 1, 2], "texts": [0]}, {"batch": [3, 4, 5], "texts": [1]}):
+        batches = loader.train_loader(**mixed, rows=rows)
+        assert batches.rows == rows and batches.first_row == rows["texts"][0]
+        wanted = [
+            {name: {key: x[rows[name]] for key, x in part.items()} for name, part in batch.items()}
+            for batch in expected
+        ]
+        assert plain(take(batches, 6)) == plain(wanted)
+        assert batches.read == 24
+
+
+def test_row_sets_have_sizes_and_fields_of_their_own(tables):
+    mixed = sources(tables, **ROWS["row sets"])
+    mixed["more"] = mixed["many"] | dict(weight=4.0)
+    mixed["few"]["ops"] = "keep('n')"
+    assert mixture.sizes(mixed, 16) == {"texts": 2, "batch": 14}
+    batches = loader.train_loader(sources=mixed, batch_size=16)
+    assert batches.sizes == {"texts": 2, "batch": 14}
+    shapes = lambda batch: {name: {key: x.shape for key, x in part.items()} for name, part in batch.items()}
+    assert shapes(next(batches)) == {"texts": {"n": (2,)}, "batch": {"n": (14,), "text": (14,)}}
+    assert shapes(batches.example) == {"texts": {"n": (1,)}, "batch": {"n": (1,), "text": (1,)}}
+    mixed = {"few": mixed["few"]}
+    assert next(loader.train_loader(sources=mixed, batch_size=4)).keys() == {"texts"}
+    assert mixture.sizes(None, 4) == 4 and mixture.sizes(sources(tables, (0.1, 0.2)), 4) == 4
+    tenths = sources(tables, (0.1, 0.2), few=dict(rows="texts"))
+    assert mixture.sizes(tenths, 6) == {"texts": 2, "batch": 4}  # 0.1 / (0.1 + 0.2) in floats is below a third
+
+
+def test_a_bad_example_is_counted_named_and_replaced_by_one_of_its_source(tmp_path, caplog):
+    tables = {"few": write(tmp_path, "few", range(10), n4="{"), "many": write(tmp_path, "many", range(100, 140))}
+    batches = loader.train_loader(sources=sources(tables), batch_size=8)
+    with caplog.at_level(logging.WARNING):
+        out = take(batches, 10)  # two epochs of `few`
+    assert [line for line in caplog.messages if line.startswith("bad example few/few.jsonl:5: not JSON")]
+    assert batches.read == 80 + batches.bad and batches.bad >= 2
+    numbers = np.concatenate([batch["n"] for batch in out])
+    assert 4 not in numbers and (numbers < 10).sum() == 20
+    strict = loader.train_loader(sources=sources(tables), batch_size=8, max_bad_fraction=0.0)
+    with pytest.raises(UserError, match=r"bad, more than max_bad_fraction=0; the last is few/few.jsonl:5: not JSON"):
+        take(strict, 10)
+
+
+WRONG = {  # further keys of sections, the message
+    "unknown key": (dict(few=dict(wieght=1)), "config.data.sources.few has no key `wieght`; did you mean `weight`"),
+    "weight": (dict(few=dict(weight=0)), "config.data.sources.few.weight is 0; expected a number above 0"),
+    "no keep": (dict(few=dict(ops="caption('words')")), "config.data.sources.few.ops should end with keep"),
+    "fields": (
+        dict(many=dict(ops="keep('words', 'n')")),
+        r"the sources `few` and `many` fill the same rows and differ in `text`: object\[\] and none, "
+        r"`words`: none and object\[\]; their ops must keep the same fields",
+    ),
+    "shares": (
+        dict(few=dict(rows="texts", weight=0.75)),
+        r"batch_size=8 gives the row set `texts` 1\.6 rows, by its weight 0\.75 of 3\.75; batch_size=10 works, as any "
+        "multiple of 5",
+    ),
+    "few examples": (
+        dict(few=dict(where={"n": (1, 2)}, weight=3.0)),
+        r"few.jsonl` has 2 examples after where=\{'n': \(1, 2\)\}, fewer than its 4 of a batch of 8",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_a_user_gets_wrong_is_named(tables, what):
+    change, message = WRONG[what]
+    with pytest.raises(UserError, match=message) as error:
+        loader.train_loader(sources=sources(tables, **change), batch_size=8)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, r"config.data.sources is \{\}; expected dict\(NAME=dict\(uri="),
+        ({"few": "tfds:x"}, "config.data.sources.few is 'tfds:x'; expected dict"),
+        ({"few": dict(ops=OPS)}, "config.data.sources.few lacks the key `uri`"),
+    ],
+)
+def test_sections_of_sources_are_checked(given, message):
+    with pytest.raises(UserError, match=message):
+        mixture.sizes(given, 8)
+
+
+def test_sources_stand_in_place_of_one_source(tables):
+    with pytest.raises(UserError, match=r"config.data has `sources` and `ops`; give each source its own `ops`"):
+        loader.train_loader(sources=sources(tables), ops=OPS, batch_size=8)
+    with pytest.raises(UserError, match=r"config.data lacks the key `uri`, which has no default"):
+        loader.train_loader(ops=OPS, batch_size=8)

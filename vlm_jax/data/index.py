@@ -1,0 +1,44 @@
+"""An index: a file that chooses examples of a source, in an order, and may weight them."""
+
+import zipfile
+
+import numpy as np
+
+from vlm_jax.errors import UserError
+
+
+def read(path: str, size: int, uri: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the chosen examples' numbers, int64 [n], and weights, float [n]; a weight defaults to 1.
+
+    Args:
+      path: an .npz file with `index`, integers [n], and optionally `weight`, floats [n]; or an .npy file of `index`.
+      size: examples of the source.
+      uri: the source, for messages.
+
+    Raises:
+      UserError: the file cannot be read, has other arrays, types or shapes, or names an example outside the source.
+    """
+    what = f"index `{path}`"
+    try:
+        file = np.load(path, allow_pickle=False)
+        arrays = dict(file) if isinstance(file, np.lib.npyio.NpzFile) else {"index": file}
+    except FileNotFoundError:
+        raise UserError(f"{what} does not exist; write it with `np.savez({path!r}, index=...)`") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        raise UserError(f"{what} cannot be read; expected an .npz or .npy file of numbers") from None
+    if not {"index"} <= set(arrays) <= {"index", "weight"}:
+        raise UserError(
+            f"{what} has the arrays {', '.join(arrays)}; expected `index`, and `weight` if examples have one"
+        )
+    index = arrays["index"]
+    weight = arrays.get("weight", np.ones(index.shape))
+    if index.ndim != 1 or not np.issubdtype(index.dtype, np.integer):
+        raise UserError(f"{what}: `index` is {index.dtype} {list(index.shape)}; expected integers [n]")
+    if weight.shape != index.shape or not np.issubdtype(weight.dtype, np.floating) or not np.isfinite(weight).all():
+        raise UserError(
+            f"{what}: `weight` is {weight.dtype} {list(weight.shape)}; expected finite floats {list(index.shape)}"
+        )
+    outside = index[(index < 0) | (index >= size)]
+    if len(outside):
+        raise UserError(f"{what} names example {outside[0]}; `{uri}` has {size} examples, from 0 to {size - 1}")
+    return index.astype(np.int64), weight

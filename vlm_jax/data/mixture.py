@@ -1,0 +1,237 @@
+"""The rows of a batch and the sources that fill them: one source, or a mixture of several by weights.
+
+The sources of one row set take turns, example by example: a pure function of the example's number, so that any process
+or worker finds any row of any batch.
+"""
+
+import dataclasses
+import functools
+import math
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import grain
+import numpy as np
+
+from vlm_jax import config
+from vlm_jax.data.examples import SUBSTITUTES, BadRecord, Batch, Examples, collate, open_examples
+from vlm_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A source of a batch.
+
+    Attributes:
+      uri, ops, split, where, index: as of `loader.train_loader`.
+      weight: share of the batch, up to a factor.
+      rows: name of the row set that the source's examples form, with the other sources of that name.
+    """
+
+    uri: str
+    ops: str
+    split: str | None = None
+    where: Mapping[str, Iterable[Any]] | None = None
+    index: str | None = None
+    weight: float = 1.0
+    rows: str = "batch"
+
+
+def parts(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Part]:
+    """Returns the parts of a config's `data.sources`, by name, in the names' order.
+
+    Raises:
+      UserError: a section has an unknown key, lacks one, or its weight is not above 0.
+    """
+    if not isinstance(sources, Mapping) or not sources:
+        raise UserError(f"config.data.sources is {sources!r}; expected dict(NAME=dict(uri=..., ops=..., weight=...))")
+    found = {}
+    for name, section in sorted(sources.items()):
+        where = f"config.data.sources.{name}"
+        if not isinstance(section, Mapping):
+            raise UserError(f"{where} is {section!r}; expected dict(uri=..., ops=..., weight=...)")
+        part = found[name] = config.call(Part, section, where)
+        if not isinstance(part.weight, int | float) or not 1e-9 <= part.weight < math.inf:
+            raise UserError(f"{where}.weight is {part.weight!r}; expected a number above 0")
+    return found
+
+
+def sizes(sources: Mapping[str, Mapping[str, Any]] | None, batch_size: int) -> int | dict[str, int]:
+    """Returns the rows of a batch: `batch_size`, or {row set: rows} if the sources form other row sets than "batch".
+
+    A row set's rows are `batch_size` times the weights of its sources over all weights.
+
+    Raises:
+      UserError: that is no whole number.
+    """
+    found = {} if sources is None else _sizes(parts(sources), batch_size)
+    return found if set(found) - {"batch"} else batch_size
+
+
+def row_sets(
+    parts: Mapping[str, Part],
+    batch_size: int,
+    seed: int,
+    tokenizer: Any,
+    rows: Sequence[int] | Mapping[str, Sequence[int]] | None,
+) -> dict[str, "RowSet"]:
+    """Opens the sources and returns the row sets of a batch by name; arguments as of `loader.train_loader`.
+
+    Raises:
+      UserError: a source has fewer examples than a batch takes, or the ops of a mixture lack `keep`.
+    """
+    sizes, sets = _sizes(parts, batch_size), {}
+    for name, size in sizes.items():
+        own = {source: part for source, part in parts.items() if part.rows == name}
+        weights = _whole([_fraction(part) for part in own.values()])
+        sources = [_open(source, part, seed, tokenizer) for source, part in own.items()]
+        for part, weight, examples in zip(own.values(), weights, sources, strict=True):
+            most = -(-size * weight // sum(weights))
+            if len(examples) < most:
+                chosen = [f"{key}={getattr(part, key)}" for key in ("index", "where") if getattr(part, key)]
+                after = f" after {' and '.join(chosen)}" if chosen else ""
+                needed = f"batch_size={batch_size}" if most == batch_size else f"its {most} of a batch of {batch_size}"
+                raise UserError(f"data set `{part.uri}` has {len(examples)} examples{after}, fewer than {needed}")
+        slots = rows[name] if isinstance(rows, Mapping) else range(size) if rows is None else rows
+        sets[name] = RowSet(dict(zip(own, sources, strict=True)), weights, size, [int(slot) for slot in slots])
+    return sets
+
+
+def _sizes(parts: Mapping[str, Part], batch_size: int) -> dict[str, int]:
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size}; expected 1 or more")
+    weights = {}
+    for part in parts.values():
+        weights[part.rows] = weights.get(part.rows, 0) + _fraction(part)
+    total = sum(weights.values())
+    step = math.lcm(*((weight / total).denominator for weight in weights.values()))
+    for name, weight in weights.items():
+        if batch_size % step:
+            raise UserError(
+                f"batch_size={batch_size} gives the row set `{name}` {float(batch_size * weight / total):g} rows, by "
+                f"its weight {float(weight):g} of {float(total):g}; batch_size={-(-batch_size // step) * step} works, "
+                f"as any multiple of {step}"
+            )
+    return {name: int(batch_size * weight / total) for name, weight in weights.items()}
+
+
+def _fraction(part: Part) -> Fraction:
+    """The weight without the error of floats: 0.1 is 1/10."""
+    return Fraction(part.weight).limit_denominator(10**9)
+
+
+def _whole(weights: Sequence[Fraction]) -> list[int]:
+    factor = math.lcm(*(weight.denominator for weight in weights))
+    return [int(weight * factor) for weight in weights]
+
+
+def _open(name: str, part: Part, seed: int, tokenizer: Any) -> Examples:
+    """The examples of a part; in a mixture, each has an order and draws of its own, and keys with its name."""
+    own = dict(uri=part.uri, ops=part.ops, split=part.split, where=part.where, index=part.index, tokenizer=tokenizer)
+    if not name:
+        return open_examples(**own, seed=seed)
+    mixed = int(np.random.SeedSequence((seed, zlib.crc32(name.encode()))).generate_state(1)[0])
+    examples = open_examples(**own, seed=mixed, name=f"{name}/")
+    if not examples.pipeline.keeps:
+        raise UserError(
+            f"config.data.sources.{name}.ops should end with keep('image', 'token_ids', ...), a row's fields"
+        )
+    return examples
+
+
+def turns(position: int, weights: Sequence[int]) -> list[int]:
+    """Returns how many of the first `position` turns each source has; exactly one has the next.
+
+    The first source's turns are its share of all turns, rounded down; the second's its share of those left, and so on:
+    over any stretch, the turns differ from the shares by less than the number of sources.
+    """
+    counts, left = [], sum(weights)
+    for weight in weights:
+        counts.append(position * weight // left)
+        position, left = position - counts[-1], left - weight
+    return counts
+
+
+def epoch_order(seed: int, epoch: int, n: int) -> Sequence[int]:
+    """Returns an epoch's permutation of range(n): an array up to 8 MB, computed index by index above."""
+    return _orders(seed, n)(epoch)
+
+
+@functools.lru_cache(maxsize=64)
+def _orders(seed, n):
+    """Epoch -> permutation; holds the last two of each source."""
+
+    @functools.lru_cache(maxsize=2)
+    def order(epoch):
+        if n <= 2**20:
+            return np.random.default_rng((seed, epoch)).permutation(n)
+        # A cipher over the indices needs no memory. On small ranges it walks long cycles (2 ms per index at n=40).
+        return grain.MapDataset.range(n).shuffle(seed=(seed * 1_000_003 + epoch) % 2**32)
+
+    return order
+
+
+class RowSet:
+    """Rows of a batch, filled by one or several sources.
+
+    Every epoch of a source has its own order. A single source drops the last partial batch of an epoch, so that no
+    batch holds an example twice; in a mixture, a batch may, where an epoch of a source ends.
+
+    Args:
+      sources: name -> examples.
+      weights: the sources' shares, up to a factor.
+      size: number of rows of a batch over all processes.
+      slots: numbers of the rows that this process reads.
+    """
+
+    def __init__(self, sources: Mapping[str, Examples], weights: Sequence[int], size: int, slots: Sequence[int]):
+        self.sources, self.weights, self.size, self.slots = list(sources.values()), weights, size, slots
+        self.names = list(sources)
+        dropped = size if len(sources) == 1 else 1
+        self.lengths = [len(examples) // dropped * dropped for examples in self.sources]
+
+    def read(self, k: int, bad: list[BadRecord]) -> Batch:
+        """Returns this process's rows of batch k; appends (key, reason) of bad examples to `bad`."""
+        rows = [self._row(k * self.size + slot, bad) for slot in self.slots]
+        return collate(rows, self.sources[0].pipeline.keeps)
+
+    def _row(self, position: int, bad: list[BadRecord]) -> dict[str, Any]:
+        draws = turns(position, self.weights)
+        after = turns(position + 1, self.weights)
+        source = next(i for i in range(len(draws)) if after[i] > draws[i])
+        examples, draw = self.sources[source], draws[source]
+        epoch, at = divmod(draw, self.lengths[source])
+        order, n = epoch_order(examples.seed, epoch, len(examples)), len(examples)
+        # Substitutes come from the next batches: the records of this batch are already used.
+        following = (int(order[(at + self.size + t) % n]) for t in range(min(SUBSTITUTES, n) - 1))
+        return examples.read_or_next(int(order[at]), following, draw, bad)
+
+    def epochs(self, k: int) -> int:
+        """Returns how many epochs of its sources k batches have begun, all together."""
+        draws = turns(k * self.size, self.weights)
+        return sum(-(-draw // length) for draw, length in zip(draws, self.lengths, strict=True))
+
+    def one(self) -> Batch:
+        """Returns a batch of one example.
+
+        Raises:
+          UserError: the sources' fields, shapes or dtypes differ.
+        """
+        batches = []
+        for examples in self.sources:
+            row = examples.read_or_next(0, range(1, min(SUBSTITUTES, len(examples))), 0, [])
+            batches.append(collate([row], examples.pipeline.keeps))
+        first, *others = (
+            {key: f"{x.dtype}{list(x.shape[1:])}" for key, x in config.flatten(b).items()} for b in batches
+        )
+        for name, other in zip(self.names[1:], others, strict=True):
+            differ = [key for key in first | other if first.get(key) != other.get(key)]
+            if differ:
+                shown = (f"`{key}`: {first.get(key, 'none')} and {other.get(key, 'none')}" for key in differ)
+                raise UserError(
+                    f"the sources `{self.names[0]}` and `{name}` fill the same rows and differ in {', '.join(shown)}; "
+                    "their ops must keep the same fields with the same shapes"
+                )
+        return batches[0]
