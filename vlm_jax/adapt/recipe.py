@@ -1,6 +1,7 @@
-"""Recipes: the parameters that train, and how they change the model, effective = combine(base, own)."""
+"""Recipes: the parameters that train, how they change the model (effective = combine(base, own)), by which losses."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from vlm_jax.models import insertion
+from vlm_jax.objectives import Term, of_model
 from vlm_jax.params import masks
 from vlm_jax.params.table import named_leaves
 
@@ -24,6 +26,51 @@ class Recipe(Protocol):
 
     def combine(self, own: Mapping[str, jax.Array], leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """Returns the changed parameters of the model, by name."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Extended:
+    """A recipe with more than the loss of the classes.
+
+    Attributes:
+      recipe: the parameters that train.
+      terms: more terms, beside the one called "classes". The row sets are "batch" (`image`, `label`: -1 for padding),
+        "classes" (`token_ids` or `text_embedding`, and `zero_shot`, the base model's embeddings of the classes by all
+        templates) and, with a pool, "pool" (`image`). The teacher "base" is the base model.
+      gradients: what happens to the terms' gradients instead of their sum, `Objective.combine`.
+      optimizer: keys of an optimizer section that differ from `tune`'s.
+    """
+
+    recipe: Recipe
+    terms: tuple[Term, ...] = ()
+    gradients: Callable | None = None
+    optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def insertions(self, model, at):
+        return self.recipe.insertions(model, at)
+
+    def begin(self, rng, model, leaves):
+        return self.recipe.begin(rng, model, leaves)
+
+    def combine(self, own, leaves):
+        return self.recipe.combine(own, leaves)
+
+
+class Adapted:
+    """A model as a function of a recipe's own parameters, for objectives; `leaves` are the base parameters by name."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, leaves: Mapping[str, jax.Array]):
+        self.model, self.recipe, self.leaves = model, recipe, leaves
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def effective(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the parameters of the model."""
+        return tree({**self.leaves, **self.recipe.combine(of_model(own), self.leaves)})
+
+    def apply(self, variables: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        return self.model.apply({"params": self.effective(variables["params"])}, *args, **options)
 
 
 class Inserted(NamedTuple):

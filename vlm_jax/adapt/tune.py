@@ -4,27 +4,35 @@
     adapted = tune(clip, Inserted(LowRank(rank=4)), images, labels, names, learning_rate=1e-3)
     adapted.classify(pictures)
 
-A recipe states the parameters that train and their effect on the model, see `vlm_jax.adapt.recipe`.
+A recipe states the parameters that train, their effect on the model and further losses, see `vlm_jax.adapt.recipe`. The
+step is that of `vlm_jax.train`.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from tqdm import tqdm
 
+from vlm_jax import objectives
 from vlm_jax.adapt.heads.checks import check_labels
 from vlm_jax.adapt.heads.training import shuffled
-from vlm_jax.adapt.recipe import Recipe, tree
+from vlm_jax.adapt.recipe import Adapted, Recipe, tree
+from vlm_jax.data import ops
 from vlm_jax.errors import DivergedError, UserError
 from vlm_jax.models import insertion
+from vlm_jax.models.generate import log_likelihoods
+from vlm_jax.objectives import Objective, Teacher, Term
+from vlm_jax.params import optim
 from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained, class_embeddings
+from vlm_jax.run.program import TrainState, train_step
 
 
 def tune(
@@ -39,24 +47,30 @@ def tune(
     batch_size: int = 32,
     learning_rate: float = 1e-3,
     weight_decay: float = 0.0,
+    augment: str | None = None,
+    pool: Any = None,
     seed: int = 0,
     show: bool = False,
 ) -> Pretrained:
     """Trains a recipe's parameters and returns the adapted model, which names pictures by `names`.
 
-    AdamW under a cosine schedule to 0, on the mean cross-entropy of softmax(scale * cosine) over all names (CoOp,
-    arXiv:2109.01134, equation 3), whatever loss the towers were trained with. An unchanged tower embeds its inputs
-    once. Pictures pass the model's preprocessing, without augmentation.
+    AdamW under a cosine schedule to 0 unless the recipe says otherwise, on the mean cross-entropy of softmax(logits)
+    over all names (CoOp, arXiv:2109.01134, equation 3), whatever loss the model was trained with. Logits are those of
+    `Pretrained.class_logits`: scale * cosine, and of a captioner the log-likelihood of the name. An unchanged tower
+    embeds its inputs once.
 
     Args:
-      pretrained: a two-tower model.
-      recipe: see `Recipe`.
+      pretrained: a two-tower model or a captioner.
+      recipe: see `Recipe` and `Extended`.
       images: preprocessed, [N, H, W, 3], or a list as for `Pretrained.embed_images`.
       labels: int [N], in range(len(names)).
       names: of the classes.
-      templates: prompts; exactly one if the recipe changes the text tower.
+      templates: prompts; exactly one if the recipe changes the text tower, and for a captioner.
       steps, batch_size, learning_rate, weight_decay: of the optimizer.
-      seed: of the initial parameters and of the order of examples.
+      augment: op string in the place of the model's preprocessing, drawn anew at each step, such as "decode |
+        random_resized_crop(32) | normalize"; `images` are then a list.
+      pool: pictures without labels, as `images`, for recipes whose terms use them; a batch has `batch_size` of them.
+      seed: of the initial parameters, of the order of examples and of all draws.
       show: shows a progress bar.
 
     Raises:
@@ -64,58 +78,158 @@ def tune(
     """
     if steps < 1:
         raise UserError(f"steps of tuning is {steps}; expected 1 or more")
-    images = pretrained._pictures(images) if isinstance(images, list) else images
+    if augment is not None and not isinstance(images, list):
+        raise UserError("augment reads pictures before preprocessing; give `images` as a list of pictures")
     labels = check_labels(labels, len(images), len(names))
     place = _context_place(pretrained)
     modules = recipe.insertions(pretrained.model, place)
     adapted = with_room(pretrained, modules)
     prompts = [template.replace("{}", name) for template in templates[:1] for name in names]
-    token_ids = adapted._token_ids(prompts)
-    if len(np.unique(token_ids, axis=0)) < len(np.unique(pretrained._token_ids(prompts), axis=0)):
+    tokenized = lambda model: (model._target_ids if model.is_captioner else model._token_ids)(prompts)
+    token_ids = tokenized(adapted)
+    if len(np.unique(token_ids, axis=0)) < len(np.unique(tokenized(pretrained), axis=0)):
         raise UserError("with the context, some names are cut to the same tokens; a shorter context, or longer texts?")
+    pictures = _Pictures(pretrained, images, augment, seed)
     rng, order = jax.random.key(seed), shuffled(len(labels), batch_size, -(-steps * batch_size // len(labels)), seed)
     params = pretrained.params
     if modules:
-        params = insertion.begin(rng, adapted.model, params, jnp.asarray(images[:1]), jnp.asarray(token_ids[:1]))
+        params = insertion.begin(rng, adapted.model, params, jnp.asarray(pictures.first), jnp.asarray(token_ids[:1]))
     leaves = named_leaves(params)
     own = recipe.begin(jax.random.fold_in(rng, 1), adapted.model, leaves)
     changed = recipe.combine(own, leaves).keys()
     if not changed:
         raise UserError(f"{recipe} trains nothing of this model; compare the recipe with the model's parameter names")
-    texts = jnp.asarray(token_ids)
-    if any(name.startswith("text/") for name in changed):
-        if len(templates) != 1:
-            raise UserError(f"{len(templates)} templates, but the recipe changes the text tower; give one")
-    else:
-        texts = jnp.asarray(class_embeddings(pretrained.embed_texts, names, templates))
-    if not any(name.startswith("image/") for name in changed):
-        images = pretrained.embed_image_batch(images)
-    state, loss = _optimizer(steps, learning_rate, weight_decay).init(own), 0.0
-    for rows in tqdm(order[:steps], desc="tune", unit="step", disable=not show):
-        batch = images[rows], np.where(rows < 0, -1, labels[rows]), texts
-        own, state, loss = _step(adapted.model, recipe, steps, own, state, leaves, *batch, learning_rate, weight_decay)
+    changes = lambda tower: any(name.startswith(f"{tower}/") for name in changed)
+    classes = {"token_ids": jnp.asarray(token_ids)}
+    if not pretrained.is_captioner:
+        zero_shot = jnp.asarray(class_embeddings(pretrained.embed_texts, names, templates))
+        classes = classes if changes("text") else {"text_embedding": zero_shot}
+        classes |= {"zero_shot": zero_shot}
+    if "token_ids" in classes and len(templates) != 1:
+        raise UserError(f"{len(templates)} templates, but the recipe changes the text tower; give one")
+    others = None if pool is None else _Pictures(pretrained, pool, augment, seed + 1)
+    if augment is None and not changes("image") and not pretrained.is_captioner:
+        pictures.embed()
+        if others:
+            others.embed()
+
+    def batch_of(step, rows):
+        batch = {"image": pictures.of(step, rows), "label": np.where(rows < 0, -1, labels[rows])}
+        if others is None:
+            return {"batch": batch, "classes": classes}
+        drawn = np.random.default_rng((seed, step)).choice(others.size, batch_size, replace=others.size < batch_size)
+        return {"batch": batch, "classes": classes, "pool": {"image": others.of(step, drawn)}}
+
+    pairwise = adapted.compares_pairs
+    tuning = _Tuning(
+        adapted.model, pretrained.model, recipe, steps, weight_decay, pretrained.tokenizer.pad_id, pairwise
+    )
+    frozen, loss = {"base": pretrained.params}, 0.0
+    state = _begin(tuning, own, leaves, frozen, batch_of(0, order[0]))
+    for number, rows in enumerate(tqdm(order[:steps], desc="tune", unit="step", disable=not show)):
+        state, loss = _step(tuning, state, leaves, frozen, batch_of(number, rows), learning_rate, seed)
     if not np.isfinite(loss):
         raise DivergedError(
             f"{type(recipe).__name__}: the loss is {loss} after {steps} steps; a smaller learning_rate?"
         )
-    params = tree(leaves | recipe.combine(own, leaves))
+    params = tree(leaves | recipe.combine(objectives.of_model(state.params), leaves))
     return dataclasses.replace(adapted, params=params, classes=tuple(names), templates=tuple(templates), head=None)
 
 
-@partial(jax.jit, static_argnames=("model", "recipe", "steps"))
-def _step(model, recipe, steps, own, state, leaves, images, labels, texts, learning_rate, weight_decay):
-    def loss(own):
-        logits = insertion.class_logits(model, tree(leaves | recipe.combine(own, leaves)), images, texts)
-        losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return jnp.mean(losses, where=labels >= 0)
+class _Pictures:
+    """Pictures of a batch: preprocessed once, embedded once, or augmented at each step."""
 
-    value, gradient = jax.value_and_grad(loss)(own)
-    updates, state = _optimizer(steps, learning_rate, weight_decay).update(gradient, state, own)
-    return optax.apply_updates(own, updates), state, value
+    def __init__(self, pretrained: Pretrained, images: Any, augment: str | None, seed: int):
+        self._pretrained, self._seed = pretrained, seed
+        self._ops = None if augment is None else ops.parse(f"{augment} | keep('image')", pretrained.tokenizer)
+        self._raw = images if augment else None
+        self._images = pretrained._pictures(images) if isinstance(images, list) and not augment else images
+        self.size = len(images)
+
+    @property
+    def first(self) -> np.ndarray:
+        """The first picture, [1, H, W, 3]."""
+        return self.of(0, np.zeros(1, int))
+
+    def embed(self) -> None:
+        """Embeds all pictures; batches then have embeddings."""
+        self._images = self._pretrained.embed_image_batch(self._images)
+
+    def of(self, step: int, rows: np.ndarray) -> np.ndarray:
+        """Returns the pictures of some rows at a step."""
+        if self._ops is None:
+            return self._images[rows]
+        draw = lambda row: self._ops(
+            {"image": self._raw[row]}, np.random.default_rng((self._seed, step, int(row) % self.size))
+        )
+        return np.stack([draw(row)["image"] for row in rows])
 
 
-def _optimizer(steps, learning_rate, weight_decay):
-    return optax.adamw(optax.cosine_decay_schedule(learning_rate, steps), weight_decay=weight_decay)
+class _Tuning(NamedTuple):
+    """What a compiled step depends on, besides arrays."""
+
+    model: nn.Module
+    base: nn.Module
+    recipe: Recipe
+    steps: int
+    weight_decay: float
+    pad_id: int
+    pairwise: bool
+
+    def objective(self, classes: Mapping[str, Any]) -> Objective:
+        """Returns the loss of the classes and the recipe's own terms."""
+        terms = (self._classes(classes), *getattr(self.recipe, "terms", ()))
+        teacher = Teacher(spec="the base model", model=self.base)
+        return Objective(terms, teachers={"base": teacher}, combine=getattr(self.recipe, "gradients", None))
+
+    def optimizer(self, params: Any, learning_rate: Any) -> tuple[Any, Any]:
+        """Returns (transform, schedule); the learning rate may be traced."""
+        section = {"name": "adamw", "schedule": {"name": "cosine"}, "weight_decay": self.weight_decay}
+        section |= {"params": ((".*", {"wd": 1.0}),), **getattr(self.recipe, "optimizer", {}), "lr": learning_rate}
+        tx, _, schedule = optim.build(section, params, total_steps=self.steps)
+        return tx, schedule
+
+    def _classes(self, classes: Mapping[str, Any]) -> Term:
+        """Returns the cross-entropy of the labels over the classes."""
+
+        def cross_entropy(logits, labels):
+            losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return jnp.mean(losses, where=labels >= 0), {}
+
+        def of_embeddings(outputs, features, rows, ctx):
+            cosines = jnp.matmul(features["batch"], features["classes"].T, precision="highest")
+            return cross_entropy(outputs["scale"] * cosines, rows["batch"]["label"])
+
+        def pair_by_pair(outputs, ctx):
+            params, given = outputs.model.effective(outputs.params), (outputs["image"], classes["token_ids"])
+            if "embed" in self.model.can:
+                return insertion.class_logits(self.model, params, *given)
+            return log_likelihoods(self.model, params, *given, pad_id=self.pad_id)
+
+        if self.pairwise:
+            return Term("classes", pair_by_pair, lambda o, features, rows, ctx: cross_entropy(features, rows["label"]))
+        embeddings = {"batch": "image_embedding", "classes": "text_embedding"}
+        features = {name: lambda outputs, ctx, key=key: outputs[key] for name, key in embeddings.items()}
+        return Term("classes", features, of_embeddings)
+
+
+@partial(jax.jit, static_argnums=0)
+def _begin(tuning, own, leaves, frozen, batch):
+    view, rng = Adapted(tuning.model, tuning.recipe, leaves), jax.random.key(0)
+    params, memory = objectives.make(tuning.objective(batch["classes"]), view, own, batch, rng, frozen)
+    tx, _ = tuning.optimizer(params, 1.0)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), None, memory)
+
+
+@partial(jax.jit, static_argnums=0)
+def _step(tuning, state, leaves, frozen, batch, learning_rate, seed):
+    view = Adapted(tuning.model, tuning.recipe, leaves)
+    tx, schedule = tuning.optimizer(state.params, learning_rate)
+    state, metrics, _ = train_step(
+        state, batch, frozen, objective=tuning.objective(batch["classes"]), model=view, tx=tx, schedule=schedule,
+        reach=dict.fromkeys(named_leaves(state.params)), trainable=None, accumulate=1, ema=None, seed=seed,
+    )  # fmt: skip
+    return state, metrics["loss"]
 
 
 def with_room(pretrained: Pretrained, insertions: tuple) -> Pretrained:

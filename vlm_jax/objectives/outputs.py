@@ -81,7 +81,7 @@ class Outputs:
 
     def apply(self, method: str, *args: Any, **options: Any) -> Any:
         """Calls a method of the model."""
-        if "train" in inspect.signature(getattr(type(self.model), method)).parameters:
+        if "train" in inspect.signature(getattr(self.model, method)).parameters:
             options["train"] = self.train
         rngs = None
         if self.train and self._rng is not None:

@@ -70,6 +70,51 @@ class Program(NamedTuple):
         return self.lower_step().compile(compiler_options=compiler_options(self.mesh.devices.flat[0]))
 
 
+def train_step(
+    state: TrainState,
+    batch: Any,
+    frozen: Mapping[str, Any],
+    *,
+    objective: objectives.Objective,
+    model: Any,
+    tx: optax.GradientTransformationExtraArgs,
+    schedule: Callable,
+    reach: Mapping[str, Any],
+    trainable: Any,
+    accumulate: int,
+    ema: float | None,
+    seed: Any,
+) -> tuple[TrainState, dict[str, jax.Array], dict[str, jax.Array]]:
+    """Returns (state, metrics, group norms) after one step, of a run or of an adaptation.
+
+    Args:
+      state, batch, frozen: of the step, see `Program`.
+      objective, model: see `objectives.value_and_grad`.
+      tx, schedule, reach: see `optim.build`.
+      trainable: tree like the parameters of bools; None: all train.
+      accumulate: number of micro-batches.
+      ema: decay of the average of parameters, or None.
+      seed: of the run; the step's key follows from both.
+    """
+    rng = jax.random.fold_in(jax.random.key(seed), state.step)
+    _, metrics, grads, features = objectives.value_and_grad(
+        objective, model, state.params, batch, rng, step=state.step, state=state.objective_state, frozen=frozen,
+        accumulate=accumulate, trainable=trainable,
+    )  # fmt: skip
+    active = objectives.active(reach, state.step)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, active=active)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {**metrics, "grad_norm": optax.tree.norm(grads), "lr": schedule(state.step)}
+    state = TrainState(
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        ema=optim.ema_update(state.ema, params, ema, state.step) if ema else None,
+        objective_state=objectives.update(objective, state.objective_state, params, features, rng, state.step),
+    )
+    return state, metrics, gradient_norms(grads)
+
+
 def build_program(
     example: Mapping[str, Any],
     batch_size: int | Mapping[str, int],
@@ -108,7 +153,6 @@ def build_program(
     reach = objectives.reached(objective, model, shapes, batch, memory, frozen)
     tx, groups, schedule = optim.build(optimizer, shapes, total_steps=steps("100%"), steps=steps, reach=reach)
     trainable = map_with_name(lambda name, _: not groups[name].startswith(optim.FROZEN), shapes)
-    differentiate = partial(objectives.value_and_grad, objective, model, accumulate=accumulate, trainable=trainable)
 
     def init_state(rng, given):
         params, memory = init_params(rng, given)
@@ -120,23 +164,10 @@ def build_program(
             objective_state=memory,
         )
 
-    def train_step(state, batch, frozen):
-        rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        _, metrics, grads, features = differentiate(
-            state.params, batch, rng, step=state.step, state=state.objective_state, frozen=frozen
-        )
-        active = objectives.active(reach, state.step)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, active=active)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {**metrics, "grad_norm": optax.tree.norm(grads), "lr": schedule(state.step)}
-        state = TrainState(
-            step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            ema=optim.ema_update(state.ema, params, ema, state.step) if ema else None,
-            objective_state=objectives.update(objective, state.objective_state, params, features, rng, state.step),
-        )
-        return state, metrics, gradient_norms(grads)
+    take_step = partial(
+        train_step, objective=objective, model=model, tx=tx, schedule=schedule, reach=reach, trainable=trainable,
+        accumulate=accumulate, ema=ema, seed=seed,
+    )  # fmt: skip
 
     param_shardings = sharding.param_shardings(partition, shapes, mesh)
     abstract = jax.eval_shape(init_state, jax.random.key(seed), {})
@@ -148,7 +179,7 @@ def build_program(
         objective=objective,
         init=jax.jit(init_state, out_shardings=placed),
         step=jax.jit(
-            train_step,
+            take_step,
             donate_argnums=0,
             in_shardings=(placed, sharding.batch_sharding(mesh), place_frozen),
             out_shardings=(placed, sharding.replicated(mesh), sharding.replicated(mesh)),
