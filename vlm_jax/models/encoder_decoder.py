@@ -19,7 +19,7 @@ class TokenEncoder(Encoder, kw_only=True):
     @nn.compact
     def __call__(self, x, mask=None, *, train=False):
         """[B, L, D], bool [B, L] or [B, L, L] or None -> [B, L, D]; see `Encoder.encode`."""
-        return self.encode(x, mask=mask, train=train)
+        return self.encode(x, mask=mask, train=train).tokens
 
 
 class EncoderDecoder(Conditional, kw_only=True):

@@ -172,10 +172,9 @@ def _attention(model: nn.Module, params: Any, images: Any, grid: tuple[int, int]
             if path in (("image", "map_pool", "attn"), ("pool", "attn")):
                 pooled.append(projected["weights"][:, :, 0].mean(axis=1))
         elif isinstance(module, Block) and method == "__call__" and path[0] == "image" and not has_pool:
-            blocks.append(reduced(projected["weights"]))
-            return result[0], blocks[-1]  # in place of a cache: a scan stacks the outputs of blocks
-        elif method == "stack" and path == ("image",) and tower.scan and not has_pool:
-            blocks[:] = result[1]
+            return result[0], result[1]._replace(statistics={"attention": reduced(projected["weights"])})
+        elif method == "stack" and path == ("image",) and not has_pool:
+            blocks[:] = jnp.moveaxis(result.aux["attention"], 1, 0)
         return result
 
     _watched(model, params, images, look)
