@@ -1,5 +1,7 @@
 """Captioners: an image tower and a decoder that describes the picture (Tschannen et al. 2023, "Cap" and "CapPa")."""
 
+from typing import ClassVar
+
 import flax.linen as nn
 
 from vlm_jax.models.decoder import Conditional
@@ -17,6 +19,7 @@ class Captioner(Conditional, kw_only=True):
     """
 
     image: nn.Module
+    can: ClassVar = frozenset({"describe"})
 
     def encode(self, images, *, train=False):
         """Images -> (context [B, N, D], its mask bool [B, N] or None)."""

@@ -1,6 +1,7 @@
 """CoCa: contrastive and captioning on one image tower (Yu et al. 2022, arXiv:2205.01917), as open_clip releases it."""
 
 import math
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -100,6 +101,7 @@ class CoCa(nn.Module):
     decoder: nn.Module
     out_dim: int
     scale_init: float = 1 / 0.07
+    can: ClassVar = frozenset({"embed", "describe"})
 
     def setup(self):
         head = lambda name: nn.Dense(self.out_dim, use_bias=False, dtype=self.decoder.dtype, name=name)

@@ -1,5 +1,7 @@
 """Text to text: T5 (Raffel et al. 2020, arXiv:1910.10683), T5 v1.1 and UL2 (Tay et al. 2022, arXiv:2205.05131)."""
 
+from typing import ClassVar
+
 import flax.linen as nn
 
 from vlm_jax.models.decoder import Conditional, shift_right
@@ -35,6 +37,7 @@ class EncoderDecoder(Conditional, kw_only=True):
 
     encoder: nn.Module
     pad_id: int = 0
+    can: ClassVar = frozenset({"write"})
 
     def __call__(self, input_ids, target_ids, *, segments=None, train=False):
         """Returns logits fp32 [B, L, V] of target_ids [B, L], each given input_ids [B, Li] and all earlier targets.

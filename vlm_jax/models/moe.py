@@ -1,4 +1,4 @@
-"""Mixtures of experts: several MLPs, of which each token gets a weighted sum (Shazeer et al. 2017, arXiv:1701.06538)."""
+"""Mixtures of experts: each token gets a weighted sum of several MLPs (Shazeer et al. 2017, arXiv:1701.06538)."""
 
 import flax.linen as nn
 import jax

@@ -1,5 +1,7 @@
 """A prefix language model: one stack for the input and the targets (Raffel et al. 2020, section 3.2.1; UL2)."""
 
+from typing import ClassVar
+
 import jax.numpy as jnp
 
 from vlm_jax.errors import UserError
@@ -19,6 +21,7 @@ class PrefixLM(Conditional, kw_only=True):
     """
 
     pad_id: int = 0
+    can: ClassVar = frozenset({"write"})
 
     def encode(self, input_ids, *, train=False):
         """Moves padding to the front: token ids [B, P] -> (token ids [B, P], bool [B, P], False for padding)."""

@@ -1,7 +1,7 @@
 """Two towers, one embedding space: CLIP (Radford et al. 2021), LiT (Zhai et al. 2022), SigLIP (Zhai et al. 2023)."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import flax
 import flax.linen as nn
@@ -53,6 +53,7 @@ class TwoTower(nn.Module):
     text: nn.Module | None
     scale_init: float = 10.0
     bias_init: float | None = None
+    can: ClassVar = frozenset({"embed"})
 
     @nn.compact
     def __call__(self, images, token_ids, *, train=False):
