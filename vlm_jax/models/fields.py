@@ -24,7 +24,6 @@ class Fields(nn.Module, kw_only=True):
     """The base of `Block`, `Encoder` and `MapPool`; `shared` passes the values on.
 
     Attributes:
-      depth: number of blocks.
       heads: attention heads.
       mlp_dim: hidden width of the MLP; defaults to 4 * width.
       mlp: a part of the family "mlps" in the place of the MLP of each block, such as `moe.moe(experts=8)`; None: `Mlp`.
@@ -47,7 +46,6 @@ class Fields(nn.Module, kw_only=True):
       dtype: compute dtype.
     """
 
-    depth: int
     heads: int
     mlp_dim: int | None = None
     mlp: Part | None = None

@@ -108,12 +108,14 @@ class Block(Fields, kw_only=True):
     no context is given. With post_norm: norm1(x + attn(x)), then norm2(x + mlp(x)).
 
     Attributes:
+      depth: number of blocks in the stack.
       causal: whether token i sees tokens 0..i only.
       train: whether dropout and drop path are active.
       keep: whether `BlockResult` has the output.
       Others: see `Fields`.
     """
 
+    depth: int
     causal: bool
     train: bool
     keep: bool
@@ -183,6 +185,7 @@ class Encoder(Fields, kw_only=True):
 
     Attributes:
       width: D, width of the tokens.
+      depth: number of blocks.
       scan: whether the blocks are one `lax.scan`, with parameters stacked in `blocks` (leading layer axis).
       remat: a key of `REMAT`: the values that a block keeps for the backward pass ("none": all values).
       pool: the pool: "map" (attention with a learned query), a key of `pooling.POOLS`, or "none".
@@ -198,6 +201,7 @@ class Encoder(Fields, kw_only=True):
     """
 
     width: int
+    depth: int
     scan: bool = False
     remat: str = "none"
     pool: str = "gap"
@@ -262,7 +266,7 @@ class Encoder(Fields, kw_only=True):
         block = Block
         if self.remat != "none":
             block = nn.remat(block, prevent_cse=not self.scan, policy=policy)
-        fields = dict(shared(self), causal=causal, train=train, keep=bool(chosen))
+        fields = dict(shared(self), depth=self.depth, causal=causal, train=train, keep=bool(chosen))
         if self.scan:
             scanned = nn.scan(
                 block,
