@@ -1,4 +1,8 @@
-"""Flax modules: one transformer for image towers, text towers and decoders, and the models built from these."""
+"""Flax modules: one transformer for image towers, text towers and decoders, and the models built from these.
+
+A model class states what it can do, `can: ClassVar = frozenset({...})`: "embed" pictures and texts in one space,
+"describe" pictures, "write" texts about texts.
+"""
 
 from vlm_jax.models.build import build, count
 from vlm_jax.models.captioner import Captioner

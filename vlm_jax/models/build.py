@@ -115,12 +115,15 @@ def coca(image, pool, text, decoder, out_dim, scale_init=1 / 0.07, dtype="float3
 def tower(kind, section, where, dtype):
     """Returns a tower from its fields; `variant` gives default sizes (see `variants.lookup`).
 
+    `mlp` in the section is the name of a part of the family "mlps", or dict(name=..., ...).
     `type` in the section is a key of `TOWERS`; defaults to `kind`.
     """
     if section is None:
         return None
     section = {key: tuple(value) if isinstance(value, list) else value for key, value in dict(section).items()}
     cls, lookup = config.choose(TOWERS, section.pop("type", kind), f"{where}.type")
+    if section.get("mlp") is not None:
+        section["mlp"] = catalogue.build("mlps", section["mlp"], f"{where}.mlp")
     sizes = lookup(section.pop("variant")) if "variant" in section else {}
     if "patch" in sizes and cls is not ViT:
         raise UserError(f"{where}.variant has a patch size, but the tower has none; leave out `/{sizes['patch']}`")

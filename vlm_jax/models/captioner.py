@@ -19,6 +19,7 @@ class Captioner(Conditional, kw_only=True):
     """
 
     image: nn.Module
+    can: ClassVar = frozenset({"describe"})
 
     outputs: ClassVar = WRITING | {
         "context": lambda o: o.apply("encode", o["image"]),

@@ -55,7 +55,7 @@ class UnimodalDecoder(Decoder, kw_only=True):
     cross: str | None = None
 
     @nn.compact
-    def __call__(self, token_ids, *, caches=None, position=None, train=False):
+    def __call__(self, token_ids, *, caches=None, position=None, layers=(), train=False):
         """Token ids [B, L] -> (`Decoded` before the final norm, cls token [B, D] after the norm; None with caches)."""
         x, table = self.embed(token_ids), positions.learned(self, self.length + 1, self.width).astype(self.dtype)
         cls = self.param("cls", nn.initializers.normal(0.01), (1, 1, self.width)).astype(self.dtype)
@@ -70,8 +70,8 @@ class UnimodalDecoder(Decoder, kw_only=True):
         last = jnp.pad(token_ids != self.pad_id, ((0, 0), (1, 0)), constant_values=True)
         causal = jnp.tril(jnp.ones((x.shape[1],) * 2, bool))
         seen = causal & jnp.where(jnp.arange(x.shape[1])[:, None] == x.shape[1] - 1, last[:, None], True)
-        hidden, _ = self.stack(x, AttentionInputs(seen[:, None]), train=train, norm=False)
-        return Decoded(hidden[:, :-1], None), norm(hidden[:, -1])
+        hidden, _, aux = self.stack(x, AttentionInputs(seen[:, None]), layers=layers, train=train, norm=False)
+        return Decoded(hidden[:, :-1], None, aux), norm(hidden[:, -1])
 
 
 class MultimodalDecoder(Decoder, kw_only=True):
@@ -101,6 +101,7 @@ class CoCa(nn.Module):
     decoder: nn.Module
     out_dim: int
     scale_init: float = 1 / 0.07
+    can: ClassVar = frozenset({"embed", "describe"})
 
     outputs: ClassVar = EMBEDDINGS | {
         # texts begin with the start token: (hidden states of all tokens but the last, the tokens after them)
@@ -146,8 +147,8 @@ class CoCa(nn.Module):
         del context_mask
         of_text, of_decoder = (None, None) if caches is None else caches
         decoded, _ = self.text(token_ids, caches=of_text, position=position)
-        hidden, of_decoder = self.decoder(decoded.hidden, context, caches=of_decoder, position=position)
-        return Decoded(hidden, (decoded.caches, of_decoder))
+        described = self.decoder(decoded.hidden, context, caches=of_decoder, position=position)
+        return Decoded(described.hidden, (decoded.caches, described.caches))
 
     @nn.nowrap
     def new_caches(self, batch, length):

@@ -18,10 +18,12 @@ class Decoded(NamedTuple):
     Attributes:
       hidden: [B, L, D] after the final norm; input of the model's `logits`.
       caches: caches for the next step, or None.
+      aux: statistics of the blocks, see `Encoded`; or None.
     """
 
     hidden: Any
     caches: Any
+    aux: Any = None
 
 
 class Decoder(Encoder, kw_only=True):
@@ -32,7 +34,6 @@ class Decoder(Encoder, kw_only=True):
       length: rows of the position table: the longest text. Without a table texts may be longer.
       start_id: id before the first token of the input.
       mask_token: whether the input has one more id than the output: V, which stands for "not shown" (CapPa).
-      cross: place of cross-attention in blocks: "inside", "after" (see `transformer.Block`) or None.
       posemb: "learned" or "none".
       embed_std: standard deviation of the token embeddings at init.
       logits_bias: whether the logits have a bias.
@@ -81,7 +82,7 @@ class Decoder(Encoder, kw_only=True):
     def tied_logits(self, hidden):
         """Multiplies hidden states with the token table: hidden [..., D] -> logits fp32 [..., V]."""
         table = self.token_embed.embedding[: self.vocab_size].astype(hidden.dtype)
-        return jnp.matmul(hidden * self.tied_scale, table.T, preferred_element_type=jnp.float32)
+        return jnp.matmul(hidden * self.tied_scale, table.T, preferred_element_type=_at_least_fp32(hidden))
 
     @nn.compact
     def __call__(
@@ -137,7 +138,7 @@ class Decoder(Encoder, kw_only=True):
         if mask is not None:
             seen = mask if causal else mask & seen
         around = AttentionInputs(seen, context, over_heads(context_mask), None if caches is None else first)
-        options = dict(caches=caches, causal=causal, cross=self.cross, train=train, norm=norm)
+        options = dict(caches=caches, causal=causal, train=train, norm=norm)
         return Decoded(*self.stack(x, around, **options))
 
 
@@ -150,7 +151,7 @@ class Logits(nn.Module):
     @nn.compact
     def __call__(self, hidden):
         kernel = self.param("kernel", nn.initializers.zeros, (hidden.shape[-1], self.vocab_size))
-        logits = jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=_at_least_fp32(hidden))
         return logits + self.param("bias", nn.initializers.zeros, (self.vocab_size,)) if self.bias else logits
 
 
@@ -202,6 +203,10 @@ class Conditional(nn.Module):
     def logits(self, hidden):
         """Returns the logits of hidden states, fp32 [..., V]."""
         return self.head(hidden) if self.decoder.tied_scale is None else self.decoder.tied_logits(hidden)
+
+
+def _at_least_fp32(x):
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def shift_right(token_ids, start_id=0, segment_ids=None):

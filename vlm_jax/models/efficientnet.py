@@ -73,7 +73,7 @@ class FrozenBatchNorm(nn.Module):
     table, or freeze the tower.
 
     Attributes:
-      dtype: output dtype; the arithmetic is fp32.
+      dtype: output dtype; the arithmetic is at least fp32.
     """
 
     dtype: str = "float32"
@@ -85,7 +85,7 @@ class FrozenBatchNorm(nn.Module):
         mean = jax.lax.stop_gradient(self.param("mean", zeros, shape))
         var = jax.lax.stop_gradient(self.param("var", ones, shape))
         factor = self.param("scale", ones, shape) * jax.lax.rsqrt(var + BATCH_NORM_EPS)
-        x = (x.astype(jnp.float32) - mean) * factor + self.param("bias", zeros, shape)
+        x = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) - mean) * factor + self.param("bias", zeros, shape)
         return x.astype(self.dtype)
 
 
@@ -104,8 +104,8 @@ def depthwise(x, kernel, strides, padding, **options):
 
     def shifts(x, kernel):
         pads = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
-        dtype, kernel = x.dtype, kernel.astype(jnp.float32)
-        x = jnp.pad(x.astype(jnp.float32), ((0, 0), *pads, (0, 0)))
+        dtype, sums = x.dtype, jnp.promote_types(x.dtype, jnp.float32)
+        kernel, x = kernel.astype(sums), jnp.pad(x.astype(sums), ((0, 0), *pads, (0, 0)))
         rows, columns = ((n - k) // s * s + 1 for n, k, s in zip(x.shape[1:3], kernel.shape[:2], strides, strict=True))
         shifted = lambda i, j: x[:, i : i + rows : strides[0], j : j + columns : strides[1]]
         y = sum(shifted(i, j) * kernel[i, j, 0] for i in range(kernel.shape[0]) for j in range(kernel.shape[1]))

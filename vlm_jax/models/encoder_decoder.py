@@ -21,7 +21,7 @@ class TokenEncoder(Encoder, kw_only=True):
     @nn.compact
     def __call__(self, x, mask=None, *, train=False):
         """[B, L, D], bool [B, L] or [B, L, L] or None -> [B, L, D]; see `Encoder.encode`."""
-        return self.encode(x, mask=mask, train=train)
+        return self.encode(x, mask=mask, train=train).tokens
 
 
 class EncoderDecoder(Conditional, kw_only=True):
@@ -37,6 +37,7 @@ class EncoderDecoder(Conditional, kw_only=True):
 
     encoder: nn.Module
     pad_id: int = 0
+    can: ClassVar = frozenset({"write"})
 
     outputs: ClassVar = WRITING | {"context": lambda o: o.apply("encode", o["input_ids"])}
 

@@ -216,7 +216,7 @@ def log_likelihoods(
 
     def of_text(ids):
         targets = jnp.broadcast_to(ids, (decoding.size, len(ids)))
-        hidden, _ = decoding.decode(shift_right(targets, model.decoder.start_id), 0, caches)
+        hidden = decoding.decode(shift_right(targets, model.decoder.start_id), 0, caches).hidden
         return _total(model, params, hidden, targets, pad_id)
 
     return jax.lax.map(of_text, target_ids, batch_size=at_a_time).T
@@ -242,7 +242,7 @@ class _Decoding:
         """Returns logits [B * beams, V] of the first token, and the caches."""
         start = jnp.full((self.size,), self.special.start, jnp.int32)
         caches = self.model.new_caches(self.size, self.length)
-        hidden, caches = self.decode(start[:, None], 0, caches, self.context)
+        hidden, caches, _ = self.decode(start[:, None], 0, caches, self.context)
         logits = self.apply(hidden, method="logits")[:, 0]
         again = lambda axis: lambda x: jnp.repeat(x, self.beams, axis=axis)
         if self.context_mask is not None:
@@ -251,7 +251,7 @@ class _Decoding:
 
     def step(self, token_ids, position, caches):
         """Returns logits [B * beams, V] of the token after token_ids [B * beams], and the caches."""
-        hidden, caches = self.decode(token_ids[:, None], position, caches)
+        hidden, caches, _ = self.decode(token_ids[:, None], position, caches)
         return self.apply(hidden, method="logits")[:, 0], caches
 
     def decode(self, token_ids, position, caches, context=None):

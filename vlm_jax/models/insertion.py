@@ -166,7 +166,10 @@ class Prompt(NamedTuple):
             if mask.ndim == 3:
                 raise UserError("prompts before packed texts belong to no text; unpack the texts")
             kwargs["mask"] = jnp.pad(mask, ((0, 0), (self.length, 0)), constant_values=True)
-        return call(jnp.concatenate([first, x], axis=1), *args, **kwargs)[:, self.length :]
+        stacked = call(jnp.concatenate([first, x], axis=1), *args, **kwargs)
+        own = lambda tokens: tokens[:, self.length :]
+        kept = {name: jax.tree.map(own, value) for name, value in stacked.aux.items() if name == "layers"}
+        return stacked._replace(tokens=own(stacked.tokens), aux=stacked.aux | kept)
 
     def _tokens(self, module, width):
         bound = (6 / (3 * 16**2 + width)) ** 0.5

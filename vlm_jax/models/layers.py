@@ -1,6 +1,6 @@
 """The layers of the one transformer: norm, attention, MLP.
 
-Parameters are fp32; matmuls run in `dtype`; norm and softmax statistics are fp32.
+Parameters are fp32; matmuls run in `dtype`; norm and softmax statistics are at least fp32.
 """
 
 import functools
@@ -49,7 +49,7 @@ class Norm(nn.Module):
       kind: "layernorm" or "rmsnorm" (no mean, no bias).
       eps: added to the variance.
       bias: whether a LayerNorm has a bias.
-      dtype: output dtype; statistics are fp32.
+      dtype: output dtype; statistics are at least fp32.
     """
 
     kind: str = "layernorm"
@@ -63,7 +63,7 @@ class Norm(nn.Module):
         if self.kind not in ("layernorm", "rmsnorm"):
             raise UserError(f"norm is `{self.kind}`; expected one of: layernorm, rmsnorm")
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-        x = x.astype(jnp.float32)
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if self.kind == "layernorm":
             x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps) * scale

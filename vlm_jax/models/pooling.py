@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from vlm_jax.errors import UserError
+from vlm_jax.models.fields import Fields
 from vlm_jax.models.layers import Attention, Mlp, Norm
 
 
@@ -20,11 +21,14 @@ class Encoded:
         for left-out tokens; None for pool "none".
       tokens: [B, L, D] after the final norm, before any head; a cls token comes first.
       mask: bool [B, L], False for padding that attention does not see; None if attention sees all tokens.
+      aux: statistics of the blocks' MLPs, name -> [B, depth, ...], row i of example i alone, see `moe.Moe`; and
+        "layers": the outputs of the blocks that were asked for, [B, L, D] each, before the final norm.
     """
 
     pooled: Any
     tokens: Any
     mask: Any
+    aux: dict[str, Any] = flax.struct.field(default_factory=dict)
 
 
 def pool(name, tokens, mask=None, position=None):
@@ -48,8 +52,8 @@ def pool(name, tokens, mask=None, position=None):
 
 def _mean(tokens, mask, position):
     if mask is None:
-        return jnp.mean(tokens, axis=1, dtype=jnp.float32).astype(tokens.dtype)
-    weights = mask[..., None].astype(jnp.float32)
+        return jnp.mean(tokens, axis=1, dtype=jnp.promote_types(tokens.dtype, jnp.float32)).astype(tokens.dtype)
+    weights = mask[..., None].astype(jnp.promote_types(tokens.dtype, jnp.float32))
     mean = jnp.sum(tokens * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1.0)
     return mean.astype(tokens.dtype)
 
@@ -95,23 +99,11 @@ POOLS: dict[str, Callable] = {
 }
 
 
-class MapPool(nn.Module):
+class MapPool(Fields, kw_only=True):
     """Multi-head attention pooling: y + mlp(norm(y)) with y = attn(probe, tokens).
 
-    Zhai et al. 2021, "Scaling Vision Transformers", section 3.2. Attributes: see `transformer.Encoder`.
+    Zhai et al. 2021, "Scaling Vision Transformers", section 3.2. Attributes: see `Fields`; the MLP is always `Mlp`.
     """
-
-    heads: int
-    mlp_dim: int
-    head_dim: int | None
-    activation: str
-    gated: bool
-    norm: str
-    norm_eps: float
-    attn_bias: bool
-    mlp_bias: bool
-    implementation: str | None
-    dtype: str
 
     @nn.compact
     def __call__(self, tokens, mask=None):
@@ -122,5 +114,6 @@ class MapPool(nn.Module):
         attn = Attention(self.heads, self.head_dim, self.attn_bias, False, self.implementation, self.dtype, name="attn")
         y, _ = attn(probe, tokens, mask)
         z = Norm(self.norm, self.norm_eps, dtype=self.dtype, name="norm")(y)
-        mlp = Mlp(self.mlp_dim, self.activation, self.gated, self.mlp_bias, dtype=self.dtype, name="mlp")
+        width = self.mlp_dim or 4 * tokens.shape[-1]
+        mlp = Mlp(width, self.activation, self.gated, self.mlp_bias, dtype=self.dtype, name="mlp")
         return (y + mlp(z))[:, 0]

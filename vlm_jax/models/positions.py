@@ -11,23 +11,24 @@ from vlm_jax.config import choose
 from vlm_jax.errors import UserError
 
 
-def sincos2d(height, width, dim, temperature=10_000.0):
+def sincos2d(height, width, dim, temperature=10_000.0, dtype=jnp.float32):
     """Returns 2-D sine-cosine positions (Chen et al. 2021, "MoCo v3", appendix).
 
     Args:
       height, width: size of the grid, in patches.
       dim: D, a multiple of 4.
       temperature: ratio of the longest to the shortest wavelength.
+      dtype: dtype of the result.
 
     Returns:
-      float32 [1, height * width, D], row-major.
+      [1, height * width, D], row-major.
     """
     if dim % 4:
         raise UserError(f"sincos2d positions need a width that is a multiple of 4; got {dim}")
     y, x = np.mgrid[:height, :width]
     omega = temperature ** -(np.arange(dim // 4) / max(dim // 4 - 1, 1))
     y, x = np.outer(y.ravel(), omega), np.outer(x.ravel(), omega)
-    return jnp.asarray(np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)[None], jnp.float32)
+    return jnp.asarray(np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)[None], dtype)
 
 
 def learned(module, length, width):

@@ -21,6 +21,7 @@ class PrefixLM(Conditional, kw_only=True):
     """
 
     pad_id: int = 0
+    can: ClassVar = frozenset({"write"})
 
     outputs: ClassVar = WRITING | {"context": lambda o: o.apply("encode", o["input_ids"])}
 

@@ -48,11 +48,12 @@ class TextTransformer(Encoder, kw_only=True):
     token_types: int = 0
 
     @nn.compact
-    def __call__(self, token_ids, *, train=False):
+    def __call__(self, token_ids, *, context=None, context_mask=None, layers=(), train=False):
         """Encodes texts.
 
         Args:
           token_ids: integers [B, L], L <= length.
+          context, context_mask, layers: see `Encoder.encode`.
           train: whether dropout and drop path are active.
 
         Returns:
@@ -78,7 +79,8 @@ class TextTransformer(Encoder, kw_only=True):
         if self.pre_norm:
             x = self.new_norm("pre_norm")(x)
         mask = token_ids != self.pad_id if self.pad_mask else None
-        x = self.encode(x, mask=mask, causal=self.causal, train=train)
+        options = dict(context=context, context_mask=context_mask, layers=layers, train=train)
+        x, _, aux = self.encode(x, mask=mask, causal=self.causal, **options)
         pool_mask = mask
         if self.pool_exclude:
             kept = ~jnp.isin(token_ids, jnp.asarray(self.pool_exclude))
@@ -88,7 +90,7 @@ class TextTransformer(Encoder, kw_only=True):
             position = jnp.argmax(token_ids, axis=-1)
         elif self.pool == "eos":
             position = jnp.argmax(token_ids == self.eos_id, axis=-1)  # the first one; 0 without any
-        return self.summarise(x, mask=mask, pool_mask=pool_mask, position=position)
+        return self.summarise(x, mask=mask, pool_mask=pool_mask, position=position).replace(aux=aux)
 
     def _check(self, token_ids):
         if self.pool == "eos" and self.eos_id is None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 class TokenLoss(NamedTuple):
-    """Per token, fp32 [B, L].
+    """Per token [B, L], in the dtype of the logits.
 
     Attributes:
       loss: with label smoothing and z-loss.
@@ -55,7 +55,7 @@ def token_loss(
         if z_loss:
             loss = loss + z_loss * jnp.square(lse)
         correct = jnp.argmax(scores, axis=-1) == targets
-        return TokenLoss(loss, own - lse, correct.astype(jnp.float32))
+        return TokenLoss(loss, own - lse, correct.astype(scores.dtype))
 
     length = targets.shape[1]
     count = -(-length // chunk)

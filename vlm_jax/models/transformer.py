@@ -5,6 +5,7 @@ cover the differences between released models.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from vlm_jax.config import choose
 from vlm_jax.errors import UserError
 from vlm_jax.models import positions
+from vlm_jax.models.fields import Fields, shared
 from vlm_jax.models.layers import Attention, KeyValues, Mlp, Norm
 from vlm_jax.models.pooling import Encoded, MapPool, pool
 from vlm_jax.params.sharding import split_batch
@@ -47,6 +49,7 @@ class AttentionInputs(NamedTuple):
       context_mask: bool [B, 1, 1, Lc], False where context is padding, or None.
       position: integer scalar, the tokens' place in the caches; None without caches.
       bias: [1, heads, L, Lk], added to the logits of self-attention, or None; `Encoder.stack` makes it.
+      real: bool [B, L], False for tokens that statistics leave out, or None.
     """
 
     mask: Any = None
@@ -54,6 +57,35 @@ class AttentionInputs(NamedTuple):
     context_mask: Any = None
     position: Any = None
     bias: Any = None
+    real: Any = None
+
+
+class BlockResult(NamedTuple):
+    """What a block returns besides its tokens; a scan stacks it.
+
+    Attributes:
+      cache: `Cache`, or None.
+      statistics: of the block's MLP, name -> [B, ...]; row i is of example i alone.
+      tokens: the block's output [B, L, D] if it is kept, or None.
+    """
+
+    cache: Any
+    statistics: Mapping[str, jax.Array]
+    tokens: Any
+
+
+class Stacked(NamedTuple):
+    """The result of a stack of blocks.
+
+    Attributes:
+      tokens: [B, L, D].
+      caches: one `Cache` a block, or None.
+      aux: see `Encoded`.
+    """
+
+    tokens: Any
+    caches: Any
+    aux: dict[str, Any]
 
 
 def over_heads(mask):
@@ -68,49 +100,40 @@ def room(caches):
     return jax.tree.leaves(caches)[0].shape[-3]
 
 
-class Block(nn.Module):
+class Block(Fields, kw_only=True):
     """x + attn(norm1(x)), then x + mlp(norm2(x)); optional layer scale, dropout and drop path on each branch.
 
     With cross "inside", x + cross_attn(cross_norm(x), context) stands between the two (Vaswani et al. 2017). With
-    "after", cross-attention follows them, reads context_norm(context) and has its own MLP (CoCa). With post_norm:
-    norm1(x + attn(x)), then norm2(x + mlp(x)).
+    "after", cross-attention follows them, reads context_norm(context) and has its own MLP (CoCa). Both are left out if
+    no context is given. With post_norm: norm1(x + attn(x)), then norm2(x + mlp(x)).
 
-    Attributes: see `Encoder`; and train: whether dropout and drop path are active.
+    Attributes:
+      depth: number of blocks in the stack.
+      causal: whether token i sees tokens 0..i only.
+      train: whether dropout and drop path are active.
+      keep: whether `BlockResult` has the output.
+      Others: see `Fields`.
     """
 
-    heads: int
-    mlp_dim: int
-    head_dim: int | None
-    activation: str
-    gated: bool
-    norm: str
-    norm_eps: float
-    norm_bias: bool
-    post_norm: bool
-    attn_bias: bool
-    attn_scale: float | None
-    mlp_bias: bool
-    causal: bool
-    cross: str | None
-    layer_scale: float | None
-    dropout: float
-    drop_path: float
     depth: int
-    implementation: str | None
-    dtype: str
+    causal: bool
     train: bool
+    keep: bool
 
     @nn.compact
     def __call__(self, x, around, layer, cache):
-        """[B, L, D], `AttentionInputs`, the layer's number from 0, `Cache` or None -> [B, L, D], `Cache` or None."""
+        """[B, L, D], `AttentionInputs`, the layer's number from 0, `Cache` or None -> [B, L, D], `BlockResult`."""
         drop_path = self.drop_path * layer / max(self.depth - 1, 1)
         norm = functools.partial(Norm, self.norm, self.norm_eps, self.norm_bias, self.dtype)
         attention = functools.partial(Attention, self.heads, self.head_dim, self.attn_bias, scale=self.attn_scale)
         attn = attention(self.causal, self.implementation, self.dtype, name="attn")
-        mlp = functools.partial(
-            Mlp, self.mlp_dim, self.activation, self.gated, self.mlp_bias, self.dropout, self.train, self.dtype
-        )
+        width = self.mlp_dim or 4 * x.shape[-1]
+        of_mlp = dict(
+            width=width, activation=self.activation, gated=self.gated, bias=self.mlp_bias,
+            dropout=self.dropout, train=self.train, dtype=self.dtype,
+        )  # fmt: skip
         own, read = (None, None) if cache is None else cache
+        has_context = around.context is not None or read is not None
 
         def residual(x, name, norm, branch):
             """Returns the sum, and the branch's second result."""
@@ -122,6 +145,11 @@ class Block(nn.Module):
             x, mask=around.mask, logits_bias=around.bias, cache=own, position=around.position
         )  # fmt: skip
 
+        def mlp(x):
+            if self.mlp is None:
+                return Mlp(**of_mlp, name="mlp")(x), {}
+            return self.mlp(**of_mlp, name="mlp")(x, around.real)
+
         def cross_attn(x):
             context = around.context
             if self.cross == "after" and context is not None:
@@ -130,13 +158,15 @@ class Block(nn.Module):
             return cross(x, context, around.context_mask, cache=read)
 
         x, own = residual(x, "1", norm(name="norm1"), self_attn)
-        if self.cross == "inside":
+        if self.cross == "inside" and has_context:
             x, read = residual(x, "_cross", norm(name="cross_norm"), cross_attn)
-        x, _ = residual(x, "2", norm(name="norm2"), lambda x: (mlp(name="mlp")(x), None))
-        if self.cross == "after":
+        x, statistics = residual(x, "2", norm(name="norm2"), mlp)
+        if self.cross == "after" and has_context:
             x, read = residual(x, "_cross", norm(name="cross_norm"), cross_attn)
-            x, _ = residual(x, "_cross_mlp", norm(name="cross_mlp_norm"), lambda x: (mlp(name="cross_mlp")(x), None))
-        return split_batch(x), None if cache is None else Cache(own, read)
+            cross_mlp = lambda x: (Mlp(**of_mlp, name="cross_mlp")(x), None)
+            x, _ = residual(x, "_cross_mlp", norm(name="cross_mlp_norm"), cross_mlp)
+        x = split_batch(x)
+        return x, BlockResult(None if cache is None else Cache(own, read), statistics, x if self.keep else None)
 
     def _branch(self, name, y, drop_path):
         if self.layer_scale is not None:  # Touvron et al. 2021, CaiT, equation 4
@@ -150,102 +180,83 @@ class Block(nn.Module):
         return y
 
 
-class Encoder(nn.Module, kw_only=True):
+class Encoder(Fields, kw_only=True):
     """The shared base of towers and decoders: the fields, the stack of blocks, and the final norm.
 
     Attributes:
       width: D, width of the tokens.
       depth: number of blocks.
-      heads: attention heads.
-      mlp_dim: hidden width of the MLP; defaults to 4 * width.
-      head_dim: width of an attention head; defaults to width / heads.
-      activation: a key of `ACTIVATIONS`.
-      gated: gated MLP.
-      norm: "layernorm" or "rmsnorm".
-      norm_eps: epsilon of the norms.
-      norm_bias: whether the norms inside blocks have a bias (the final norm always has).
-      post_norm: whether norms follow the branches (BERT); the stack then has no final norm.
-      attn_bias: whether attention projections have biases.
-      attn_scale: factor on attention's q k^T (T5: 1.0); defaults to head_dim ** -0.5.
-      mlp_bias: whether MLP matrices have biases.
-      layer_scale: initial value of a learned scale on each branch; None for no scale.
-      dropout: rate after the positions, the MLP activation and each branch.
-      drop_path: rate of the last block; rates grow linearly from 0 at the first block.
       scan: whether the blocks are one `lax.scan`, with parameters stacked in `blocks` (leading layer axis).
       remat: a key of `REMAT`: the values that a block keeps for the backward pass ("none": all values).
-      implementation: see `kernels.attention`.
       pool: the pool: "map" (attention with a learned query), a key of `pooling.POOLS`, or "none".
       rep_dim: width of tanh(dense(pooled)) before the head (ViTs pretrained on ImageNet-21k); None for no such layer.
       out_dim: width of the projection head; None for no head.
       head_bias: whether the head has a bias.
+      context_width: Dc, width of the context that cross-attention reads; defaults to width. Only parameters made
+        without a context depend on it.
       relative_buckets: rows of the table of relative positions that all blocks share (T5); 0 for no table.
       relative_distance: distances from here on share one row of the table.
       relative_two_way: whether keys ahead of the query have their own rows.
-      dtype: compute dtype.
+      Others: see `Fields`.
     """
 
     width: int
     depth: int
-    heads: int
-    mlp_dim: int | None = None
-    head_dim: int | None = None
-    activation: str = "gelu_tanh"
-    gated: bool = False
-    norm: str = "layernorm"
-    norm_eps: float = 1e-6
-    norm_bias: bool = True
-    post_norm: bool = False
-    attn_bias: bool = True
-    attn_scale: float | None = None
-    mlp_bias: bool = True
-    layer_scale: float | None = None
-    dropout: float = 0.0
-    drop_path: float = 0.0
     scan: bool = False
     remat: str = "none"
-    implementation: str | None = None
     pool: str = "gap"
     rep_dim: int | None = None
     out_dim: int | None = None
     head_bias: bool = True
+    context_width: int | None = None
     relative_buckets: int = 0
     relative_distance: int = 128
     relative_two_way: bool = True
-    dtype: str = "float32"
 
     def new_norm(self, name):
         """Returns a norm of this encoder's kind."""
         return Norm(self.norm, self.norm_eps, dtype=self.dtype, name=name)
 
-    def encode(self, x, *, mask=None, causal=False, train=False):
+    def encode(self, x, *, mask=None, causal=False, context=None, context_mask=None, layers=(), train=False):
         """Runs dropout, the blocks and the final norm; called from the compact method of a tower.
 
         Args:
           x: tokens with positions [B, L, D].
           mask: bool [B, L], False for padding; or [B, L, L], True where token i sees token j; or None.
           causal: whether token i sees tokens 0..i only.
+          context: [B, Lc, Dc] that cross-attention reads; None leaves cross-attention out.
+          context_mask: bool [B, Lc], False for padding; or [B, L, Lc], True where token i sees context j; or None.
+          layers: numbers of blocks whose outputs are returned, from 0; negative ones count from the end.
           train: whether dropout and drop path are active (they draw from the rng `dropout`).
 
         Returns:
-          [B, L, D].
+          `Stacked`.
         """
-        return self.stack(x, AttentionInputs(over_heads(mask)), causal=causal, train=train)[0]
+        if context is not None and not self.cross:
+            raise UserError('the tower got a context, but has no cross-attention; build it with cross="inside"')
+        real = mask if self.mlp is not None and mask is not None and mask.ndim == 2 else None
+        around = AttentionInputs(over_heads(mask), context, over_heads(context_mask), real=real)
+        return self.stack(x, around, causal=causal, layers=layers, train=train)
 
-    def stack(self, x, around, *, caches=None, causal=False, cross=None, train=False, norm=True):
+    def stack(self, x, around, *, caches=None, causal=False, layers=(), train=False, norm=True):
         """Like `encode`, with the additional inputs of a decoder.
 
         Args:
-          x, causal, train: as for `encode`.
+          x, causal, layers, train: as for `encode`.
           around: `AttentionInputs`.
           caches: result of `new_caches` or of the last call, or None.
-          cross: place of cross-attention in blocks, see `Block`; None for no cross-attention.
           norm: whether the final norm follows.
 
         Returns:
-          [B, L, D], and the caches, one `Cache` a block, or None.
+          `Stacked`.
         """
         policy = choose(REMAT, self.remat, "remat")
+        if self.cross not in (None, "inside", "after"):
+            raise UserError(f"cross is `{self.cross}`; expected one of: inside, after, None")
+        chosen = [_number(layer, self.depth) for layer in layers]
         x = split_batch(nn.Dropout(self.dropout)(x.astype(self.dtype), deterministic=not train))
+        if self.is_initializing() and self.cross and around.context is None:
+            around = around._replace(context=jnp.zeros((len(x), 1, self.context_width or self.width), self.dtype))
         if self.relative_buckets:
             sizes = (self.relative_buckets, self.relative_distance, self.relative_two_way)
             keys = jnp.arange(x.shape[1] if caches is None else room(caches))
@@ -255,46 +266,28 @@ class Encoder(nn.Module, kw_only=True):
         block = Block
         if self.remat != "none":
             block = nn.remat(block, prevent_cse=not self.scan, policy=policy)
-        new_block = functools.partial(
-            block,
-            heads=self.heads,
-            mlp_dim=self.mlp_dim or 4 * self.width,
-            head_dim=self.head_dim,
-            activation=self.activation,
-            gated=self.gated,
-            norm=self.norm,
-            norm_eps=self.norm_eps,
-            norm_bias=self.norm_bias,
-            post_norm=self.post_norm,
-            attn_bias=self.attn_bias,
-            attn_scale=self.attn_scale,
-            mlp_bias=self.mlp_bias,
-            causal=causal,
-            cross=cross,
-            layer_scale=self.layer_scale,
-            dropout=self.dropout,
-            drop_path=self.drop_path,
-            depth=self.depth,
-            implementation=self.implementation,
-            dtype=self.dtype,
-            train=train,
-        )
+        fields = dict(shared(self), depth=self.depth, causal=causal, train=train, keep=bool(chosen))
         if self.scan:
             scanned = nn.scan(
-                new_block.func,
+                block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, 0, nn.broadcast if caches is None else 0),
                 length=self.depth,
             )
-            x, caches = scanned(**new_block.keywords, name="blocks")(x, around, jnp.arange(self.depth), caches)
+            x, (caches, statistics, kept) = scanned(**fields, name="blocks")(x, around, jnp.arange(self.depth), caches)
+            statistics = jax.tree.map(lambda rows: jnp.moveaxis(rows, 0, 1), statistics)
         else:
-            kept = []
+            results = []
             for i in range(self.depth):
-                x, cache = new_block(name=f"blocks_{i}")(x, around, i, None if caches is None else caches[i])
-                kept.append(cache)
-            caches = None if caches is None else kept
-        return self.new_norm("norm")(x) if norm and not self.post_norm else x, caches
+                cache = None if caches is None else caches[i]
+                x, result = block(**fields, name=f"blocks_{i}")(x, around, i, cache)
+                results.append(result)
+            own, statistics, kept = zip(*results, strict=True)
+            caches = None if caches is None else list(own)
+            statistics = jax.tree.map(lambda *rows: jnp.stack(rows, 1), *statistics)
+        aux = dict(statistics, layers=tuple(kept[i] for i in chosen)) if chosen else dict(statistics)
+        return Stacked(self.new_norm("norm")(x) if norm and not self.post_norm else x, caches, aux)
 
     def new_caches(self, batch, length):
         """Returns empty caches for `stack`: a list of `Cache`, or, with scan, one `Cache` with a leading layer axis."""
@@ -308,7 +301,7 @@ class Encoder(nn.Module, kw_only=True):
         """Pools and projects encoded tokens; called from the compact method of a tower.
 
         Args:
-          tokens: [B, L, D], result of `encode`.
+          tokens: [B, L, D] of the result of `encode`.
           mask: bool [B, L], the mask given to `encode`, or None.
           pool_mask: bool [B, L], False for tokens left out of the pool, or None.
           position: int [B], index of the token for the pools "eos" and "argmax".
@@ -321,20 +314,7 @@ class Encoder(nn.Module, kw_only=True):
                 raise UserError('pool "none" gives no vector for a head; leave out_dim and rep_dim unset')
             return Encoded(None, tokens, mask)
         if self.pool == "map":
-            x = MapPool(
-                heads=self.heads,
-                mlp_dim=self.mlp_dim or 4 * self.width,
-                head_dim=self.head_dim,
-                activation=self.activation,
-                gated=self.gated,
-                norm=self.norm,
-                norm_eps=self.norm_eps,
-                attn_bias=self.attn_bias,
-                mlp_bias=self.mlp_bias,
-                implementation=self.implementation,
-                dtype=self.dtype,
-                name="map_pool",
-            )(tokens, pool_mask)
+            x = MapPool(**shared(self), name="map_pool")(tokens, pool_mask)
         else:
             x = pool(self.pool, tokens, pool_mask, position)
         if self.rep_dim:
@@ -344,3 +324,10 @@ class Encoder(nn.Module, kw_only=True):
         if self.pool == "all":
             x = pool("all", x, pool_mask)  # heads' biases make left-out tokens nonzero
         return Encoded(x, tokens, mask)
+
+
+def _number(layer, depth):
+    """Returns a block's number from 0."""
+    if not -depth <= layer < depth:
+        raise UserError(f"layers asks for block {layer} of {depth}; expected 0 to {depth - 1}, or {-depth} to -1")
+    return layer % depth

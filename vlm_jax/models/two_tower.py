@@ -32,8 +32,8 @@ class Embeddings:
 
 
 def unit(x, eps=1e-8):
-    """Returns x / (|x| + eps) over the last axis, in fp32; value and gradient at zero are zero."""
-    x = x.astype(jnp.float32)
+    """Returns x / (|x| + eps) over the last axis, at least in fp32; value and gradient at zero are zero."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     norm = jnp.sqrt(jnp.where(square == 0, 1.0, square))
     return x / (jnp.where(square == 0, 0.0, norm) + eps)
@@ -67,6 +67,7 @@ class TwoTower(nn.Module):
     text: nn.Module | None
     scale_init: float = 10.0
     bias_init: float | None = None
+    can: ClassVar = frozenset({"embed"})
 
     outputs: ClassVar = EMBEDDINGS
 

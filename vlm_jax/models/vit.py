@@ -47,13 +47,14 @@ class ViT(Encoder, kw_only=True):
     pre_norm: bool = False
 
     @nn.compact
-    def __call__(self, images, *, train=False):
+    def __call__(self, images, *, context=None, context_mask=None, layers=(), train=False):
         """Encodes images.
 
         Args:
           images: floating [B, H, W, 3], already normalised; H and W at least `patch`. Or packed patches of pictures of
             different sizes (NaFlex: Tschannen et al. 2025, section 2.4.2), dict(patches=floating
             [B, N, patch * patch * 3], grid=integers [B, 2]): row by row; the first grid.prod() patches count.
+          context, context_mask, layers: see `Encoder.encode`.
           train: whether dropout and drop path are active.
 
         Returns:
@@ -82,14 +83,15 @@ class ViT(Encoder, kw_only=True):
             x = jnp.concatenate([*(jnp.broadcast_to(t, (x.shape[0], *t.shape[1:])) for t in first), x], axis=1)
         if self.pre_norm:
             x = self.new_norm("pre_norm")(x)
-        x = self.encode(x, mask=mask, train=train)
-        return self.summarise(x, mask=mask, pool_mask=mask)
+        options = dict(context=context, context_mask=context_mask, layers=layers, train=train)
+        x, _, aux = self.encode(x, mask=mask, **options)
+        return self.summarise(x, mask=mask, pool_mask=mask).replace(aux=aux)
 
     def _positions(self, h, w, covers_cls):
         if self.posemb == "learned":
             return self._table(h * w + covers_cls, (h, w))
         if self.posemb == "sincos2d":
-            return positions.sincos2d(h, w, self.width)
+            return positions.sincos2d(h, w, self.width, dtype=jnp.promote_types(self.dtype, jnp.float32))
         if self.posemb == "none":
             return jnp.zeros((1, h * w, self.width))
         raise UserError(f"posemb is `{self.posemb}`; expected one of: learned, sincos2d, none")

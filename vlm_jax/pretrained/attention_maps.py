@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.errors import UserError
-from vlm_jax.models.coca import QueryPool
+from vlm_jax.models.coca import CoCa, QueryPool
 from vlm_jax.models.layers import Attention
 from vlm_jax.models.transformer import Block
+from vlm_jax.models.vit import ViT
 from vlm_jax.pretrained import Pretrained
 
 
@@ -55,7 +56,7 @@ def attention_batch(pretrained: Pretrained, images: Any) -> np.ndarray:
 
 def has_patches(pretrained: Pretrained) -> bool:
     """Whether the model has an image tower with patches, a ViT."""
-    return hasattr(getattr(pretrained.model, "image", None), "patch")
+    return isinstance(getattr(pretrained.model, "image", None), ViT)
 
 
 def seen(pretrained: Pretrained, images: Sequence) -> np.ndarray:
@@ -112,7 +113,7 @@ def patch_embeddings(pretrained: Pretrained, images: Sequence) -> np.ndarray:
     grid = _grid(pretrained, pictures)
     if pretrained.model.image.pool == "all":
         return pretrained.embed_image_batch(pictures).reshape(len(images), *grid, -1)
-    if not hasattr(pretrained.model, "pool") and pretrained.model.image.pool == "none":
+    if not isinstance(pretrained.model, CoCa) and pretrained.model.image.pool == "none":
         raise UserError('the image tower has pool "none": no layer takes its patches into the space of the texts')
     return pretrained._run(partial(_patch_embeddings, grid=grid), pictures)
 
@@ -142,7 +143,7 @@ def _watched(model: nn.Module, params: Any, images: Any, look: Callable) -> Any:
         return look(call, args, kwargs, context.module, context.method_name)
 
     with nn.intercept_methods(watch):
-        if hasattr(model, "text"):
+        if "embed" in model.can:
             return model.apply({"params": params}, images, None)
         return model.apply({"params": params}, images, method="encode")
 
@@ -172,10 +173,9 @@ def _attention(model: nn.Module, params: Any, images: Any, grid: tuple[int, int]
             if path in (("image", "map_pool", "attn"), ("pool", "attn")):
                 pooled.append(projected["weights"][:, :, 0].mean(axis=1))
         elif isinstance(module, Block) and method == "__call__" and path[0] == "image" and not has_pool:
-            blocks.append(reduced(projected["weights"]))
-            return result[0], blocks[-1]  # in place of a cache: a scan stacks the outputs of blocks
-        elif method == "stack" and path == ("image",) and tower.scan and not has_pool:
-            blocks[:] = result[1]
+            return result[0], result[1]._replace(statistics={"attention": reduced(projected["weights"])})
+        elif method == "stack" and path == ("image",) and not has_pool:
+            blocks[:] = jnp.moveaxis(result.aux["attention"], 1, 0)
         return result
 
     _watched(model, params, images, look)

@@ -23,11 +23,20 @@ def embed(model: nn.Module, params: Any, images: jax.Array | None, token_ids: ja
 @partial(jax.jit, static_argnames="model")
 def features(model: nn.Module, params: Any, images: jax.Array) -> jax.Array:
     """Returns the mean of the image tower's tokens before any head, fp32 [B, D]."""
-    if hasattr(model, "decoder") and not hasattr(model, "text"):
+    if "embed" not in model.can:
         tokens, mask = model.apply({"params": params}, images, method="encode")
     else:
         tokens, mask = model.apply({"params": params}, images, None).image_tokens, None
     return pooling.pool("mean", tokens.astype(jnp.float32), mask)
+
+
+@partial(jax.jit, static_argnames=("model", "side", "layers"))
+def features_of_layers(model: nn.Module, params: Any, inputs: Any, side: str, layers: tuple[int, ...]) -> tuple:
+    """Returns the outputs of chosen blocks of a tower, "image" or "text", fp32 [B, L, D] each."""
+    run = lambda model, inputs: getattr(model, side)(inputs, layers=layers)
+    result = model.apply({"params": params}, inputs, method=run)
+    encoded = result if isinstance(result, pooling.Encoded) else result[0]  # CoCa's text tower: (Decoded, cls)
+    return tuple(tokens.astype(jnp.float32) for tokens in encoded.aux["layers"])
 
 
 pair_logits = jax.jit(insertion.class_logits, static_argnames="model")

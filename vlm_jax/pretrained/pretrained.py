@@ -21,8 +21,9 @@ from vlm_jax.data.source import BadExample
 from vlm_jax.errors import UserError
 from vlm_jax.models import generate, insertion
 from vlm_jax.models.generate import log_likelihood, log_likelihoods
+from vlm_jax.models.transformer import Encoder
 from vlm_jax.params import sharding
-from vlm_jax.pretrained.embedding import class_embeddings, embed, features, pair_logits, prompts_of
+from vlm_jax.pretrained.embedding import class_embeddings, embed, features, features_of_layers, pair_logits, prompts_of
 from vlm_jax.pretrained.similarity import similarity
 
 
@@ -60,7 +61,7 @@ class Pretrained:
     @property
     def is_captioner(self) -> bool:
         """Whether texts are scored by likelihood, because the model has no text embedding."""
-        return hasattr(self.model, "decoder") and not hasattr(self.model, "text")
+        return "embed" not in self.model.can
 
     @property
     def compares_pairs(self) -> bool:
@@ -70,7 +71,7 @@ class Pretrained:
     @property
     def reads_texts(self) -> bool:
         """Whether the model writes texts from texts."""
-        return hasattr(self.model, "decoder") and not hasattr(self.model, "image")
+        return "write" in self.model.can
 
     def embed_images(self, images: Sequence) -> np.ndarray:
         """Pictures (PIL images, paths, encoded bytes, uint8 arrays [H, W, 3]) -> unit-norm float32 [n, D].
@@ -81,10 +82,8 @@ class Pretrained:
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> unit-norm float32 [n, D], or with pool "all" [n, L, D], zeros for padding."""
-        self._need("text")
-        if insertion.is_conditional(self.model):
-            raise UserError("texts of this model depend on the picture, by its Meta-Net; use classify or class_logits")
-        return self._run(lambda model, params, token_ids: embed(model, params, None, token_ids), self._token_ids(texts))
+        token_ids = self._texts(texts)
+        return self._run(lambda model, params, token_ids: embed(model, params, None, token_ids), token_ids)
 
     def embed_image_batch(self, images: Any) -> np.ndarray:
         """Preprocessed images, float [B, H, W, 3] (or packed patches, see `models.ViT`) -> unit-norm float32 [B, D]."""
@@ -92,6 +91,31 @@ class Pretrained:
         if self.is_captioner:
             raise UserError("a captioner embeds no pictures; its image tower's output is `image_features`")
         return self._run(lambda model, params, images: embed(model, params, images, None), images)
+
+    def features(
+        self, images: Sequence | None = None, *, texts: Sequence[str] | None = None, layers: Sequence[int] = (-1,)
+    ) -> list[np.ndarray]:
+        """Returns the tokens of chosen layers, one array for each layer, float32 [n, L, D].
+
+        The tokens are the outputs of a tower's blocks, before the final norm, the pool and the head. A cls token comes
+        first, then registers, then patches; in a CoCa's text tower it comes last. Tokens of padding are not left out.
+
+        Args:
+          images: pictures as for `embed_images`; or
+          texts: n texts.
+          layers: numbers of blocks, from 0; negative ones count from the end. A stack with `scan` holds the outputs of
+            all blocks while it runs; `batch_size` limits the memory.
+        """
+        if (images is None) == (texts is None):
+            raise UserError("features takes pictures or texts: features(images, ...) or features(texts=texts, ...)")
+        side = "image" if texts is None else "text"
+        if np.ndim(layers) != 1 or not len(layers):
+            raise UserError(f"layers should be numbers of blocks, such as [3, -1]; got {layers}")
+        rows = self._pictures(images) if texts is None else self._texts(texts)
+        if not isinstance(tower := getattr(self.model, side), Encoder):
+            raise UserError(f"the {side} tower, a {type(tower).__name__}, has no blocks of a transformer")
+        run = lambda *args: features_of_layers(*args, side=side, layers=tuple(layers))
+        return list(self._run(run, rows))
 
     def image_features(self, images: Sequence) -> np.ndarray:
         """Pictures -> the mean of the image tower's tokens, before any head, float32 [n, D]: for probes."""
@@ -277,6 +301,13 @@ class Pretrained:
         read = lambda image: Path(image).read_bytes() if isinstance(image, str | os.PathLike) else image
         return self._prepare("image", self.preprocess, [{"image": read(image)} for image in _as_list(images)], "image")
 
+    def _texts(self, texts: Sequence[str]) -> np.ndarray:
+        """int32 [n, L], the text tower's input."""
+        self._need("text")
+        if insertion.is_conditional(self.model):
+            raise UserError("texts of this model depend on the picture, by its Meta-Net; use classify or class_logits")
+        return self._token_ids(texts)
+
     def _token_ids(self, texts: Sequence[str]) -> np.ndarray:
         """int32 [n, L]."""
         return self._prepare("text", self.tokenize, [{"text": text} for text in _as_list(texts)], "token_ids")
@@ -304,8 +335,8 @@ class Pretrained:
         if getattr(self.model, modality, None) is None:
             raise UserError(f"this model has no {modality}{'' if modality == 'decoder' else ' tower'}")
 
-    def _run(self, fn: Callable, rows: Any) -> np.ndarray:
-        """fn(model, params, batch) -> [b, ...] over a tree of arrays [n, ...], some rows at a time -> [n, ...]."""
+    def _run(self, fn: Callable, rows: Any) -> Any:
+        """fn(model, params, batch) -> tree of [b, ...] over a tree of [n, ...], some rows at a time -> [n, ...]."""
         count = len(jax.tree.leaves(rows)[0])
         size = min(self.batch_size, 1 << (count - 1).bit_length())  # few shapes, so few programs to compile
         if self.mesh is not None:
@@ -317,8 +348,8 @@ class Pretrained:
             batch = jax.tree.map(jnp.asarray if self.mesh is None else self._spread, padded)
             with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):  # for the kernels
                 result = fn(self.model, self.params, batch)
-            results.append(np.asarray(self._gather(result)))
-        return np.concatenate(results)[:count]
+            results.append(jax.tree.map(lambda rows: np.asarray(self._gather(rows)), result))
+        return jax.tree.map(lambda *chunks: np.concatenate(chunks)[:count], *results)
 
     def _spread(self, batch: np.ndarray) -> jax.Array:
         place = sharding.batch_sharding(self.mesh)

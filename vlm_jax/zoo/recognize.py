@@ -107,7 +107,7 @@ def param_shapes(section: Mapping[str, Any], positions: int | None = None) -> di
     """
     model = models.build(section)
     image = text = None
-    if not hasattr(model, "image"):  # a text-to-text model
+    if "write" in model.can:
         image = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     elif model.image is not None:
         patch, size = getattr(model.image, "patch", 32), getattr(model.image, "image_size", None)

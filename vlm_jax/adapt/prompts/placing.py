@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.errors import UserError
+from vlm_jax.models.transformer import Encoder
 
 
 def widths(model: Any) -> tuple[int, int]:
     """Returns the widths of the text tower and the image tower; raises a UserError unless both are transformers."""
     for tower in ("text", "image"):
-        if not hasattr(getattr(model, tower, None), "depth"):
+        if not isinstance(getattr(model, tower, None), Encoder):
             raise UserError(f"maple and upt put prompts into two transformers; this model's {tower} tower is none")
     return model.text.width, model.image.width
 

@@ -76,11 +76,13 @@ def explain(q, k, v, *, bias=None, mask=None, causal=False, scale=None, implemen
 
     With implementation=None the platform decides, at trace time: the platform of the ambient mesh's devices
     (`jax.set_mesh`; a program compiled ahead of time for a TPU thus holds the kernel), else `jax.default_backend()`. On
-    a TPU the choice is `tpu` if `tpu` supports the arguments. In all other cases the choice is `xla`; `cudnn` and `gpu`
-    (not yet timed on a GPU) run only by name.
+    a TPU the choice is `tpu` if `tpu` supports the arguments. For float64 the choice is `reference`. In all other cases
+    the choice is `xla`; `cudnn` and `gpu` (not yet timed on a GPU) run only by name.
     """
     del causal, scale
     _check(q, k, v, bias, mask)
+    if implementation is None and q.dtype == jnp.float64:
+        return Choice("reference", "dtype is float64; the softmax of the others is fp32")
     if implementation is None:
         device = jax.sharding.get_abstract_mesh().abstract_device
         platform, where = (device.platform, "the mesh's") if device else (jax.default_backend(), "the default")

@@ -9,11 +9,11 @@ the weights are exp(HIDDEN - HIDDEN) / Lk = 1 / Lk for any bias, and the row's q
 
 
 def reference(q, k, v, *, bias, mask, causal, scale):
-    """softmax(scale q k^T + bias) v (Vaswani et al. 2017, equation 1); logits and softmax in fp32.
+    """softmax(scale q k^T + bias) v (Vaswani et al. 2017, equation 1); logits and softmax at least in fp32.
 
     Memory: the logits, the weights and the mask, [B, H, Lq, Lk] each.
     """
-    logits = scale * jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+    logits = scale * jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
     if bias is not None:
         logits = logits + bias
     if mask is not None:
