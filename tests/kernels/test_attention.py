@@ -38,7 +38,7 @@ def test_explain():
     x = struct()
     assert kernels.explain(x, x, x) == ("xla", "the default platform is cpu")
     assert kernels.explain(x, x, x, implementation="reference") == ("reference", "asked for by name")
-    exact = struct(dtype=np.float64)
+    exact = struct(dtype="float64")
     assert kernels.explain(exact, exact, exact).implementation == "reference"
 
 
