@@ -3,19 +3,26 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import vlm_jax
-from tests.support.few_shot import DEPTH, NAMES, D, few_shot_task, params_with, tuned
+from tests.support.few_shot import DEPTH, NAMES, D, clip_like, few_shot_task, params_with, pictures, tuned
+from tests.support.models import SIZES, initial
 from vlm_jax import models
 from vlm_jax.adapt.files import save_adapter
 from vlm_jax.adapt.methods import fit
 from vlm_jax.adapt.prompts.maple import Coupled
 from vlm_jax.adapt.prompts.upt import Unified
-from vlm_jax.adapt.recipe import Inserted, Masked
+from vlm_jax.adapt.recipe import Extended, Inserted, Masked
+from vlm_jax.adapt.tune import tune
+from vlm_jax.data import tokenizers
 from vlm_jax.errors import UserError
 from vlm_jax.models import insertion
+from vlm_jax.objectives import Term
+from vlm_jax.pretrained import Pretrained
 
 EVERYTHING = ((".*", True),)
 
@@ -69,3 +76,37 @@ def test_what_is_wrong_is_named(base, pictures, tmp_path):
     conv = models.build(dict(image=dict(type="efficientnet", variant="lite0"), text=None))
     with pytest.raises(UserError, match="put prompts into two transformers; this model's text tower is none"):
         Coupled().insertions(conv, 0)
+
+
+def test_a_captioner_adapts():
+    """By the log-likelihood of each name, as it classifies."""
+    tokenizer, tokenize = tokenizers.build("emoji"), "lower | tokenize(8, bos=False)"
+    decoder = dict(SIZES, vocab_size=tokenizer.vocab_size, length=8)
+    model = models.build(dict(name="captioner", image=dict(SIZES, patch=8), decoder=decoder))
+    images, labels = pictures()
+    images = images.repeat(2, axis=1).repeat(2, axis=2)
+    base = Pretrained(
+        model, initial(model, images[:1], np.zeros((1, 8), int)), tokenizer, "decode | resize(16) | normalize", tokenize
+    )
+    adapted = tune(base, Masked("head"), images, labels, NAMES, steps=30, batch_size=6, learning_rate=3e-2)
+    share = lambda model: np.mean(model.class_logits(images, NAMES).argmax(1) == labels)
+    assert share(adapted) > max(share(base), 0.6)
+
+
+def test_augmentation_and_pool():
+    """Augmentation that is the model's own preprocessing changes nothing; a term sees the pool's pictures."""
+    base, seen = clip_like(scan=True), []
+    images, labels = pictures()
+    raw = [Image.fromarray(np.uint8(np.clip(127 + 40 * image, 0, 255))) for image in images]
+    options = dict(steps=2, batch_size=4, learning_rate=1e-2)
+    once = tune(base, Masked("bias"), raw, labels, NAMES, **options)
+    again = tune(base, Masked("bias"), raw, labels, NAMES, augment=base.preprocess, **options)
+    jax.tree.map(np.testing.assert_array_equal, again.params, once.params)
+    brightness = lambda outputs, ctx: jnp.mean(outputs["image"], (1, 2, 3))
+    collect = lambda outputs, features, rows, ctx: (
+        jax.debug.callback(seen.append, features) or 0.0 * jnp.sum(features),
+        {},
+    )
+    recipe = Extended(Masked("bias"), (Term("pool", brightness, collect, on="pool"),))
+    tune(base, recipe, images, labels, NAMES, pool=np.full((9, 8, 8, 3), 0.25, np.float32), **options)
+    np.testing.assert_allclose(seen[-1], np.full(4, 0.25))

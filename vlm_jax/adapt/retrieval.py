@@ -195,7 +195,7 @@ def alignment(images, texts, refined_images, refined_texts, scale, targets):
     positives, nce = targets[:, None] == targets, softmax().plain
     pairs = (refined_images, refined_texts), (refined_images, texts), (images, refined_texts)
     all_logits = (scale * jnp.matmul(x, y.T, precision="highest") for x, y in pairs)
-    return sum(nce(logits, logits, positives) for logits in all_logits)
+    return sum(nce(logits, logits, positives, positives) for logits in all_logits)
 
 
 @functools.partial(jax.jit, static_argnums=0)

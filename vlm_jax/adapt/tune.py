@@ -213,12 +213,17 @@ class _Tuning(NamedTuple):
         return Term("classes", features, of_embeddings)
 
 
-@partial(jax.jit, static_argnums=0)
 def _begin(tuning, own, leaves, frozen, batch):
-    view, rng = Adapted(tuning.model, tuning.recipe, leaves), jax.random.key(0)
-    params, memory = objectives.make(tuning.objective(batch["classes"]), view, own, batch, rng, frozen)
-    tx, _ = tuning.optimizer(params, 1.0)
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), None, memory)
+    params, memory = own, None
+    if getattr(tuning.recipe, "terms", ()):
+        params, memory = _make(tuning, own, leaves, frozen, batch)
+    return TrainState(jnp.zeros((), jnp.int32), params, tuning.optimizer(params, 1.0)[0].init(params), None, memory)
+
+
+@partial(jax.jit, static_argnums=0)
+def _make(tuning, own, leaves, frozen, batch):
+    view = Adapted(tuning.model, tuning.recipe, leaves)
+    return objectives.make(tuning.objective(batch["classes"]), view, own, batch, jax.random.key(0), frozen)
 
 
 @partial(jax.jit, static_argnums=0)
