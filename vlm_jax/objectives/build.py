@@ -24,7 +24,7 @@ def build(
       terms: {name: options of the term}; the term is the option `name`, which defaults to the name here. Besides the
         term's own options:
         weight: a number (1.0), or dict(value=2.0, begin="80%", end="100%", **schedule): see `schedules.window`.
-        on: the row set; defaults to the term's own.
+        on: the row set; defaults to the term's own. Of a term with selections: the set that these read.
         reaches: regex of the parameters that the term's gradient may move; defaults to all.
       selections: {row set: options}; the method, of the family "selections", is the option `name`, which defaults to
         the name here. `on` is the row set that the selection reads.
@@ -65,8 +65,12 @@ def _build(*, terms, model, steps, tokenizer, load, selections=None, teachers=No
         part = catalogue.build("terms", options, where, model=model)
         found = (part,) if isinstance(part, Term) else part.terms
         if not isinstance(part, Term):
-            made += part.selections
+            inner = {selection.name for selection in part.selections}
+            moved = lambda user, on=on, inner=inner: user if user.on in inner else dataclasses.replace(user, on=on)
+            made += part.selections if on is None else map(moved, part.selections)
+            found = found if on is None else tuple(map(moved, found))
             known |= part.teachers
+            on = None
         if weight is not None:
             weight = weights.setdefault(repr(weight), schedules.window(weight, steps, f"{where}.weight"))
         if on is not None and any(len(term.sets) > 1 for term in found):

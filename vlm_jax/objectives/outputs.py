@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import flax
 import flax.linen as nn
 import jax
 
@@ -65,6 +66,7 @@ class Outputs:
         self._rng, self._teachers, self._made = rng, teachers or {}, made
         self._memo, self._taught = {}, {}
         self._user, self._scope, self._calls = "", "", collections.Counter()
+        self._owner = "the model"
 
     def __getitem__(self, name: str) -> Any:
         if name in self.rows:
@@ -73,8 +75,8 @@ class Outputs:
             declared = getattr(self.model, "outputs", {})
             if name not in declared:
                 raise UserError(
-                    f"{WHERE}: `{self._user}` needs `{name}`, which neither the batch nor the model has; the batch "
-                    f"has: {', '.join(self.rows) or 'nothing here'}; the model: {', '.join(declared) or 'nothing'}"
+                    f"{WHERE}: `{self._user}` needs `{name}`, which neither the batch nor {self._owner} has; the batch "
+                    f"has: {', '.join(self.rows) or 'nothing here'}; {self._owner}: {', '.join(declared) or 'nothing'}"
                 )
             self._memo[name] = declared[name](self.of(name))
         return self._memo[name]
@@ -87,7 +89,13 @@ class Outputs:
         if self.train and self._rng is not None:
             self._calls[method] += 1
             rngs = {"dropout": fold(self._rng, f"{self._scope} {method} {self._calls[method]}")}
-        return self.model.apply({"params": of_model(self.params)}, *args, method=method, rngs=rngs, **options)
+        try:
+            return self.model.apply({"params": of_model(self.params)}, *args, method=method, rngs=rngs, **options)
+        except (flax.errors.FlaxError, TypeError, ValueError) as error:
+            if self._owner == "the model":
+                raise
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{WHERE}: {self._owner} cannot read these rows, see `inputs`: {reason}") from error
 
     def part(self, name: str, module: nn.Module, *args: Any, **options: Any) -> Any:
         """Calls a module of the term's own; without parameters of that name yet, makes them from these inputs."""
@@ -111,7 +119,7 @@ class Outputs:
             rows = {**self.rows, **{key: self.rows[row] for key, row in inputs.items() if row in self.rows}}
             params = jax.lax.stop_gradient(params)
             self._taught[name] = Outputs(model, params, rows, keys=self.keys, made=self._made)
-            self._taught[name]._rng = self._rng
+            self._taught[name]._rng, self._taught[name]._owner = self._rng, f"the teacher `{name}`"
         return self._taught[name].of(self._scope)
 
     def of(self, scope: str) -> "Outputs":

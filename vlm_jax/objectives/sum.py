@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vlm_jax.errors import UserError
 from vlm_jax.objectives.outputs import Outputs, Taught, fold
-from vlm_jax.objectives.term import Context, Feature, Objective, Row, Selection, Term, row_sets
+from vlm_jax.objectives.term import WHERE, Context, Feature, Objective, Row, Selection, Term, row_sets
 
 
 def value(
@@ -45,6 +46,7 @@ class Sum:
         self.objective, self.model, self.rng, self.step, self.train = objective, model, rng, step, train
         self.state, self.frozen, self.made = state or {}, frozen or {}, made
         self.sources = row_sets(batch)
+        _check_sets(objective, self.sources)
         self.weights = {t.name: t.weight(step) if callable(t.weight) else t.weight for t in objective.terms}
 
     def total(self, values: Mapping[str, jax.Array]) -> jax.Array:
@@ -63,7 +65,7 @@ class Sum:
             features[name] = encode(name, features, rows)
             for selection in self.objective.selections:
                 if selection.on == name:
-                    rows[selection.name] = self._select(selection, features[name][selection.name], rows[name])
+                    rows[selection.name] = self._select(selection, features[name][selection.name], rows)
         return features, rows
 
     def encode_whole(self, params, name, features, rows) -> dict:
@@ -121,12 +123,17 @@ class Sum:
     def _loss(self, term, outputs, features, rows):
         outputs = outputs if self._always(self.objective.schedules_of(term)) else outputs.fork()
         given = {name: features[name][term.name] for name in term.sets}
+        rows = {name: self._arrays(name, rows) for name in term.sets}
         return term.loss(outputs.of(term.name), term.seen(given), term.seen(rows), self._context(term))
 
     def _select(self, selection: Selection, features, rows) -> dict:
         """Returns the rows that a selection makes; no gradient flows to them but through `Feature`."""
         groups, context = selection.groups, self._context(selection)
-        features, rows = jax.lax.stop_gradient((features, {k: v for k, v in rows.items() if not _is_look_up(v)}))
+        features, rows = jax.lax.stop_gradient((features, self._arrays(selection.on, rows)))
+        if size(rows) % groups:
+            raise UserError(
+                f"{WHERE}: the selection `{selection.name}` has {groups} groups, which do not divide {size(rows)} rows"
+            )
 
         def run():
             if groups == 1:
@@ -139,6 +146,11 @@ class Sum:
 
         return jax.lax.stop_gradient(self._when(self.objective.schedules_of(selection), run, 0))
 
+    def _arrays(self, name, rows):
+        """Returns the rows of a set without look-ups: those of rows are resolved, those of features left out."""
+        part = {key: entry for key, entry in rows[name].items() if not isinstance(entry, Feature)}
+        return self._resolved(name, part, {}, rows)
+
     def _resolved(self, name, part, before, rows):
         """Returns rows whose look-ups are replaced by what they name."""
         selection = self.objective.made.get(name)
@@ -146,9 +158,15 @@ class Sum:
             return part
 
         def one(entry):
-            if not _is_look_up(entry):
+            if not isinstance(entry, Row | Feature):
                 return entry
-            source = before if isinstance(entry, Feature) else rows[selection.on]
+            source = before if isinstance(entry, Feature) else self._arrays(selection.on, rows)
+            if entry.key not in source:
+                kind = "features" if isinstance(entry, Feature) else f"rows of `{selection.on}`"
+                raise UserError(
+                    f"{WHERE}: the selection `{name}` looks up `{entry.key}`, which its {kind} lack; they have: "
+                    f"{', '.join(source) or 'nothing'}"
+                )
             return jax.tree.map(lambda x: _grouped(x, entry.index, selection.groups), source[entry.key])
 
         return {key: one(entry) for key, entry in part.items()}
@@ -185,13 +203,20 @@ class Sum:
         return jax.lax.cond(self._on(schedules), run, lambda: jax.tree.map(fill, otherwise, shapes))
 
 
-def _is_look_up(entry: Any) -> bool:
-    return isinstance(entry, Row | Feature)
+def _check_sets(objective: Objective, sources: Mapping[str, Any]) -> None:
+    known = [*sources, *objective.made]
+    for user in objective.users:
+        for name in user.sets:
+            if name not in known:
+                raise UserError(
+                    f"{WHERE}: `{user.name}` reads the row set `{name}`, which neither the batch has nor a selection "
+                    f"makes; there are: {', '.join(known)}"
+                )
 
 
 def _grouped(x: jax.Array, index: jax.Array, groups: int) -> jax.Array:
     """Returns x[index], where each part of the index is of rows of its own group."""
     if groups == 1:
-        return x[index]
-    parts = jax.vmap(lambda x, i: x[i])(x.reshape(groups, -1, *x.shape[1:]), index.reshape(groups, -1))
+        return jnp.asarray(x)[index]
+    parts = jax.vmap(lambda x, i: x[i])(jnp.asarray(x).reshape(groups, -1, *x.shape[1:]), index.reshape(groups, -1))
     return parts.reshape(-1, *x.shape[1:])

@@ -172,6 +172,11 @@ class Objective:
         for name in names:
             if names.count(name) > 1:
                 raise UserError(f"{WHERE}: two terms or selections are called `{name}`; rename one")
+        for i, selection in enumerate(self.selections):
+            if selection.on in {later.name for later in self.selections[i:]}:
+                raise UserError(
+                    f"{WHERE}: the selection `{selection.name}` reads `{selection.on}`, which is made later"
+                )
         for term in self.terms:
             if not callable(term.weight) and term.weight == 0:
                 raise UserError(f"{WHERE}: the weight of `{term.name}` is 0 at every step; leave the term out")

@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 
 from vlm_jax.config import flatten
 from vlm_jax.errors import UserError
+from vlm_jax.objectives import of_model
 from vlm_jax.params.table import named_leaves
 from vlm_jax.run import processes
 
@@ -199,7 +200,9 @@ def _reason(error: Exception) -> str:
 
 
 def load_params(workdir: str | os.PathLike, shardings: Callable[[Any], Any] | None = None) -> Any:
-    """Returns the newest checkpoint's parameters (the EMA if the run kept one).
+    """Returns the model's parameters of the newest checkpoint (their EMA if the run kept one).
+
+    Parameters that belong to terms of the objective are left out.
 
     Args:
       workdir: the run's folder.
@@ -231,8 +234,9 @@ def _params(path: Path, shardings: Callable[[Any], Any] | None) -> Any:
         target = jax.tree.map(placed, dict(meta))
         key = "ema" if meta["ema"] else "params"
         if shardings is not None:
-            target[key] = jax.tree.map(placed, target[key], shardings(target[key]))
-        return checkpointer.restore(path, target)[key]
+            model = of_model(target[key])
+            target[key] = target[key] | jax.tree.map(placed, model, shardings(model))
+        return of_model(checkpointer.restore(path, target)[key])
 
 
 def check_same_config(path: Path, settings: Mapping[str, Any]) -> None:

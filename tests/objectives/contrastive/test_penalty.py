@@ -1,35 +1,18 @@
-"""The contrastive objective over blocks and around a ring equals the objective that holds all logits."""
+"""Penalties: over blocks and around a ring as with all logits at hand; focal and margin against loops in fp64."""
 
 from functools import partial
-from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from tests.support import lookup
+from tests.support.lookup import Lookup
 from vlm_jax import objectives
 from vlm_jax.errors import UserError
-from vlm_jax.models import Embeddings
-from vlm_jax.models.two_tower import EMBEDDINGS
 
 SIZE, WIDTH = 48, 16
-
-
-class Lookup(nn.Module):
-    """Embeddings are rows of tables, so that parameters' gradients are the embeddings'."""
-
-    outputs: ClassVar = EMBEDDINGS
-
-    @nn.compact
-    def __call__(self, images, texts, *, train=False):
-        table = lambda name: self.param(name, nn.initializers.zeros, (SIZE, WIDTH))
-        row = lambda name, ids: None if ids is None else table(name)[ids]
-        scale = jnp.exp(self.param("logit_scale", nn.initializers.zeros, ()))
-        bias = self.param("logit_bias", nn.initializers.zeros, ())
-        return Embeddings(row("image", images), row("text", texts), None, None, scale, bias)
 
 
 def params():
@@ -92,3 +75,68 @@ def test_masked_examples_do_not_exist(penalty, targets):
 def test_a_mask_that_the_batch_lacks_is_named():
     with pytest.raises(UserError, match=r"config\.objective\.mask is `valid`, which the batch lacks"):
         run(BATCH, mask="valid")
+
+
+# focal, margin: all logits are at hand
+
+
+SMALL = {"image": IDS[:6], "token_ids": IDS[:6], "concept": np.array([0, 1, 0, 2, 0, 1])}
+
+
+def by_loops(of_row, targets):
+    """The loss of a batch of six: mean over rows and over columns of `of_row(logits, weights)`."""
+    same = SMALL["concept"][:, None] == SMALL["concept"] if targets == "concept" else np.eye(6)
+
+    def loss(params, batch):
+        logits = lookup.logits_of(params, params["image"][:6], params["text"][:6])
+        return [np.mean([of_row(x, w) for x, w in zip(one, same.astype(float), strict=True)]) for one in logits]
+
+    return loss
+
+
+@pytest.mark.parametrize("targets", ["identity", "concept"])
+@pytest.mark.parametrize("gamma", [1.0, 2.0])
+def test_focal(gamma, targets):
+    def of_row(x, w):
+        p = np.exp(x) / np.sum(np.exp(x))
+        return (1 - np.sum(p[w > 0])) ** gamma * -np.sum(w / np.sum(w) * np.log(p))
+
+    with jax.enable_x64(True):
+        params = lookup.tables(size=SIZE, width=WIDTH)
+        got = lookup.differentiate(dict(penalty=dict(name="focal", gamma=gamma), targets=targets), params, SMALL)
+        lookup.check(got, lambda *given: 0.5 * sum(by_loops(of_row, targets)(*given)), params, SMALL)
+
+
+@pytest.mark.parametrize("targets", ["identity", "concept", "cwcl"])
+def test_focal_without_gamma_is_softmax(targets):
+    with jax.enable_x64(True):
+        params = lookup.tables(size=SIZE, width=WIDTH)
+        focal, softmax = (
+            lookup.differentiate(dict(penalty=penalty, targets=targets), params, SMALL)[:3]
+            for penalty in (dict(name="focal", gamma=0), "softmax")
+        )
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-13, atol=1e-15), focal, softmax)
+
+
+def test_focal_of_soft_targets_counts_less_what_is_told_apart():
+    with jax.enable_x64(True):
+        params = lookup.tables(size=SIZE, width=WIDTH)
+        values = [
+            lookup.differentiate(dict(penalty=dict(name="focal", gamma=g), targets="cwcl"), params, SMALL)[0]
+            for g in (0.0, 0.5, 2.0)
+        ]
+        assert values[0] > values[1] > values[2] > 0
+
+
+@pytest.mark.parametrize("targets", ["identity", "concept"])
+@pytest.mark.parametrize("hardest", [True, False])
+def test_margin(hardest, targets):
+    def of_row(x, w):
+        hinges = [max(0.0, 0.7 + x[j] - min(x[w > 0])) for j in range(len(x)) if w[j] == 0]
+        return max(hinges) if hardest else sum(hinges)
+
+    with jax.enable_x64(True):
+        params = lookup.tables(size=SIZE, width=WIDTH)
+        penalty = dict(name="margin", margin=0.7, hardest=hardest)
+        got = lookup.differentiate(dict(penalty=penalty, targets=targets), params, SMALL)
+        lookup.check(got, lambda *given: sum(by_loops(of_row, targets)(*given)), params, SMALL)

@@ -164,7 +164,7 @@ def test_a_mesh_and_accumulation_change_nothing():
     [
         (dict(similarity="token_wise"), 'give image and text pool "all"'),
         (dict(similarity="cosine", pool="all"), 'another pool than "all"'),
-        (dict(similarity="token_wise", pool="all", mask="real"), "mask and implementation need the similarity"),
+        (dict(similarity="token_wise", pool="all", mask="real"), "need the kernels, which support no similarity"),
         (dict(similarity="token_wise", image_pool="all"), 'give both "all"'),
     ],
 )

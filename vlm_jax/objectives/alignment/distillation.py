@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from vlm_jax.catalogue import method
-from vlm_jax.objectives.term import Term
+from vlm_jax.errors import UserError
+from vlm_jax.objectives.term import WHERE, Term
 
 
 @method(
@@ -36,6 +37,11 @@ def feature_distillation(
         taught, found = outputs.teacher(teacher), {}
         for name in of:
             own, want = outputs[name], taught[name]
+            if own.shape[:-1] != want.shape[:-1]:
+                raise UserError(
+                    f"{WHERE}: `{name}` has the shape {own.shape}, the teacher's {want.shape}; only the last dimension "
+                    "may differ"
+                )
             if own.shape[-1] != want.shape[-1]:
                 own = outputs.part(name, nn.Dense(want.shape[-1], param_dtype=own.dtype), own)
             square = jnp.sum(jnp.square(own - want), axis=-1)

@@ -10,6 +10,7 @@ import optax
 
 from vlm_jax import config
 from vlm_jax.catalogue import method
+from vlm_jax.errors import UserError
 from vlm_jax.models.transformer import AttentionInputs, Encoder, over_heads
 from vlm_jax.objectives.contrastive import targets as targets_of
 from vlm_jax.objectives.term import WHERE, Feature, Objective, Row, Selection, Term
@@ -44,11 +45,12 @@ def matching(
 
     3 B pairs: each image with its text, each image with a wrong text, and each text with a wrong image. Wrong ones are
     drawn by the softmax of the similarity that the contrastive loss has. The fusion's parameters belong to the term.
+    An image that all texts match has no wrong one: its pair counts as true.
 
     Args:
       model: linen module with the outputs `image_embedding`, `image_tokens`, `text_embedding`, `text_tokens`, `scale`.
       fusion: fields of `Fusion`, such as dict(width=128, depth=2, heads=4).
-      targets: as for `contrastive`; pairs that match are never drawn as wrong.
+      targets: "identity", or labels as for `contrastive`; pairs that match are never drawn as wrong.
       groups: negatives are mined within so many equal parts of the batch; see `Selection`.
       pad_id: id of padding.
 
@@ -56,6 +58,8 @@ def matching(
     """
     given = {"width": 128, "depth": 1, "heads": 4, "pool": "none", **(fusion or {})}
     fusion, targets = config.call(Fusion, given, f"{WHERE}.fusion"), targets_of.build(targets, f"{WHERE}.targets")
+    if targets.labels is None:
+        raise UserError(f"{WHERE}: matching needs targets that match or do not, such as `identity`, not soft ones")
 
     def seen(outputs, ctx):
         keys = ("image_embedding", "image_tokens", "text_embedding", "text_tokens")
@@ -66,7 +70,7 @@ def matching(
         logits = features["scale"][:, None] * features["image_embedding"] @ features["text_embedding"].T
         of_images, of_texts = targets.of(features, rows, len(logits))
         of_text, of_image = jax.random.split(ctx.rng)
-        hard = lambda rng, logits, matches: jax.random.categorical(rng, jnp.where(matches > 0, -1e9, logits))
+        hard = lambda rng, logits, matches: jax.random.categorical(rng, jnp.where(matches, -1e9, logits))
         i = jnp.arange(len(logits))
         images = jnp.concatenate([i, i, hard(of_image, logits.T, of_texts.T)])
         texts = jnp.concatenate([i, hard(of_text, logits, of_images), i])
@@ -74,7 +78,7 @@ def matching(
             "image_tokens": Feature("image_tokens", images),
             "text_tokens": Feature("text_tokens", texts),
             "token_ids": Row("token_ids", texts),
-            "match": (jnp.arange(3 * len(i)) < len(i)).astype(jnp.int32),
+            "match": of_images[images, texts].astype(jnp.int32),
         }
 
     def features(outputs, ctx):

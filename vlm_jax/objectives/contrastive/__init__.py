@@ -21,6 +21,8 @@ from vlm_jax.objectives.contrastive.similarity import Similarity
 from vlm_jax.objectives.contrastive.targets import Targets
 from vlm_jax.objectives.term import WHERE, Term
 
+_BY_NAME = f"{WHERE}.mask and implementation need the kernels, which support no {{}}"
+
 
 @method(
     family="terms",
@@ -52,8 +54,8 @@ def contrastive(
       implementation: that of `kernels.contrastive`. None holds all logits of a small batch on one device, and otherwise
         one block of logits at a time, see `explain`.
 
-    Metrics: `accuracy_image_to_text` (the share of images with a positive above every negative),
-    `accuracy_text_to_image`, `scale`, and `bias` if the model has a bias.
+    Metrics: `accuracy_image_to_text` (the share of images with a positive above every negative; of soft targets, with
+    a text of the largest weight above all others), `accuracy_text_to_image`, `scale`, and `bias` if the model has one.
     """
     parts = Parts(
         catalogue.build("similarities", similarity, f"{WHERE}.similarity"),
@@ -64,7 +66,9 @@ def contrastive(
         implementation,
     )
     if parts.by_name and (lacks := parts.lacks()):
-        raise UserError(f"{WHERE}.mask and implementation need the kernels, which support no {lacks}")
+        raise UserError(_BY_NAME.format(lacks))
+    if parts.penalty.hard and parts.targets.labels is None:
+        raise UserError(f"{WHERE}.penalty needs targets that match or do not, such as `identity`, not soft ones")
     if parts.similarity.embeddings is None and negatives != "in_batch":
         raise UserError(f"{WHERE}.negatives need a similarity of one vector each, such as `cosine`")
 
@@ -87,7 +91,8 @@ def contrastive(
             of_images, of_texts = _logits(parts, features, candidates, scale, bias)
             matches = _matches(parts, features, rows, of_images, of_texts)
             value = parts.penalty.plain(of_images, of_texts, *matches)
-            accuracies = accuracy(of_images, matches[0] > 0, axis=1), accuracy(of_texts, matches[1] > 0, axis=0)
+            best = [m >= jnp.max(m, axis, keepdims=True) for m, axis in zip(matches, (1, 0), strict=True)]
+            accuracies = accuracy(of_images, best[0], axis=1), accuracy(of_texts, best[1], axis=0)
         else:
             pairs = _pairs(parts, features, candidates, rows, scale, bias)
             value, *results = parts.penalty.of_pairs(pairs)
@@ -129,6 +134,8 @@ class Parts(NamedTuple):
 def explain(parts: Parts, features: Mapping[str, Any], candidates: Candidates | None) -> kernel.Choice:
     """Returns the form of the loss: "plain", which holds all logits, or an implementation of `kernels.contrastive`."""
     lacks = parts.lacks(candidates)
+    if lacks and parts.by_name:
+        raise UserError(_BY_NAME.format(lacks))
     if lacks:
         return kernel.Choice("plain", f"the kernels support no {lacks}")
     if not parts.by_name and jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1:

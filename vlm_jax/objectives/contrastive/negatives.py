@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.catalogue import method
-from vlm_jax.objectives.term import Context
+from vlm_jax.errors import UserError
+from vlm_jax.objectives.term import WHERE, Context
 
 
 class Candidates(NamedTuple):
@@ -94,6 +95,12 @@ def queue(*, size: int = 65_536, teacher: str | None = "momentum") -> Negatives:
         return found if teacher is None else jax.lax.stop_gradient(found)
 
     def candidates(features, state):
+        widths = [features[key].shape[-1] for key in ("key_text", "text")]
+        if widths[0] != widths[1]:
+            raise UserError(
+                f"{WHERE}.negatives: the teacher's embeddings have {widths[0]} dimensions, the model's {widths[1]}; "
+                "take a teacher of the same width"
+            )
         own = jnp.ones(len(features["key_text"]), bool)
         counts = jnp.concatenate([own, state["filled"]])
         with_queue = lambda key: jnp.concatenate([features[key], state[key]])

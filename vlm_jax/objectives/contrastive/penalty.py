@@ -24,11 +24,13 @@ class Penalty(NamedTuple):
       of_pairs: (`Pairs`) -> (scalar, results of images, results of texts); results have `best_positive` and
         `best_negative`. None: the penalty needs all logits.
       one_matrix: whether `of_pairs` needs one matrix of logits for both directions.
+      hard: whether a pair must match or not: a weight between 0 and 1 has no meaning.
     """
 
     plain: Callable
     of_pairs: Callable | None = None
     one_matrix: bool = False
+    hard: bool = False
 
 
 class Pairs(NamedTuple):
@@ -147,7 +149,8 @@ def sigmoid() -> Penalty:
     def of_each(logits, targets):
         if targets.dtype == bool:
             return jax.nn.log_sigmoid(jnp.where(targets, logits, -logits))
-        return targets * jax.nn.log_sigmoid(logits) + (1 - targets) * jax.nn.log_sigmoid(-logits)
+        right = jax.nn.log_sigmoid(jnp.where(targets > 0, logits, 0))  # logits that do not count are -inf
+        return targets * right + (1 - targets) * jax.nn.log_sigmoid(-logits)
 
     def of_pairs(pairs):
         images, texts = pairs.statistics(penalty="sigmoid")
@@ -165,15 +168,16 @@ def sigmoid() -> Penalty:
 def focal(*, gamma: float = 2.0) -> Penalty:
     """The cross-entropies of `softmax`, each times (1 - p)^gamma, where p is the probability of the positives.
 
-    The focal loss (Lin et al. 2017, equation 4) on the softmax over all candidates. With gamma 0: `softmax`.
+    The focal loss (Lin et al. 2017, equation 4) on the softmax over all candidates. Of weights w between 0 and 1,
+    1 - p is sum_j (1 - w_j) p_j. With gamma 0: `softmax`.
     """
 
     def directed(logits, targets, axis):
         target = targets / jnp.sum(targets, axis, keepdims=True, dtype=logits.dtype)
         log_p = jax.nn.log_softmax(logits, axis)
         own = jnp.sum(jnp.where(target == 0, 0, target * log_p), axis)
-        rest = 1 - jnp.sum(jnp.where(target == 0, 0, jnp.exp(log_p)), axis)
-        return -jnp.mean(jnp.maximum(rest, 0) ** gamma * own if gamma else own)
+        rest = jnp.sum((1 - targets.astype(logits.dtype)) * jnp.exp(log_p), axis)
+        return -jnp.mean(rest**gamma * own if gamma else own)
 
     return Penalty(lambda *given: 0.5 * (directed(*given[0::2], axis=1) + directed(*given[1::2], axis=0)))
 
@@ -195,7 +199,7 @@ def margin(*, margin: float = 0.2, hardest: bool = True) -> Penalty:
         hinge = jnp.where(targets > 0, 0, jnp.maximum(0, margin + logits - positive))
         return jnp.mean(jnp.max(hinge, axis) if hardest else jnp.sum(hinge, axis))
 
-    return Penalty(lambda *given: directed(*given[0::2], axis=1) + directed(*given[1::2], axis=0))
+    return Penalty(lambda *given: directed(*given[0::2], axis=1) + directed(*given[1::2], axis=0), hard=True)
 
 
 def _over_pairs(of_each: Callable) -> Callable:

@@ -84,8 +84,8 @@ def labels(*, key: str) -> Targets:
 def cwcl(*, anchor: str = "image_embedding", teacher: str | None = None) -> Targets:
     """w_ij = (1 + cos(p_i, p_j)) / 2 for images -> texts, the identity for texts -> images (CWCL).
 
-    p are the outputs `anchor` of the model, or of a teacher; the paper's come from a locked tower. No gradient flows to
-    them. The softmax divides each row of w by its sum.
+    p are the outputs `anchor`, [B, D], of the model, or of a teacher; the paper's come from a locked tower. No gradient
+    flows to them. The softmax divides each row of w by its sum.
     """
 
     def features(outputs):
@@ -93,7 +93,8 @@ def cwcl(*, anchor: str = "image_embedding", teacher: str | None = None) -> Targ
         return {"anchor": jax.lax.stop_gradient(given[anchor])}
 
     def weights(features):
-        p = features["anchor"]
+        p = features["anchor"].astype(jnp.promote_types(features["anchor"].dtype, jnp.float32))
+        p = p / jnp.maximum(jnp.linalg.norm(p, axis=-1, keepdims=True), 1e-12)
         cosines = jnp.matmul(p, p.T, precision=jax.lax.Precision.HIGHEST)
         return (1 + cosines) / 2, jnp.eye(len(p), dtype=cosines.dtype)
 
