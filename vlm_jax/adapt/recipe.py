@@ -89,27 +89,28 @@ class Inserted(NamedTuple):
 
 
 class Masked(NamedTuple):
-    """Trains parameters of the model itself, chosen by `masks.trainable`: "bias", "norm", "last_1", "head", a table."""
+    """Trains parameters of the model itself, or parts of them, by the mask `masks.trainable`: "bias", "last_1", ..."""
 
-    trainable: str | Sequence[tuple[str, bool]]
+    trainable: str | Sequence[tuple[str, Any]]
 
     def insertions(self, model, at):
         return ()
 
     def begin(self, rng, model, leaves):
-        rows = self._rows(leaves)
-        return {name: leaf if rows[name] is True else leaf[rows[name]] for name, leaf in leaves.items() if name in rows}
+        chosen = self._chosen(leaves)
+        return {
+            name: leaf if chosen[name] is ... else leaf[chosen[name]] for name, leaf in leaves.items() if name in chosen
+        }
 
     def combine(self, own, leaves):
-        rows = self._rows(leaves)
-        replace = lambda name, value: value if rows[name] is True else leaves[name].at[rows[name]].set(value)
-        return {name: replace(name, value) for name, value in own.items()}
+        chosen = self._chosen(leaves)
+        replace = lambda leaf, index, value: value if index is ... else leaf.at[index].set(value)
+        return {name: replace(leaves[name], chosen[name], value) for name, value in own.items()}
 
-    def _rows(self, leaves):
-        """Name -> the layers of a stack that train, or True for a whole parameter."""
+    def _chosen(self, leaves):
+        """Name -> the index of the part that trains, see `masks.chosen`."""
         mask = named_leaves(masks.trainable(tree(leaves), self.trainable))
-        rows = lambda m: True if np.all(m) else np.flatnonzero(m)
-        return {name: rows(m) for name, m in mask.items() if np.any(m)}
+        return {name: masks.chosen(m, leaves[name].shape) for name, m in mask.items() if np.any(m)}
 
 
 def tree(leaves: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.errors import UserError
+from vlm_jax.params import layers
 from vlm_jax.params.table import check_alike, check_names, map_with_name, match_rules, named_leaves
 
 CHOICES = {
@@ -21,68 +22,85 @@ CHOICES = {
     "cross_attention": r"(.*/)?cross_attn/.*",  # Gheini et al. 2021, arXiv:2104.08771
     "head": r"(.*/)?(image_|text_)?head/.*",  # a linear probe
 }
-_BEFORE_BLOCKS = (
-    r"(.*/)?(patch_embed|pos_embed|cls|registers|pre_norm|token_embed|token_type_embed|relative|stem)(/.*)?"
-)
 
 
-def trainable(params: Any, spec: str | Sequence[tuple[str, bool]]) -> Any:
+def trainable(params: Any, spec: str | Sequence[tuple[str, Any]], where: str = "trainable") -> Any:
     """Returns the mask of the parameters that train.
 
     Args:
       params: parameter tree, arrays or shapes.
-      spec: a first-match table `((regex, True | False), ...)` that covers every name, or one of
+      spec: a first-match table `((regex, mask), ...)` that covers every name; a mask is True, False, or an array or
+        nested list of bools that broadcasts to the parameter; or one of
         "bias": biases alone (BitFit).
         "norm": scales and biases of the norms.
         "cross_attention": the projections of cross-attention.
         "head": projection heads.
         "last_<k>": the last k blocks of every tower and all later modules (norms, pools, heads, logit scale and bias).
+        "<path>.npz": masks by name, as `np.savez(path, **named_leaves(mask))` writes them; other parameters are frozen.
+      where: name of the spec in messages.
 
     Raises:
-      UserError: the name is unknown, the table does not fit, or a tower has fewer than k blocks.
+      UserError: the name is unknown, the table or a mask does not fit, a tower has fewer than k blocks, or the file
+        cannot be read.
     """
     if isinstance(spec, str):
         if match := re.fullmatch(r"last_(\d+)", spec):
-            return _last(params, int(match[1]))
-        if spec not in CHOICES:
-            raise UserError(f"trainable is `{spec}`; expected a table or one of: {', '.join(CHOICES)}, last_<k>")
-        spec = ((CHOICES[spec], True), (".*", False))
-    matched = match_rules(spec, named_leaves(params), where="trainable")
-    return map_with_name(lambda name, _: matched[name], params)
+            return _last(params, int(match[1]), where)
+        if spec.endswith(".npz"):
+            spec = (*_read(spec, where), (".*", False))
+        elif spec in CHOICES:
+            spec = ((CHOICES[spec], True), (".*", False))
+        else:
+            raise UserError(
+                f"{where} is `{spec}`; expected a table or one of: {', '.join(CHOICES)}, last_<k>, <path>.npz"
+            )
+    matched = match_rules(spec, named_leaves(params), where=where)
+    mask = map_with_name(lambda name, _: _bools(name, matched[name]), params)
+    _check_mask(mask, params)
+    return mask
 
 
-def _last(params, k):
-    blocks = {name: re.fullmatch(r"((?:.*/)?)blocks(?:_(\d+))?/.*", name) for name in named_leaves(params)}
-    depths: dict[str, int] = {}
-    for name, leaf in named_leaves(params).items():
-        if match := blocks[name]:
-            depth = leaf.shape[0] if match[2] is None else int(match[2]) + 1
-            depths[match[1]] = max(depth, depths.get(match[1], 0))
+def _last(params, k, where):
+    places = layers.places(params)
+    depths = {place.tower: place.depth for place in places.values() if place.depth}
     if not depths:
-        raise UserError(f"trainable is `last_{k}`, but no parameter is in `blocks`; give a table of names")
+        raise UserError(f"{where} is `last_{k}`, but no parameter is in `blocks`; give a table of names")
     for tower, depth in depths.items():
         if k > depth:
-            raise UserError(f"trainable is `last_{k}`, but `{tower}blocks` has {depth} blocks; expected k <= {depth}")
+            raise UserError(f"{where} is `last_{k}`, but `{tower}blocks` has {depth} blocks; expected k <= {depth}")
 
-    def mask(name, leaf):
-        match = blocks[name]
-        if match is None:
-            return re.fullmatch(_BEFORE_BLOCKS, name) is None
-        depth = depths[match[1]]
-        if match[2] is not None:
-            return int(match[2]) >= depth - k
-        if k in (0, depth):
-            return k > 0
-        return (np.arange(depth) >= depth - k).reshape(depth, *(1,) * (leaf.ndim - 1))
+    def mask(name, _):
+        chosen = places[name].layer > max(places[name].depth - k, 0)
+        return bool(np.any(chosen)) if np.all(chosen) == np.any(chosen) else chosen
 
     return map_with_name(mask, params)
+
+
+def _read(path, where):
+    """Returns the rules of a file of masks by name."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return [(re.escape(name), file[name]) for name in file.files]
+    except (OSError, ValueError):
+        raise UserError(f"{where} is `{path}`, which cannot be read; expected an .npz file of bools by name") from None
+
+
+def _bools(name, mask):
+    mask = np.asarray(mask)
+    if mask.dtype != bool:
+        raise UserError(f"the mask of `{name}` is {mask.dtype}; expected bools")
+    return mask if mask.ndim else bool(mask)
 
 
 def count(mask: Any, params: Any) -> int:
     """Returns the number of scalars that train; params are arrays or shapes."""
     _check_mask(mask, params)
-    parts = jax.tree.map(lambda m, p: int(np.sum(m)) * (p.size // np.size(m)), mask, params)
-    return sum(jax.tree.leaves(parts))
+    return sum(jax.tree.leaves(jax.tree.map(lambda m, p: size(m, p.size), mask, params)))
+
+
+def size(mask: bool | np.ndarray, size: int) -> int:
+    """Returns how many of a parameter's `size` scalars train."""
+    return int(np.sum(mask)) * (size // np.size(mask))
 
 
 def trainable_leaves(mask: Any) -> Any:
@@ -106,6 +124,16 @@ def apply(mask: Any, gradients: Any) -> Any:
         return jnp.where(m, g, jnp.zeros_like(g))
 
     return jax.tree.map(masked, mask, gradients)
+
+
+def chosen(mask: bool | np.ndarray, shape: tuple[int, ...]) -> Any:
+    """Returns the index of what trains in a parameter: all, the chosen rows, or the chosen scalars as a vector."""
+    if np.all(mask):
+        return ...
+    mask = mask.reshape((1,) * (len(shape) - mask.ndim) + mask.shape)
+    while mask.shape[-1] == 1:
+        mask = mask[..., 0]
+    return np.nonzero(np.broadcast_to(mask, shape[: mask.ndim]))
 
 
 def largest_moves(base: Any, tuned: Any, k: int) -> Any:

@@ -83,7 +83,7 @@ def format_table(params: Any, groups: Mapping[str, str], shardings: Any = None) 
 
     Args:
       params: parameter tree, arrays or shapes.
-      groups: `{name: group}` as returned by `optim.build`; the totals count groups that begin with "frozen" separately.
+      groups: `{name: group}` as returned by `optim.build`; "frozen..." and "..., <count> frozen" enter the totals.
       shardings: tree like `params`, of NamedShardings.
     """
     leaves = named_leaves(params)
@@ -94,7 +94,9 @@ def format_table(params: Any, groups: Mapping[str, str], shardings: Any = None) 
         shape = "x".join(map(str, leaf.shape)) or "scalar"
         cells.append((name, shape, groups[name], specs.get(name, ""), f"{counts[name]:,}"))
     total = sum(counts.values())
+    part = {name: re.search(r", ([\d,]+) frozen$", groups[name]) for name in counts}
     frozen = sum(count for name, count in counts.items() if groups[name].startswith("frozen"))
+    frozen += sum(int(match[1].replace(",", "")) for match in part.values() if match)
     cells.append((f"{len(leaves)} arrays", "", f"{total - frozen:,} trained, {frozen:,} frozen", "", f"{total:,}"))
     *left, right = [max(map(len, column)) for column in zip(*cells, strict=True)]
     pad = lambda line: [*(cell.ljust(width) for cell, width in zip(line, left, strict=False)), line[-1].rjust(right)]

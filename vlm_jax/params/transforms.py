@@ -1,0 +1,143 @@
+"""Gradient transformations by name: those of optax, and Adafactor and Muon as vision-language models use them."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vlm_jax import config
+from vlm_jax.errors import UserError
+from vlm_jax.params.table import map_with_name
+
+
+def optimizer(name: str, where: str) -> Callable[..., optax.GradientTransformation]:
+    """Returns a function of this module or of optax that takes `learning_rate`; `where` names the key in messages."""
+    return _choose(
+        {"adafactor": adafactor, "muon": muon}, name, _takes_learning_rate, f"{where} is `{name}`", "optimizer"
+    )
+
+
+def transform(section: str | Mapping[str, Any], where: str) -> optax.GradientTransformation:
+    """Returns a gradient transformation of optax, e.g. "centralize" or dict(name="clip", max_delta=1.0).
+
+    Raises:
+      UserError: unknown name, unknown or missing option, or an option that the function refuses.
+    """
+    options = dict(section) if isinstance(section, Mapping) else {"name": section}
+    name = str(options.pop("name", ""))
+    function = _choose({}, name, _transforms_gradients, f"{where} is `{name}`", "gradient transformation")
+    try:
+        return config.call(function, options, f"{where} ({name})")
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where} ({name}): {error}") from None
+
+
+def _choose(own, name, fits, what, kind):
+    """Returns `own[name]`, or the function `name` of optax that fits."""
+    if name in own:
+        return own[name]
+    if fits(getattr(optax, name, None)):
+        return getattr(optax, name)
+    known = [*own, *(n for n in dir(optax) if not n.startswith("_") and fits(getattr(optax, n)))]
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean `{close[0]}`?" if close else f"expected one of: {', '.join(known)}"
+    raise UserError(f"{what}, which is no {kind} of optax; {hint}")
+
+
+def _takes_learning_rate(function: Any) -> bool:
+    return inspect.isfunction(function) and "learning_rate" in inspect.signature(function).parameters
+
+
+def _transforms_gradients(function: Any) -> bool:
+    returns = inspect.isfunction(function) and inspect.signature(function).return_annotation
+    return returns is optax.GradientTransformation and not _takes_learning_rate(function)
+
+
+def hold() -> optax.GradientTransformation:
+    """Returns updates that keep parameters bit for bit: -0.0, because adding 0.0 would turn -0.0 into 0.0."""
+    return optax.stateless(lambda updates, params: jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates))
+
+
+def only(masks: Mapping[str, Any], rest: float = 0.0) -> optax.GradientTransformation:
+    """Puts `rest` where the mask of an update is False; `masks` are bools by name, other updates pass."""
+    masked = lambda name, u: jnp.where(masks[name], u, jnp.asarray(rest, u.dtype)) if name in masks else u
+    return optax.stateless(lambda updates, params: map_with_name(masked, updates))
+
+
+def scale(factors: Mapping[str, Any]) -> optax.GradientTransformation:
+    """Multiplies updates by factors, by name: numbers, or arrays that broadcast; other updates pass."""
+    scaled = lambda name, u: (factors[name] * u).astype(u.dtype) if name in factors else u
+    return optax.stateless(lambda updates, params: map_with_name(scaled, updates))
+
+
+def adafactor(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    min_dim_size_to_factor: int = 32,
+    decay_rate: float = 0.8,
+    decay_offset: int = 0,
+    beta2_cap: float = 0.999,
+    clipping_threshold: float | None = None,
+    momentum: float | None = 0.9,
+    mu_dtype: str = "bfloat16",
+    eps: float = 1e-30,
+) -> optax.GradientTransformation:
+    """The Adafactor of Zhai et al. 2022 (arXiv:2106.04560, Section 3.4), used by LiT, SigLIP and CapPa.
+
+    The second moment is factored for parameters with two sides of at least `min_dim_size_to_factor`. The decay of the
+    second moment is min(beta2_cap, 1 - t^-decay_rate). `clipping_threshold` clips updates per parameter, in rms; None
+    clips nothing. Momentum has no bias correction and is kept in `mu_dtype`. Parameter norms do not scale updates.
+    """
+    decay = lambda step, exponent: jnp.minimum(beta2_cap, 1 - (jnp.asarray(step, jnp.float32) + 1) ** -exponent)
+    return optax.chain(
+        optax.scale_by_factored_rms(
+            decay_rate=decay_rate,
+            step_offset=decay_offset,
+            min_dim_size_to_factor=min_dim_size_to_factor,
+            epsilon=eps,
+            decay_rate_fn=decay,
+        ),
+        optax.clip_by_block_rms(clipping_threshold) if clipping_threshold else optax.identity(),
+        optax.ema(momentum, debias=False, accumulator_dtype=mu_dtype) if momentum else optax.identity(),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def muon(
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: float = 0.0,
+    *,
+    matrices: str = "kernel",
+    b1: float = 0.9,
+    b2: float = 0.95,
+    beta: float = 0.95,
+    eps: float = 1e-8,
+    ns_steps: int = 5,
+    consistent_rms: float | None = 0.2,
+    mu_dtype: str | None = None,
+) -> optax.GradientTransformation:
+    """Muon (Jordan 2024) for kernels, AdamW (`b1`, `b2`) for embeddings, positions, norms, biases and scales.
+
+    A kernel is a parameter called `matrices` with two or more axes. The last two axes are a matrix; matrices along the
+    leading axes (scanned layers) are orthogonalised one by one. With `consistent_rms=0.2` updates have AdamW's size, so
+    that one learning rate serves both (Liu et al. 2025, arXiv:2502.16982, Section 2.2).
+    """
+    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    dimensions = lambda name, x: matrix if name.split("/")[-1] == matrices and x.ndim >= 2 else None
+    return optax.contrib.muon(
+        learning_rate,
+        weight_decay=weight_decay,
+        adam_weight_decay=weight_decay,
+        adam_b1=b1,
+        adam_b2=b2,
+        beta=beta,
+        eps=eps,
+        ns_steps=ns_steps,
+        consistent_rms=consistent_rms,
+        mu_dtype=mu_dtype,
+        muon_weight_dimension_numbers=lambda tree: map_with_name(dimensions, tree),
+    )
