@@ -23,7 +23,7 @@ class Fusion(Encoder, kw_only=True):
     def __call__(self, text_tokens, image_tokens, mask):
         """[B, L, Dt], [B, N, Di], bool [B, L] -> [B, 2]."""
         x = nn.Dense(self.width, dtype=self.dtype, name="inputs")(text_tokens)
-        x, _ = self.stack(x, AttentionInputs(over_heads(mask), image_tokens), cross="after")
+        x = self.stack(x, AttentionInputs(over_heads(mask), image_tokens)).tokens
         return nn.Dense(2, dtype=self.dtype, name="head")(x[:, 0])
 
 
@@ -56,7 +56,7 @@ def matching(
 
     Metrics: `accuracy`.
     """
-    given = {"width": 128, "depth": 1, "heads": 4, "pool": "none", **(fusion or {})}
+    given = {"width": 128, "depth": 1, "heads": 4, "pool": "none", "cross": "after", **(fusion or {})}
     fusion, targets = config.call(Fusion, given, f"{WHERE}.fusion"), targets_of.build(targets, f"{WHERE}.targets")
     if targets.labels is None:
         raise UserError(f"{WHERE}: matching needs targets that match or do not, such as `identity`, not soft ones")
