@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.support.models import IMAGES, TOKENS, initial, section
+from tests.support.models import IMAGES, TOKENS, initial, section, tiny
 from tests.support.towers import Towers
 from vlm_jax import catalogue, models, objectives
 from vlm_jax.errors import UserError
@@ -24,7 +24,7 @@ def is_default(declaration):
     return name and catalogue.of("terms")[name].options[key] == repr(declaration.name)
 
 
-CASES = [d for d in catalogue.of("terms", *PARTS).values() if not is_default(d)]
+CASES = [d for d in catalogue.of("terms", *PARTS, "selections").values() if not is_default(d)]
 ROWS = 8
 
 
@@ -32,7 +32,9 @@ def settings(declaration):
     """(config.model, config.objective) of a declaration: its family's, and what it needs."""
     objective = {"name": declaration.name}
     needs = dict(declaration.needs)
-    if declaration.family in PARTS:
+    if declaration.family == "selections":
+        objective = {"terms": {"contrastive": {"on": "chosen"}}, "selections": {"chosen": {"name": declaration.name}}}
+    elif declaration.family in PARTS:
         name, key = PARTS[declaration.family]
         objective = {"name": name, key: {"name": declaration.name}}
         needs = catalogue.of("terms")[name].needs | needs
@@ -48,7 +50,8 @@ def batch(model):
     rows = np.resize(np.arange(len(TOKENS)), ROWS)
     rng = np.random.default_rng(0)
     given = {"image": (IMAGES[rows] + rng.normal(size=(ROWS, *IMAGES.shape[1:]))).astype(np.float32)}
-    if not hasattr(model, "image") and not isinstance(model, Towers):
+    given["audio"] = given["image"][::-1]
+    if "write" in getattr(model, "can", ()):
         given = {"input_ids": TOKENS[rows[::-1]]}
     wrong = TOKENS[(rows[:, None] + [1, 2]) % len(TOKENS)]
     return given | {"token_ids": TOKENS[rows], "texts": wrong, "concept": rows, "denoiser": rows % 2}
@@ -56,16 +59,18 @@ def batch(model):
 
 def begin(objective, model, given):
     """(parameters with the terms' own, memory after a step)"""
-    params, rng = initial(model, *objectives.model_inputs(given)), jax.random.key(0)
-    make = functools.partial(objectives.make, objective, model)
+    params, rng = initial(model, *objectives.model_inputs(given, model)), jax.random.key(0)
+    frozen = objectives.frozen(objective)
+    make = functools.partial(objectives.make, objective, model, frozen=frozen)
     if jax.eval_shape(make, params, given, rng) == jax.eval_shape(lambda: (params, None)):
         return params, None
     params, state = jax.jit(make)(params, given, rng)
-    take_step = functools.partial(objectives.value_and_grad, objective, model)
+    take_step = functools.partial(objectives.value_and_grad, objective, model, frozen=frozen)
     step = lambda params, state: objectives.update(
         objective, state, params, take_step(params, given, rng, state=state)[3], rng, 0
     )
-    return params, jax.jit(step)(params, state)
+    state = jax.jit(step)(params, state)
+    return params, state | {"teachers": jax.tree.map(lambda leaf: 1.1 * leaf, state["teachers"])}
 
 
 def assert_close(got, want):
@@ -78,13 +83,14 @@ def assert_close(got, want):
 @pytest.mark.parametrize("declaration", CASES, ids=lambda d: f"{d.family}-{d.name}")
 def test_objective(declaration):
     model_section, section = settings(declaration)
-    if PARTS.get(declaration.family, [None])[0] == "contrastive":  # its parts see embeddings alone
+    if PARTS.get(declaration.family, (declaration.family,))[0] in ("contrastive", "selections"):  # embeddings suffice
         model = Towers(tokens=declaration.needs.get("model.image.pool") == "all")
     else:
         model = models.build(model_section)
-    objective, given = objectives.build(section, model), batch(model)
+    objective, given = objectives.build(section, model, load=tiny), batch(model)
     params, state = begin(objective, model, given)
-    differentiate = functools.partial(objectives.value_and_grad, objective, model, train=False)
+    frozen = objectives.frozen(objective)
+    differentiate = functools.partial(objectives.value_and_grad, objective, model, frozen=frozen, train=False)
     run = jax.jit(
         lambda params, batch, k: differentiate(params, batch, jax.random.key(0), state=state, accumulate=k)[:3],
         static_argnums=2,
@@ -106,7 +112,8 @@ def test_objective(declaration):
 def test_a_mistyped_key_is_named(declaration):
     model_section, section = settings(declaration)
     part = section[PARTS[declaration.family][1]] if declaration.family in PARTS else section
+    part = section["selections"]["chosen"] if declaration.family == "selections" else part
     part["nonsense"] = 1
     with pytest.raises(UserError, match="nonsense") as error:
-        objectives.build(section, models.build(model_section))
+        objectives.build(section, models.build(model_section), load=tiny)
     assert "\n" not in str(error.value)

@@ -9,6 +9,7 @@ from vlm_jax.models.captioner import Captioner
 from vlm_jax.models.coca import CoCa
 from vlm_jax.models.decoder import Decoder
 from vlm_jax.models.encoder_decoder import EncoderDecoder
+from vlm_jax.models.many_tower import ManyTower
 from vlm_jax.models.pooling import Encoded
 from vlm_jax.models.positions import resample_posemb
 from vlm_jax.models.prefix_lm import PrefixLM
@@ -25,6 +26,7 @@ __all__ = [
     "Encoded",
     "Encoder",
     "EncoderDecoder",
+    "ManyTower",
     "PrefixLM",
     "TextTransformer",
     "TwoTower",

@@ -11,6 +11,7 @@ from vlm_jax.models.captioner import Captioner
 from vlm_jax.models.coca import CoCa, MultimodalDecoder, QueryPool, UnimodalDecoder
 from vlm_jax.models.decoder import Decoder
 from vlm_jax.models.encoder_decoder import T5, T5_DECODER, EncoderDecoder, TokenEncoder
+from vlm_jax.models.many_tower import ManyTower
 from vlm_jax.models.prefix_lm import PrefixLM
 from vlm_jax.models.text import TextTransformer
 from vlm_jax.models.two_tower import TwoTower
@@ -110,6 +111,24 @@ def coca(image, pool, text, decoder, out_dim, scale_init=1 / 0.07, dtype="float3
         out_dim=out_dim,
         scale_init=scale_init,
     )
+
+
+@method(
+    family="models",
+    paper="arXiv:2411.01053",
+    differs="any number of towers in one space",
+)
+def many_tower(towers, inputs=None, scale_init=10.0, dtype="float32"):
+    """Returns a `ManyTower`; `towers` maps modalities to sections for `tower`, of which `type` defaults to "vit".
+
+    `inputs` maps modalities to keys of the batch; a modality's key defaults to its name, that of "text" to "token_ids".
+    """
+    keys = {name: "token_ids" if name == "text" else name for name in towers} | dict(inputs or {})
+    build = lambda name, section: tower(
+        "text" if name == "text" else "vit", section, f"config.model.towers.{name}", dtype
+    )
+    made = tuple(build(name, section).clone(name=name) for name, section in towers.items())
+    return ManyTower(made, tuple(keys[name] for name in towers), scale_init)
 
 
 def tower(kind, section, where, dtype):

@@ -89,7 +89,7 @@ def sample(
       model: see the module's docstring.
       params: the model's parameters.
       inputs: a batch of B inputs for `model.encode`.
-      rng: a `jax.random.key`; None for greedy.
+      rng: a `jax.random.key`, or a key for each text, [B]; None for greedy.
       prefix: integers [B, P], first tokens of the texts, or None; prefixes may have different lengths, padded with
         `special.pad`.
       length: L, the maximum length, end included.
@@ -106,10 +106,7 @@ def sample(
     def step(state):
         t, logits, caches, token_ids, done, total = state
         log_p = jax.nn.log_softmax(_repetition(logits, token_ids, t, rules))
-        if greedy:
-            chosen = jnp.argmax(log_p, axis=-1)
-        else:
-            chosen = jax.random.categorical(jax.random.fold_in(rng, t), _truncated(log_p, rules))
+        chosen = jnp.argmax(log_p, axis=-1) if greedy else _draw(rng, t, _truncated(log_p, rules))
         chosen = jnp.where(forced[:, t] == special.pad, chosen, forced[:, t])
         total += jnp.where(done, 0.0, jnp.take_along_axis(log_p, chosen[:, None], axis=1)[:, 0])
         chosen = jnp.where(done, special.pad, chosen).astype(jnp.int32)
@@ -220,6 +217,12 @@ def log_likelihoods(
         return _total(model, params, hidden, targets, pad_id)
 
     return jax.lax.map(of_text, target_ids, batch_size=at_a_time).T
+
+
+def _draw(rng, t, log_p):
+    """Draws a token of each row, by one key or by a key for each row."""
+    one = lambda rng, log_p: jax.random.categorical(jax.random.fold_in(rng, t), log_p)
+    return jax.vmap(one)(rng, log_p) if jnp.ndim(rng) else one(rng, log_p)
 
 
 def _total(model, params, hidden, targets, pad_id):

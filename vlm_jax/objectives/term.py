@@ -208,14 +208,18 @@ class Objective:
         return None if None in behind else tuple(dict.fromkeys(itertools.chain(*behind)))
 
 
-def model_inputs(batch: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Returns what initialises a model, from the rows of all sources: (pictures, texts), or (input texts, texts)."""
+def model_inputs(batch: Mapping[str, Any], model: Any = None) -> tuple[Any, ...]:
+    """Returns what initialises a model, from the rows of all sources: the model's `inputs`, or a picture and a text.
+
+    For a model that reads texts instead of pictures: (input texts, texts).
+    """
     rows = {key: array for part in row_sets(batch).values() for key, array in part.items()}
     given = "image" if "image" in rows or "input_ids" not in rows else "input_ids"
-    for key in (given, "token_ids"):
+    keys = getattr(model, "inputs", (given, "token_ids"))
+    for key in keys:
         if key not in rows:
             raise UserError(f"{WHERE}: the batch lacks `{key}`, it has: {', '.join(rows)}; see config.data.ops")
-    return rows[given], rows["token_ids"]
+    return tuple(rows[key] for key in keys)
 
 
 def row_sets(batch: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

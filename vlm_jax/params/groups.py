@@ -74,7 +74,7 @@ def _rule(
     transform: Any = (),
 ) -> dict[str, Any]:
     """The options of one rule."""
-    if np.min(lr, initial=np.inf) <= 0:
+    if min(np.ravel(lr), default=1) <= 0:
         raise UserError(f"{rule}.lr is {lr}; expected a multiplier above 0, or use freeze=True")
     if layer_decay is not None and layer_decay <= 0:
         raise UserError(f"{rule}.layer_decay is {layer_decay}; expected a number above 0, e.g. 0.75")

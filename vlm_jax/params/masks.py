@@ -55,9 +55,12 @@ def trainable(params: Any, spec: str | Sequence[tuple[str, Any]], where: str = "
                 f"{where} is `{spec}`; expected a table or one of: {', '.join(CHOICES)}, last_<k>, <path>.npz"
             )
     matched = match_rules(spec, named_leaves(params), where=where)
-    mask = map_with_name(lambda name, _: _bools(name, matched[name]), params)
-    _check_mask(mask, params)
-    return mask
+    mask = {name: np.asarray(m) for name, m in matched.items()}
+    for name, m in mask.items():
+        if m.dtype.kind != "b":
+            raise UserError(f"{where}: the mask of `{name}` is {m.dtype}; expected bools")
+    _check_mask(mask, named_leaves(params), f"{where}: ")
+    return map_with_name(lambda name, _: mask[name] if mask[name].ndim else bool(mask[name]), params)
 
 
 def _last(params, k, where):
@@ -83,13 +86,6 @@ def _read(path, where):
             return [(re.escape(name), file[name]) for name in file.files]
     except (OSError, ValueError):
         raise UserError(f"{where} is `{path}`, which cannot be read; expected an .npz file of bools by name") from None
-
-
-def _bools(name, mask):
-    mask = np.asarray(mask)
-    if mask.dtype != bool:
-        raise UserError(f"the mask of `{name}` is {mask.dtype}; expected bools")
-    return mask if mask.ndim else bool(mask)
 
 
 def count(mask: Any, params: Any) -> int:
@@ -175,7 +171,7 @@ def _largest(scores, params, k):
     return jax.tree.unflatten(structure, [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)])
 
 
-def _check_mask(mask, params):
+def _check_mask(mask, params, where=""):
     check_names(mask, params)
     leaves = named_leaves(params)
     for name, m in named_leaves(mask).items():
@@ -185,4 +181,6 @@ def _check_mask(mask, params):
         except ValueError:
             fits = False
         if not fits:
-            raise UserError(f"the mask of `{name}` is {list(np.shape(m))}; expected to broadcast to {list(shape)}")
+            raise UserError(
+                f"{where}the mask of `{name}` is {list(np.shape(m))}; expected to broadcast to {list(shape)}"
+            )

@@ -132,7 +132,7 @@ def _build(
     tx = optax.chain(*first, *clip, optax.partition(shared, label_tree), *last)
     table = {leaf: describe(groups[leaf], math.prod(x.shape)) for leaf, x in named_leaves(tree).items()}
     table |= {leaf: UNREACHED for leaf in groups.keys() - reach.keys() if table[leaf] != FROZEN}
-    return tx, table, _times(lr, main_schedule)
+    return transforms.plain_keys(tx, tree), table, _times(lr, main_schedule)
 
 
 def _times(factor: float, curve: schedules.Schedule) -> schedules.Schedule:

@@ -74,6 +74,22 @@ def scale(factors: Mapping[str, Any]) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: map_with_name(scaled, updates))
 
 
+def plain_keys(tx: optax.GradientTransformationExtraArgs, params: Any) -> optax.GradientTransformationExtraArgs:
+    """Returns tx with the random keys of its state as numbers, which checkpoints can hold; params may be shapes."""
+    kinds = jax.eval_shape(tx.init, params)
+    is_key = lambda kind: jnp.issubdtype(kind.dtype, jax.dtypes.prng_key)
+    if not any(map(is_key, jax.tree.leaves(kinds))):
+        return tx
+    plain = lambda state: jax.tree.map(lambda kind, x: jax.random.key_data(x) if is_key(kind) else x, kinds, state)
+    keyed = lambda state: jax.tree.map(lambda kind, x: jax.random.wrap_key_data(x) if is_key(kind) else x, kinds, state)
+
+    def update(updates, state, params=None, **others):
+        updates, state = tx.update(updates, keyed(state), params, **others)
+        return updates, plain(state)
+
+    return optax.GradientTransformationExtraArgs(lambda params: plain(tx.init(params)), update)
+
+
 def adafactor(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -145,7 +145,7 @@ def build_program(
     def init_params(rng, given):
         one = jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape[1:]), leaf.dtype), batch)
         params = map_with_name(
-            lambda name, leaf: given.get(name, leaf), model.init(rng, *objectives.model_inputs(one))["params"]
+            lambda name, leaf: given.get(name, leaf), model.init(rng, *objectives.model_inputs(one, model))["params"]
         )
         return objectives.make(objective, model, params, zeros(batch), rng, zeros(frozen))
 

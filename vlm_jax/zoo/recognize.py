@@ -106,20 +106,28 @@ def param_shapes(section: Mapping[str, Any], positions: int | None = None) -> di
       positions: rows of the image tower's position table, for a section without image_size.
     """
     model = models.build(section)
-    image = text = None
-    if "write" in model.can:
-        image = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    elif model.image is not None:
-        patch, size = getattr(model.image, "patch", 32), getattr(model.image, "image_size", None)
-        if size is None:  # a strip of as many patches as there are positions
-            covers_cls = getattr(model.image, "cls_position", False)
-            size = patch, patch * max((positions or 1) - covers_cls, 1)
-        height, width = (size, size) if isinstance(size, int) else size
-        image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
-    reader = getattr(model, "text", None) or getattr(model, "decoder", None)
-    if reader is not None:
-        text = jax.ShapeDtypeStruct((1, reader.length), jnp.int32)
-    return named_leaves(jax.eval_shape(model.init, jax.random.key(0), image, text)["params"])
+    if isinstance(model, models.ManyTower):
+        inputs = [_input_of(tower) for tower in model.towers]
+    elif "write" in model.can:
+        inputs = [jax.ShapeDtypeStruct((1, 1), jnp.int32), _input_of(model.decoder)]
+    else:
+        reader = getattr(model, "text", None) or getattr(model, "decoder", None)
+        inputs = [_input_of(tower, positions) for tower in (model.image, reader)]
+    return named_leaves(jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"])
+
+
+def _input_of(tower: Any, positions: int | None = None) -> jax.ShapeDtypeStruct | None:
+    """Returns the shape of one input of a tower: a text, or a picture of `positions` patches without image_size."""
+    if tower is None:
+        return None
+    if hasattr(tower, "length"):
+        return jax.ShapeDtypeStruct((1, tower.length), jnp.int32)
+    patch, size = getattr(tower, "patch", 32), getattr(tower, "image_size", None)
+    if size is None:  # a strip of as many patches as there are positions
+        covers_cls = getattr(tower, "cls_position", False)
+        size = patch, patch * max((positions or 1) - covers_cls, 1)
+    height, width = (size, size) if isinstance(size, int) else size
+    return jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
 
 
 def understand(path: str | Path, activation: str | None = None) -> Released:
