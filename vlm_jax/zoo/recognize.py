@@ -119,6 +119,11 @@ def param_shapes(section: Mapping[str, Any], positions: int | None = None) -> di
     reader = getattr(model, "text", None) or getattr(model, "decoder", None)
     if reader is not None:
         text = jax.ShapeDtypeStruct((1, reader.length), jnp.int32)
+    return dict(_initial(model, image, text))
+
+
+@functools.lru_cache(maxsize=8)  # what is loaded, saved or converted is asked for several times; tracing takes seconds
+def _initial(model, image, text):
     return named_leaves(jax.eval_shape(model.init, jax.random.key(0), image, text)["params"])
 
 
