@@ -1,8 +1,10 @@
-"""Every test runs on eight simulated CPU devices. Compiling is most of the suite's time, so XLA optimizes little.
+"""Every test runs on eight simulated CPU devices. Tracing and compiling are most of the suite's time, so XLA optimizes
+little, and the garbage collector runs seldom.
 
 Workers, and other processes that tests start, share compiled programs on disk; the session removes them at its end.
 """
 
+import gc
 import os
 import pathlib
 import shutil
@@ -20,6 +22,7 @@ import jax
 if jax.__version_info__ < (0, 11):  # without fusion emitters it compiles in a third of the time
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 jax.config.update("jax_num_cpu_devices", 8)
+gc.set_threshold(50_000, 20, 20)  # tracing makes many objects and few cycles: by default, a sixth of the time
 pytest.register_assert_rewrite("tests.support")
 
 

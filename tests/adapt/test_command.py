@@ -7,6 +7,7 @@ from absl import flags
 
 import vlm_jax
 from vlm_jax.adapt import __main__ as adapt_command
+from vlm_jax.adapt.methods import search_rate
 from vlm_jax.command import commands
 from vlm_jax.errors import UserError
 
@@ -14,13 +15,15 @@ from vlm_jax.errors import UserError
 def test_the_command(base, tmp_path, monkeypatch):
     """From flags to a table, results, and a file that `load(...)` takes."""
     monkeypatch.setattr(adapt_command, "load", lambda spec, **_: base)
+    monkeypatch.setitem(search_rate.__kwdefaults__, "steps", 5)
     values = flags.FlagValues()
     commands.define("adapt", values)
     given = [
         "--model=m",
         "--method=zero_shot,gda,lora",
         "--data=tfds:emoji",
-        "--split=unseen_style",
+        "--split=unseen_style[:600]",
+        "--train_split=train[:2000]",
         f"--out={tmp_path / 'o'}",
     ]
     given += [

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import vlm_jax
-from tests.support.few_shot import DEPTH, NAMES, D, clip_like, few_shot_task, params_with, pictures, tuned
+from tests.support.few_shot import DEPTH, NAMES, D, clip_like, count, few_shot_task, pictures, tuned
 from tests.support.models import SIZES, initial
 from vlm_jax import models
 from vlm_jax.adapt.files import save_adapter
@@ -27,13 +27,9 @@ from vlm_jax.pretrained import Pretrained
 EVERYTHING = ((".*", True),)
 
 
-def count(recipe, base):
-    return sum(leaf.size for leaf in recipe.begin(jax.random.key(0), base.model, params_with(base, recipe)).values())
-
-
 def test_counts(base):
     """The formulas of the papers."""
-    of = lambda recipe: count(recipe, base)
+    of = lambda recipe: count(base, recipe)
     assert of(Coupled(length=2, depth=9)) == DEPTH * 2 * D + DEPTH * (D * D + D)
     assert of(Coupled(length=2, depth=2)) == 2 * 2 * D + 2 * (D * D + D)
     unify = 7 * D + 4 * (D * D + D) + 4 * D + 2 * D * 6 + 6 + D + D * D + D

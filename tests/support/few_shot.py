@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.support.models import initial
 from vlm_jax import models
 from vlm_jax.adapt.task import Shots, Task
 from vlm_jax.adapt.tune import tune
@@ -15,6 +16,7 @@ from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained, class_embeddings
 
 D, DEPTH = 16, 3
+GIVEN = jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 8), int)
 NAMES = ("red", "green", "blue fish")
 
 
@@ -23,7 +25,7 @@ def clip_like(scan):
     sizes = dict(width=D, depth=DEPTH, heads=2, mlp_dim=24, out_dim=D, scan=scan)
     text = dict(sizes, vocab_size=2985, length=8, pool="mean", pad_mask=True)
     model = models.build(dict(image=dict(sizes, patch=4), text=text))
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 8), int))["params"]
+    params = initial(model, *GIVEN)
     tokenize = "lower | tokenize(8, bos=False, eos=False)"
     return Pretrained(model, params, tokenizers.build("emoji"), "decode | resize(8) | normalize", tokenize)
 
@@ -44,14 +46,11 @@ def few_shot_task(base, pictures):
     return part(np.arange(9)), part(np.arange(9, 12)), Task(NAMES, ("{}",), text, 10.0, 0)
 
 
-def params_with(base, recipe):
-    """Name -> leaf of the model with what the recipe inserts, before it is trained."""
-    modules = recipe.insertions(base.model, 0)
-    if not modules:
-        return named_leaves(base.params)
-    model = insertion.inserted(base.model, *modules)
-    given = jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 8), int)
-    return named_leaves(insertion.begin(jax.random.key(0), model, base.params, *given))
+def count(base, recipe):
+    """The number of parameters that train."""
+    model, rng = insertion.inserted(base.model, *recipe.insertions(base.model, 0)), jax.random.key(0)
+    begin = lambda rng: recipe.begin(rng, base.model, named_leaves(model.init(rng, *GIVEN)["params"]))
+    return models.count(jax.eval_shape(begin, rng))
 
 
 def moved(base, adapted):

@@ -45,7 +45,7 @@ def section(kind: str, scan: bool = False) -> dict:
         case "prefix_lm":
             return dict(name=kind, decoder=dict(t5, **texts))
         case "many_tower":
-            image, text = dict(image, out_dim=OUT), dict(sizes, **texts, out_dim=OUT)
+            image, text = dict(image, image_size=16, out_dim=OUT), dict(sizes, **texts, out_dim=OUT)
             return dict(name=kind, towers=dict(image=image, text=text, audio=image))
 
 
@@ -123,11 +123,18 @@ def untrained(settings: Any, opinionated: bool = False, seed: int = 0) -> Pretra
     """The model of a config as a run starts with it; opinionated, its captions are more than one token's."""
     settings = config.plain(settings)
     model = models.build(settings["model"])
-    length = (model.decoder if hasattr(model, "decoder") else model.text).length
-    texts = jnp.zeros((1, length), jnp.int32)
-    given = texts if settings["preprocess"] is None else jnp.zeros((1, 32, 32, 3))
-    params = jax.jit(model.init)(jax.random.key(seed), given, texts)["params"]
+    params = _begun(model, settings["preprocess"] is None, seed)
     if opinionated:
         params = with_opinions(params)
     tokenizer = tokenizers.build(settings["tokenizer"])
     return Pretrained(model, params, tokenizer, settings["preprocess"], settings["tokenize"], settings)
+
+
+@functools.cache
+def _begun(model, reads_texts, seed):
+    """model.init, one run for equal models."""
+    length = (model.decoder if hasattr(model, "decoder") else model.text).length
+    texts = jnp.zeros((1, length), jnp.int32)
+    return jax.jit(model.init)(jax.random.key(seed), texts if reads_texts else jnp.zeros((1, 32, 32, 3)), texts)[
+        "params"
+    ]

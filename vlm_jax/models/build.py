@@ -127,8 +127,8 @@ def many_tower(towers, inputs=None, scale_init=10.0, dtype="float32"):
     build = lambda name, section: tower(
         "text" if name == "text" else "vit", section, f"config.model.towers.{name}", dtype
     )
-    made = tuple(build(name, section).clone(name=name) for name, section in towers.items())
-    return ManyTower(made, tuple(keys[name] for name in towers), scale_init)
+    made = tuple(build(name, section) for name, section in towers.items())
+    return ManyTower(tuple(towers), made, tuple(keys[name] for name in towers), scale_init)
 
 
 def tower(kind, section, where, dtype):

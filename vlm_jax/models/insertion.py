@@ -314,17 +314,20 @@ def begin(rng: jax.Array, model: nn.Module, params: Any, *inputs: Any) -> Any:
       UserError: an insertion matches no module, or the parameters belong to another model.
     """
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
-    shapes_of = lambda *insertions: jax.eval_shape(_with(model, insertions).init, rng, *shapes)["params"]
-    check_alike(shapes_of(), params)
+
+    @jax.jit  # traced once, for the shapes and for the new parameters
+    def init(rng):
+        return model.init(rng, *jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))["params"]
+
+    begun = jax.eval_shape(init, rng)
+    new = new_leaves(begun)
+    check_alike({name: leaf for name, leaf in named_leaves(begun).items() if name not in new}, named_leaves(params))
     for insertion in model.insertions:
-        if not new_leaves(shapes_of(insertion)):
+        if len(model.insertions) > 1:
+            new = new_leaves(jax.eval_shape(_with(model, (insertion,)).init, rng, *shapes)["params"])
+        if not new:
             raise UserError(f"{insertion} changes nothing: its `where` matches no module of the model")
-
-    @jax.jit
-    def draw(rng):
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return new_leaves(model.init(rng, *zeros)["params"])  # jit drops the model's own parameters
-
+    draw = jax.jit(lambda rng: new_leaves(init(rng)))  # jit drops the model's own parameters
     return unflatten_dict(named_leaves(params) | draw(rng), sep="/")
 
 

@@ -13,11 +13,13 @@ class ManyTower(nn.Module):
     """Towers, and the scale of their logits.
 
     Attributes:
-      towers: modules; the name of each is its modality.
-      inputs: keys of the batch that the towers read, in the order of `towers`.
+      names: modalities, the names of the towers' parameters.
+      towers: a module for each.
+      inputs: keys of the batch that the towers read, one for each.
       scale_init: initial factor on similarities (stored as its log, `logit_scale`).
     """
 
+    names: tuple[str, ...]
     towers: tuple[nn.Module, ...]
     inputs: tuple[str, ...]
     scale_init: float = 10.0
@@ -28,9 +30,9 @@ class ManyTower(nn.Module):
         """Returns ({modality: unit-norm [B, D]}, scale) of inputs in the order of `towers`; None leaves one out."""
         scale = jnp.exp(self.param("logit_scale", nn.initializers.constant(math.log(self.scale_init)), ()))
         found = {}
-        for tower, given in zip(self.towers, inputs, strict=True):
+        for name, tower, given in zip(self.names, self.towers, inputs, strict=True):
             if given is not None:
-                found[tower.name] = unit(tower(given, train=train).pooled)
+                found[name] = unit(tower.clone(parent=self, name=name)(given, train=train).pooled)
         return found, scale
 
     @property
@@ -42,4 +44,4 @@ class ManyTower(nn.Module):
             return lambda o: next(iter(o.apply("__call__", *alone(o))[0].values()))
 
         scale = {"scale": lambda o: o.apply("__call__", *[None] * len(self.towers))[1]}
-        return {f"{tower.name}_embedding": of_one(place) for place, tower in enumerate(self.towers)} | scale
+        return {f"{name}_embedding": of_one(place) for place, name in enumerate(self.names)} | scale

@@ -107,13 +107,13 @@ def param_shapes(section: Mapping[str, Any], positions: int | None = None) -> di
     """
     model = models.build(section)
     if isinstance(model, models.ManyTower):
-        inputs = [_input_of(tower) for tower in model.towers]
+        inputs = tuple(_input_of(tower) for tower in model.towers)
     elif "write" in model.can:
-        inputs = [jax.ShapeDtypeStruct((1, 1), jnp.int32), _input_of(model.decoder)]
+        inputs = (jax.ShapeDtypeStruct((1, 1), jnp.int32), _input_of(model.decoder))
     else:
         reader = getattr(model, "text", None) or getattr(model, "decoder", None)
-        inputs = [_input_of(tower, positions) for tower in (model.image, reader)]
-    return named_leaves(jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"])
+        inputs = tuple(_input_of(tower, positions) for tower in (model.image, reader))
+    return dict(_initial(model, inputs))
 
 
 def _input_of(tower: Any, positions: int | None = None) -> jax.ShapeDtypeStruct | None:
@@ -128,6 +128,11 @@ def _input_of(tower: Any, positions: int | None = None) -> jax.ShapeDtypeStruct 
         size = patch, patch * max((positions or 1) - covers_cls, 1)
     height, width = (size, size) if isinstance(size, int) else size
     return jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+
+
+@functools.lru_cache(maxsize=8)  # what is loaded, saved or converted is asked for several times; tracing takes seconds
+def _initial(model, inputs):
+    return named_leaves(jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"])
 
 
 def understand(path: str | Path, activation: str | None = None) -> Released:
