@@ -94,8 +94,9 @@ def _masks(rule, names, params):
     only = rule["only"]
     if isinstance(only, bool):
         return dict.fromkeys(names, only)
-    table = lambda spec: isinstance(spec, list | tuple) and all(isinstance(pair, list | tuple) for pair in spec)
-    if not isinstance(only, str) and not (table(only) and all(isinstance(pair[0], str) for pair in only)):
+    is_rule = lambda entry: isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[0], str)
+    is_table = isinstance(only, list | tuple) and all(map(is_rule, only))
+    if not (isinstance(only, str) or is_table):
         only = [*((re.escape(name), only) for name in names), (".*", False)]
     trained = named_leaves(masks.trainable(params, only, where=f"{rule['rule']}.only"))
     if names and not any(np.any(trained[name]) for name in names):

@@ -5,6 +5,7 @@ A mask is a tree like the parameters. Its leaves are bools, or bool arrays that 
 """
 
 import re
+import zipfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,10 +56,7 @@ def trainable(params: Any, spec: str | Sequence[tuple[str, Any]], where: str = "
                 f"{where} is `{spec}`; expected a table or one of: {', '.join(CHOICES)}, last_<k>, <path>.npz"
             )
     matched = match_rules(spec, named_leaves(params), where=where)
-    mask = {name: np.asarray(m) for name, m in matched.items()}
-    for name, m in mask.items():
-        if m.dtype.kind != "b":
-            raise UserError(f"{where}: the mask of `{name}` is {m.dtype}; expected bools")
+    mask = {name: _bools(m, f"{where}: the mask of `{name}`") for name, m in matched.items()}
     _check_mask(mask, named_leaves(params), f"{where}: ")
     return map_with_name(lambda name, _: mask[name] if mask[name].ndim else bool(mask[name]), params)
 
@@ -82,10 +80,19 @@ def _last(params, k, where):
 def _read(path, where):
     """Returns the rules of a file of masks by name."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return [(re.escape(name), file[name]) for name in file.files]
-    except (OSError, ValueError):
+        return [(re.escape(name), mask) for name, mask in dict(np.load(path, allow_pickle=False)).items()]
+    except (OSError, TypeError, ValueError, EOFError, zipfile.BadZipFile):
         raise UserError(f"{where} is `{path}`, which cannot be read; expected an .npz file of bools by name") from None
+
+
+def _bools(mask, what):
+    try:
+        mask = np.asarray(mask)
+    except ValueError as error:  # lists of different lengths
+        raise UserError(f"{what}: {error}") from None
+    if mask.dtype != np.bool_:
+        raise UserError(f"{what} is {mask.dtype}; expected bools")
+    return mask
 
 
 def count(mask: Any, params: Any) -> int:
@@ -94,9 +101,9 @@ def count(mask: Any, params: Any) -> int:
     return sum(jax.tree.leaves(jax.tree.map(lambda m, p: size(m, p.size), mask, params)))
 
 
-def size(mask: bool | np.ndarray, size: int) -> int:
-    """Returns how many of a parameter's `size` scalars train."""
-    return int(np.sum(mask)) * (size // np.size(mask))
+def size(mask: bool | np.ndarray, scalars: int) -> int:
+    """Returns how many scalars of a parameter train, of so many."""
+    return int(np.sum(mask)) * (scalars // np.size(mask))
 
 
 def trainable_leaves(mask: Any) -> Any:
