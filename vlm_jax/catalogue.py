@@ -219,7 +219,9 @@ def unknown(what: str, name: str, known: Mapping[str, Any]) -> str:
     """Returns the error message for a name that is not in `known`."""
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" (did you mean `{close[0]}`?)" if close else ""
-    return f"{what}{hint}" if close and len(known) > 12 else f"{what}; expected one of: {', '.join(known)}{hint}"
+    return (
+        f"{what}{hint}" if close and len(known) > 12 else f"{what}; expected one of: {', '.join(known) or 'none'}{hint}"
+    )
 
 
 @functools.cache

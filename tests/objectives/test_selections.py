@@ -13,7 +13,7 @@ from vlm_jax import objectives
 from vlm_jax.errors import UserError
 
 N, WIDTH = 20, 5
-BATCH = {"image": np.arange(N), "token_ids": np.arange(N)[:, None]}
+BATCH = {"image": np.arange(N), "token_ids": np.arange(N)[:, None], "concept": np.arange(N) % 13}
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def fp64():
         yield
 
 
-def build(terms=None, batch_size=N, **options):
+def build(terms=None, **options):
     section = dict(
         terms=terms or dict(contrastive=dict(on="chosen")),
         selections=dict(chosen=dict(name="learnability", **options)),
@@ -70,7 +70,7 @@ def test_more_rounds_than_rows():
 
 def test_groups_draw_among_their_own_rows():
     """And the term sees these rows."""
-    objective, rng, seen = build(share=0.5, chunks=2, groups=2), jax.random.key(0), []
+    objective, rng = build(share=0.5, chunks=2, groups=2), jax.random.key(0)
     index = drawn(objective, rng).reshape(2, 5)
     assert index.max() < 10 and all(len(set(part)) == 5 for part in index)
     params = lookup.tables(size=N, width=WIDTH)
@@ -82,33 +82,15 @@ def test_groups_draw_among_their_own_rows():
     assert sorted(rows) == list(np.flatnonzero(np.any(grads["image"], axis=1)))  # no gradient by the choice
 
 
-def test_all_rows_in_another_order_are_the_batch():
+@pytest.mark.parametrize("targets", ["identity", "concept"])
+def test_all_rows_in_another_order_are_the_batch(targets):
+    """Labels included, which come along."""
     params, rng = lookup.tables(size=N, width=WIDTH), jax.random.key(0)
-    objective = build(share=1.0)
+    objective = build(dict(contrastive=dict(on="chosen", targets=targets)), share=1.0)
     assert sorted(drawn(objective, rng)) == list(range(N)) != list(drawn(objective, rng))
     got = objectives.value_and_grad(objective, Lookup(N, WIDTH), params, BATCH, rng, state=memory())
-    want = lookup.differentiate({}, params, BATCH)
+    want = lookup.differentiate(dict(targets=targets), params, BATCH)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-15), got[:3], want[:3])
-
-
-def test_chosen_rows_are_mined_for_pairs():
-    """A selection of a selection: matching on the learnable rows alone, with labels that ride along."""
-    from tests.objectives.alignment import test_matching as matching
-
-    section = dict(
-        terms=dict(matching=dict(on="chosen", targets="concept", fusion=dict(width=8, depth=1, heads=2))),
-        selections=dict(chosen=dict(name="learnability", share=0.5)),
-        teachers=dict(reference=dict(decay=1.0)),
-    )
-    objective = objectives.build(section, matching.Towers())
-    params = matching.begin(objective)
-    state = {"teachers": {"reference": jax.tree.map(lambda p: 2 * p, params)}}
-    run = lambda k: objectives.value_and_grad(
-        objective, matching.Towers(), params, matching.BATCH, jax.random.key(0), state=state, accumulate=k
-    )
-    one, four = run(1), run(4)
-    assert one[3]["pairs"]["matching"].shape == (12, 2)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), four[:3], one[:3])
 
 
 @pytest.mark.parametrize(

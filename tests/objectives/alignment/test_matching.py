@@ -126,6 +126,24 @@ def test_the_loss_is_the_cross_entropy_of_the_fusion_and_reaches_both_towers():
     assert not np.any(grads["image_head"]["kernel"]) and not np.any(grads["logit_scale"])  # they only choose
 
 
+def test_chosen_rows_are_mined_for_pairs():
+    """A selection of a selection: matching on the learnable rows alone, with labels that ride along."""
+    section = dict(
+        terms=dict(matching=dict(on="chosen", targets="concept", fusion=dict(width=8, depth=1, heads=2))),
+        selections=dict(chosen=dict(name="learnability", share=0.5)),
+        teachers=dict(reference=dict(decay=1.0)),
+    )
+    objective = objectives.build(section, Towers())
+    params = begin(objective)
+    state = {"teachers": {"reference": jax.tree.map(lambda p: 2 * p, params)}}
+    run = lambda k: objectives.value_and_grad(
+        objective, Towers(), params, BATCH, jax.random.key(0), state=state, accumulate=k
+    )
+    one, four = run(1), run(4)
+    assert one[3]["pairs"]["matching"].shape == (12, 2)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), four[:3], one[:3])
+
+
 def test_soft_targets_are_no_matches():
     with pytest.raises(
         UserError, match="matching needs targets that match or do not, such as `identity`, not soft ones"

@@ -16,7 +16,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.kernels import contrastive as kernel
 from vlm_jax.objectives.contrastive import targets as targets_of
 from vlm_jax.objectives.contrastive.negatives import Candidates, Negatives
-from vlm_jax.objectives.contrastive.penalty import Pairs, Penalty
+from vlm_jax.objectives.contrastive.penalty import HIDDEN, Pairs, Penalty
 from vlm_jax.objectives.contrastive.similarity import Similarity
 from vlm_jax.objectives.contrastive.targets import Targets
 from vlm_jax.objectives.term import WHERE, Term
@@ -159,7 +159,7 @@ def _logits(parts, features, candidates, scale, bias):
         logits = [one + bias for one in logits]
     if candidates is None:
         return logits
-    hide = lambda logits, mask: logits if mask is None else jnp.where(mask, logits, -jnp.inf)
+    hide = lambda logits, mask: logits if mask is None else jnp.where(mask, logits, HIDDEN)
     return hide(logits[0], candidates.text_mask), hide(logits[1].T, candidates.image_mask).T
 
 

@@ -14,13 +14,17 @@ from vlm_jax.catalogue import method
 from vlm_jax.kernels import contrastive as kernel
 
 
+HIDDEN = -1e30
+"""The logit of a candidate that does not count."""
+
+
 class Penalty(NamedTuple):
     """How logits and targets become a loss.
 
     Attributes:
       plain: (logits of images [B, M], logits of texts [M', B], targets of images [B, M], of texts [M', B]) -> scalar.
         Images stand in rows, texts in columns; the first B candidates of each are the batch's own. Targets are bool, or
-        weights of at least 0. Logits of candidates that do not count are -inf.
+        weights of at least 0. Logits of candidates that do not count are `HIDDEN`.
       of_pairs: (`Pairs`) -> (scalar, results of images, results of texts); results have `best_positive` and
         `best_negative`. None: the penalty needs all logits.
       one_matrix: whether `of_pairs` needs one matrix of logits for both directions.
@@ -109,10 +113,9 @@ def softmax(*, label_smoothing: float = 0.0) -> Penalty:
     def cross_entropy(logits, targets, axis):
         target = targets / jnp.sum(targets, axis, keepdims=True, dtype=logits.dtype)
         if label_smoothing:
-            counts = jnp.isfinite(logits)
+            counts = logits > HIDDEN / 2
             target = (1 - label_smoothing) * target + label_smoothing * counts / jnp.sum(counts, axis, keepdims=True)
-        products = jnp.where(target == 0, 0, target * logits)
-        return jnp.mean(jax.nn.logsumexp(logits, axis) - jnp.sum(products, axis))
+        return jnp.mean(jax.nn.logsumexp(logits, axis) - jnp.sum(target * logits, axis))
 
     def of_pairs(pairs):
         results = pairs.statistics(positives=not pairs.identity)
@@ -149,8 +152,7 @@ def sigmoid() -> Penalty:
     def of_each(logits, targets):
         if targets.dtype == bool:
             return jax.nn.log_sigmoid(jnp.where(targets, logits, -logits))
-        right = jax.nn.log_sigmoid(jnp.where(targets > 0, logits, 0))  # logits that do not count are -inf
-        return targets * right + (1 - targets) * jax.nn.log_sigmoid(-logits)
+        return targets * jax.nn.log_sigmoid(logits) + (1 - targets) * jax.nn.log_sigmoid(-logits)
 
     def of_pairs(pairs):
         images, texts = pairs.statistics(penalty="sigmoid")
