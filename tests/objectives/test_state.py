@@ -218,7 +218,7 @@ LATER = dict(weight=dict(begin="7 steps"))
         (dict(name="contrastive", reaches="txt/.*"), "the term `contrastive` reaches no parameter: its loss depends"),
         (dict(name="contrastive", on="pairs"), "`contrastive` reads the row set `pairs`, which neither the"),
         (dict(name="contrastive", targets="concept"), "targets is `concept`, which the batch lacks; expected"),
-        (dict(name="contrastive", combine="project"), "config.objective.combine is `project`"),
+        (dict(name="contrastive", combine="projct"), "config.objective.combine is `projct`; expected one of: project"),
         (dict(name="contrastive", selections=dict(learned={})), "selections.learned.name is `learned`; expec"),
         (dict(name="captioning"), "`captioning` needs `next_token`|`captioning` needs `context`"),
     ],

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from vlm_jax.catalogue import method
 from vlm_jax.kernels import contrastive as kernel
 
-
 HIDDEN = -1e30
 """The logit of a candidate that does not count."""
 
