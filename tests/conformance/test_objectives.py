@@ -58,7 +58,6 @@ def batch(model):
 
 
 def begin(objective, model, given):
-<<<<<<< HEAD
     """(parameters with the terms' own, memory after a step)"""
     params, rng = initial(model, *objectives.model_inputs(given, model)), jax.random.key(0)
     frozen = objectives.frozen(objective)
@@ -67,20 +66,6 @@ def begin(objective, model, given):
         return params, None
     params, state = jax.jit(make)(params, given, rng)
     take_step = functools.partial(objectives.value_and_grad, objective, model, frozen=frozen)
-=======
-    """(parameters with the terms' own, memory after a step); teachers are other models than the one that trains."""
-    params, rng = initial(model, *objectives.model_inputs(given)), jax.random.key(0)
-    make = functools.partial(objectives.make, objective, model)
-    if jax.eval_shape(make, params, given, rng) == jax.eval_shape(lambda: (params, None)):
-        return params, None
-    params, state = jax.jit(make)(params, given, rng)
-    if state is None:
-        return params, None
-    draw = np.random.default_rng(2)
-    other = lambda p: p + draw.normal(size=p.shape, scale=0.1).astype(p.dtype)
-    state |= {"teachers": jax.tree.map(other, state["teachers"])}
-    take_step = functools.partial(objectives.value_and_grad, objective, model)
->>>>>>> terms21
     step = lambda params, state: objectives.update(
         objective, state, params, take_step(params, given, rng, state=state)[3], rng, 0
     )
