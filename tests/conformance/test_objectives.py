@@ -65,6 +65,8 @@ def begin(objective, model, given):
     if jax.eval_shape(make, params, given, rng) == jax.eval_shape(lambda: (params, None)):
         return params, None
     params, state = jax.jit(make)(params, given, rng)
+    if state is None:
+        return params, None
     take_step = functools.partial(objectives.value_and_grad, objective, model, frozen=frozen)
     step = lambda params, state: objectives.update(
         objective, state, params, take_step(params, given, rng, state=state)[3], rng, 0
