@@ -74,7 +74,7 @@ def test_groups_draw_among_their_own_rows():
     index = drawn(objective, rng).reshape(2, 5)
     assert index.max() < 10 and all(len(set(part)) == 5 for part in index)
     params = lookup.tables(size=N, width=WIDTH)
-    run = partial(objectives.value_and_grad, objective, Lookup(N, WIDTH), params, state=memory())
+    run = jax.jit(partial(objectives.value_and_grad, objective, Lookup(N, WIDTH), params, state=memory()))
     _, _, grads, features = run(BATCH, rng)
     seen = np.asarray(features["chosen"]["contrastive"]["image"])
     rows = (index + np.array([[0], [10]])).reshape(-1)
