@@ -184,6 +184,13 @@ def follow_params(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
+def split_rows(tree: Any, mesh: Mesh) -> Any:
+    """Returns the shardings of a memory: matrices [n, ...] by rows over `data` x `fsdp`, all else replicated."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = lambda leaf: len(leaf.shape) > 1 and leaf.shape[0] % shards == 0
+    return jax.tree.map(lambda leaf: batch_sharding(mesh) if rows(leaf) else replicated(mesh), tree)
+
+
 def _sharding(name, shape, spec, mesh):
     spec = tuple(spec)
     if len(spec) > len(shape):

@@ -172,6 +172,9 @@ def build_program(
     param_shardings = sharding.param_shardings(partition, shapes, mesh)
     abstract = jax.eval_shape(init_state, jax.random.key(seed), {})
     placed = sharding.follow_params(abstract, shapes, param_shardings, mesh)
+    if memory:
+        terms = sharding.split_rows(memory["terms"], mesh)
+        placed = placed.replace(objective_state=placed.objective_state | {"terms": terms})
     place_frozen = {name: sharding.param_shardings(sharding.RULES, params, mesh) for name, params in frozen.items()}
     described = partial(jax.tree.map, lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where))
     return Program(
