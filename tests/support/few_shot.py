@@ -39,11 +39,12 @@ def pictures():
 
 
 def few_shot_task(base, pictures):
-    """(shots, validation, task) of `pictures`."""
+    """(shots, validation, task with a pool) of `pictures`."""
     images, labels = pictures
     part = lambda rows: Shots(images[rows], base.embed_image_batch(images[rows]), labels[rows])
     text = class_embeddings(base.embed_texts, NAMES, ["{}"])
-    return part(np.arange(9)), part(np.arange(9, 12)), Task(NAMES, ("{}",), text, 10.0, 0)
+    pool = part(np.arange(6, 12))._replace(labels=np.full(6, -1))
+    return part(np.arange(9)), part(np.arange(9, 12)), Task(NAMES, ("{}",), text, 10.0, 0, pool)
 
 
 def count(base, recipe):

@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from vlm_jax import catalogue, config
 from vlm_jax.adapt.heads.search import choose
+from vlm_jax.adapt.recipe import sees_pool
 from vlm_jax.adapt.task import Shots, Task, accuracy
 from vlm_jax.adapt.tune import tune
 from vlm_jax.errors import DivergedError, UserError
@@ -111,13 +112,17 @@ def search_rate(
     learning_rate: float | None = None,
     weight_decay: float = 0.0,
 ) -> Pretrained:
-    """Tunes by a recipe; `learning_rate` defaults to the best of `LEARNING_RATES` on validation."""
+    """Tunes by a recipe; `learning_rate` defaults to the best of `LEARNING_RATES` on validation.
+
+    A recipe with a term on "pool" gets the pictures of `task.pool`.
+    """
     best = failed = None
+    pool = task.pool.images if task.pool and sees_pool(recipe) else None
     for rate in LEARNING_RATES if learning_rate is None else [learning_rate]:
         try:
             adapted = tune(
                 base, recipe, shots.images, shots.labels, task.names, templates=task.templates, steps=steps,
-                batch_size=batch_size, learning_rate=rate, weight_decay=weight_decay, seed=task.seed,
+                batch_size=batch_size, learning_rate=rate, weight_decay=weight_decay, pool=pool, seed=task.seed,
             )  # fmt: skip
         except DivergedError as error:
             failed = error

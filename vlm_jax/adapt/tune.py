@@ -23,7 +23,7 @@ from tqdm import tqdm
 from vlm_jax import objectives
 from vlm_jax.adapt.heads.checks import check_labels
 from vlm_jax.adapt.heads.training import shuffled
-from vlm_jax.adapt.recipe import Adapted, Recipe, tree
+from vlm_jax.adapt.recipe import Adapted, Recipe, sees_pool, tree
 from vlm_jax.data import ops
 from vlm_jax.errors import DivergedError, UserError
 from vlm_jax.models import insertion
@@ -80,6 +80,8 @@ def tune(
         raise UserError(f"steps of tuning is {steps}; expected 1 or more")
     if augment is not None and not isinstance(images, list):
         raise UserError("augment reads pictures before preprocessing; give `images` as a list of pictures")
+    if sees_pool(recipe) and pool is None:
+        raise UserError("the recipe has a term on pictures without labels; give `pool` (few_shot: pool=64)")
     labels = check_labels(labels, len(images), len(names))
     place = _context_place(pretrained)
     modules = recipe.insertions(pretrained.model, place)
