@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from vlm_jax import evaluators
+from vlm_jax import catalogue, evaluators
 from vlm_jax.adapt import heads, methods, protocol
 from vlm_jax.adapt.protocol import _summary
 from vlm_jax.adapt.recipe import Extended, Masked
@@ -54,6 +54,20 @@ def test_trained_heads_learn_the_pictures_they_are_given(two_tower):
     )
     result = evaluators.build(dict(type="few_shot", **case))(two_tower).metrics
     assert min(result["tip_adapter/top1"], result["gda/top1"]) > result["zero_shot/top1"] + 0.2
+
+
+def test_a_head_of_your_own(two_tower, monkeypatch):
+    monkeypatch.setattr(catalogue, "_OWN", {})
+
+    @catalogue.method(family="heads", differs="always the same class")
+    def always(features, text, *, chosen: int = 0):
+        return lambda queries: np.eye(len(text))[np.full(len(queries), chosen)]
+
+    build = lambda **options: evaluators.build(dict(type="few_shot", methods=["always"], options=options, **CASE))
+    labels = embedded(two_tower, CASE["split"])[1]
+    assert build(chosen=2)(two_tower).metrics["always/top1"] == pytest.approx(np.mean(labels == 2))
+    with pytest.raises(UserError, match="the method always has no option `choice`; expected one of: chosen"):
+        build(choice=2)
 
 
 def test_a_pool_is_apart_from_all_draws(two_tower, monkeypatch):

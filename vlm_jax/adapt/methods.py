@@ -41,14 +41,19 @@ def fit(name: str) -> Callable[..., Pretrained]:
       UserError: there is no such method.
     """
     make = catalogue.get(FAMILIES, name, "a method of few_shot")
-    return partial(fit_head if name in catalogue.of("heads") else fit_recipe, make)
+    return partial(fit_head if is_head(name) else fit_recipe, make)
+
+
+def is_head(name: str) -> bool:
+    """Returns whether a method is a classifier on cached features."""
+    return catalogue.family(FAMILIES, name) == "heads"
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
     """Raises a UserError if the method has no such option; `fit` would raise it after the pictures are embedded."""
-    declaration = catalogue.of(*FAMILIES)[name]
-    training = inspect.signature(search_rate).parameters if declaration.family in TRAINED else {}
-    known = [*declaration.options, *(key for key, p in dict(training).items() if p.kind is p.KEYWORD_ONLY)]
+    takers = [catalogue.get(FAMILIES, name, "a method of few_shot"), *([] if is_head(name) else [search_rate])]
+    taken = [p for taker in takers for p in inspect.signature(taker).parameters.values()]
+    known = [p.name for p in taken if p.kind is p.KEYWORD_ONLY]
     for key in options:
         if key not in known:
             raise UserError(catalogue.unknown(f"the method {name} has no option `{key}`", key, dict.fromkeys(known)))

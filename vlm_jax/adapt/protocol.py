@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from vlm_jax import catalogue, config
-from vlm_jax.adapt.methods import check_options, fit
+from vlm_jax.adapt.methods import check_options, fit, is_head
 from vlm_jax.adapt.task import Shots, Task, accuracy, share_right
 from vlm_jax.data.sources import open_source
 from vlm_jax.errors import UserError
@@ -99,8 +99,7 @@ def few_shot(
         section 4.1); each half is named among its own names.
       keep: is called with method, seed and adapted model.
     """
-    heads = catalogue.of("heads")
-    fits = {method: fit(method) for method in (heads if methods is None else methods)}
+    fits = {method: fit(method) for method in (catalogue.of("heads") if methods is None else methods)}
     for name in fits:
         check_options(name, options or {})
     if shots < 1 or seeds < 1:
@@ -114,7 +113,7 @@ def few_shot(
     tests = _tests(main, tests or {}, base_to_new, given=classes is not None)
     training = Test(uri, train_split, train_where, label, tests[""].named)
     _check_apart(training, tests)
-    pictures = any(method not in heads for method in fits)
+    pictures = not all(is_head(method) for method in fits)
     limit = memory_limit(memory_share)
 
     def evaluate(pretrained: Pretrained, progress: Progress | None = None) -> Result:
