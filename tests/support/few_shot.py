@@ -54,6 +54,12 @@ def count(base, recipe):
     return models.count(jax.eval_shape(begin, rng))
 
 
+def params_with(base, recipe):
+    """Parameters by name of the model with the recipe's insertions."""
+    model = insertion.inserted(base.model, *recipe.insertions(base.model, 0))
+    return named_leaves(insertion.begin(jax.random.key(0), model, base.params, *GIVEN))
+
+
 def moved(base, adapted):
     """Names of the parameters that an adapted model has not from its base."""
     own = named_leaves(base.params)
