@@ -177,6 +177,12 @@ def of(*families: str) -> dict[str, Declaration]:
     return {d.name: d for family in families for d in read() if d.family == family}
 
 
+def family(families: tuple[str, ...], name: str) -> str | None:
+    """Returns which of some families has a method, your own methods first; None if none has it."""
+    own = [family for family in families if (family, name) in _OWN]
+    return own[0] if own else next((family for family in families if name in of(family)), None)
+
+
 def get(families: str | tuple[str, ...], name: str, where: str) -> Callable:
     """Returns the function of a method.
 

@@ -1,16 +1,19 @@
 """Few shots on the embedded data: what is drawn, that it is only drawn from training pictures, and the numbers."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
-from vlm_jax import evaluators
-from vlm_jax.adapt import heads
+from vlm_jax import catalogue, evaluators
+from vlm_jax.adapt import heads, methods, protocol
 from vlm_jax.adapt.protocol import _summary
+from vlm_jax.adapt.recipe import Extended, Masked
 from vlm_jax.data import emoji
 from vlm_jax.data.sources import open_source
 from vlm_jax.errors import UserError
+from vlm_jax.objectives import Term
 from vlm_jax.pretrained import class_embeddings
 
 CLASSES = dict(list(emoji.concepts(held_out=False).items())[:6])
@@ -53,6 +56,55 @@ def test_trained_heads_learn_the_pictures_they_are_given(two_tower):
     assert min(result["tip_adapter/top1"], result["gda/top1"]) > result["zero_shot/top1"] + 0.2
 
 
+def test_a_head_of_your_own(two_tower, monkeypatch):
+    monkeypatch.setattr(catalogue, "_OWN", {})
+
+    @catalogue.method(family="heads", differs="always the same class")
+    def always(features, text, *, chosen: int = 0):
+        return lambda queries: np.eye(len(text))[np.full(len(queries), chosen)]
+
+    build = lambda **options: evaluators.build(dict(type="few_shot", methods=["always"], options=options, **CASE))
+    labels = embedded(two_tower, CASE["split"])[1]
+    assert build(chosen=2)(two_tower).metrics["always/top1"] == pytest.approx(np.mean(labels == 2))
+    with pytest.raises(UserError, match="the method always has no option `choice`; expected one of: chosen"):
+        build(choice=2)
+
+
+def test_a_pool_is_apart_from_all_draws(two_tower, monkeypatch):
+    """Its pictures have no label, reach the recipes with a term on "pool", and leave the other pictures as they are."""
+    seen, tuned = {}, []
+    nothing = Extended(Masked("bias"), (Term("nothing", lambda outputs, ctx: 0, lambda *_: (0, {}), on="pool"),))
+
+    def tune(base, recipe, images, *_, pool=None, **options):
+        tuned.append(pool)
+        return dataclasses.replace(base, classes=tuple(CLASSES.values()), templates=("{}",))
+
+    def adapt(base, shots, validation, task):
+        seen.setdefault(task.seed, []).append((shots, validation, task))
+        adapted = [methods.search_rate(r, base, shots, validation, task) for r in (nothing, Masked("bias"))]
+        return adapted[0]
+
+    monkeypatch.setattr(methods, "tune", tune)
+    monkeypatch.setattr(protocol, "fit", lambda name: adapt)
+    case = CASE | dict(shots=1, methods=["coop"])
+    for size in (0, 3):
+        evaluators.build(dict(type="few_shot", pool=size, **case))(two_tower)
+    rows = lambda shots: {row.tobytes() for row in shots.features}
+    labelled = set().union(*(rows(part) for draws in seen.values() for part in draws[1][:2]))
+    for draws in seen.values():
+        (few, validation, task), (few_again, validation_again, with_pool) = draws
+        assert task.pool is None and with_pool.pool.labels.tolist() == [-1] * 3
+        assert rows(few) == rows(few_again) and rows(validation) == rows(validation_again)
+        assert len(rows(with_pool.pool)) == 3 and not rows(with_pool.pool) & labelled
+    assert rows(seen[0][1][2].pool) != rows(seen[1][1][2].pool)
+    rates = len(methods.LEARNING_RATES)
+    handed = tuned[4 * rates :]
+    for seed in seen:
+        own = handed[2 * rates * seed :]
+        assert all(pool is seen[seed][1][2].pool.images for pool in own[:rates])
+        assert own[rates : 2 * rates] == [None] * rates
+
+
 def test_what_is_wrong_is_named(two_tower, captioner):
     build = lambda **changes: evaluators.build(dict(type="few_shot", **CASE | changes))
     with pytest.raises(UserError, match=r"a method of few_shot is `coup`.*did you mean `coop`"):
@@ -61,6 +113,12 @@ def test_what_is_wrong_is_named(two_tower, captioner):
         build(classes=["pink"])(two_tower)
     with pytest.raises(UserError, match="wants shots and seeds of 1 or more; got 0 and 2"):
         build(shots=0)
+    with pytest.raises(UserError, match="wants a pool of 0 pictures or more; got -1"):
+        build(pool=-1)
+    with pytest.raises(
+        UserError, match=r"the pool is 99 pictures, but \d+ training pictures are in no draw; a smaller"
+    ):
+        build(pool=99)(two_tower)
     with pytest.raises(UserError, match="test `split` would name the pictures that are trained on"):
         build(split="train[1870:1900]")
     with pytest.raises(UserError, match="the test `far` of few_shot has no key `splits`; did you mean `split`"):

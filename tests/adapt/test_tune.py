@@ -104,5 +104,9 @@ def test_augmentation_and_pool():
         {},
     )
     recipe = Extended(Masked("bias"), (Term("pool", brightness, collect, on="pool"),))
+    with pytest.raises(UserError, match="the recipe has a term on pictures without labels; give `pool`"):
+        tune(base, recipe, images, labels, NAMES)
+    with pytest.raises(UserError, match="augment reads pictures before preprocessing; give `pool` as a list"):
+        tune(base, recipe, raw, labels, NAMES, pool=images, augment=base.preprocess)
     tune(base, recipe, images, labels, NAMES, pool=np.full((9, 8, 8, 3), 0.25, np.float32), **options)
     np.testing.assert_allclose(seen[-1], np.full(4, 0.25))

@@ -39,11 +39,12 @@ def pictures():
 
 
 def few_shot_task(base, pictures):
-    """(shots, validation, task) of `pictures`."""
+    """(shots, validation, task with a pool) of `pictures`."""
     images, labels = pictures
     part = lambda rows: Shots(images[rows], base.embed_image_batch(images[rows]), labels[rows])
     text = class_embeddings(base.embed_texts, NAMES, ["{}"])
-    return part(np.arange(9)), part(np.arange(9, 12)), Task(NAMES, ("{}",), text, 10.0, 0)
+    pool = part(np.arange(6, 12))._replace(labels=np.full(6, -1))
+    return part(np.arange(9)), part(np.arange(9, 12)), Task(NAMES, ("{}",), text, 10.0, 0, pool)
 
 
 def count(base, recipe):
@@ -51,6 +52,12 @@ def count(base, recipe):
     model, rng = insertion.inserted(base.model, *recipe.insertions(base.model, 0)), jax.random.key(0)
     begin = lambda rng: recipe.begin(rng, base.model, named_leaves(model.init(rng, *GIVEN)["params"]))
     return models.count(jax.eval_shape(begin, rng))
+
+
+def params_with(base, recipe):
+    """Parameters by name of the model with the recipe's insertions."""
+    model = insertion.inserted(base.model, *recipe.insertions(base.model, 0))
+    return named_leaves(insertion.begin(jax.random.key(0), model, base.params, *GIVEN))
 
 
 def moved(base, adapted):

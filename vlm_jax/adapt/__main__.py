@@ -88,7 +88,8 @@ def table(numbers: Mapping[str, float], methods: Sequence[str]) -> str:
 
 
 DATA = (
-    "split", "train_split", "label", "classes", "templates", "where", "train_where", "shots", "seeds", "base_to_new",
+    "split", "train_split", "label", "classes", "templates", "where", "train_where", "shots", "pool", "seeds",
+    "base_to_new",
 )  # fmt: skip
 
 

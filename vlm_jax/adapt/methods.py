@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from vlm_jax import catalogue, config
 from vlm_jax.adapt.heads.search import choose
+from vlm_jax.adapt.recipe import sees_pool
 from vlm_jax.adapt.task import Shots, Task, accuracy
 from vlm_jax.adapt.tune import tune
 from vlm_jax.errors import DivergedError, UserError
@@ -40,14 +41,19 @@ def fit(name: str) -> Callable[..., Pretrained]:
       UserError: there is no such method.
     """
     make = catalogue.get(FAMILIES, name, "a method of few_shot")
-    return partial(fit_head if name in catalogue.of("heads") else fit_recipe, make)
+    return partial(fit_head if is_head(name) else fit_recipe, make)
+
+
+def is_head(name: str) -> bool:
+    """Returns whether a method is a classifier on cached features."""
+    return catalogue.family(FAMILIES, name) == "heads"
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
     """Raises a UserError if the method has no such option; `fit` would raise it after the pictures are embedded."""
-    declaration = catalogue.of(*FAMILIES)[name]
-    training = inspect.signature(search_rate).parameters if declaration.family in TRAINED else {}
-    known = [*declaration.options, *(key for key, p in dict(training).items() if p.kind is p.KEYWORD_ONLY)]
+    takers = [catalogue.get(FAMILIES, name, "a method of few_shot"), *([] if is_head(name) else [search_rate])]
+    taken = [p for taker in takers for p in inspect.signature(taker).parameters.values()]
+    known = [p.name for p in taken if p.kind is p.KEYWORD_ONLY]
     for key in options:
         if key not in known:
             raise UserError(catalogue.unknown(f"the method {name} has no option `{key}`", key, dict.fromkeys(known)))
@@ -111,13 +117,17 @@ def search_rate(
     learning_rate: float | None = None,
     weight_decay: float = 0.0,
 ) -> Pretrained:
-    """Tunes by a recipe; `learning_rate` defaults to the best of `LEARNING_RATES` on validation."""
+    """Tunes by a recipe; `learning_rate` defaults to the best of `LEARNING_RATES` on validation.
+
+    A recipe with a term on "pool" gets the pictures of `task.pool`.
+    """
     best = failed = None
+    pool = task.pool.images if task.pool and sees_pool(recipe) else None
     for rate in LEARNING_RATES if learning_rate is None else [learning_rate]:
         try:
             adapted = tune(
                 base, recipe, shots.images, shots.labels, task.names, templates=task.templates, steps=steps,
-                batch_size=batch_size, learning_rate=rate, weight_decay=weight_decay, seed=task.seed,
+                batch_size=batch_size, learning_rate=rate, weight_decay=weight_decay, pool=pool, seed=task.seed,
             )  # fmt: skip
         except DivergedError as error:
             failed = error

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from vlm_jax import catalogue, config
-from vlm_jax.adapt.methods import check_options, fit
+from vlm_jax.adapt.methods import check_options, fit, is_head
 from vlm_jax.adapt.task import Shots, Task, accuracy, share_right
 from vlm_jax.data.sources import open_source
 from vlm_jax.errors import UserError
@@ -64,6 +64,7 @@ def few_shot(
     methods: Sequence[str] | None = None,
     options: Mapping[str, Any] | None = None,
     shots: int = 16,
+    pool: int = 0,
     seeds: int = 3,
     where: Mapping[str, Sequence] | None = None,
     train_where: Mapping[str, Sequence] | None = None,
@@ -89,6 +90,8 @@ def few_shot(
       methods: names, see `vlm-jax methods`; defaults to all heads.
       options: options that every one of the methods has: steps, learning_rate, rank, ...
       shots: training pictures of each class; a smaller class gives all its pictures but one to choose on.
+      pool: training pictures without labels, for methods that use such pictures: of the classes, drawn anew by each
+        seed, none among the pictures of any draw.
       seeds: number of draws: 0, 1, ...
       tests: name -> changes of `uri`, `split`, `where`, `label` and `classes` in a further test. Heads are tested only
         on the classes that they were trained on.
@@ -96,12 +99,13 @@ def few_shot(
         section 4.1); each half is named among its own names.
       keep: is called with method, seed and adapted model.
     """
-    heads = catalogue.of("heads")
-    fits = {method: fit(method) for method in (heads if methods is None else methods)}
+    fits = {method: fit(method) for method in (catalogue.of("heads") if methods is None else methods)}
     for name in fits:
         check_options(name, options or {})
     if shots < 1 or seeds < 1:
         raise UserError(f"few_shot wants shots and seeds of 1 or more; got {shots} and {seeds}")
+    if pool < 0:
+        raise UserError(f"few_shot wants a pool of 0 pictures or more; got {pool}")
     if label is None:
         label = class_names.find_label(open_source(uri, train_split), f"data set `{uri}`")
     prompts = class_names.read_templates(templates)
@@ -109,7 +113,7 @@ def few_shot(
     tests = _tests(main, tests or {}, base_to_new, given=classes is not None)
     training = Test(uri, train_split, train_where, label, tests[""].named)
     _check_apart(training, tests)
-    pictures = any(method not in heads for method in fits)
+    pictures = not all(is_head(method) for method in fits)
     limit = memory_limit(memory_share)
 
     def evaluate(pretrained: Pretrained, progress: Progress | None = None) -> Result:
@@ -127,7 +131,8 @@ def few_shot(
         if not (labels >= 0).any():
             raise UserError(f"few_shot: no training picture's `{label}` is among the classes")
         draws = [few_shots(labels, shots + min(shots, VALIDATION), seed) for seed in range(seeds)]
-        drawn = np.unique(np.concatenate(draws))
+        pools = [_pool(labels, draws, pool, seed) for seed in range(seeds)]
+        drawn = np.unique(np.concatenate(draws + pools))
         passes["train"].only(drawn)
         for name, data in passes.items():
             data.begin(name)
@@ -144,7 +149,9 @@ def few_shot(
             scale, shares = math.exp(float(pretrained.params["logit_scale"])), {}
             for seed, draw in enumerate(draws):
                 few, validation = _parts(known, np.flatnonzero(np.isin(place, draw)), shots, seed)
-                task = Task(training.names, prompts, texts[""], scale, seed)
+                others = _part(known, np.isin(place, pools[seed]))
+                others = others._replace(labels=np.full_like(others.labels, -1)) if pool else None
+                task = Task(training.names, prompts, texts[""], scale, seed, others)
                 for method, adapt in fits.items():
                     adapted = adapt(pretrained, few, validation, task, **(options or {}))
                     if keep is not None:
@@ -243,8 +250,22 @@ def _parts(known: Shots, row: np.ndarray, shots: int, seed: int) -> tuple[Shots,
     training = np.isin(np.arange(len(row)), _training_places(known.labels[row], shots, seed))
     if training.all() or not training.any():
         raise UserError("few_shot: too few pictures of a class to choose hyper-parameters on; fewer shots?")
-    part = lambda rows: Shots(*(None if values is None else values[rows] for values in known))
-    return part(row[training]), part(row[~training])
+    return _part(known, row[training]), _part(known, row[~training])
+
+
+def _part(known: Shots, rows: np.ndarray) -> Shots:
+    return Shots(*(None if values is None else values[rows] for values in known))
+
+
+def _pool(labels: np.ndarray, draws: Sequence[np.ndarray], size: int, seed: int) -> np.ndarray:
+    """Draws places of `size` pictures of the classes that are in no draw."""
+    others = np.setdiff1d(np.flatnonzero(labels >= 0), np.concatenate(draws))
+    if size > len(others):
+        raise UserError(
+            f"few_shot: the pool is {size} pictures, but {len(others)} training pictures are in no draw; "
+            "a smaller pool, fewer shots or fewer seeds?"
+        )
+    return np.random.default_rng((seed, 0, 2)).permutation(others)[:size]
 
 
 def _summary(shares: Mapping[tuple[str, str], Sequence[float]]) -> dict[str, float]:

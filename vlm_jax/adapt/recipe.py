@@ -56,6 +56,11 @@ class Extended:
         return self.recipe.combine(own, leaves)
 
 
+def sees_pool(recipe: Recipe) -> bool:
+    """Returns whether a term of the recipe sees pictures without labels."""
+    return any("pool" in term.sets for term in getattr(recipe, "terms", ()))
+
+
 class Adapted:
     """A model as a function of a recipe's own parameters, for objectives; `leaves` are the base parameters by name."""
 

@@ -10,12 +10,12 @@ from vlm_jax.pretrained import Pretrained, class_embeddings
 
 
 class Shots(NamedTuple):
-    """Labelled pictures.
+    """Pictures with labels, or a pool without.
 
     Attributes:
       images: preprocessed, [N, H, W, 3], or None if no method needs pictures.
       features: their embeddings, unit norm, float [N, D].
-      labels: int [N], in range(C).
+      labels: int [N], in range(C); -1 without a label.
     """
 
     images: Any
@@ -32,6 +32,7 @@ class Task(NamedTuple):
       text: embeddings of the classes, unit norm, float [C, D].
       scale: of the model's logits.
       seed: of all random draws.
+      pool: pictures of the classes without labels, or None.
     """
 
     names: Sequence[str]
@@ -39,6 +40,7 @@ class Task(NamedTuple):
     text: np.ndarray
     scale: float
     seed: int
+    pool: Shots | None = None
 
 
 def accuracy(base: Pretrained, adapted: Pretrained, queries: Shots, names: Sequence[str]) -> float:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from vlm_jax import objectives
 from vlm_jax.adapt.heads.checks import check_labels
 from vlm_jax.adapt.heads.training import shuffled
-from vlm_jax.adapt.recipe import Adapted, Recipe, tree
+from vlm_jax.adapt.recipe import Adapted, Recipe, sees_pool, tree
 from vlm_jax.data import ops
 from vlm_jax.errors import DivergedError, UserError
 from vlm_jax.models import insertion
@@ -32,6 +32,7 @@ from vlm_jax.objectives import Objective, Teacher, Term
 from vlm_jax.params import optim
 from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained, class_embeddings
+from vlm_jax.pretrained.pretrained import read_picture
 from vlm_jax.run.program import TrainState, train_step
 
 
@@ -78,8 +79,11 @@ def tune(
     """
     if steps < 1:
         raise UserError(f"steps of tuning is {steps}; expected 1 or more")
-    if augment is not None and not isinstance(images, list):
-        raise UserError("augment reads pictures before preprocessing; give `images` as a list of pictures")
+    for name, given in (("images", images), ("pool", pool)):
+        if augment is not None and given is not None and not isinstance(given, list):
+            raise UserError(f"augment reads pictures before preprocessing; give `{name}` as a list of pictures")
+    if sees_pool(recipe) and pool is None:
+        raise UserError("the recipe has a term on pictures without labels; give `pool` (few_shot: pool=64)")
     labels = check_labels(labels, len(images), len(names))
     place = _context_place(pretrained)
     modules = recipe.insertions(pretrained.model, place)
@@ -160,7 +164,7 @@ class _Pictures:
         if self._ops is None:
             return self._images[rows]
         draw = lambda row: self._ops(
-            {"image": self._raw[row]}, np.random.default_rng((self._seed, step, int(row) % self.size))
+            {"image": read_picture(self._raw[row])}, np.random.default_rng((self._seed, step, int(row) % self.size))
         )
         return np.stack([draw(row)["image"] for row in rows])
 

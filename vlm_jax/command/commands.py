@@ -124,6 +124,7 @@ COMMANDS = {
             ),
             "draws": (
                 whole("shots", "Training pictures of each class", 16),
+                whole("pool", "Training pictures without labels, for methods that use such pictures", 0),
                 whole("seeds", "Number of random draws", 3),
                 text("train_split", "The split to draw from (train); --train_split= for data without splits"),
                 several("train_where", "Records of that split that count: field=value,value; repeatable"),

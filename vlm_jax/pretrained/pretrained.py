@@ -298,8 +298,8 @@ class Pretrained:
     def _pictures(self, images: Sequence) -> Any:
         """Preprocessed, a tree of arrays [n, ...]."""
         self._need("image")
-        read = lambda image: Path(image).read_bytes() if isinstance(image, str | os.PathLike) else image
-        return self._prepare("image", self.preprocess, [{"image": read(image)} for image in _as_list(images)], "image")
+        records = [{"image": read_picture(image)} for image in _as_list(images)]
+        return self._prepare("image", self.preprocess, records, "image")
 
     def _texts(self, texts: Sequence[str]) -> np.ndarray:
         """int32 [n, L], the text tower's input."""
@@ -359,6 +359,11 @@ class Pretrained:
         if embeddings.is_fully_addressable:
             return embeddings
         return jax.jit(lambda x: x, out_shardings=sharding.replicated(self.mesh))(embeddings)
+
+
+def read_picture(image: Any) -> Any:
+    """Returns the bytes of the file at a path; anything else as it is."""
+    return Path(image).read_bytes() if isinstance(image, str | os.PathLike) else image
 
 
 def _as_list(values) -> list:
