@@ -58,7 +58,8 @@ def test_head(name, base, task, tmp_path):
     assert not moved(base, head)
     found = logits(head)
     assert found.shape == (4, 3) and np.isfinite(found).all()
-    assert accuracy(base, head, few, NAMES) >= 1 / 3  # it names its own training pictures no worse than by chance
+    if head.head is not None:  # zero_shot learns nothing
+        assert accuracy(base, head, few, NAMES) >= 1 / 3  # it names its own training pictures no worse than by chance
     comes_back(base, head, found, tmp_path)
     refuses(name, base, task)
 

@@ -20,8 +20,6 @@ from vlm_jax.params.table import map_with_name, named_leaves
 
 WHERE = "config.optimizer"
 UNREACHED = f"{FROZEN}: no term reaches it"
-CLOCKS = tuple(type(tx(lambda step: 0.0).init({})) for tx in (optax.scale_by_schedule, optax.add_decayed_weights))
-"""The states of schedules, which count steps."""
 duration_to_steps = schedules.duration_to_steps
 
 
@@ -164,7 +162,7 @@ def _check_options(name: str, factory: Callable, options: Mapping[str, Any]) -> 
 
 def _held(tx: optax.GradientTransformation, key: Hashable) -> optax.GradientTransformationExtraArgs:
     """Returns tx, which keeps its moments and moves nothing where `active[key]` is False; its schedules go on."""
-    is_clock = lambda state: isinstance(state, CLOCKS)
+    is_clock = lambda state: getattr(state, "_fields", None) == ("count",)  # the states of schedules in optax
 
     def update(updates, state, params=None, *, active, **others):
         moved, after = optax.with_extra_args_support(tx).update(updates, state, params, **others)
