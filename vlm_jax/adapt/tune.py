@@ -124,10 +124,8 @@ def tune(
         drawn = np.random.default_rng((seed, step)).choice(others.size, batch_size, replace=others.size < batch_size)
         return {"batch": batch, "classes": classes, "pool": {"image": others.of(step, drawn)}}
 
-    pairwise = adapted.compares_pairs
-    tuning = _Tuning(
-        adapted.model, pretrained.model, recipe, steps, weight_decay, pretrained.tokenizer.pad_id, pairwise
-    )
+    pad_id, pairwise = pretrained.tokenizer.pad_id, adapted.compares_pairs
+    tuning = _Tuning(adapted.model, pretrained.model, recipe, steps, weight_decay, pad_id, pairwise)
     frozen, loss = {"base": pretrained.params}, 0.0
     state = _begin(tuning, own, leaves, frozen, batch_of(0, order[0]))
     for number, rows in enumerate(tqdm(order[:steps], desc="tune", unit="step", disable=not show)):
@@ -146,7 +144,6 @@ class _Pictures:
     def __init__(self, pretrained: Pretrained, images: Any, augment: str | None, seed: int):
         self._pretrained, self._seed = pretrained, seed
         self._ops = None if augment is None else ops.parse(f"{augment} | keep('image')", pretrained.tokenizer)
-        self._raw = images if augment else None
         self._images = pretrained._pictures(images) if isinstance(images, list) and not augment else images
         self.size = len(images)
 
@@ -164,7 +161,7 @@ class _Pictures:
         if self._ops is None:
             return self._images[rows]
         draw = lambda row: self._ops(
-            {"image": read_picture(self._raw[row])}, np.random.default_rng((self._seed, step, int(row) % self.size))
+            {"image": read_picture(self._images[row])}, np.random.default_rng((self._seed, step, int(row) % self.size))
         )
         return np.stack([draw(row)["image"] for row in rows])
 

@@ -143,8 +143,7 @@ class _Cut:
             if looked_up:
                 parent = self.objective.made[name].on
                 for cotangent, (_, one) in zip(cotangents, carry, strict=True):
-                    none = jax.tree.map(lambda x: _zeros(x), before)
-                    cotangent[parent][name] = {**none, **merge(one, empty=True)}
+                    cotangent[parent][name] = {**jax.tree.map(_zeros, before), **merge(one, empty=True)}
         return grads
 
     def _micro(self, params, name, before, rows, i, k, users=None):
