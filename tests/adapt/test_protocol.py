@@ -46,7 +46,9 @@ def test_methods(two_tower):
 def test_trained_heads_learn_the_pictures_they_are_given(two_tower):
     """Tested on its own training pictures, a cache names them better than the class names of an untrained model."""
     where = {"concept": list(CLASSES)[::-1]}  # the same pictures
-    case = CASE | dict(split=CASE["train_split"], where=where, shots=4, seeds=1, methods=["zero_shot", "tip_adapter", "gda"])
+    case = CASE | dict(
+        split=CASE["train_split"], where=where, shots=4, seeds=1, methods=["zero_shot", "tip_adapter", "gda"]
+    )
     result = evaluators.build(dict(type="few_shot", **case))(two_tower).metrics
     assert min(result["tip_adapter/top1"], result["gda/top1"]) > result["zero_shot/top1"] + 0.2
 

@@ -41,7 +41,11 @@ def test_mfu_and_memory_of_accelerators(monkeypatch):
 
 def test_a_run_traces_the_steps_that_are_asked_for(tmp_path):
     write_pictures(tmp_path, 64)
-    settings = on_pictures(tmp_path) | {"duration": "6 steps", "profile": {"steps": "2:4"}, "checkpoint": {"every": "6 steps"}}
+    settings = on_pictures(tmp_path) | {
+        "duration": "6 steps",
+        "profile": {"steps": "2:4"},
+        "checkpoint": {"every": "6 steps"},
+    }
     settings["log"] |= {"every": "1 steps"}
     train(settings, tmp_path / "run")
     (trace,) = (tmp_path / "run" / "profile").glob("**/perfetto_trace.json.gz")

@@ -127,4 +127,6 @@ def _begun(model, reads_texts, seed):
     """model.init, one run for equal models."""
     length = (model.decoder if hasattr(model, "decoder") else model.text).length
     texts = jnp.zeros((1, length), jnp.int32)
-    return jax.jit(model.init)(jax.random.key(seed), texts if reads_texts else jnp.zeros((1, 32, 32, 3)), texts)["params"]
+    return jax.jit(model.init)(jax.random.key(seed), texts if reads_texts else jnp.zeros((1, 32, 32, 3)), texts)[
+        "params"
+    ]
