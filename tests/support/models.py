@@ -124,9 +124,8 @@ def untrained(settings: Any, opinionated: bool = False, seed: int = 0) -> Pretra
 
 @functools.cache
 def _begun(model, reads_texts, seed):
-    """model.init, one run for equal models."""
+    """Parameters by model.init, drawn once for equal models."""
     length = (model.decoder if hasattr(model, "decoder") else model.text).length
     texts = jnp.zeros((1, length), jnp.int32)
-    return jax.jit(model.init)(jax.random.key(seed), texts if reads_texts else jnp.zeros((1, 32, 32, 3)), texts)[
-        "params"
-    ]
+    given = texts if reads_texts else jnp.zeros((1, 32, 32, 3))
+    return jax.jit(model.init)(jax.random.key(seed), given, texts)["params"]
