@@ -17,7 +17,7 @@ from vlm_jax.objectives import Term
 from vlm_jax.pretrained import class_embeddings
 
 CLASSES = dict(list(emoji.concepts(held_out=False).items())[:6])
-CASE = dict(
+CASE = dict(  # the slices hold all pictures of the six classes
     uri="tfds:emoji", split="unseen_style[540:560]", train_split="train[1870:1900]", label="concept", classes=CLASSES,
     where={"concept": list(CLASSES)}, train_where={"concept": list(CLASSES)}, shots=2, seeds=2, batch_size=16,
 )  # fmt: skip

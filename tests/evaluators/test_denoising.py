@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import ul2
-from tests.support.models import untrained
+from tests.support.models import run, untrained
 from vlm_jax import evaluators
 from vlm_jax.data import loader
 from vlm_jax.errors import UserError
@@ -33,7 +33,7 @@ def test_sums(texts_to_texts, section):
     metrics = evaluators.build(section | dict(batch_size=8))(texts_to_texts).metrics
     of = dict(uri=section["uri"], ops=section["ops"], batch_size=23, tokenizer=texts_to_texts.tokenizer)
     batch = next(iter(loader.eval_batches(max_bad_fraction=0.1, **of)))
-    logits = texts_to_texts.model.apply({"params": texts_to_texts.params}, batch["input_ids"], batch["token_ids"])
+    logits = run(texts_to_texts.model, texts_to_texts.params, batch["input_ids"], batch["token_ids"])
     log_p = np.take_along_axis(jax.nn.log_softmax(logits), batch["token_ids"][..., None], axis=2)[..., 0]
     counts = (batch["token_ids"] != 0) & batch["mask"][:, None]
     perplexity = lambda counts: np.exp(-(log_p * counts).sum() / counts.sum())

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.support.models import initial, with_opinions
+from tests.support.models import initial, run, with_opinions
 from vlm_jax import models
 from vlm_jax.models.generate import Rules, Special, beam_search, sample
 
@@ -34,7 +34,7 @@ def texts(captioner):
     model, params, images = captioner
     every = [ids for ids in itertools.product(range(VOCAB), repeat=LENGTH) if not _after_end(ids)]
     every = np.array(every)
-    forward = jax.jit(lambda images, ids: jax.nn.log_softmax(model.apply({"params": params}, images, ids)))
+    forward = jax.jit(lambda images, ids: jax.nn.log_softmax(run(model, params, images, ids)))
     scores = []
     for image in images:
         log_p = forward(jnp.broadcast_to(image, (len(every), *image.shape)), every)
@@ -80,7 +80,7 @@ def test_greedy_takes_the_likeliest_each_time(captioner, texts):
     model, params, images = captioner
     got = sample(model, params, images, length=LENGTH, greedy=True, special=SPECIAL)
     ids = np.zeros((BATCH, LENGTH), np.int32)
-    forward = jax.jit(lambda ids: model.apply({"params": params}, images, ids))
+    forward = lambda ids: run(model, params, images, ids)
     for t in range(LENGTH):
         ids[:, t] = np.argmax(forward(ids)[:, t], axis=-1)
     for b in range(BATCH):
@@ -120,7 +120,7 @@ def _steps(model, params, image, rules):
     """p(first) [V] and p(second | first) [V, V], by the rules' definitions."""
     texts = np.array([[a, 0] for a in range(VOCAB)])
     images = jnp.broadcast_to(image, (VOCAB, *image.shape[1:]))
-    logits = np.asarray(model.apply({"params": params}, images, texts), np.float64)
+    logits = np.asarray(run(model, params, images, texts), np.float64)
 
     def probabilities(logits):
         p = np.exp(logits / rules.temperature)
@@ -176,7 +176,7 @@ def test_repetition_penalty(captioner):
     model, params, images = captioner
     rules = Rules(repetition_penalty=1e6)
     got = sample(model, params, images, length=5, greedy=True, special=Special(end=-1), rules=rules)
-    shifted = np.asarray(model.apply({"params": params}, images, got.token_ids))
+    shifted = np.asarray(run(model, params, images, got.token_ids))
     for b, ids in enumerate(np.asarray(got.token_ids)):
         for t, token in enumerate(ids):
             fresh = [v for v in range(VOCAB) if v not in ids[:t]]

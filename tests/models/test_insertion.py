@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.support.models import initial
+from tests.support.models import initial, run
 from vlm_jax import models
 from vlm_jax.errors import UserError
 from vlm_jax.kernels import attention
@@ -104,14 +104,14 @@ def test_adapters_compute_the_unified_view():
     """h + s act(x down + b) up + c of one MLP, in numpy."""
     model = models.layers.Mlp(width=HIDDEN)
     x = np.asarray(jax.random.normal(jax.random.key(0), (2, 3, D)))
-    params = model.init(jax.random.key(1), x)["params"]
-    h = np.asarray(model.apply({"params": params}, x))
+    params = initial(model, x)
+    h = np.asarray(run(model, params, x))
     for form, source in (("serial", h), ("parallel", x)):
         adapted = inserted(model, Adapter(where="", width=4, form=form, scale=0.5))
         trained = randomised(begin(jax.random.key(2), adapted, params, jnp.asarray(x)))
         down, down_bias, up, up_bias = (trained[f"inserted_{n}"] for n in ("down", "down_bias", "up", "up_bias"))
         want = h + 0.5 * (np.maximum(source @ down + down_bias, 0) @ up + up_bias)
-        np.testing.assert_allclose(adapted.apply({"params": trained}, x), want, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(run(adapted, trained, x), want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -121,9 +121,9 @@ def test_a_prefix_is_seen_by_all(causal):
     x = jax.random.normal(jax.random.key(0), (2, 5, D))
     mask = jnp.array([[True] * 5, [True] * 3 + [False] * 2])[:, None, None]
     bias = jax.random.normal(jax.random.key(1), (1, HEADS, 5, 5))
-    params = model.init(jax.random.key(2), x)["params"]
+    params = initial(model, x)
     prefix = KeyValues(*jax.random.normal(jax.random.key(3), (2, 3, HEADS, D // HEADS)))
-    got, _ = model.apply({"params": params}, x, mask=mask, logits_bias=bias, prefix=prefix)
+    got, _ = run(model, params, x, mask=mask, logits_bias=bias, prefix=prefix)
     heads = lambda name: (x @ params[name]["kernel"] + params[name]["bias"]).reshape(2, 5, HEADS, D // HEADS)
     q, k, v = map(heads, ("query", "key", "value"))
     k, v = (jnp.concatenate([jnp.stack([own] * 2), rest], axis=1) for own, rest in zip(prefix, (k, v), strict=True))
@@ -142,8 +142,8 @@ def test_a_context_of_the_words_themselves_changes_nothing(base):
     adapted = inserted(model, Context(length=3))
     begun = begin(jax.random.key(2), adapted, params, IMAGES, TEXTS)
     begun["text"]["token_embed"]["inserted_context"] = params["text"]["token_embed"]["embedding"][5:8]
-    got = adapted.apply({"params": begun}, None, TEXTS).text
-    np.testing.assert_allclose(got, model.apply({"params": params}, None, same).text, rtol=1e-5, atol=1e-6)
+    got = run(adapted, begun, None, TEXTS).text
+    np.testing.assert_allclose(got, run(model, params, None, same).text, rtol=1e-5, atol=1e-6)
     assert not np.allclose(got, text)
 
 

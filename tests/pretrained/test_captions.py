@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.models import run
 from vlm_jax.errors import UserError
 
 NAMES = ["cat", "bird", "grinning face with smiling eyes", "umbrella"]
@@ -24,7 +25,7 @@ def log_p(pretrained, pictures, captions):
     """By the model's own logits, all tokens at once."""
     ids = pretrained.tokenizer(captions, 8, bos=False)
     images = jnp.asarray(np.stack(pictures), jnp.float32) / 127.5 - 1
-    logits = pretrained.model.apply({"params": pretrained.params}, images, ids)
+    logits = run(pretrained.model, pretrained.params, images, ids)
     own = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), ids[..., None], axis=2)[..., 0]
     return np.where(ids == 0, 0, own).sum(1)
 
@@ -61,7 +62,7 @@ def test_captions(pretrained, pictures):
 
 def test_features(pretrained, pictures):
     images = jnp.asarray(np.stack(pictures), jnp.float32) / 127.5 - 1
-    tokens, _ = pretrained.model.apply({"params": pretrained.params}, images, method="encode")
+    tokens, _ = run(pretrained.model, pretrained.params, images, method="encode")
     np.testing.assert_allclose(pretrained.image_features(pictures), tokens.mean(1), atol=1e-5)
 
 

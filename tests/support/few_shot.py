@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.support.models import initial
 from vlm_jax import models
 from vlm_jax.adapt.task import Shots, Task
 from vlm_jax.adapt.tune import tune
@@ -25,7 +24,7 @@ def clip_like(scan):
     sizes = dict(width=D, depth=DEPTH, heads=2, mlp_dim=24, out_dim=D, scan=scan)
     text = dict(sizes, vocab_size=2985, length=8, pool="mean", pad_mask=True)
     model = models.build(dict(image=dict(sizes, patch=4), text=text))
-    params = initial(model, *GIVEN)
+    params = jax.jit(model.init)(jax.random.key(0), *GIVEN)["params"]
     tokenize = "lower | tokenize(8, bos=False, eos=False)"
     return Pretrained(model, params, tokenizers.build("emoji"), "decode | resize(8) | normalize", tokenize)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import clip
-from tests.support.models import T5_SIZES, VOCAB, initial, section, tiny, untrained
+from tests.support.models import T5_SIZES, VOCAB, initial, run, section, tiny, untrained
 from tests.support.paths import GOLDEN
 from vlm_jax import config, load, models, save_pretrained
 from vlm_jax.errors import UserError
@@ -62,8 +62,8 @@ def test_a_text_tower_from_an_encoder(t5, scan):
     assert all(found[name].sharding == shapes[name].sharding for name in found)
     images = jnp.zeros((2, 16, 16, 3))
     params = map_with_name(lambda name, leaf: jax.device_get(found.get(name, leaf)), initial(tower, images, TOKENS))
-    got = tower.apply({"params": params}, None, TOKENS).text_tokens
-    want, seen = model.apply({"params": own}, TOKENS, method="encode")
+    got = run(tower, params, None, TOKENS).text_tokens
+    want, seen = run(model, own, TOKENS, method="encode")
     np.testing.assert_allclose(got[seen], want[seen], rtol=1e-5, atol=1e-6)
 
 

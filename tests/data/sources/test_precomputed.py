@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.models import initial, run
 from vlm_jax import models, save_pretrained
 from vlm_jax.data import loader
 from vlm_jax.data.source import BadExample
@@ -33,7 +34,7 @@ def lit(tmp_path_factory):
         (root / "pictures" / "thing" / f"{i:02d}.png").write_bytes(stream.getvalue()[: 60 if i == BAD else None])
     section = dict(name="two_tower", image=IMAGE, text=None)
     model = models.build(section)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), None)["params"]
+    params = initial(model, jnp.zeros((1, 16, 16, 3)), None)
     other = Pretrained(model, params, None, PREPARE, None, dict(model=section, preprocess=PREPARE))
     save_pretrained(other, root / "tower", "native")
     text = dict(width=16, depth=1, heads=2, vocab_size=12, length=4, out_dim=16)
@@ -50,7 +51,7 @@ def pooled(params, uri):
     batches = loader.eval_batches(uri=uri, ops=f"{PREPARE} | keep('image')", batch_size=COUNT, max_bad_fraction=0.1)
     batch = next(iter(batches))
     assert len(source) == COUNT
-    rows = model.image.apply({"params": params["image"]}, batch["image"]).pooled
+    rows = run(model.image, params["image"], batch["image"]).pooled
     return {i: row for i, (row, real) in enumerate(zip(rows, batch["mask"], strict=True)) if real}
 
 
@@ -99,10 +100,10 @@ def test_two_towers_take_either(lit):
     settings, _, _, _ = lit
     model = models.build(settings["model"])
     images, ids = jax.random.normal(jax.random.key(1), (3, 16, 16, 3)), jnp.ones((3, 4), jnp.int32)
-    params = model.init(jax.random.key(0), images, ids)["params"]
-    again = model.init(jax.random.key(0), jnp.zeros((3, 16)), ids)["params"]
+    init = jax.jit(model.init)
+    params, again = (init(jax.random.key(0), given, ids)["params"] for given in (images, jnp.zeros((3, 16))))
     jax.tree.map(np.testing.assert_array_equal, again, params)
-    before = model.image.apply({"params": params["image"]}, images).pooled
-    want, got = (model.apply({"params": params}, given, ids) for given in (images, before))
+    before = run(model.image, params["image"], images).pooled
+    want, got = (run(model, params, given, ids) for given in (images, before))
     np.testing.assert_allclose(got.image, want.image, rtol=1e-6, atol=1e-7)
     np.testing.assert_array_equal(got.text, want.text)

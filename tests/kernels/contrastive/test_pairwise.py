@@ -61,7 +61,7 @@ def test_sigmoid_of_labels(way):
 
 
 @of_ways(WAYS[1::2])
-@pytest.mark.parametrize("n, m, rows, columns", [(4096, 4096, 1024, 512), (1000, 600, 130, 70)])
+@pytest.mark.parametrize("n, m, rows, columns", [(1024, 1024, 256, 128), (1000, 600, 130, 70)])
 def test_many_blocks_of_rows_and_of_columns(n, m, rows, columns, way, monkeypatch):
     """The last blocks are filled up in the second case, on one device and in a device's share."""
     monkeypatch.setattr(contrastive, "Spec", functools.partial(block.Spec, rows=rows, columns=columns))
