@@ -23,10 +23,10 @@ from vlm_jax import command, evaluators
 from vlm_jax.adapt.files import save_adapter
 from vlm_jax.command.commands import LOADING
 from vlm_jax.command.values import given
+from vlm_jax.data.files import write_json
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators.progress import Progress
 from vlm_jax.pretrained import Pretrained
-from vlm_jax.run.checkpoint import write_json
 from vlm_jax.zoo.load import load
 
 

@@ -19,7 +19,7 @@ from vlm_jax.config import call, choose
 from vlm_jax.data import ops
 from vlm_jax.data.source import BadExample
 from vlm_jax.errors import UserError
-from vlm_jax.models import generate, insertion
+from vlm_jax.models import generate, insertion, vocabulary
 from vlm_jax.models.generate import log_likelihood, log_likelihoods
 from vlm_jax.models.transformer import Encoder
 from vlm_jax.params import sharding
@@ -264,7 +264,7 @@ class Pretrained:
             rng, common = jax.random.key(seed), dict(length=length, special=special, rules=rules)
             return generate.sample(model, params, images, rng, given, greedy=method == "greedy", **common).token_ids
 
-        return [ids.decode(row) for row in self._run(write, images)]
+        return [ids.decode(row) for row in self._run(write, self._checked(images) if self.reads_texts else images)]
 
     def score(self, inputs: Sequence, texts: Sequence[str]) -> np.ndarray:
         """Returns log p(text i | input i), summed over tokens, float32 [n]; inputs are pictures or texts."""
@@ -286,8 +286,9 @@ class Pretrained:
     def target_log_likelihood(self, inputs: Any, target_ids: np.ndarray) -> np.ndarray:
         """Returns log p(target i | input i) of target ids int [B, L] and the model's inputs, float32 [B]."""
         pad = self.tokenizer.pad_id
+        pairs = (self._checked(inputs) if self.reads_texts else inputs), self._checked(target_ids)
         run = lambda model, params, pairs: log_likelihood(model, params, *pairs, pad_id=pad)
-        return self._run(run, (inputs, target_ids))
+        return self._run(run, pairs)
 
     def _inputs(self, values: Sequence) -> Any:
         """The input of the decoder's context: preprocessed pictures, or texts, int32 [n, L]."""
@@ -310,7 +311,14 @@ class Pretrained:
 
     def _token_ids(self, texts: Sequence[str]) -> np.ndarray:
         """int32 [n, L]."""
-        return self._prepare("text", self.tokenize, [{"text": text} for text in _as_list(texts)], "token_ids")
+        token_ids = self._prepare("text", self.tokenize, [{"text": text} for text in _as_list(texts)], "token_ids")
+        return self._checked(token_ids)
+
+    def _checked(self, token_ids: np.ndarray) -> np.ndarray:
+        """Token ids, all of which the model knows."""
+        where = f"tokenizer `{getattr(self.tokenizer, 'spec', None)}`"
+        vocabulary.check_ids({"token_ids": token_ids}, vocabulary.vocab_size(self.model), where)
+        return token_ids
 
     def _target_ids(self, texts: Sequence[str]) -> np.ndarray:
         """int32 [n, L], the decoder's targets: without the start token."""

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax import models
+from vlm_jax.data.files import read_json
 from vlm_jax.errors import UserError
 from vlm_jax.params.table import named_leaves
 from vlm_jax.zoo import key_map, preprocessing, tokenizer_files
 from vlm_jax.zoo.formats import big_vision, efficientnet, open_clip, open_clip_coca, t5x, transformers
-from vlm_jax.zoo.readers.json_files import read_json
 from vlm_jax.zoo.readers.tensors import Tensor, TensorFile, open_tensors
 
 PARAMS = "params.safetensors"

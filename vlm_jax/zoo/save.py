@@ -17,10 +17,10 @@ import numpy as np
 from vlm_jax import models
 from vlm_jax.config import choose
 from vlm_jax.data import tokenizers
+from vlm_jax.data.files import write_json
 from vlm_jax.errors import UserError
 from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained
-from vlm_jax.run.checkpoint import write_json
 from vlm_jax.zoo import key_map, preprocessing, recognize, tokenizer_files
 from vlm_jax.zoo.formats import big_vision, open_clip, t5, t5x, transformers
 from vlm_jax.zoo.readers.tensors import Tensor, write_npz, write_safetensors

@@ -14,10 +14,10 @@ import sentencepiece
 import tokenizers as hf
 
 from vlm_jax.data import ops, tokenizers
+from vlm_jax.data.files import read_json
 from vlm_jax.data.package_files import locate
 from vlm_jax.data.tokenizers import clip, library, wordpiece
 from vlm_jax.errors import UserError
-from vlm_jax.zoo.readers.json_files import read_json
 
 # (kind of spec, file), in order of preference.
 FILES = (

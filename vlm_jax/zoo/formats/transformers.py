@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.config import choose
+from vlm_jax.data.files import read_json
 from vlm_jax.errors import UserError
 from vlm_jax.zoo.formats import t5
 from vlm_jax.zoo.formats.transformers_towers import TEXTS, VISION, read_config, rows_of, write_config
 from vlm_jax.zoo.key_map import expand
-from vlm_jax.zoo.readers.json_files import read_json
 
 IGNORED = ("*position_ids", "*embeddings.mask_token", "cls.*")  # buffers, and heads of pretraining
 PAIRS = {
