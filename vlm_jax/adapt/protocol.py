@@ -147,22 +147,27 @@ def few_shot(
             place = drawn[passes["train"].tables["train"].read("position")]  # of the readable pictures
             queries = {name: _shots(passes[f"test_{name}"].tables[f"test_{name}"], pictures) for name in tests}
             scale, shares = math.exp(float(pretrained.params["logit_scale"])), {}
+            saved = progress.begin()
             for seed, draw in enumerate(draws):
                 few, validation = _parts(known, np.flatnonzero(np.isin(place, draw)), shots, seed)
                 others = _part(known, np.isin(place, pools[seed]))
                 others = others._replace(labels=np.full_like(others.labels, -1)) if pool else None
                 task = Task(training.names, prompts, texts[""], scale, seed, others)
                 for method, adapt in fits.items():
-                    adapted = adapt(pretrained, few, validation, task, **(options or {}))
-                    if keep is not None:
-                        keep(method, seed, adapted)
-                    for name, test in tests.items():
-                        if method == "zero_shot":  # all hosts have embedded the texts, above
-                            share = share_right(queries[name].features @ texts[name].T, queries[name])
-                        elif adapted.head is None or list(test.named.items()) == list(training.named.items()):
-                            share = accuracy(pretrained, adapted, queries[name], test.names)
-                        else:  # a head knows only the classes that it was trained on
-                            continue
+                    key = f"fit {method} {seed} "
+                    found = {name: saved[key + name] for name in tests if key + name in saved}
+                    if not found:  # else it ended before an interruption
+                        adapted = adapt(pretrained, few, validation, task, **(options or {}))
+                        if keep is not None:
+                            keep(method, seed, adapted)
+                        for name, test in tests.items():
+                            if method == "zero_shot":  # all hosts have embedded the texts, above
+                                found[name] = share_right(queries[name].features @ texts[name].T, queries[name])
+                            elif adapted.head is None or list(test.named.items()) == list(training.named.items()):
+                                found[name] = accuracy(pretrained, adapted, queries[name], test.names)
+                            # else a head, which knows only the classes that it was trained on
+                        progress.save(now=True, **{key + name: float(share) for name, share in found.items()})
+                    for name, share in found.items():
                         shares.setdefault((method, name), []).append(share)
             examples = len(queries[""].labels)
             numbers = {"examples": float(examples), "left_out": float(passes["test_"].num_examples - examples)}

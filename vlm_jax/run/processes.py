@@ -218,6 +218,7 @@ class StopSignal:
     def __init__(self):
         self._name = None
         self._several = jax.process_count() > 1
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         if self._several:
             signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
         else:
@@ -231,9 +232,9 @@ class StopSignal:
         return self._name
 
     def close(self) -> None:
-        """Restores the default handlers: the signals end the process again."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        """Restores the handlers from before: the signals end the process again."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
     def _remember(self, number, _frame):
         self._name = signal.Signals(number).name
