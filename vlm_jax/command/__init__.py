@@ -70,19 +70,16 @@ def run(name: str, main: Main | None = None) -> None:
     try:
         app.run(partial(_answer, name, main), flags_parser=partial(_parse, name))
     except (Exception, KeyboardInterrupt) as error:
-        if interrupts.came is not None:  # perhaps inside of a library, which raised another error
-            error = KeyboardInterrupt()
         if "--debug" in sys.argv:  # the flags may not be parsed yet
             traceback.print_exc()
         for one in _bars():  # the message gets its own line
             one.close()
         if sys.stderr.isatty():
             print(WIPED, end="", file=sys.stderr)
-        line, status = told(error)
-        print(f"error: {line}", file=sys.stderr, flush=True)
-        if isinstance(error, KeyboardInterrupt):
-            _leave(status)
-        sys.exit(status)
+        # an interrupt inside of a library may come out as another error
+        line, status = told(error if interrupts.came is None else KeyboardInterrupt())
+        print(f"error: {line}", file=sys.stderr)
+        _leave(status)
 
 
 interrupts = None  # of the running command
@@ -120,7 +117,7 @@ class _Interrupts:
 
 
 def _leave(status: int) -> None:
-    """Ends the process and its workers without waiting for threads: some would crash in libraries that are gone."""
+    """Ends the process and its workers without waiting for threads: some crash, or block, while Python shuts down."""
     for worker in multiprocessing.active_children():
         worker.terminate()
     sys.stdout.flush()

@@ -34,6 +34,8 @@ NOT_DAMAGE = (jax.errors.JaxRuntimeError, MemoryError, PermissionError)  # error
 WRITE_SECONDS = 300  # time that processes wait for the slowest writer
 # orbax warns about files that it does not need; a notebook would show nothing but these warnings
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno != logging.WARNING)
+# the errors of tasks that write reach `Checkpointer`; asyncio would print their tracebacks, too
+logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in str(record.msg))
 
 
 class Checkpointer:

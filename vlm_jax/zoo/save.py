@@ -17,7 +17,7 @@ import numpy as np
 from vlm_jax import models
 from vlm_jax.config import choose
 from vlm_jax.data import tokenizers
-from vlm_jax.data.files import write_json
+from vlm_jax.data.files import naming, write_json
 from vlm_jax.errors import UserError
 from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained
@@ -105,7 +105,8 @@ def write(content: Content, path: str | os.PathLike, format: str) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
-        writer(content, partial)
+        with naming(partial):
+            writer(content, partial)
         os.replace(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
