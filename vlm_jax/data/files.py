@@ -50,6 +50,22 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def inside(folder: Path, name: str) -> Path:
+    """Returns the path of a file in a folder, by a name that the folder's own files give.
+
+    Raises:
+      UserError: the name or a symbolic link leads out of the folder; the cache of the Hugging Face hub is no way out.
+    """
+    path = Path(folder, name)
+    if "\0" in name or os.path.isabs(name) or ".." in Path(name).parts:
+        raise UserError(f"{folder} names the file {name[:200]!r}; expected one in this folder")
+    root, real = folder.resolve(), path.resolve()
+    cache = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    if not (real.is_relative_to(root) or real.is_relative_to(cache)):
+        raise UserError(f"{path} is a link to {real}, outside of the folder; expected a file in it")
+    return path
+
+
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes JSON: a reader, a kill or a power cut sees the old file or the new file, never a part."""
     text = json.dumps(value, indent=2) + "\n"

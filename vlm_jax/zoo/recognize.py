@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax import models
-from vlm_jax.data.files import read_json
+from vlm_jax.data.files import inside, read_json
 from vlm_jax.errors import UserError
 from vlm_jax.params.table import named_leaves
 from vlm_jax.zoo import key_map, preprocessing, tokenizer_files
@@ -272,7 +272,10 @@ def _native(folder: Path, settings: dict) -> Released:
     tokenizer = settings.get("tokenizer")
     if tokenizer and ":" in tokenizer:  # a file in the same folder
         kind, _, rest = tokenizer.partition(":")
-        tokenizer = f"{kind}:{folder / rest}"
+        name, mark, query = rest.partition("?")
+        tokenizer = f"{kind}:{inside(folder, name)}{mark}{query}"
+        if kind == "bpe":
+            inside(folder, str(Path(name).with_name("merges.txt")))
     return Released(
         "vlm_jax",
         file.path,
