@@ -6,7 +6,7 @@ import difflib
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,10 @@ from vlm_jax.data.ops.image import array
 from vlm_jax.data.ops.registry import INJECTED, OPS, SUBJECTS
 from vlm_jax.data.source import BadExample
 from vlm_jax.errors import UserError
+
+MAX_STRING = 20_000  # characters of an op string
+MAX_SIDE = 5_000  # pixels, and any other number of an op on pictures: a config from elsewhere does not fill memory
+MAX_LENGTH = 2**20  # tokens, and any other number of other ops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +111,14 @@ def parse(string: str, tokenizer: Any = None) -> Pipeline:
     Raises:
       UserError: an op is unknown or its arguments are wrong; the message names the op and its usage.
     """
+    if len(string) > MAX_STRING:
+        raise UserError(f"an op string of {len(string):,} characters, `{string[:60]}...`; expected <= {MAX_STRING:,}")
     # `a | b(1)` is a Python expression. Its tree gives the ops with literal arguments; nothing is executed.
     try:
         tree = ast.parse(string.strip(), mode="eval").body if string.strip() else None
-    except SyntaxError as error:
-        raise UserError(f"op string `{string}` is not ops joined by `|`: {error.msg}") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # NUL, surrogates, deep nesting
+        reason = getattr(error, "msg", None) or error or "nested too deeply"
+        raise UserError(f"op string `{string:.200}` is not ops joined by `|`: {reason}") from None
     return _pipeline(tree, string, tokenizer)
 
 
@@ -125,7 +132,7 @@ def _pipeline(tree: ast.expr | None, string: str, tokenizer: Any) -> Pipeline:
 
     names = [name for name, _, _ in calls]
     if names.count("cache") > 1:
-        raise UserError(f"op string `{string}` has `cache` {names.count('cache')} times; expected once")
+        raise UserError(f"op string `{string:.200}` has `cache` {names.count('cache')} times; expected once")
     split = names.index("cache") if "cache" in names else -1
     steps = [None if name == "cache" else _step(name, args, kwargs, tokenizer) for name, args, kwargs in calls]
     for step in steps[: max(split, 0)]:
@@ -141,7 +148,7 @@ def _call(node: ast.expr, string: str) -> tuple[str, list, dict]:
         function, arguments, keywords = node.func, node.args, node.keywords
     if not isinstance(function, ast.Name):
         raise UserError(
-            f"op string `{string}` holds `{ast.unparse(node)}`; expected an op such as `flip` or `resize(32)`"
+            f"op string `{string:.200}` holds `{ast.unparse(node)}`; expected an op such as `flip` or `resize(32)`"
         )
     return function.id, [*map(_literal, arguments)], {k.arg: _literal(k.value) for k in keywords}
 
@@ -149,7 +156,7 @@ def _call(node: ast.expr, string: str) -> tuple[str, list, dict]:
 def _literal(node: ast.expr) -> Any:
     try:
         return ast.literal_eval(node)
-    except ValueError:
+    except (ValueError, TypeError, RecursionError, MemoryError):
         return node
 
 
@@ -172,7 +179,10 @@ def _step(name: str, args: list, kwargs: dict, tokenizer: Any) -> Step:
     for key, value in bound.arguments.items():
         values = tuple(_inner(name, v, hints[key], tokenizer) for v in (value if key == several else (value,)))
         if not all(_fits(v, hints[key]) for v in values):
-            raise UserError(f"op `{name}` was given {key}={value!r}; usage: {usage}")
+            raise UserError(f"op `{name}` was given {key}={value!r:.200}; usage: {usage}")
+        largest = MAX_SIDE if subject == "image" else MAX_LENGTH
+        if not all(-largest <= number <= largest for number in _numbers(values)):
+            raise UserError(f"op `{name}` was given {key}={value!r:.200}; expected at most {largest:,}")
         values = tuple(tuple(v) if isinstance(v, list) else v for v in values)
         bound.arguments[key] = values if key == several else values[0]
     # What stands before `*paths` goes by position, all else by name: `tokenizer` may stand between.
@@ -184,16 +194,24 @@ def _step(name: str, args: list, kwargs: dict, tokenizer: Any) -> Step:
     return Step(name, function, subject, "rng" in signature.parameters, args, kwargs)
 
 
+def _numbers(value: Any) -> Iterator[float]:
+    """Yields the numbers in a literal, at any depth."""
+    if isinstance(value, int | float):
+        yield value
+    for part in value if isinstance(value, tuple | list) else ():
+        yield from _numbers(part)
+
+
 def _inner(name: str, value: Any, hint: Any, tokenizer: Any) -> Any:
     """An argument of op `name`: the literal, or the pipeline if the argument is ops and the op takes them."""
     if not isinstance(value, ast.expr):
         return value
     string = ast.unparse(value)
     if Pipeline not in (hint, *typing.get_args(hint)):
-        raise UserError(f"op `{name}` was given `{string}`, which is not a literal (number, string, tuple)")
+        raise UserError(f"op `{name}` was given `{string:.200}`, which is not a literal (number, string, tuple)")
     pipeline = _pipeline(value, string, tokenizer)
     if pipeline.cached:
-        raise UserError(f"op `{name}` was given `{string}`; `cache` stands outside of other ops")
+        raise UserError(f"op `{name}` was given `{string:.200}`; `cache` stands outside of other ops")
     return pipeline
 
 
