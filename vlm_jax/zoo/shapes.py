@@ -4,10 +4,12 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from vlm_jax import models
+from vlm_jax.data.tokenizers import guard
 from vlm_jax.errors import UserError
 from vlm_jax.params.table import named_leaves
 
@@ -22,15 +24,22 @@ def param_shapes(section: Mapping[str, Any], positions: int | None = None) -> di
       section: the section.
       positions: rows of the image tower's position table, for a section without image_size.
     """
-    model = models.build(section)
+    return shapes_of(models.build(section), positions)
+
+
+def shapes_of(model: nn.Module, positions: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns parameter name -> shape and dtype of a model; `positions` as for `param_shapes`."""
+    return dict(_initial(model, inputs_of(model, positions)))
+
+
+def inputs_of(model: nn.Module, positions: int | None = None) -> tuple[jax.ShapeDtypeStruct | None, ...]:
+    """Returns the shapes of one input for each argument of a model; `positions` as for `param_shapes`."""
     if isinstance(model, models.ManyTower):
-        inputs = tuple(_input_of(tower) for tower in model.towers)
-    elif "write" in model.can:
-        inputs = (jax.ShapeDtypeStruct((1, 1), jnp.int32), _input_of(model.decoder))
-    else:
-        reader = getattr(model, "text", None) or getattr(model, "decoder", None)
-        inputs = tuple(_input_of(tower, positions) for tower in (model.image, reader))
-    return dict(_initial(model, inputs))
+        return tuple(_input_of(tower) for tower in model.towers)
+    if "write" in model.can:
+        return jax.ShapeDtypeStruct((1, 1), jnp.int32), _input_of(model.decoder)
+    reader = getattr(model, "text", None) or getattr(model, "decoder", None)
+    return tuple(_input_of(tower, positions) for tower in (model.image, reader))
 
 
 def check_sizes(section: Any, where: str = "the model", largest: int = MAX_SIZE) -> None:
@@ -38,6 +47,8 @@ def check_sizes(section: Any, where: str = "the model", largest: int = MAX_SIZE)
     if isinstance(section, Mapping):
         for key, value in section.items():
             check_sizes(value, f"{where}.{key}"[:100], MAX_SIZES.get(key, MAX_SIZE))
+            if key == "where" and isinstance(value, str) and guard.backtracks(value):
+                raise UserError(f"{where}.where is a regex that may run for hours, {value[:60]!r}")
         sides, patch = section.get("image_size"), section.get("patch", 16)
         height, width = sides if isinstance(sides, list | tuple) and len(sides) == 2 else (sides, sides)
         if all(isinstance(n, int) and n > 0 for n in (height, width, patch)):
