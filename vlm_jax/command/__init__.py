@@ -68,7 +68,7 @@ def run(name: str, main: Main | None = None) -> None:
     global interrupts
     interrupts = _Interrupts()
     try:
-        app.run(partial(_answer, name, main), flags_parser=partial(_parse, name))
+        app.run(partial(_answer, name, main), flags_parser=partial(parse, name))
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in sys.argv:  # the flags may not be parsed yet
             traceback.print_exc()
@@ -214,13 +214,13 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _parse(name: str, argv: Sequence[str]) -> Sequence[str]:
-    """Parses the flags and returns the remaining arguments."""
+def parse(name: str, argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> Sequence[str]:
+    """Parses the flags of a command into `values` and returns the remaining arguments; raises UserError."""
     try:
-        left = flags.FLAGS(list(argv))
-        if "config" in flags.FLAGS:
-            getattr(flags.FLAGS.config, "lock", None)  # any use raises the deferred error of a missing file
-    except (UserError, flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        left = values(list(argv))
+        if "config" in values:
+            getattr(values.config, "lock", None)  # any use raises the deferred error of a missing file
+    except (UserError, flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, RecursionError) as error:
         message = str(error).removeprefix("flag ")
         if isinstance(error, KeyError | AttributeError):  # an override of a key that the config lacks
             message = str(error.args[0]).replace("\\n", "; ").replace("\n", "; ")
@@ -232,7 +232,7 @@ def _parse(name: str, argv: Sequence[str]) -> Sequence[str]:
             message = f"{flag}: {mendable(cause) or f'{type(cause).__name__}: {cause}'}"
         raise UserError(message) from error
     command = COMMANDS[name]
-    missing = [f"--{flag.name}" for flag in command.all() if flag.needed and flags.FLAGS[flag.name].value is None]
+    missing = [f"--{flag.name}" for flag in command.all() if flag.needed and values[flag.name].value is None]
     if missing:
         raise UserError(f"{name} needs {', '.join(missing)}; vlm-jax {name} --help has an example")
     if left[1:] and not command.arguments:
