@@ -106,7 +106,8 @@ class _Interrupts:
         if dropped.exc_type is not KeyboardInterrupt:
             return self._dropped(dropped)
         self.came = None
-        threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
+        main = threading.main_thread().ident
+        threading.Timer(0.1, signal.pthread_kill, [main, signal.SIGINT]).start()
 
     def _raise(self, *_):
         if self.came is None:

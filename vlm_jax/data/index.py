@@ -20,6 +20,7 @@ def read(path: str, size: int, uri: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         file = np.load(path, allow_pickle=False)
         arrays = dict(file) if isinstance(file, np.lib.npyio.NpzFile) else {"index": file}
+        arrays = {name: np.asarray(array) for name, array in arrays.items()}  # of an odd member, its bytes
     except FileNotFoundError:
         raise UserError(f"{what} does not exist; write it with `np.savez({path!r}, index=...)`") from None
     except Exception:  # numpy, zipfile and zlib raise many kinds
