@@ -83,7 +83,7 @@ def _evaluate(
     if out is None:
         return numbers(run(Progress(show=show)))
 
-    hosts, out = Hosts(pretrained.mesh, section["batch_size"]), Path(out).absolute()
+    hosts, out = Hosts(pretrained.mesh, section["batch_size"]), Path(out).expanduser().absolute()
     settings = {"task": task, **named, **_model_facts(pretrained), "version": __version__, "evaluator": section}
     mistake = hosts.from_first(_claim(out, config.plain(settings)) if hosts.first else None)
     if mistake:

@@ -40,7 +40,7 @@ def train(settings: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
       UserError: the config or the data is wrong. Earlier checkpoints stay.
     """
     settings = config.plain(settings)
-    workdir = Path(workdir).absolute()
+    workdir = Path(workdir).expanduser().absolute()
     workdir.mkdir(parents=True, exist_ok=True)
     return config.call(_train, settings, "config", settings=settings, workdir=workdir)
 

@@ -20,13 +20,13 @@ from typing import Any
 from absl import flags
 
 from vlm_jax import command, evaluators
-from vlm_jax.adapt.files import save_adapter
 from vlm_jax.command.commands import LOADING
 from vlm_jax.command.values import given
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators.progress import Progress
 from vlm_jax.pretrained import Pretrained
 from vlm_jax.run.checkpoint import write_json
+from vlm_jax.zoo.adapters import save_adapter
 from vlm_jax.zoo.load import load
 
 
@@ -51,7 +51,7 @@ def adapt(
     Raises:
       UserError: `out` holds results already.
     """
-    out, bar = Path(out), None
+    out, bar = Path(out).expanduser(), None
     if (out / "results.json").exists():
         raise UserError(f"{out} holds results; give another --out")
 

@@ -3,6 +3,7 @@
 A command's description and examples stand in the docstring of its module; see `help_page`.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -46,7 +47,15 @@ class Command(NamedTuple):
         return [*(flag for group in self.flags.values() for flag in group), *EVERY]
 
 
+def _define_path(name: str, default: str | None, help: str, flag_values: flags.FlagValues) -> None:
+    """A flag with a path, whose `~` is the home folder."""
+    parser = flags.ArgumentParser()
+    parser.parse = os.path.expanduser
+    flags.DEFINE(parser, name, default, help, flag_values=flag_values)
+
+
 text = partial(Flag, flags.DEFINE_string)
+path = partial(Flag, _define_path)
 several = partial(Flag, flags.DEFINE_multi_string)
 listed = partial(Flag, flags.DEFINE_list)
 whole = partial(Flag, flags.DEFINE_integer)
@@ -69,6 +78,7 @@ LABELLED = (
     several("templates", "imagenet80, a file, a prompt with {}; repeatable"),
     whole("batch_size", "Pictures at a time over all devices", 256),
 )
+ADAPTER = path("adapter", "File of an adapted model, made by `vlm-jax adapt`")
 LOADING = (  # the arguments of `vlm_jax.load`
     text("preprocess", "For model files without preprocessing: openai, siglip, ..., or an op string"),
     text("tokenizer", "For model files without tokenizer: clip, json:/path, ..."),
@@ -77,6 +87,7 @@ LOADING = (  # the arguments of `vlm_jax.load`
     listed("image_size", "Another size than the model's: 384 or 384,288; needs --resample"),
     text("resample", "Resampling of learned positions to --image_size: linear, bicubic, bicubic_sharp"),
     text("dtype", "Compute dtype (the run's own, else float32)"),
+    ADAPTER,
 )
 
 COMMANDS = {
@@ -84,7 +95,7 @@ COMMANDS = {
         {
             "": (
                 config("Experiment: NAME:VARIANT of configs/, e.g. clip:smoke, or a file, mine.py:VARIANT"),
-                text("workdir", "Folder of the run: checkpoints, metrics, results, report", needed=True),
+                path("workdir", "Folder of the run: checkpoints, metrics, results, report", needed=True),
                 DISTRIBUTED,
             )
         }
@@ -95,7 +106,7 @@ COMMANDS = {
                 MODEL,
                 text("task", "Name of an evaluator", needed=True),
                 DATA,
-                text("out", "Folder for results.json, artifacts and report", needed=True),
+                path("out", "Folder for results.json, artifacts and report", needed=True),
             ),
             "data": LABELLED,
             "task": (
@@ -120,7 +131,7 @@ COMMANDS = {
                 MODEL,
                 listed("method", "Names of methods, separated by commas", needed=True),
                 DATA,
-                text("out", "Folder for results.json and the adapters", needed=True),
+                path("out", "Folder for results.json and the adapters", needed=True),
             ),
             "draws": (
                 whole("shots", "Training pictures of each class", 16),
@@ -142,7 +153,7 @@ COMMANDS = {
                 text("format", "What to write: native, hf, open_clip, big_vision, t5x", "native"),
                 switch("inspect", "Describe SRC and where each tensor goes; convert nothing"),
             ),
-            "model": (*LOADING[:4], listed("image_size", "For positions of unknown grid: 384 or 384,288")),
+            "model": (*LOADING[:4], listed("image_size", "For positions of unknown grid: 384 or 384,288"), ADAPTER),
         },
         arguments="SRC DST",
     ),
@@ -151,7 +162,7 @@ COMMANDS = {
             "": (
                 config("Experiment with model_init, e.g. lit:tiny or configs/lit.py:tiny"),
                 DATA,
-                text("out", "Folder of the embeddings", needed=True),
+                path("out", "Folder of the embeddings", needed=True),
                 text("split", "The data set's split"),
                 whole("batch_size", "Pictures at a time", 64),
                 DISTRIBUTED,
@@ -177,7 +188,7 @@ COMMANDS = {
             "": (
                 text("uri", "The data set, as in config.data.uri", needed=True),
                 listed("fields", "Text fields, nested ones as name/en", needed=True),
-                text("out", "The file to write", needed=True),
+                path("out", "The file to write", needed=True),
                 text("split", "The data set's split"),
                 whole("vocab_size", "Maximum number of tokens, including 256 bytes and 3 special tokens", 4096),
             )
@@ -186,8 +197,8 @@ COMMANDS = {
     "data.emoji.build": Command(
         {
             "": (
-                text("tarballs", "Folder of the npm tarballs; fetched if missing", needed=True),
-                text("out", "Folder to replace with the prepared files (the package's own)"),
+                path("tarballs", "Folder of the npm tarballs; fetched if missing", needed=True),
+                path("out", "Folder to replace with the prepared files (the package's own)"),
             )
         }
     ),

@@ -15,7 +15,7 @@ def locate(path: str | os.PathLike) -> Path:
     """
     path = os.fspath(path)
     if not path.startswith("pkg:"):
-        return Path(path)
+        return Path(path).expanduser()
     name, _, rest = path.removeprefix("pkg:").partition("/")
     found = importlib.util.find_spec(name)
     if found is None or not found.submodule_search_locations:

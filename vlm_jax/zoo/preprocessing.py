@@ -84,6 +84,39 @@ def _normalize(mean: Any, std: Any) -> str:
     return _call("normalize", *((name,) if name else (tuple(mean.tolist()), tuple(std.tolist()))))
 
 
+def resized(string: str, size: Size) -> str:
+    """Returns the op string with its sizes scaled, so that pictures come out at `size`.
+
+    The last op with a size tells the old one: with size=112, "resize_shortest(256) | central_crop(224)" becomes
+    "resize_shortest(128) | central_crop(112)". Sides are rounded down.
+
+    Raises:
+      UserError: no op has a size, or one has a budget of patches.
+    """
+    pipeline = ops.parse(string)
+    steps = [*pipeline.before, *pipeline.after]
+    sized = [step for step in steps if {"size", "height"} & {*step.kwargs}]
+    if not sized or any(step.name == "pack_patches" for step in steps):
+        raise UserError(
+            f"preprocess `{string}` has no size that can follow image_size={size}; pass preprocess= as well"
+        )
+    sides = lambda own: np.broadcast_to(own.get("size") or (own["height"], own.get("width") or own["height"]), 2)
+    scale = np.divide(np.broadcast_to(size, 2), sides(sized[-1].kwargs))
+    spelled = []
+    for step in steps:
+        own = dict(step.kwargs)
+        first = next((name for name in inspect.signature(step.function).parameters if name in own), None)
+        args = () if first is None else (own.pop(first),)
+        if step in sized:
+            new = _sides(np.floor(sides(step.kwargs) * scale + 1e-6).astype(int))
+            args = new if "height" in step.kwargs or len(new) == 1 else (new,)
+            own.pop("width", None)
+        spelled.append(_call(step.name, *args, **own))
+    if pipeline.cached:
+        spelled.insert(len(pipeline.before), "cache")
+    return " | ".join(spelled)
+
+
 # --- Transformers ---------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ Every layout is checked before writing: the description read back from the plann
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import shutil
@@ -21,10 +22,11 @@ from vlm_jax.errors import UserError
 from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained
 from vlm_jax.run.checkpoint import write_json
-from vlm_jax.zoo import key_map, preprocessing, recognize, tokenizer_files
+from vlm_jax.zoo import adapters, key_map, preprocessing, recognize, tokenizer_files
 from vlm_jax.zoo.formats import big_vision, open_clip, t5, t5x, transformers
 from vlm_jax.zoo.readers.tensors import Tensor, write_npz, write_safetensors
 
+log = logging.getLogger(__name__)
 # Fields that change how a model runs or starts, not its outputs.
 RUNTIME = ("scan", "remat", "implementation", "dtype", "dropout", "drop_path", "embed_std", "parent", "name")
 
@@ -39,6 +41,7 @@ class Content:
       read: parameter name, index (a slice for each axis) -> float32 array.
       preprocess, tokenizer, tokenize: as in a config; None where unknown.
       licence: of the weights, if known.
+      adapter: writes the adapter's file of an adapted model; only "native" has a place for it.
     """
 
     section: Mapping[str, Any]
@@ -48,6 +51,7 @@ class Content:
     tokenizer: str | None = None
     tokenize: str | None = None
     licence: str | None = None
+    adapter: Callable[[Path], None] | None = None
 
 
 def save_pretrained(pretrained: Pretrained, path: str | os.PathLike, format: str = "native") -> None:
@@ -58,24 +62,45 @@ def save_pretrained(pretrained: Pretrained, path: str | os.PathLike, format: str
       path: a folder to make ("native", "hf", "open_clip", "t5x"), or an .npz file ("big_vision").
       format: a key of `WRITERS`.
 
+    The folder of an adapted model in the format "native" holds its adapter, too: `vlm_jax.load` returns it adapted.
+    Other formats have no place for insertions and heads, and none for names of classes, which a warning says.
+
     Raises:
       UserError: the format cannot express the model, or `path` exists.
     """
-    leaves = named_leaves(pretrained.params)
+    base, adapted = pretrained, None
+    if pretrained.classes or pretrained.head or hasattr(pretrained.model, "insertions"):
+        base, adapted = adapters.without(pretrained), pretrained
+        if format != "native":
+            _refuse_adapted(adapted, format)
+    leaves = named_leaves(base.params)
     config = pretrained.config
     write(
         Content(
-            section=config["model"],
+            section={key: value for key, value in config["model"].items() if adapted is None or key != "insertions"},
             shapes=leaves,
             read=lambda name, index: np.asarray(leaves[name][index], np.float32),
             preprocess=pretrained.preprocess,
             tokenizer=config.get("tokenizer"),
-            tokenize=pretrained.tokenize,
+            tokenize=base.tokenize,
             licence=config.get("licence"),
+            adapter=adapted and (lambda file: adapters.save_adapter(file, base, adapted)),
         ),
         path,
         format,
     )
+
+
+def _refuse_adapted(adapted: Pretrained, format: str) -> None:
+    modules = [type(module).__name__ for module in getattr(adapted.model, "insertions", ())]
+    if adapted.head is not None:
+        modules.append(f"the head {type(adapted.head).__name__}")
+    if modules:
+        advice = " (or merge LowRank by `insertion.merge`)" if "LowRank" in modules else ""
+        raise UserError(
+            f"{format} has no place for {', '.join(modules)} of this adapted model: write it as native{advice}"
+        )
+    log.warning("%s has no place for the model's %d classes; give them to `classify`", format, len(adapted.classes))
 
 
 def content_of(released: recognize.Released) -> Content:
@@ -96,7 +121,7 @@ def content_of(released: recognize.Released) -> Content:
 
 def write(content: Content, path: str | os.PathLike, format: str) -> None:
     """Writes `content`; a failure removes the partial files."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.exists():
         raise UserError(f"{path} exists; remove it or write elsewhere")
     writer = choose(WRITERS, format, "--format")
@@ -121,6 +146,8 @@ def _native(content: Content, folder: Path) -> None:
     tokenizer = tokenizer_files.copy(content.tokenizer, folder) if content.tokenizer else None
     settings = dict(model=dict(content.section), preprocess=content.preprocess, tokenizer=tokenizer)
     write_json(folder / "config.json", settings | dict(tokenize=content.tokenize, licence=content.licence))
+    if content.adapter:
+        content.adapter(folder / adapters.FILE)
 
 
 def _transformers(content: Content, folder: Path) -> None:
