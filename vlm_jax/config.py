@@ -41,8 +41,8 @@ def choose(options: Mapping[str, Any], name: str, where: str) -> Any:
     """Returns `options[name]`; raises a UserError that lists the options if `name` is unknown."""
     if name not in options:
         close = difflib.get_close_matches(str(name), map(str, options), n=1)
-        hint = f"did you mean `{close[0]}`? " if close else ""
-        raise UserError(f"{where} is `{name}`; {hint}expected one of: {', '.join(map(str, options))}")
+        hint = f"; did you mean `{close[0]}`?" if close else ""
+        raise UserError(f"{where} is `{name}`; expected one of: {', '.join(map(str, options))}{hint}")
     return options[name]
 
 

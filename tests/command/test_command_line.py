@@ -13,7 +13,7 @@ from absl import flags
 
 from tests.support.paths import ROOT
 from vlm_jax import catalogue, command
-from vlm_jax.command import commands, help_page
+from vlm_jax.command import commands, configs, help_page
 from vlm_jax.command.commands import COMMANDS, LOADING
 from vlm_jax.command.values import given
 from vlm_jax.errors import UserError
@@ -69,7 +69,7 @@ def test_flags_mistaken_are_told_before_jax_is_imported(tmp_path):
         ("plan", "--config=configs/clip.py:smoke", "--topology=v5e:2x2", "true"):
             "plan takes flags, --name=value, and not `true`; see vlm-jax plan --help",
         ("train", "--config=configs/clip.py:smoke", "--config.optimizer.lrr=1", "--workdir=a"):
-            "the config has no key lrr; Did you mean lr instead of lrr?",
+            "the config has no key `optimizer.lrr`; did you mean `optimizer.lr`?",
         ("train", "--config=configs/clip.py:big", "--workdir=a"):
             "--config=configs/clip.py:big: there is no variant `big` of this config; on the embedded data: tiny, "
             "select, smoke",
@@ -108,8 +108,7 @@ def test_documented_commands_have_the_flags_they_are_given(monkeypatch):
     for name, *argv in documented():
         values = flags.FlagValues()
         commands.define(name, values)
-        monkeypatch.setattr(sys, "argv", [name, *argv])  # where config_flags look for overrides
-        left = values(sys.argv)
+        left = values(configs.overrides([name, *argv])[0])
         own = COMMANDS[name]
         assert all(values[flag.name].value is not None for flag in own.all() if flag.needed), argv
         assert own.arguments or not left[1:], argv

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from vlm_jax.command import help_page
+from vlm_jax.command import configs, help_page
 from vlm_jax.command.commands import COMMANDS, define
 from vlm_jax.errors import UserError, mendable, told
 
@@ -168,15 +168,15 @@ def _finite(value: Any) -> Any:
 def _parse(name: str, argv: Sequence[str]) -> Sequence[str]:
     """Parses the flags and returns the remaining arguments."""
     try:
-        left = flags.FLAGS(list(argv))
-        if "config" in flags.FLAGS:
+        argv, changes = configs.overrides(argv) if "config" in flags.FLAGS else (list(argv), {})
+        left = flags.FLAGS(argv)
+        if "config" in flags.FLAGS and flags.FLAGS.config is not None:
             getattr(flags.FLAGS.config, "lock", None)  # any use raises the deferred error of a missing file
-    except (UserError, flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+            for path, text in changes.items():
+                configs.override(flags.FLAGS.config, path, text)
+    except (UserError, flags.Error, TypeError, ValueError, OSError) as error:
         message = str(error).removeprefix("flag ")
-        if isinstance(error, KeyError | AttributeError):  # an override of a key that the config lacks
-            message = str(error.args[0]).replace("\\n", "; ").replace("\n", "; ")
-            message = "the config has no key " + message.translate(str.maketrans("", "", "\"'\\"))
-        elif isinstance(error, OSError):  # a config file; the last line has the reason
+        if isinstance(error, OSError):  # a config file; the last line has the reason
             message = f"--config: {message.splitlines()[-1].strip()}"
         elif ": Error whilst parsing config file:" in message:  # ml_collections' words and a traceback
             flag, cause = message.split(": Error whilst")[0], error.__context__.__context__
