@@ -2,9 +2,11 @@
 
 import difflib
 import os
+import platform
 import sys
+from importlib.metadata import version
 
-from vlm_jax import command
+from vlm_jax import __version__, command
 from vlm_jax.command import help_page
 from vlm_jax.command.commands import COMMANDS
 
@@ -13,6 +15,8 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "help"
     if name in ("help", "--help", "-h"):
         return command.show(help_page.overview())
+    if name == "--version":
+        return command.show(f"vlm_jax {__version__}, jax {version('jax')}, Python {platform.python_version()}")
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean `{close[0]}`?" if close else f"expected one of: {', '.join(COMMANDS)}"

@@ -173,7 +173,7 @@ COMMANDS = {
         {
             "": (
                 config("Experiment, e.g. ul2:20b or configs/ul2.py:20b"),
-                text("topology", "Slice: v5e:16x16, v5p:4x8x8, v6e:16x16, h100:1x1x8, ...", needed=True),
+                text("topology", "Slice: v5e:16x16, v5p:4x8x8, v6e:16x16, h100:1x1x8, ... (this machine)"),
                 switch("search", "Search for the fastest mesh, remat and accumulation"),
                 switch("table", "Also print the parameters and their shardings"),
                 switch("codegen", "Also generate TPU machine code: takes minutes, gives the same plan"),

@@ -97,7 +97,9 @@ def _value(text: str, before: Any, name: str) -> Any:
     whole = isinstance(value, float) and value.is_integer()
     if (type(before), type(value)) == (float, int) or (type(before) is int and whole):
         value = type(before)(value)
-    other = value is None or isinstance(value, dict | list | tuple) or (value == text and text[:1].isdigit())  # a section, "3 epochs"
+    other = (
+        value is None or isinstance(value, dict | list | tuple) or (value == text and text[:1].isdigit())
+    )  # a section, "3 epochs"
     if type(before) in KINDS and type(value) is not type(before) and not other:
         raise UserError(f"{name} should be {KINDS[type(before)]}; the config has {before}")
     return value
