@@ -28,6 +28,7 @@ from vlm_jax.run.divergence import check_finite
 from vlm_jax.run.flops import model_flops
 from vlm_jax.run.metric_writer import MetricWriter
 from vlm_jax.run.program import build_program
+from vlm_jax.run.summary import summary
 from vlm_jax.run.throughput import Profile, Throughput
 from vlm_jax.zoo.load import load
 from vlm_jax.zoo.model_init import read as read_init
@@ -104,7 +105,6 @@ def _train(
             with jax.set_mesh(mesh):
                 state = program.init(jax.random.key(seed), given)
         progress = {"seconds": 0.0, "data_wait": 0.0, "data": None}
-        processes.say(program.table)
     else:
         with doing("reading the checkpoint"):
             state, progress = saver.restore(program.abstract_state)
@@ -115,7 +115,9 @@ def _train(
     batches.start()  # reads data while the step compiles
     with doing("compiling the train step"):
         train_step, frozen = program.compile_step(), program.frozen()
-    step_flops = lambda: model_flops(program)
+    step_flops, every = model_flops(program), {"checkpoints": save_every, "metrics": log_every}
+    name = data.get("uri") or ", ".join(part["uri"] for part in data["sources"].values())
+    processes.say(summary(program, name, batches.num_examples, batch_size, total, step_flops, workdir, every))
 
     first = int(state.step)
     writer = config.call(MetricWriter, log, "config.log", workdir=workdir, start_step=first)
