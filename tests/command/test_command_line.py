@@ -108,7 +108,7 @@ def test_documented_commands_have_the_flags_they_are_given(monkeypatch):
     for name, *argv in documented():
         values = flags.FlagValues()
         commands.define(name, values)
-        left = values(configs.overrides([name, *argv])[0])
+        left = configs.parse(values, [name, *argv])
         own = COMMANDS[name]
         assert all(values[flag.name].value is not None for flag in own.all() if flag.needed), argv
         assert own.arguments or not left[1:], argv

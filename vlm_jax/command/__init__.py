@@ -168,12 +168,7 @@ def _finite(value: Any) -> Any:
 def _parse(name: str, argv: Sequence[str]) -> Sequence[str]:
     """Parses the flags and returns the remaining arguments."""
     try:
-        argv, changes = configs.overrides(argv) if "config" in flags.FLAGS else (list(argv), {})
-        left = flags.FLAGS(argv)
-        if "config" in flags.FLAGS and flags.FLAGS.config is not None:
-            getattr(flags.FLAGS.config, "lock", None)  # any use raises the deferred error of a missing file
-            for path, text in changes.items():
-                configs.override(flags.FLAGS.config, path, text)
+        left = configs.parse(flags.FLAGS, argv)
     except (UserError, flags.Error, TypeError, ValueError, OSError) as error:
         message = str(error).removeprefix("flag ")
         if isinstance(error, OSError):  # a config file; the last line has the reason
