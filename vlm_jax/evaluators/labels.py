@@ -169,7 +169,7 @@ def fewer(names: Sequence[str], labels: np.ndarray, shots: int | None, kept: int
     """
     count = np.bincount(labels[labels >= 0], minlength=len(names))
     count = np.maximum(count - kept, np.minimum(count, 1))
-    few = [f"{name} ({n})" for name, n in zip(names, count, strict=True) if n < (shots or 1)]
+    few = [f"{names[i]} ({count[i]})" for i in np.argsort(count, kind="stable") if count[i] < (shots or 1)]
     if not few:
         return []
     wanted = "any training picture" if shots is None else f"{shots} training pictures"
