@@ -1,20 +1,18 @@
 """Labels become classes by name, over sources that number differently."""
 
-import dataclasses
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.evaluators.test_evaluators import COLOURS, ColourModel
+from tests.support.colours import COLOURS, ColourModel, Colours
 from vlm_jax import evaluators
 from vlm_jax.adapt.protocol import few_shot
 from vlm_jax.data.source import Source
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators import classes
 from vlm_jax.evaluators.labels import Classes, fewer, plain
-from vlm_jax.pretrained import Pretrained
 
 
 def look(named, own=None):
@@ -166,22 +164,6 @@ def test_labels_that_start_at_1_are_said(tmp_path):
         "1 of 3 classes have no picture: red",
         "pictures with other labels are left out: 3 (2)",
     ]
-
-
-class Colours(Pretrained):
-    """The colour model as few_shot takes it."""
-
-    is_captioner = compares_pairs = False
-    embed_texts = ColourModel.embed_texts
-
-    def __init__(self, params=ColourModel.params, preprocess=ColourModel.preprocess, **fields):
-        defaults = {field.name: None for field in dataclasses.fields(Pretrained)}
-        self.__dict__ |= defaults | fields | {"params": params, "preprocess": preprocess}
-
-    def embed_image_batch(self, images):
-        return images.mean((1, 2)) / np.linalg.norm(images.mean((1, 2)), axis=1, keepdims=True)
-
-    image_feature_batch = embed_image_batch
 
 
 def folders(root, split, names, count):
