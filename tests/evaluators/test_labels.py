@@ -33,7 +33,7 @@ def test_a_label_without_a_list_of_its_own():
     named = dict(enumerate(["cat", "hot dog", "bird"]))
     assert each(named, 1, 1.0, np.int64(2), "Hot_dog", "bird\n", b"cat", [2]) == [1, 1, 2, 1, 2, 0, 2]
     assert each(named, "2", "02", " 2\n") == [2, 2, 2], "numeric text of a csv is a number of the list"
-    assert each(named, 3, -1, "3", "cats", "", None, float("nan"), {}) == [None] * 8
+    assert each(named, 3, -1, "3", "cats", "", None, float("nan"), {}, [], [1, 2]) == [None] * 10
     digits = dict(enumerate(["5", "7", "3"]))
     assert each(digits, "3", "7", "0", 0) == [2, 1, None, 0], "where names are numbers, text is a name"
     assert each({"dog": "a photo of dogs", "Cat": "a photo of cats"}, "cat", "dog", "a photo of cats", 0) == [
@@ -42,8 +42,6 @@ def test_a_label_without_a_list_of_its_own():
         1,
         None,
     ]
-    with pytest.raises(UserError, match=r"the data: a picture has the labels \[1, 2\]; the task `multi_label` takes"):
-        look(named)([1, 2])
 
 
 def test_a_number_means_its_name_in_the_data_sets_own_list():
@@ -238,8 +236,12 @@ def test_several_labels_of_a_picture(tmp_path):
     assert result.metrics == evaluators.build(section | {"batch_size": 3})(ColourModel()).metrics
     low, high = result.intervals["mean_average_precision"]
     assert low < high
-    with pytest.raises(UserError, match=r"a picture has the labels \['red', 'yellow'\]"):
-        evaluators.build(section | {"type": "zeroshot"})(ColourModel())
+    named = evaluators.build(section | {"type": "zeroshot"})(ColourModel())
+    assert (named.metrics["examples"], named.metrics["left_out"]) == (1, 3), "one has one label"
+    with pytest.raises(
+        UserError, match=r"the labels are \['red', 'yellow'\], .*`multi_label` takes several"
+    ):
+        evaluators.build(section | {"type": "zeroshot", "classes": {7: "pink"}})(ColourModel())
 
 
 def test_identical_texts_count_as_one_another(tmp_path):
@@ -285,3 +287,18 @@ def test_splits_are_no_classes(tmp_path):
     folders(tmp_path / "test", "red", ["red"], 1)
     with pytest.raises(UserError, match=r"has the folders test, train, which are splits; give one of them as --split"):
         evaluators.build({"type": "zeroshot", "uri": f"folder:{tmp_path}"})
+
+
+def test_odd_values_are_no_texts_and_no_labels(tmp_path):
+    """Null, numbers and nested values in the place of captions and labels: the picture is left out and counted."""
+    odd = [None, 7, {"a": 1}, [None, 3], "", []]
+    rows = [{"caption": "red", "label": "red"}, *({"caption": value, "label": value} for value in odd)]
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "a.png")
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"image": "a.png"} | row) for row in rows))
+    uri = f"jsonl:{tmp_path}/a.jsonl"
+    found = evaluators.build({"type": "retrieval", "uri": uri, "gallery": 0})(ColourModel()).metrics
+    assert (found["images"], found["texts"], found["left_out"]) == (1, 1, 6)
+    section = {"type": "zeroshot", "uri": uri, "classes": ["red", "blue"], "where": {"label": ["red", 7]}}
+    assert evaluators.build(section)(ColourModel()).metrics["left_out"] == 1
+    probe = {"type": "probe", "uri": uri, "label": "label", "train_split": None, "where": {"label": ["red"]}}
+    assert evaluators.build(probe)(Colours()).metrics["train_examples"] == 2, "the labels `red` and 7"
