@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vlm_jax.data import class_lists
 from vlm_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -49,11 +50,18 @@ def texts(values: Any) -> list[str]:
     return several
 
 
-def names(values: Any, what: str) -> list[str]:
-    """Returns class names or templates, a list of str; raises UserError for one str: its letters are no names."""
-    if isinstance(values, str):
-        raise UserError(f"{what} is the str `{values:.60}`; give a list: [{values!r:.60}, ...]")
-    return texts(values)
+def labels(values: Any) -> list[str]:
+    """Returns class names of a list of str, or of the name or file of a list, see `class_lists.read`.
+
+    Raises:
+      UserError: the labels are another str, whose letters are no names, or something is no str.
+    """
+    if not isinstance(values, str):
+        return texts(values)
+    known = values in class_lists.packaged("classes") or values.startswith("emoji:")
+    if known or values.endswith((".txt", ".json")):
+        return list(class_lists.read(values).values())
+    raise UserError(f"labels is the str `{values:.60}`; give a list: [{values!r:.60}, ...]")
 
 
 def _pictures(images: Any) -> list:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vlm_jax.config import call, choose
-from vlm_jax.data import ops
+from vlm_jax.data import class_lists, ops
 from vlm_jax.data.source import BadExample
 from vlm_jax.errors import UserError
 from vlm_jax.models import generate, insertion
@@ -171,7 +171,7 @@ class Pretrained:
         return logits
 
     def class_logits(
-        self, images: Any, labels: Sequence[str] | None = None, templates: Sequence[str] | None = None
+        self, images: Any, labels: str | Sequence[str] | None = None, templates: str | Sequence[str] | None = None
     ) -> np.ndarray:
         """Returns logits of preprocessed images [B, H, W, 3] for every label, float32 [B, labels].
 
@@ -180,15 +180,17 @@ class Pretrained:
 
         Args:
           images: [B, H, W, 3].
-          labels: class names; defaults to the classes that the model was adapted to. A head knows only these.
-          templates: prompts with a `{}` for the name; defaults to the model's own (`{}` without adaptation).
+          labels: class names, or a list of names such as "cifar10"; defaults to the classes that the model was adapted
+            to. A head knows only these.
+          templates: a prompt with a `{}` for the name, several, or a list of prompts such as "imagenet80"; defaults to
+            the model's own (`{}` without adaptation).
         """
-        labels = self.classes if labels is None else inputs.names(labels, "labels")
+        labels = self.classes if labels is None else inputs.labels(labels)
         if not labels:
             raise UserError("classify needs labels: this model was not adapted to any")
         if self.head is not None:
             return self._head_logits(images, labels, templates)
-        templates = self.templates if templates is None else inputs.names(templates, "templates")
+        templates = self.templates if templates is None else class_lists.read_templates(templates)
         if not self.compares_pairs:
             self._need("text")
             with ThreadPoolExecutor(1) as pool:  # compiles two programs at the same time
@@ -213,7 +215,7 @@ class Pretrained:
         return logits if same else logits[:, [self.classes.index(label) for label in labels]]
 
     def classify(
-        self, images: Any, labels: Sequence[str] | None = None, templates: Sequence[str] | None = None
+        self, images: Any, labels: str | Sequence[str] | None = None, templates: str | Sequence[str] | None = None
     ) -> np.ndarray:
         """Returns probabilities float32 [n, labels]: the softmax over labels of `class_logits`.
 
