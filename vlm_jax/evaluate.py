@@ -145,6 +145,7 @@ DATA = (
 @processes.joins()
 def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer | None:
     section = given(values, DATA)
+    section |= {"train_uri": values.train_data} if values.train_data else {}
     section |= {"uri": section.pop("data")} | given(values, ["option"]).get("option", {})
     evaluator = _evaluator(values.task, section)  # before the model is loaded: errors in the data appear early
     mesh = config.call(sharding.make_mesh, given(values, ("mesh",)).get("mesh", {}), "--mesh", devices=None)

@@ -105,6 +105,7 @@ DATA = (
 
 def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer:
     section = given(values, DATA) | {"uri": values.data, "methods": values.method}
+    section |= {"train_uri": values.train_data} if values.train_data else {}
     section["options"] = given(values, ["option"]).get("option", {})
     with command.doing(f"loading {values.model}"):
         pretrained = load(values.model, **given(values, [flag.name for flag in LOADING]))

@@ -8,7 +8,7 @@ from vlm_jax.data.sources.tar_shards import TarShards
 from vlm_jax.data.sources.tfds import Tfds
 from vlm_jax.errors import UserError
 
-__all__ = ["Source", "open_source", "select"]
+__all__ = ["Source", "open_source", "select", "train_split_of"]
 
 
 def open_source(uri: str, split: str | None = None) -> Source:
@@ -33,6 +33,11 @@ def open_source(uri: str, split: str | None = None) -> Source:
     if split is not None:
         raise UserError(f"data source `{uri}` has no splits, got split `{split}`; leave it out")
     return SCHEMES[scheme](path)
+
+
+def train_split_of(uri: str, split: str | None) -> str | None:
+    """Returns `split`, or None in the place of the default "train" if the source has no splits."""
+    return None if split == "train" and uri.partition(":")[0] not in WITH_SPLITS else split
 
 
 SCHEMES = {
