@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.records import collate
 from vlm_jax.data import examples, loader, mixture
 from vlm_jax.errors import UserError
 
@@ -113,7 +114,10 @@ def test_worker_processes_give_the_same_batches_and_resume(folder, uninterrupted
     batches.start()
     assert_same(take(batches, 9), uninterrupted[:9])
     state = batches.get_state()
-    assert state == {"batch": 9, "read": 72, "bad": 0, "batch_size": 8, "num_examples": 50, "seed": 7}
+    assert state == {
+        "batch": 9, "read": 72, "bad": 0, "kinds": {}, "batch_size": 8, "num_examples": 50, "seed": 7,
+        "fingerprints": batches.fingerprints,
+    }  # fmt: skip
     assert batches.wait_seconds > 0
     batches.close()
     in_process = train(folder, seed=7)
@@ -286,14 +290,14 @@ def test_wds_shards_through_worker_processes(tmp_path):
 
 def test_collate_types():
     rows = [{"a": np.ones(2, np.uint8), "b": i, "c": i / 2, "d": True, "e": "x", "f": [1], "g": {}} for i in range(3)]
-    batch = examples.collate(rows)
+    batch = collate(rows)
     assert {k: (v.dtype.name, v.shape) for k, v in batch.items()} == {
         "a": ("uint8", (3, 2)), "b": ("int32", (3,)), "c": ("float32", (3,)), "d": ("bool", (3,))
     }  # fmt: skip
-    with_texts = examples.collate(rows, texts=True)
+    with_texts = collate(rows, texts=True)
     assert with_texts["e"].tolist() == ["x"] * 3 and with_texts["f"].tolist() == [[1]] * 3
     with pytest.raises(UserError, match="some examples lack the field `a`"):
-        examples.collate([rows[0], {"b": 1}])
+        collate([rows[0], {"b": 1}])
 
 
 def test_the_generator_of_a_draw_is_that_of_a_fresh_philox():

@@ -36,7 +36,11 @@ def test_captions():
         run('caption("none")', record)
     with pytest.raises(BadExample, match=r"has no field `name/fr` \(there: en\)"):
         run('caption("name/fr")', record)
-    assert run("canonicalize", {"text": " A_photo:  of\tÉ-mail’s!"})["text"] == "aphoto of émail’s"
+    for string, expected in (
+        ("canonicalize", "a photo of émail’s"),
+        ("canonicalize(underscore='drop')", "aphoto of émail’s"),
+    ):
+        assert run(string, {"text": " A_photo:  of\tÉ-mail’s!"})["text"] == expected
     assert run("canonicalize(lower=False)", {"text": "It's A."})["text"] == "Its A"
     text = run('caption("name/en") | template("A photo of a {}.") | lower', record)["text"]
     assert text == "a photo of a red apple."

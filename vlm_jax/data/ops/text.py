@@ -8,24 +8,27 @@ import numpy as np
 
 from vlm_jax.data import spans
 from vlm_jax.data.ops.pipeline import Pipeline
-from vlm_jax.data.ops.registry import op
+from vlm_jax.data.ops.registry import Length, Number, op
 from vlm_jax.data.source import BadExample, field
 from vlm_jax.errors import UserError
 
 
-def _text(value: Any, path: str) -> str:
-    text = value.strip() if isinstance(value, str) else str(value)
+def _text(value: str, path: str) -> str:
+    text = value.strip()
     if not text:
-        raise BadExample(f"caption `{path}` is empty")
+        raise BadExample(f"caption `{path}` is empty", "text")
     return text
 
 
 def _texts(value: Any, path: str) -> list[str]:
     """The non-empty texts of a field: a text or a list of texts."""
-    values = [value] if isinstance(value, str | bytes) else list(value)
+    if not isinstance(value, str | bytes | list | tuple):
+        what = "null" if value is None else f"a {type(value).__name__}"
+        raise BadExample(f"caption `{path}` is {what}; expected a text or a list of texts", "text")
+    values = [value] if isinstance(value, str | bytes) else value
     texts = [v.strip() for v in values if isinstance(v, str) and v.strip()]
     if not texts:
-        raise BadExample(f"caption `{path}` is empty")
+        raise BadExample(f"caption `{path}` is empty", "text")
     return texts
 
 
@@ -86,7 +89,7 @@ def random_caption(
 def captions(
     example: dict,
     rng: np.random.Generator,
-    n: int,
+    n: Number,
     path: str,
     *paths: str,
     ops: Pipeline | None = None,
@@ -112,7 +115,7 @@ def captions(
     if ops:
         texts = [text for text in (ops({"text": text}, rng)["text"] for text in texts) if text]
     if not texts:
-        raise BadExample(f"captions {', '.join((path, *paths))} are empty")
+        raise BadExample(f"captions {', '.join((path, *paths))} are empty", "text")
     if len(texts) > n:
         texts = [texts[i] for i in sorted(rng.permutation(len(texts))[:n])]
     example[to] = texts + [""] * (n - len(texts))
@@ -142,8 +145,13 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 @op
-def canonicalize(text: str, lower: bool = True) -> str:
-    """Lower-cases, drops ASCII punctuation, makes spaces single: SigLIP's treatment of zero-shot prompts."""
+def canonicalize(text: str, lower: bool = True, underscore: Literal["space", "drop"] = "space") -> str:
+    """Lower-cases, drops ASCII punctuation, makes spaces single: SigLIP's treatment of zero-shot prompts.
+
+    An underscore becomes a space, as in big_vision's `canonicalize_text`: `fire_truck` is two words. With
+    `underscore="drop"` it is dropped with the other punctuation, as in Transformers' `SiglipTokenizer`.
+    """
+    text = text.replace("_", " ") if underscore == "space" else text
     text = (text.lower() if lower else text).translate(_PUNCTUATION)
     return " ".join(text.split())
 
@@ -152,7 +160,7 @@ def canonicalize(text: str, lower: bool = True) -> str:
 def tokenize(
     example: dict,
     tokenizer: Any,
-    length: int,
+    length: Length,
     key: str = "text",
     bos: bool = True,
     eos: bool = True,
@@ -202,8 +210,8 @@ def denoise(
     example: dict,
     rng: np.random.Generator,
     tokenizer: Any,
-    inputs: int,
-    targets: int,
+    inputs: Length,
+    targets: Length,
     vocab_size: int,
     denoisers: str | tuple[tuple, ...] = "ul2",
     modes: Literal["ids", "text"] | None = "ids",
@@ -236,9 +244,9 @@ def denoise(
         )
     token_ids = tokenizer.encode(_text(text, key))
     if not token_ids:
-        raise BadExample(f"text `{key}` has no tokens")
+        raise BadExample(f"text `{key}` has no tokens", "text")
     if tokenizer.eos_id in token_ids:
-        raise BadExample(f"text `{key}` holds the end token")
+        raise BadExample(f"text `{key}` holds the end token", "text")
     last = len(plan.denoisers) - 1
     i = min(int(np.searchsorted(plan.weights, rng.random() * plan.weights[-1], side="right")), last)
     example["input_ids"], example["token_ids"] = spans.corrupt(

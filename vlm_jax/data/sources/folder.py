@@ -3,7 +3,8 @@
 import os
 from typing import Any
 
-from vlm_jax.data.sources.image_files import IMAGE_SUFFIXES, ImageFiles, existing, read
+from vlm_jax.data.files import digest
+from vlm_jax.data.sources.image_files import IMAGE_SUFFIXES, ImageFiles, existing
 from vlm_jax.errors import UserError
 
 
@@ -25,7 +26,10 @@ class Folder(ImageFiles):
     def __getitem__(self, i: int) -> dict[str, Any]:
         name, separator, _ = self.files[i].partition(os.sep)
         record = {"label": self.classes.index(name), "text": name} if separator else {}
-        return record | {"image": read(self.root / self.files[i])} if self.with_image else record
+        return record | {"image": self.picture(self.root, self.files[i])} if self.with_image else record
 
     def key(self, i: int) -> str:
         return self.files[i]
+
+    def fingerprint(self) -> str:
+        return digest(*map(os.fsencode, self.files))
