@@ -11,7 +11,7 @@ import numpy as np
 
 from vlm_jax.data import index as index_lib
 from vlm_jax.data import ops as ops_lib
-from vlm_jax.data.files import digest
+from vlm_jax.data.confined import digest
 from vlm_jax.data.ops import Pipeline
 from vlm_jax.data.rows import Batch, Fields, check, collate, fields_of
 from vlm_jax.data.source import BadExample, Source, select

@@ -6,6 +6,7 @@ or worker finds any row of any batch.
 
 import dataclasses
 import functools
+import itertools
 import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -205,8 +206,9 @@ class RowSet:
         epoch, at = divmod(draw, self.lengths[source])
         order, n = epoch_order(examples.seed, epoch, len(examples)), len(examples)
         # Substitutes come from the next batches: the records of this batch are already used.
-        following = (int(order[(at + self.size + t) % n]) for t in range(min(SUBSTITUTES, n) - 1))
-        return examples.row_or_next(int(order[at]), following, draw, bad)
+        first = int(order[at])
+        following = (i for t in range(n) if (i := int(order[(at + self.size + t) % n])) != first)
+        return examples.row_or_next(first, itertools.islice(following, min(SUBSTITUTES, n) - 1), draw, bad)
 
     def epochs(self, k: int) -> int:
         """Returns how many epochs of its sources k batches have begun, all together."""

@@ -9,11 +9,12 @@ from vlm_jax.data.source import BadExample
 from vlm_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
-# Field -> its type: (shape, dtype) of an array, a numpy type or bool of a number, `object` of a text or a list, the fields
-# of a dict of arrays.
+# Field -> its type: (shape, dtype) of an array, a numpy type or bool of a number, `object` of a text or a list, the
+# fields of a dict of arrays.
 Fields = dict[str, Any]
 
 INT32 = np.iinfo(np.int32)
+FLOAT32 = float(np.finfo(np.float32).max)
 # A field has the type that this share of the rows has; rows of another type are bad examples.
 SHARED = 2 / 3
 
@@ -64,37 +65,41 @@ def check(row: Mapping[str, Any], fields: Fields) -> None:
     """Raises BadExample if a field of the row is absent, has another type, or is a number that does not fit."""
     for name, expected in fields.items():
         value = row.get(name)
-        if isinstance(expected, tuple):
-            if type_of(value) != expected:
-                raise BadExample(f"`{name}` is {_shown(value)}, other examples have {_named(expected)}")
-            if value.dtype.itemsize == 8 and value.dtype.kind in "iu" and value.size:
-                if not INT32.min <= value.min() <= value.max() <= INT32.max:
-                    raise BadExample(f"`{name}` holds an integer beyond 32 bits")
-        elif isinstance(expected, dict):
-            if type_of(value) is not dict:
-                raise BadExample(f"`{name}` is {_shown(value)}, other examples have {_named(dict)}")
+        if isinstance(expected, dict) and type_of(value) is dict:
             check(value, expected)
-        elif expected is object:
-            if not isinstance(value, str | list | tuple):
-                raise BadExample(f"`{name}` is {_shown(value)}, other examples have {_named(expected)}")
-        elif not isinstance(value, int | float | np.number | np.bool_):
-            raise BadExample(f"`{name}` is {_shown(value)}, other examples have {_named(expected)}")
-        elif expected is np.int32 and not (value == value // 1 and INT32.min <= value <= INT32.max):
-            raise BadExample(f"`{name}` is {value}; expected an integer of 32 bits: choose fields with `keep(...)`")
-        elif expected is np.float32 and not abs(value) <= 3.4e38:
-            raise BadExample(f"`{name}` is {value}; expected a finite number: choose fields with `keep(...)`")
-        elif expected is bool and value not in (0, 1):
-            raise BadExample(f"`{name}` is {value}, other examples have {_named(expected)}")
+        elif not _fits(value, expected):
+            named = NAMES[dict] if isinstance(expected, dict) else _named(expected)
+            raise BadExample(f"`{name}` is {_shown(value)}, in other examples {named}: choose fields with `keep(...)`")
+
+
+def _fits(value: Any, expected: Any) -> bool:
+    if isinstance(expected, tuple):
+        wide = expected[1].itemsize == 8 and expected[1].kind in "iu"
+        return type_of(value) == expected and not (wide and value.size and not _is_32_bits(value.min(), value.max()))
+    if expected is object:
+        return isinstance(value, str | list | tuple)
+    if not isinstance(value, int | float | np.number | np.bool_):
+        return False
+    if expected is np.int32:
+        return value == value // 1 and _is_32_bits(value, value)
+    return bool(abs(value) <= FLOAT32) if expected is np.float32 else value in (0, 1)
+
+
+def _is_32_bits(least: Any, most: Any) -> bool:
+    return INT32.min <= least and most <= INT32.max
 
 
 def _shown(value: Any) -> str:
-    if value is None:
-        return "absent"
-    return f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype}{list(value.shape)}" + (
+            f" up to {value.max()}" if value.dtype.kind in "iu" and value.size else ""
+        )
+    return "absent" if value is None else f"{value}" if isinstance(value, int | float) else f"a {type(value).__name__}"
 
 
 NAMES = {
-    object: "a text or a list", dict: "a dict of arrays", np.int32: "an integer", np.float32: "a number", bool: "a bool"
+    object: "a text or a list", dict: "a dict of arrays", np.int32: "an integer of 32 bits",
+    np.float32: "a finite number", bool: "a bool", None: "absent",
 }  # fmt: skip
 
 

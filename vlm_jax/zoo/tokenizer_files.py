@@ -151,7 +151,8 @@ def _sentencepiece(path: Path, settings: Mapping[str, Any]) -> tuple:
 def _before(folder: Path, name: str, siglip2: bool, settings: Mapping[str, Any]) -> str:
     """Returns the text ops that the tokenizer's own file lacks."""
     if name == "SiglipTokenizer":
-        return "canonicalize | " if settings.get("do_lower_case", True) else "canonicalize(lower=False) | "
+        options = "" if settings.get("do_lower_case", True) else "lower=False, "
+        return f"canonicalize({options}underscore='drop') | "
     sentence_lower = read_json(folder / "sentence_bert_config.json").get("do_lower_case")
     return "lower | " if siglip2 or sentence_lower else ""
 

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax.data.ops.geometry import METHODS, Method
-from vlm_jax.data.ops.image import Picture, array, composite, height_and_width, pil
+from vlm_jax.data.ops.image import Picture, array, check_pixels, composite, height_and_width, pil
 from vlm_jax.data.ops.pipeline import Pipeline
 from vlm_jax.data.ops.registry import Number, Side, op
 from vlm_jax.data.source import field
@@ -149,5 +149,7 @@ def views(example: dict, rng: np.random.Generator, to: str, n: Number, ops: Pipe
     """
     # Loaded first: a crop may ask the decoder of a JPEG for a smaller picture, which other views would then see, too.
     image = pil(field(example, "image"))
-    example[to] = np.stack([array(ops({"image": image}, rng)["image"]) for _ in range(n)])
+    first = array(ops({"image": image}, rng)["image"])
+    check_pixels(n * first.shape[0], first.shape[1])
+    example[to] = np.stack([first, *(array(ops({"image": image}, rng)["image"]) for _ in range(n - 1))])
     return example

@@ -21,7 +21,7 @@ STATISTICS = {
 Picture = Image.Image | np.ndarray
 # Formats that are decoded here, where Pillow can: no others, since some run programs (EPS: Ghostscript).
 FORMATS = (
-    "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM", "DIB", "ICO", "TGA", "PCX",
+    "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM", "DIB", "TGA", "PCX",
 )  # fmt: skip
 MAX_PIXELS = 2**26
 MAX_16_BITS = 65535
@@ -126,7 +126,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """16-bit grey as 8-bit grey, `round(x / 257)`; raises BadExample for modes without a defined range."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         grey = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((grey * 255 + MAX_16_BITS // 2) // MAX_16_BITS).astype(np.uint8))
+        scaled = Image.fromarray(((grey * 255 + MAX_16_BITS // 2) // MAX_16_BITS).astype(np.uint8))
+        return _with_exif(scaled, image)
     if image.mode in ("I", "F"):
         what = "floats" if image.mode == "F" else "integers of 32 bits"
         raise BadExample(f"image has {what}, whose range is unknown; save it with 8 or 16 bits", "picture")
@@ -138,7 +139,14 @@ def composite(image: Image.Image, colour: tuple[int, ...] | int) -> Image.Image:
     colour = (colour,) * 3 if isinstance(colour, int) else tuple(colour)
     canvas = Image.new("RGB", image.size, colour)
     canvas.paste(image, mask=image.getchannel("A"))
-    return canvas
+    return _with_exif(canvas, image)
+
+
+def _with_exif(image: Image.Image, of: Image.Image) -> Image.Image:
+    """Keeps the camera's orientation, for a later `decode(exif=True)`: evaluators decode before the model's ops."""
+    if "exif" in of.info:
+        image.info["exif"] = of.info["exif"]
+    return image
 
 
 @op

@@ -19,7 +19,8 @@ from vlm_jax.data.source import BadExample
 from vlm_jax.errors import UserError
 
 LONGEST = 2**16  # characters of an op string
-SHOWN = 2000  # characters of an op string in a message
+MOST = 500  # ops in an op string
+SHOWN = 500  # characters of an op string in a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,7 @@ def parse(string: str, tokenizer: Any = None) -> Pipeline:
     # `a | b(1)` is a Python expression. Its tree gives the ops with literal arguments; nothing is executed.
     if not isinstance(string, str):
         raise UserError(f"an op string is {string!r:.80}; expected a text such as 'decode | resize(32)'")
-    shown = string if len(string) <= SHOWN else f"{string[:SHOWN]} ..."
+    shown = " ".join(string[:SHOWN].split()) + " ..." * (len(string) > SHOWN)
     if len(string) > LONGEST:
         raise UserError(f"op string `{shown}` has {len(string):,} characters; expected at most {LONGEST:,}")
     try:
@@ -134,6 +135,8 @@ def _pipeline(tree: ast.expr | None, string: str, tokenizer: Any) -> Pipeline:
         is_or = isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.BitOr)
         calls.append(_call(tree.right if is_or else tree, string))
         tree = tree.left if is_or else None
+        if len(calls) > MOST:
+            raise UserError(f"op string `{string[:SHOWN]} ...` has more than {MOST:,} ops")
     calls.reverse()
 
     names = [name for name, _, _ in calls]

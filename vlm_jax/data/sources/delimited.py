@@ -75,7 +75,7 @@ def _quoted(
     reader = csv.reader((lines[i] for i in range(at, len(lines))), delimiter=delimiter, strict=True)
     try:
         cells, taken = next(reader), reader.line_num
-        if not any(_is_row(line, delimiter, width, suffixes) for line in lines[at + 1 : at + taken]):
+        if taken == 1 or not all(_is_row(line, delimiter, width, suffixes) for line in lines[at : at + taken]):
             return taken, cells
     except csv.Error:
         pass
@@ -88,7 +88,7 @@ def _quoted(
 
 
 def _is_row(line: str, delimiter: str, width: int, suffixes: tuple[str, ...]) -> bool:
-    """Whether a line inside of a quoted cell looks like a row of its own."""
+    """Whether a line of a quoted cell looks like a row of its own: by its columns and, under commas, by a picture."""
     cells = line.rstrip("\r\n").split(delimiter)
     named = any(cell.lower().endswith(suffixes) for cell in cells)
     return len(cells) == width > 1 and (delimiter == "\t" or named)

@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from vlm_jax.data.files import digest
+from vlm_jax.data.confined import digest
 from vlm_jax.data.sources.image_files import IMAGE_SUFFIXES, ImageFiles, existing
 from vlm_jax.errors import UserError
 

@@ -4,7 +4,7 @@ import copy
 from pathlib import Path
 from typing import Self
 
-from vlm_jax.data import files
+from vlm_jax.data import confined
 from vlm_jax.data.source import Source
 from vlm_jax.errors import UserError
 
@@ -32,8 +32,8 @@ class ImageFiles(Source):
         return narrowed
 
     def picture(self, root: Path, name: str) -> bytes:
-        """Returns the bytes of the file `name` of the folder `root`; raises BadExample, see `files.read`."""
-        return files.read(root, name, self.allow_outside)
+        """Returns the bytes of the file `name` of the folder `root`; raises BadExample, see `confined.read`."""
+        return confined.read(root, name, self.allow_outside)
 
 
 def existing(uri: str, path: str) -> Path:

@@ -5,6 +5,7 @@ one float32 vector for each record of the data set, in order; an empty vector if
 """
 
 import copy
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Any, Self
 import numpy as np
 from array_record.python import array_record_module
 
-from vlm_jax.data import files
+from vlm_jax.data import confined
 from vlm_jax.data.source import BadExample, Source
 from vlm_jax.errors import UserError
 
 INDEX = "index.json"
+MAX_INDEX_BYTES = 2**24
 
 
 class Precomputed(Source):
@@ -37,12 +39,7 @@ class Precomputed(Source):
         if not (self.path / INDEX).is_file():
             raise UserError(f"data source `precomputed:{path}` has no {INDEX}; write it with vlm_jax.precompute")
         what = f"data source `precomputed:{path}`"
-        index = files.read_json(what, self.path / INDEX)
-        kinds = dict(records=(int,), shard_size=(int,), uri=(str,), split=(str, type(None)))
-        index = index if isinstance(index, dict) else {}
-        wrong = [name for name, kind in kinds.items() if type(index.get(name)) not in kind]
-        if wrong or index["records"] < 0 or index["shard_size"] < 1:
-            raise UserError(f"{what}: its {INDEX} has no usable {(wrong or ['records and shard_size'])[0]}")
+        index = _read(self.path / INDEX, what)
         count = -(-index["records"] // index["shard_size"])
         there = {entry.name for entry in os.scandir(self.path) if entry.is_file()}
         missing = next((name for name in _names(index["records"], index["shard_size"]) if name not in there), None)
@@ -88,7 +85,23 @@ class Precomputed(Source):
         return self.source.key(i)
 
     def fingerprint(self) -> str:
-        return f"{files.fingerprint(self.shards)} of {self.source.fingerprint()}"
+        return f"{confined.fingerprint(self.shards)} of {self.source.fingerprint()}"
+
+
+def _read(path: Path, what: str) -> dict[str, Any]:
+    """Returns the content of an index.json, its types checked; `what` begins messages."""
+    kinds = dict(records=(int,), shard_size=(int,), uri=(str,), split=(str, type(None)))
+    try:
+        index = json.loads(path.read_text("utf-8")) if path.stat().st_size <= MAX_INDEX_BYTES else None
+    except (OSError, ValueError, RecursionError):
+        index = None
+    if not isinstance(index, dict):
+        raise UserError(f"{what}: its {INDEX} is not JSON of an object; write it anew with vlm_jax.precompute")
+    wrong = [name for name, kind in kinds.items() if type(index.get(name)) not in kind]
+    wrong += [name for name in ("records", "shard_size") if name not in wrong and index[name] < (name == "shard_size")]
+    if wrong:
+        raise UserError(f"{what}: its {INDEX} has {wrong[0]} {index.get(wrong[0])!r:.80}; write it anew")
+    return index
 
 
 def shard_names(records: int, shard_size: int) -> list[str]:

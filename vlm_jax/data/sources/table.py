@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.data import files
+from vlm_jax.data import confined
 from vlm_jax.data.source import BadExample
 from vlm_jax.data.sources.delimited import read_rows
 from vlm_jax.data.sources.image_files import IMAGE_SUFFIXES, ImageFiles
@@ -68,7 +68,7 @@ class Jsonl(Table):
     """One JSON object a line; the file is scanned once for line starts, then read by offset."""
 
     def __init__(self, path: str):
-        self.path = files.regular(f"jsonl:{path}", path)
+        self.path = confined.regular(f"jsonl:{path}", path)
         starts, lengths, lines, at, self.checksum = [], [], [], 0, 0
         number, whole = 0, True  # whether the last piece ended its line
         with open(self.path, "rb") as file:
@@ -122,7 +122,7 @@ class Csv(Table):
 
     def __init__(self, path: str):
         uri = f"csv:{path}"
-        self.path = files.regular(uri, path)
+        self.path = confined.regular(uri, path)
         data = self.path.read_bytes()
         self.checksum = zlib.crc32(data)
         self.header, self.rows, lines = read_rows(uri, data, IMAGE_SUFFIXES)

@@ -23,7 +23,7 @@ def scan(path: str, headers: Any = None, left_out: dict[str, int] | None = None)
 
     Args:
       path: the file.
-      headers: a hash of hashlib, updated by the headers of regular members.
+      headers: a hash of hashlib, updated by the headers and the first 512 bytes of regular members.
       left_out: what is no regular member (links, devices) -> their number, added to.
 
     Raises:
@@ -34,7 +34,8 @@ def scan(path: str, headers: Any = None, left_out: dict[str, int] | None = None)
         total = os.fstat(file.fileno()).st_size
         at, override = 0, {}
         while at < total:
-            header = os.pread(file.fileno(), BLOCK, at)
+            block = os.pread(file.fileno(), 2 * BLOCK, at)
+            header = block[:BLOCK]
             if at == 0 and header[:2] == b"\x1f\x8b":
                 raise UserError(f"shard `{path}` is compressed; unpack it with gunzip, random access needs plain tar")
             if not header.strip(b"\0"):
@@ -67,7 +68,7 @@ def scan(path: str, headers: Any = None, left_out: dict[str, int] | None = None)
                 if kind in REGULAR:
                     name = override.get("path") or _name(header)
                     if headers is not None:
-                        headers.update(header + name + size.to_bytes(8, "little"))
+                        headers.update(name + size.to_bytes(8, "little") + block[: BLOCK + min(size, BLOCK)])
                     yield name.decode("utf-8", "surrogateescape").removeprefix("./"), body, size
                 elif kind != b"5":
                     left_out[OTHERS] = left_out.get(OTHERS, 0) + 1

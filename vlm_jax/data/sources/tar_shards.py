@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.data.files import MAX_BYTES, kind
+from vlm_jax.data.confined import MAX_BYTES, kind
 from vlm_jax.data.source import BadExample, Source
 from vlm_jax.data.sources.image_files import IMAGE_SUFFIXES
 from vlm_jax.data.sources.table import parse_json
@@ -39,10 +39,9 @@ def expand(pattern: str) -> list[str]:
     spans = [(int(first), int(last)) for first, last in RANGE.findall(pattern)]
     if any(first > last for first, last in spans):
         return []
-    paths = []
-    if pattern.count("{") <= MAX_BRACES:
-        paths = list(itertools.islice(_expanded(pattern), MAX_SHARDS + 1))
-    if pattern.count("{") > MAX_BRACES or len(paths) > MAX_SHARDS:
+    fits = pattern.count("{") <= MAX_BRACES and all(last - first < MAX_SHARDS for first, last in spans)
+    paths = list(itertools.islice(_expanded(pattern), MAX_SHARDS + 1)) if fits else []
+    if not fits or len(paths) > MAX_SHARDS:
         raise UserError(
             f"data source `wds:{pattern:.200}` names more than {MAX_SHARDS:,} shards, or has more than {MAX_BRACES} "
             "braces; name the shards that exist"

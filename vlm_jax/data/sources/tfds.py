@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from vlm_jax.data import emoji, files
+from vlm_jax.data import confined, emoji
 from vlm_jax.data.source import Source
 from vlm_jax.errors import UserError
 
@@ -51,7 +51,7 @@ class Tfds(Source):
         try:
             self.paths = [str(path) for path in builder.info.splits[split].filepaths]
             for path in self.paths:
-                files.regular(f"tfds:{name}", path)
+                confined.regular(f"tfds:{name}", path)
             raw = tfds.decode.DeserializeMethod.RAW_BYTES
             self.source = builder.as_data_source(split, deserialize_method=raw)
             len(self.source)
@@ -76,7 +76,7 @@ class Tfds(Source):
         return f"{self.name}[{i}]"
 
     def fingerprint(self) -> str:
-        return files.fingerprint(self.paths)
+        return confined.fingerprint(self.paths)
 
 
 _opening = threading.RLock()

@@ -2,18 +2,15 @@
 
 import functools
 import hashlib
-import json
 import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from vlm_jax.data.source import BadExample
 from vlm_jax.errors import UserError
 
 MAX_BYTES = 2**29  # of one picture's file
-MAX_JSON_BYTES = 2**24
 EDGE_BYTES = 2**14  # of a file's head and tail, for its fingerprint
 KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
 
@@ -71,18 +68,6 @@ def _is_inside(root: str, path: str) -> bool:
     """Whether a path is inside of the folder once symbolic links are followed."""
     root, path = os.path.realpath(root), os.path.realpath(path)
     return os.path.commonpath((root, path)) == root
-
-
-def read_json(what: str, path: Path) -> Any:
-    """Returns the content of a small JSON file; raises UserError, which begins with `what`, if it is none."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise UserError(f"{what}: {path.name} has more than {MAX_JSON_BYTES:,} bytes")
-        return json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise UserError(f"{what}: {path.name}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise error if isinstance(error, UserError) else UserError(f"{what}: {path.name} is not JSON") from None
 
 
 def digest(*parts: bytes) -> str:
