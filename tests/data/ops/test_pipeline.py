@@ -32,7 +32,11 @@ from vlm_jax.errors import UserError
         ("resize(60000)", "op `resize` was given height=60000; expected 1 to 4096"),
         ("resize(8, width=0)", "was given width=0; expected 1 to 4096"),
         ("views('local', 0, flip)", "was given n=0; expected 1 to 1024"),
-        ("template()", "op `template` was given nothing; usage: template(*templates: str)"),
+        (
+            "template()",
+            "op `template`: missing a required argument: 'template'; usage: template(template: str, *templates: str)",
+        ),
+        ("keep()", "op `keep`: missing a required argument: 'path'"),
         ("resize(8, {[]: 1})", "not a literal"),
         ("flip | " * 600 + "flip", "has more than 500 ops"),
         ("flip | " * 9000 + "flip", "nested too deep, or has too many ops"),

@@ -201,7 +201,7 @@ def test_headers_of_a_stranger(tmp_path, content, message):
 )
 def test_patterns_have_a_limit(pattern, monkeypatch):
     monkeypatch.setattr(tar_shards, "MAX_SHARDS", 1000)
-    with pytest.raises(UserError, match="names more than|is missing"):
+    with pytest.raises(UserError, match=r"names more than|is missing"):
         open_source(f"wds:{pattern}")
     assert tar_shards.expand("{5..3}{0..999}{0..999}") == []
     assert tar_shards.expand("a{1,{2..3}}{x,y}") == ["a1x", "a1y", "a2x", "a2y", "a1x", "a1y", "a3x", "a3y"]

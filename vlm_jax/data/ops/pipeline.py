@@ -194,8 +194,6 @@ def _step(name: str, args: list, kwargs: dict, tokenizer: Any) -> Step:
             raise UserError(f"op `{name}` was given {key}={value!r}; {expected}")
         values = tuple(tuple(v) if isinstance(v, list) else v for v in values)
         bound.arguments[key] = values if key == several else values[0]
-    if several and several == own[0].name and not bound.arguments.get(several):
-        raise UserError(f"op `{name}` was given nothing; usage: {usage}")
     # What stands before `*paths` goes by position, all else by name: `tokenizer` may stand between.
     args, kwargs = (bound.args, bound.kwargs) if several else ((), dict(bound.arguments))
     if "tokenizer" in signature.parameters:

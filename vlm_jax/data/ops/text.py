@@ -51,6 +51,7 @@ def caption(example: dict, path: str, join: str | None = None, max_texts: int | 
 def random_caption(
     example: dict,
     rng: np.random.Generator,
+    path: str,
     *paths: str,
     weights: tuple[float, ...] | None = None,
     join: str | None = None,
@@ -60,10 +61,12 @@ def random_caption(
     Args:
       example: holds the fields: texts, or lists of texts.
       rng: the example's generator.
-      *paths: the fields to draw from; if the drawn field is absent or empty, the first other field with a text counts.
+      path, *paths: the fields to draw from; if the drawn field is absent or empty, the first other field with a text
+        counts.
       weights: probability of each field, up to a factor; equal by default.
       join: separator that joins the texts of a list in random order; None draws one text.
     """
+    paths = (path, *paths)
     if weights is not None and len(weights) != len(paths):
         raise UserError(f"op `random_caption` has {len(paths)} fields and {len(weights)} weights; expected as many")
     u, order = rng.random(), range(len(paths))
@@ -124,14 +127,15 @@ def captions(
 
 
 @op
-def template(text: str, *templates: str) -> str:
+def template(text: str, template: str, *templates: str) -> str:
     """Replaces `{}` of the (first) template by the text: `template("a photo of a {}.")`."""
-    return templates[0].replace("{}", text)
+    return template.replace("{}", text)
 
 
 @op
-def random_template(text: str, rng: np.random.Generator, *templates: str) -> str:
+def random_template(text: str, rng: np.random.Generator, template: str, *templates: str) -> str:
     """Replaces `{}` of a template, drawn at random, by the text."""
+    templates = (template, *templates)
     return templates[int(rng.random() * len(templates))].replace("{}", text)
 
 
