@@ -21,7 +21,7 @@ from absl import flags
 
 from vlm_jax import __version__, catalogue, command, config, evaluators, report
 from vlm_jax.command.commands import LOADING
-from vlm_jax.command.values import given
+from vlm_jax.command.values import data_uri, given
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators.hosts import Hosts
 from vlm_jax.evaluators.progress import Progress
@@ -137,7 +137,7 @@ def _read_json(path: Path) -> Any:
 
 
 DATA = (
-    "data", "split", "where", "batch_size", "memory_share", "gallery",
+    "split", "where", "batch_size", "memory_share", "gallery",
     "classes", "templates", "label", "captions", "template", "ks",
 )  # fmt: skip
 
@@ -145,8 +145,8 @@ DATA = (
 @processes.joins()
 def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer | None:
     section = given(values, DATA)
-    section |= {"train_uri": values.train_data} if values.train_data else {}
-    section |= {"uri": section.pop("data")} | given(values, ["option"]).get("option", {})
+    section |= {"train_uri": data_uri(values, "train_data")} if values.train_data else {}
+    section |= {"uri": data_uri(values)} | given(values, ["option"]).get("option", {})
     evaluator = _evaluator(values.task, section)  # before the model is loaded: errors in the data appear early
     mesh = config.call(sharding.make_mesh, given(values, ("mesh",)).get("mesh", {}), "--mesh", devices=None)
     with command.doing(f"loading {values.model}", processes.is_first()):

@@ -8,6 +8,7 @@ checkpoint, loop, evaluate, report. The same command after any interruption give
 several hosts, run the same command on each host with --distributed=auto.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -80,6 +81,7 @@ def _train(
             loader.train_loader, data, "config.data", batch_size=batch_size, seed=seed, tokenizer=tokenizer,
             rows=sharding.rows_of_process(mesh, sizes),
         )  # fmt: skip
+        processes.check_equal(batches.fingerprints, "data")
     total = optim.duration_to_steps(duration, batch_size, batches.num_examples)
     steps = lambda length: optim.duration_to_steps(length, batch_size, batches.num_examples, total)
     with doing("building the model"):
@@ -110,7 +112,9 @@ def _train(
             state, progress = saver.restore(program.abstract_state)
         processes.say(f"continuing from step {int(state.step)} of {total}")
     if progress["data"]:
-        counts = {} if processes.is_first() else {"read": 0, "bad": 0}  # the first process keeps the counts of all
+        counts = (
+            {} if processes.is_first() else {"read": 0, "bad": 0, "kinds": {}}
+        )  # the first process keeps the counts of all
         batches.set_state(progress["data"] | counts)
     batches.start()  # reads data while the step compiles
     with doing("compiling the train step"):
@@ -164,7 +168,7 @@ def _train(
             "train/seconds": progress["seconds"],
             "train/examples_per_second": total * batch_size / progress["seconds"],
             "train/data_wait_fraction": progress["data_wait"] / progress["seconds"],
-            "data/bad_examples": position(batches)["bad"],
+            **counts_of(position(batches), batches),
         }
         for evaluation in evals:
             with doing(f"evaluating {evaluation.name}"):
@@ -180,12 +184,21 @@ def _train(
     return results
 
 
-def position(batches: loader.Loader) -> dict[str, int]:
+def position(batches: loader.Loader) -> dict[str, Any]:
     """Returns the data position with the counts of all processes; processes with the same rows count once."""
     by_row = {}
     for row, state in processes.exchange([batches.first_row, batches.get_state()]):
         by_row.setdefault(row, state)
-    return by_row[0] | {name: sum(state[name] for state in by_row.values()) for name in ("read", "bad")}
+    kinds = sum((Counter(state["kinds"]) for state in by_row.values()), Counter())
+    counts = {name: sum(state[name] for state in by_row.values()) for name in ("read", "bad")}
+    return by_row[0] | counts | {"kinds": dict(kinds)}
+
+
+def counts_of(position: Mapping[str, Any], batches: loader.Loader) -> dict[str, int]:
+    """Returns how many examples were read, how many of them were bad, by kind, and what is no example."""
+    kinds = {f"data/bad/{kind}": count for kind, count in sorted(position["kinds"].items())}
+    counts = {"data/read_examples": position["read"], "data/bad_examples": position["bad"], **kinds}
+    return counts | {"data/left_out": sum(batches.left_out.values())}
 
 
 class Evaluation:

@@ -21,7 +21,7 @@ from absl import flags
 
 from vlm_jax import command, evaluators
 from vlm_jax.command.commands import LOADING
-from vlm_jax.command.values import given
+from vlm_jax.command.values import data_uri, given
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators.progress import Progress
 from vlm_jax.pretrained import Pretrained
@@ -104,8 +104,8 @@ DATA = (
 
 
 def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer:
-    section = given(values, DATA) | {"uri": values.data, "methods": values.method}
-    section |= {"train_uri": values.train_data} if values.train_data else {}
+    section = given(values, DATA) | {"uri": data_uri(values), "methods": values.method}
+    section |= {"train_uri": data_uri(values, "train_data")} if values.train_data else {}
     section["options"] = given(values, ["option"]).get("option", {})
     with command.doing(f"loading {values.model}"):
         pretrained = load(values.model, **given(values, [flag.name for flag in LOADING]))

@@ -165,10 +165,16 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _underscored(argument: str) -> str:
+    """Spells a flag's name with underscores: --allow-outside=true -> --allow_outside=true."""
+    name, equals, value = argument.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else argument
+
+
 def _parse(name: str, argv: Sequence[str]) -> Sequence[str]:
     """Parses the flags and returns the remaining arguments."""
     try:
-        left = configs.parse(flags.FLAGS, argv)
+        left = configs.parse(flags.FLAGS, [_underscored(argument) for argument in argv])
     except (UserError, flags.Error, TypeError, ValueError, OSError) as error:
         message = str(error).removeprefix("flag ")
         if isinstance(error, OSError):  # a config file; the last line has the reason

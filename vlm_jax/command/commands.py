@@ -70,6 +70,7 @@ DISTRIBUTED = text("distributed", "On several hosts: auto, or address:port,proce
 
 MODEL = text("model", "A workdir, a folder, a file, hf:org/name, pkg:package/path", needed=True)
 DATA = text("data", "Data set: tfds:, wds:, jsonl:, csv:, folder:", needed=True)
+OUTSIDE = switch("allow_outside", "Pictures may be outside of the data set's folder")
 LABELLED = (
     text("split", "The data set's split"),
     several("where", "Records that count: field=value,value; repeatable"),
@@ -77,6 +78,7 @@ LABELLED = (
     text("classes", "imagenet, emoji:seen, emoji:subgroups, a file, a list (the data set's own)"),
     several("templates", "imagenet80, a file, a prompt with {}; repeatable"),
     whole("batch_size", "Pictures at a time over all devices", 256),
+    OUTSIDE,
 )
 ADAPTER = path("adapter", "File of an adapted model, made by `vlm-jax adapt`")
 LOADING = (  # the arguments of `vlm_jax.load`
@@ -167,6 +169,7 @@ COMMANDS = {
                 path("out", "Folder of the embeddings", needed=True),
                 text("split", "The data set's split"),
                 whole("batch_size", "Pictures at a time", 64),
+                OUTSIDE,
                 DISTRIBUTED,
             )
         }
