@@ -21,12 +21,12 @@ from vlm_jax import command, config, models
 from vlm_jax.command.values import data_uri
 from vlm_jax.data import loader
 from vlm_jax.data.examples import log_bad
+from vlm_jax.data.files import write_json
 from vlm_jax.data.sources.precomputed import INDEX, shard_names, write_shard
 from vlm_jax.errors import UserError
 from vlm_jax.params import sharding
 from vlm_jax.params.table import named_leaves
 from vlm_jax.run import processes
-from vlm_jax.run.checkpoint import write_json
 from vlm_jax.zoo import model_init
 
 

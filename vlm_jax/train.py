@@ -20,13 +20,16 @@ from absl import flags
 
 from vlm_jax import command, config, evaluators, objectives, report
 from vlm_jax.data import loader, mixture, tokenizers
+from vlm_jax.data.files import write_json
+from vlm_jax.models import vocabulary
 from vlm_jax.params import optim, sharding
 from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained
 from vlm_jax.run import processes
-from vlm_jax.run.checkpoint import Checkpointer, check_same_config, params_sha256, write_json
+from vlm_jax.run.checkpoint import Checkpointer, check_same_config, finished, params_sha256
 from vlm_jax.run.divergence import check_finite
 from vlm_jax.run.flops import model_flops
+from vlm_jax.run.folder import locked
 from vlm_jax.run.metric_writer import MetricWriter
 from vlm_jax.run.program import build_program
 from vlm_jax.run.summary import summary
@@ -36,15 +39,21 @@ from vlm_jax.zoo.model_init import read as read_init
 
 
 def train(settings: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
-    """Trains by the config `settings` in `workdir` and returns the content of results.json.
+    """Trains by the config `settings` in `workdir` and returns the content of results.json; at once if it has ended.
 
     Raises:
-      UserError: the config or the data is wrong. Earlier checkpoints stay.
+      UserError: the config or the data is wrong, or another run holds the folder. Earlier checkpoints stay.
     """
     settings = config.plain(settings)
     workdir = Path(workdir).expanduser().absolute()
-    workdir.mkdir(parents=True, exist_ok=True)
-    return config.call(_train, settings, "config", settings=settings, workdir=workdir)
+    with locked(workdir):
+        results = finished(workdir, settings)
+        if results is None:
+            return config.call(_train, settings, "config", settings=settings, workdir=workdir)
+        processes.say(f"{workdir} holds the results of this config; to train again, give another --workdir")
+        if processes.is_first() and not (workdir / "report" / "index.html").is_file():
+            report.write(workdir)
+        return results
 
 
 def _train(
@@ -123,7 +132,7 @@ def _train(
     name = data.get("uri") or ", ".join(part["uri"] for part in data["sources"].values())
     processes.say(summary(program, name, batches.num_examples, batch_size, total, step_flops, workdir, every))
 
-    first = int(state.step)
+    first, known_ids = int(state.step), vocabulary.vocab_size(program.model)
     writer = config.call(MetricWriter, log, "config.log", workdir=workdir, start_step=first)
     clock = Throughput(batches, batch_size, step_flops, progress["seconds"], progress["data_wait"])
     stop = processes.StopSignal()
@@ -133,7 +142,9 @@ def _train(
     with closing(saver), closing(writer), closing(batches), closing(bar), closing(tracer):
         for step in range(first + 1, total + 1):
             with tracer.step(step):
-                batch = sharding.to_global(next(batches), mesh, sizes)
+                batch = next(batches)
+                vocabulary.check_ids(batch, known_ids, "config.data")
+                batch = sharding.to_global(batch, mesh, sizes)
                 state, metrics, norms = train_step(state, batch, frozen)
             tracer.after(step, metrics)
             if before:  # checks the step before, so that the device never waits for the host

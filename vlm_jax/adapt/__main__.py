@@ -9,7 +9,8 @@ prints a table and writes results.json and a small file for each method and seed
     vlm_jax.load_adapter("runs/adapted/lora_0.safetensors", clip).classify(pictures)
 
 --method takes several methods, separated by commas; `vlm-jax methods` lists them. Training pictures are drawn from
---train_split. --base_to_new trains on half of the classes and tests the other half, too.
+--train_split. --base_to_new trains on half of the classes and tests the other half, too. After an interruption the same
+command continues after the last finished fit.
 """
 
 import dataclasses
@@ -19,13 +20,16 @@ from typing import Any
 
 from absl import flags
 
-from vlm_jax import command, evaluators
+from vlm_jax import __version__, command, config, evaluators
 from vlm_jax.command.commands import LOADING
 from vlm_jax.command.values import data_uri, given
+from vlm_jax.data.files import write_json
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators.progress import Progress
 from vlm_jax.pretrained import Pretrained
-from vlm_jax.run.checkpoint import write_json
+from vlm_jax.run import processes
+from vlm_jax.run.checkpoint import params_sha256
+from vlm_jax.run.folder import claim, locked, released_on_failure
 from vlm_jax.zoo.adapters import save_adapter
 from vlm_jax.zoo.load import load
 
@@ -41,6 +45,8 @@ def adapt(
 ) -> dict[str, Any]:
     """Adapts a model, writes results.json and `METHOD_SEED.safetensors` into `out`, and returns the results.
 
+    After an interruption the same call continues after the last finished fit.
+
     Args:
       pretrained: a two-tower model.
       out: the folder.
@@ -49,7 +55,7 @@ def adapt(
       **section: the other arguments of `protocol.few_shot`.
 
     Raises:
-      UserError: `out` holds results already.
+      UserError: `out` holds results, or an unfinished adaptation of other settings.
     """
     out, bar = Path(out).expanduser(), None
     if (out / "results.json").exists():
@@ -63,13 +69,19 @@ def adapt(
         if show:
             bar.update()
 
-    evaluator = evaluators.build({"type": "few_shot", "keep": keep, "methods": methods, "seeds": seeds, **section})
-    out.mkdir(parents=True, exist_ok=True)
-    result = evaluator(pretrained, progress=Progress(show=show))
-    if bar is not None:
-        bar.close()
-    numbers = result.as_results()
-    write_json(out / "results.json", numbers)
+    section = {"methods": methods, "seeds": seeds, **section}
+    evaluator = evaluators.build({"type": "few_shot", "keep": keep, **section})
+    settings = {"adapter": section, "params_sha256": params_sha256(pretrained.params), "version": __version__}
+    with locked(out):
+        if mistake := claim(out, config.plain(settings), "adapter"):
+            raise UserError(f"{out} holds {mistake}")
+        progress = Progress(out / "progress" if processes.is_first() else None, show)
+        with released_on_failure(out):
+            numbers = evaluator(pretrained, progress=progress).as_results()
+        if bar is not None:
+            bar.close()
+        write_json(out / "results.json", numbers)
+        progress.delete()
     return numbers
 
 

@@ -158,25 +158,34 @@ def few_shot(
             known = _shots(passes["train"].tables["train"], pictures)
             place = drawn[passes["train"].tables["train"].read("position")]  # of the readable pictures
             queries = {name: _shots(passes[f"test_{name}"].tables[f"test_{name}"], pictures) for name in tests}
-            scale, shares = math.exp(float(pretrained.params["logit_scale"])), {}
+            scale, shares, row = math.exp(float(pretrained.params["logit_scale"])), {}, -1
             columns = {name: _columns(test.names, training.names) for name, test in tests.items()}
+            fitted = progress.table("fits", limit)  # a row for each seed and method: which pictures are named right
             for seed, draw in enumerate(draws):
                 few, validation = _parts(known, np.flatnonzero(np.isin(place, draw)), shots, seed)
                 others = _part(known, np.isin(place, pools[seed]))
                 others = others._replace(labels=np.full_like(others.labels, -1)) if pool else None
                 task = Task(training.names, prompts, texts[""], scale, seed, others)
                 for method, adapt in fits.items():
-                    adapted = adapt(pretrained, few, validation, task, **options[method])
-                    if keep is not None:
-                        keep(method, seed, adapted)
-                    for name, test in tests.items():
-                        if method == "zero_shot":  # all hosts have embedded the texts, above
-                            share = right(queries[name].features @ texts[name].T, queries[name])
-                        elif adapted.head is None or columns[name] is not None:
-                            share = named_right(pretrained, adapted, queries[name], test.names, columns[name])
-                        else:  # a head knows only the classes that it was trained on
-                            continue
-                        shares.setdefault((method, name), []).append(share)
+                    row += 1
+                    if row >= len(fitted):  # else it ended before an interruption
+                        adapted, found = adapt(pretrained, few, validation, task, **options[method]), {}
+                        if keep is not None:
+                            keep(method, seed, adapted)
+                        for i, (name, test) in enumerate(tests.items()):
+                            if method == "zero_shot":  # all hosts have embedded the texts, above
+                                share = right(queries[name].features @ texts[name].T, queries[name])
+                            elif adapted.head is None or columns[name] is not None:
+                                share = named_right(pretrained, adapted, queries[name], test.names, columns[name])
+                            else:  # a head knows only the classes that it was trained on
+                                share = np.full(len(queries[name].labels), np.nan)
+                            found[f"test_{i}"] = share[None]
+                        fitted.append(**found)
+                        progress.save(now=True)
+                    for i, name in enumerate(tests):
+                        (share,) = fitted.read(f"test_{i}", slice(row, row + 1))
+                        if not np.isnan(share).any():
+                            shares.setdefault((method, name), []).append(share)
             examples = len(queries[""].labels)
             numbers = {"examples": float(examples), "left_out": float(passes["test_"].num_examples - examples)}
             notes = fewer(training.names, labels, shots, kept=1)

@@ -4,7 +4,9 @@ import contextlib
 import importlib
 import json
 import math
+import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -63,6 +65,8 @@ def run(name: str, main: Main | None = None) -> None:
     logging.set_verbosity(logging.WARNING)
     shown = lambda record: "orbax" not in record.pathname or logging.get_verbosity() >= logging.INFO
     logging.get_absl_logger().addFilter(shown)
+    global interrupts
+    interrupts = _Interrupts()
     try:
         app.run(partial(_answer, name, main), flags_parser=partial(_parse, name))
     except (Exception, KeyboardInterrupt) as error:
@@ -72,9 +76,53 @@ def run(name: str, main: Main | None = None) -> None:
             one.close()
         if sys.stderr.isatty():
             print(WIPED, end="", file=sys.stderr)
-        line, status = told(error)
+        # an interrupt inside of a library may come out as another error
+        line, status = told(error if interrupts.came is None else KeyboardInterrupt())
         print(f"error: {line}", file=sys.stderr)
-        sys.exit(status)
+        _leave(status)
+
+
+interrupts = None  # of the running command
+
+
+class _Interrupts:
+    """Raises KeyboardInterrupt at the first Ctrl-C and remembers it; one more, a second later, ends the process.
+
+    A KeyboardInterrupt in a finalizer or a callback is dropped by Python, one in a library perhaps by its `except:`.
+    """
+
+    def __init__(self):
+        self.came, self._dropped = None, sys.unraisablehook
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # not a job in the background
+            signal.signal(signal.SIGINT, self._raise)
+            sys.unraisablehook = self._again
+
+    def check(self) -> None:
+        """Raises a KeyboardInterrupt that a library has dropped."""
+        if self.came is not None:
+            raise KeyboardInterrupt
+
+    def _again(self, dropped) -> None:
+        if dropped.exc_type is not KeyboardInterrupt:
+            return self._dropped(dropped)
+        self.came = None
+        threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
+
+    def _raise(self, *_):
+        if self.came is None:
+            self.came = time.monotonic()
+            raise KeyboardInterrupt
+        if time.monotonic() - self.came > 1:  # a terminal and its shell may both send the first
+            _leave(told(KeyboardInterrupt())[1])
+
+
+def _leave(status: int) -> None:
+    """Ends the process and its workers without waiting for threads: some crash, or block, while Python shuts down."""
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -109,6 +157,8 @@ def doing(what: str, seen: bool = True) -> Iterator[None]:
       what: the activity, e.g. "compiling the train step".
       seen: False shows nothing.
     """
+    if interrupts is not None:
+        interrupts.check()
     ended, began = threading.Event(), time.monotonic()
 
     def tell():
@@ -151,8 +201,7 @@ def _answer(name: str, main: Main | None, argv: Sequence[str]) -> int:
         return 0
     show(json.dumps(_finite(answer.results), allow_nan=False) if values.json else answer.text)
     if answer.at_once:
-        sys.stderr.flush()
-        os._exit(answer.status)
+        _leave(answer.status)
     return answer.status
 
 

@@ -296,7 +296,7 @@ class Pretrained:
             rng, common = jax.random.key(seed), dict(length=length, special=special, rules=rules)
             return generate.sample(model, params, images, rng, given, greedy=method == "greedy", **common).token_ids
 
-        return [ids.decode(row) for row in self._run(write, images)]
+        return [ids.decode(row) for row in self._run(write, self._checked(images) if self.reads_texts else images)]
 
     def score(self, inputs: Sequence, texts: Sequence[str]) -> np.ndarray:
         """Returns log p(text i | input i), summed over tokens, float32 [n]; inputs are pictures or texts."""
@@ -318,14 +318,15 @@ class Pretrained:
     def target_log_likelihood(self, inputs: Any, target_ids: np.ndarray) -> np.ndarray:
         """Returns log p(target i | input i) of target ids int [B, L] and the model's inputs, float32 [B]."""
         pad = self.tokenizer.pad_id
+        pairs = (self._checked(inputs) if self.reads_texts else inputs), self._checked(target_ids)
         run = lambda model, params, pairs: log_likelihood(model, params, *pairs, pad_id=pad)
-        return self._run(run, (inputs, target_ids))
+        return self._run(run, pairs)
 
     def _inputs(self, values: Sequence) -> Any:
         """The input of the decoder's context: preprocessed pictures, or texts, int32 [n, L]."""
         if not self.reads_texts:
             return self._pictures(values)
-        return _cut(self._token_ids(values), self.tokenizer.pad_id)
+        return inputs.cut(self._token_ids(values), self.tokenizer.pad_id)
 
     def _pictures(self, images: Any) -> Any:
         """Preprocessed, a tree of arrays [n, ...]."""
@@ -342,13 +343,17 @@ class Pretrained:
 
     def _token_ids(self, texts: Sequence[str]) -> np.ndarray:
         """int32 [n, L]."""
-        return self._prepare("text", self.tokenize, [{"text": text} for text in inputs.texts(texts)], "token_ids")
+        records = [{"text": text} for text in inputs.texts(texts)]
+        return self._checked(self._prepare("text", self.tokenize, records, "token_ids"))
+
+    def _checked(self, token_ids: np.ndarray) -> np.ndarray:
+        return inputs.known_ids(self.model, self.tokenizer, token_ids)
 
     def _target_ids(self, texts: Sequence[str]) -> np.ndarray:
         """int32 [n, L], the decoder's targets: without the start token."""
         token_ids = self._token_ids(texts)
         if self.reads_texts:
-            return _cut(token_ids, self.tokenizer.pad_id)
+            return inputs.cut(token_ids, self.tokenizer.pad_id)
         return token_ids[:, 1:] if (token_ids[:, 0] == self.model.decoder.start_id).all() else token_ids
 
     def _prepare(self, modality: str, string: str, records: list[dict], field: str) -> Any:
@@ -392,9 +397,3 @@ class Pretrained:
         if embeddings.is_fully_addressable:
             return embeddings
         return jax.jit(lambda x: x, out_shardings=sharding.replicated(self.mesh))(embeddings)
-
-
-def _cut(token_ids: np.ndarray, pad_id: int) -> np.ndarray:
-    """Cuts padding common to all rows of int [n, L], to few lengths: padding costs as much as tokens."""
-    longest = int(np.max(np.nonzero(token_ids != pad_id)[1], initial=0)) + 1
-    return token_ids[:, : max(1 << (longest - 1).bit_length(), 8)]

@@ -6,6 +6,7 @@ skipped: a run that has only begun, or an evaluation alone, has a page, too.
 
 import html
 import json
+import logging
 import math
 import pathlib
 import re
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax import command
+from vlm_jax.data.files import read_json, read_jsonl, read_kept, replacing, write_json
 
 # Numbers of things, not shares.
 COUNTS = re.compile(r"step|(train_|pixel_)?examples|left_out|(identical_)?texts|images|ties|\w+_labels|\w+_pairs")
@@ -60,32 +62,31 @@ def save_artifacts(workdir: str | pathlib.Path, name: str, artifacts: Mapping[st
     rest = {key: value for key, value in flat.items() if key not in arrays}
     stem = pathlib.Path(workdir) / "artifacts" / re.sub(r"[^\w.-]", "_", name)
     stem.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(f"{stem}.npz", **arrays)
-    pathlib.Path(f"{stem}.json").write_text(json.dumps({"name": name, "artifacts": rest}), encoding="utf-8")
+    with replacing(f"{stem}.npz") as out:
+        np.savez_compressed(out, **arrays)
+    write_json(f"{stem}.json", {"name": name, "artifacts": rest})
 
 
 def load_artifacts(workdir: str | pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Returns evaluation -> its artifacts, by flat names: "gallery/images" and so on."""
+    """Returns evaluation -> its artifacts, by flat names: "gallery/images" and so on; leaves out damaged ones."""
     found = {}
     for path in sorted(pathlib.Path(workdir).glob("artifacts/*.json")):
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        with np.load(path.with_suffix(".npz")) as arrays:
-            found[saved["name"]] = saved["artifacts"] | dict(arrays)
+        try:
+            saved = read_json(path)
+            with np.load(path.with_suffix(".npz")) as arrays:
+                found[str(saved["name"])] = {**saved["artifacts"], **arrays}
+        except Exception as error:  # numpy, zipfile and zlib raise many kinds
+            logging.warning("%s: the artifacts are damaged and left out of the report (%s)", path, error)
     return found
 
 
 def series(workdir: str | pathlib.Path) -> dict[str, tuple[list[float], list[float]]]:
     """Returns metric -> (steps, values) of a run's metrics.jsonl, for `figures.curves`.
 
-    Counts and evaluations that ran once are left out; a line that a kill cut short ends the file.
+    Counts and evaluations that ran once are left out.
     """
     found: dict[str, tuple[list, list]] = {}
-    path = pathlib.Path(workdir) / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            break
+    for entry in read_jsonl(pathlib.Path(workdir) / "metrics.jsonl"):
         for name, value in entry.items():
             if not _is_count(name):
                 steps, values = found.setdefault(name, ([], []))
@@ -102,7 +103,7 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
     workdir = pathlib.Path(workdir).absolute()
     folder = workdir / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    results = _read_json(workdir / "results.json")
+    results = read_kept(workdir / "results.json") or {}
     evaluations = load_artifacts(workdir)
     order = list(dict.fromkeys(key.partition("/")[0] for key in results))
     place = lambda name: order.index(name) if name in order else len(order)
@@ -118,7 +119,7 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
             shown.append(f"<h3>{heading}</h3>\n<p>{about}</p>\n" + _figure(picture, file, f"{name}: {heading.lower()}"))
         if shown:
             sections.append("\n".join([f"<h2>{html.escape(name)}</h2>", *shown]))
-    if settings := _read_json(workdir / "config.json"):
+    if settings := read_kept(workdir / "config.json"):
         text = html.escape(json.dumps(settings, indent=2, ensure_ascii=False))
         sections.append(f"<h2>Config</h2>\n<pre>{text}</pre>")
     title = html.escape(workdir.name)
@@ -128,7 +129,8 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
         f"<title>{title}</title>\n<style>{STYLE}</style></head>\n"
         f"<body>\n<h1>{title}</h1>\n" + "\n".join(filter(None, sections)) + "\n</body>\n</html>\n"
     )
-    (folder / "index.html").write_text(page, encoding="utf-8")
+    with replacing(folder / "index.html") as out:
+        out.write(page.encode("utf-8", "replace"))
     return folder / "index.html"
 
 
@@ -218,7 +220,3 @@ def _figure(picture: Any, path: str, alt: str) -> str:
 
 def _is_count(name: str) -> bool:
     return COUNTS.fullmatch(name.rsplit("/", 1)[-1]) is not None
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -19,10 +19,10 @@ import numpy as np
 from vlm_jax import models
 from vlm_jax.config import choose
 from vlm_jax.data import tokenizers
+from vlm_jax.data.files import naming, write_json
 from vlm_jax.errors import UserError
 from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained
-from vlm_jax.run.checkpoint import write_json
 from vlm_jax.zoo import adapters, key_map, preprocessing, recognize, tokenizer_files
 from vlm_jax.zoo.formats import big_vision, open_clip, t5, t5x, transformers
 from vlm_jax.zoo.readers.tensors import Tensor, write_npz, write_safetensors
@@ -135,7 +135,8 @@ def write(content: Content, path: str | os.PathLike, format: str) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
-        writes(partial)
+        with naming(partial):
+            writes(partial)
         os.replace(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

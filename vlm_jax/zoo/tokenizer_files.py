@@ -14,10 +14,10 @@ import sentencepiece
 import tokenizers as hf
 
 from vlm_jax.data import ops, tokenizers
+from vlm_jax.data.files import inside, read_json
 from vlm_jax.data.package_files import locate
-from vlm_jax.data.tokenizers import clip, library, wordpiece
+from vlm_jax.data.tokenizers import clip, guard, library, wordpiece
 from vlm_jax.errors import UserError
-from vlm_jax.zoo.readers.json_files import read_json
 
 # (kind of spec, file), in order of preference.
 FILES = (
@@ -65,12 +65,13 @@ def from_transformers(folder: str | Path, length: int, model_type: str) -> tuple
     kind, path = _file(folder, name, siglip2)
     spec = f"{kind}:{path}"
     if kind == "sentencepiece":
-        extra = settings.get("extra_ids", 100) if model_type in T5 else 0
+        extra = int(settings.get("extra_ids", 100)) if model_type in T5 else 0
         spec += f"?extra_ids={extra}" if extra else ""
         ids, find, added = _sentencepiece(path, settings)
     else:
         spec += "?cased=true" if kind == "wordpiece" and settings.get("do_lower_case") is False else ""
-        ids, find, added = _library(kind, path, name, settings)
+        with guard.refusing(str(path)):
+            ids, find, added = _library(kind, path, name, settings)
     pad = find(_content(settings.get("pad_token")))
     wanted = {"pad_id": ids["pad_id"] if pad is None else pad, "bos_id": added[0], "eos_id": added[1]}
     if siglip2:
@@ -88,7 +89,7 @@ def _transformer_folder(folder: Path) -> Path:
     if not modules.is_file():
         return folder
     first = next(iter(read_json(modules, list)), {})
-    return folder / first.get("path", "")
+    return inside(folder, first.get("path", ""))
 
 
 def _content(token: Any) -> str | None:

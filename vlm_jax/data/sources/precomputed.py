@@ -15,6 +15,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from vlm_jax.data import confined
+from vlm_jax.data.files import naming
 from vlm_jax.data.source import BadExample, Source
 from vlm_jax.errors import UserError
 
@@ -120,8 +121,12 @@ def _names(records: int, shard_size: int) -> Iterator[str]:
 def write_shard(path: Path, embeddings: Iterable[np.ndarray | None]) -> None:
     """Writes float32 [D], or None for an unusable picture, each; the file appears once complete."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
-    for embedding in embeddings:
-        writer.write(b"" if embedding is None else np.asarray(embedding, np.float32).tobytes())
-    writer.close()
-    os.replace(temporary, path)
+    try:
+        with naming(path):
+            writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+            for embedding in embeddings:
+                writer.write(b"" if embedding is None else np.asarray(embedding, np.float32).tobytes())
+            writer.close()
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
