@@ -101,7 +101,7 @@ class Examples:
             try:
                 self.memory[i] = self.pipeline.prepare(self._record(i))
             except BadExample as error:
-                self.memory[i] = error
+                self.memory[i] = BadExample(*error.args)  # without the traceback, which holds pictures
         if isinstance(self.memory[i], BadExample):
             raise BadExample(*self.memory[i].args)
         return self.memory[i]
