@@ -155,12 +155,12 @@ import numpy as np
 import vlm_jax
 from vlm_jax.params import sharding
 from vlm_jax.run import processes
-from vlm_jax.data.sources import table
+from vlm_jax.data import confined
 from vlm_jax.evaluate import evaluate
 jax.config.update("jax_num_cpu_devices", 2)
 processes.start("localhost:{free_port()},2," + sys.argv[1])
-read, opened = [], table.read
-table.read = lambda path: read.append(path.name) or opened(path)
+read, opened = [], confined.read
+confined.read = lambda root, name, *options: read.append(name) or opened(root, name, *options)
 for name, sizes, order in (("apart", (4, 1, 1), (0, 2, 1, 3)), ("tensor", (1, 2, 2), (0, 1, 2, 3))):
     devices = [jax.devices()[i] for i in order]  # "apart": a process's rows are no neighbours, as on a pod
     mesh = sharding.make_mesh(*sizes, devices)

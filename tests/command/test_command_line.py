@@ -15,7 +15,7 @@ from tests.support.paths import ROOT
 from vlm_jax import catalogue, command
 from vlm_jax.command import commands, configs, help_page
 from vlm_jax.command.commands import COMMANDS, LOADING
-from vlm_jax.command.values import given
+from vlm_jax.command.values import data_uri, given
 from vlm_jax.errors import UserError
 from vlm_jax.run import processes
 
@@ -233,6 +233,16 @@ def test_an_error_of_one_of_several_processes_is_one_line(error, code, line, cap
         assert errors.startswith(before) and errors.endswith(f"error: process 0 of 1: {line}\n")
         assert argv or errors.count("\n") == 1
     assert exits == [code] * 2
+
+
+@pytest.mark.parametrize(("argument", "uri"), [((), "jsonl:a"), (("--allow-outside",), "jsonl:a?allow_outside")])
+def test_pictures_outside_are_allowed_by_a_flag(argument, uri, monkeypatch):
+    values = flags.FlagValues()
+    commands.define("evaluate", values)
+    monkeypatch.setattr(flags, "FLAGS", values)
+    given = ("--model=m", "--task=zeroshot", "--data=jsonl:a", "--out=o", *argument)
+    command._parse("evaluate", ["evaluate", *given])
+    assert data_uri(values) == uri
 
 
 def test_image_size_is_one_side_or_two():

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.records import collate
 from vlm_jax.data import examples, loader, mixture
+from vlm_jax.data.rows import collate
 from vlm_jax.errors import UserError
 
 OPS = "decode | random_resized_crop(8, scale=(0.3, 1.0)) | flip | normalize"

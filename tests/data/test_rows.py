@@ -6,7 +6,6 @@ import logging
 import numpy as np
 import pytest
 
-from tests.support.records import collate
 from vlm_jax.data import loader, ops, rows
 from vlm_jax.data.source import BadExample
 from vlm_jax.errors import UserError
@@ -52,7 +51,7 @@ def test_a_row_of_other_spelling_is_not():
         {"b": 1},
     ):
         rows.check(GOOD | change, FIELDS)
-    batch = rows.collate([GOOD, GOOD | {"n": 2.0, "x": 3}], FIELDS)
+    batch = rows.stack([GOOD, GOOD | {"n": 2.0, "x": 3}], FIELDS)
     assert batch["n"].tolist() == [3, 2] and batch["n"].dtype == np.int32
     assert batch["x"].tolist() == [0.5, 3.0] and batch["of"]["a"].shape == (2, 3)
 
@@ -61,7 +60,7 @@ def test_most_rows_decide():
     assert rows.fields_of([{"n": 1}, {"n": 2, "m": 3}, {"n": None}]) == {"n": np.int32}
     assert rows.fields_of([{"n": 1}, {"n": 0.5}]) == {"n": np.float32}
     with pytest.raises(UserError, match="`n` is an integer of 32 bits and a bool; the ops must give one type"):
-        collate([{"n": 1}, {"n": True}])
+        rows.collate([{"n": 1}, {"n": True}])
 
 
 ODD = {

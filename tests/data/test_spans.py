@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from tests.support.records import collate
 from vlm_jax.data import ops, packing, spans, tokenizers
+from vlm_jax.data.rows import collate
 from vlm_jax.data.source import BadExample
 from vlm_jax.errors import UserError
 

@@ -13,7 +13,7 @@ from vlm_jax.data import index as index_lib
 from vlm_jax.data import ops as ops_lib
 from vlm_jax.data.confined import digest
 from vlm_jax.data.ops import Pipeline
-from vlm_jax.data.rows import Batch, Fields, check, collate, fields_of
+from vlm_jax.data.rows import Batch, Fields, check, fields_of, stack
 from vlm_jax.data.source import BadExample, Source, select
 from vlm_jax.data.sources import open_source
 from vlm_jax.errors import CUT, UserError
@@ -101,7 +101,7 @@ class Examples:
             try:
                 self.memory[i] = self.pipeline.prepare(self._record(i))
             except BadExample as error:
-                self.memory[i] = error
+                self.memory[i] = BadExample(*error.args)  # without the traceback, which holds pictures
         if isinstance(self.memory[i], BadExample):
             raise BadExample(*self.memory[i].args)
         return self.memory[i]
@@ -146,7 +146,7 @@ class Examples:
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """Stacks rows into a batch."""
-        return collate(rows, self.fields)
+        return stack(rows, self.fields)
 
     def bad_record(self, i: int, error: BadExample) -> BadRecord:
         """Returns what is said and counted of a bad example."""

@@ -107,7 +107,12 @@ def _named(expected: Hashable) -> str:
     return f"{expected[1]}{list(expected[0])}" if isinstance(expected, tuple) else NAMES[expected]
 
 
-def collate(rows: Sequence[Mapping[str, Any]], fields: Fields) -> Batch:
+def collate(rows: Sequence[Mapping[str, Any]], texts: bool = False) -> Batch:
+    """Stacks rows by the fields that they share; arguments as of `fields_of`."""
+    return stack(rows, fields_of(rows, texts))
+
+
+def stack(rows: Sequence[Mapping[str, Any]], fields: Fields) -> Batch:
     """Stacks rows that `check` accepts: arrays to [B, ...], numbers to int32, float32 or bool [B], texts to object [B].
 
     A dict of arrays is stacked too. Other fields are left out.
@@ -119,7 +124,7 @@ def collate(rows: Sequence[Mapping[str, Any]], fields: Fields) -> Batch:
             batch[name] = np.empty(len(values), object)
             batch[name][:] = values
         elif isinstance(expected, dict):
-            batch[name] = collate(values, expected)
+            batch[name] = stack(values, expected)
         else:
             batch[name] = np.stack(values) if isinstance(expected, tuple) else np.asarray(values, expected)
     return batch

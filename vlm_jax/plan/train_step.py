@@ -13,7 +13,7 @@ from PIL import Image
 
 from vlm_jax import config, models
 from vlm_jax.data import mixture, ops
-from vlm_jax.data.examples import collate
+from vlm_jax.data.rows import collate
 from vlm_jax.errors import UserError
 from vlm_jax.params import optim, sharding
 from vlm_jax.params.table import named_leaves

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.records import collate, encode, picture, run
+from tests.support.records import encode, picture, run
 from vlm_jax.data.ops.geometry import METHODS
+from vlm_jax.data.rows import collate
 from vlm_jax.errors import UserError
 
 

@@ -139,6 +139,8 @@ def test_an_index_of_a_stranger(lit, tmp_path, change, message):
     (tmp_path / "index.json").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=message):
         open_source(f"precomputed:{tmp_path}")
+    (tmp_path / "index.json").write_text(json.dumps({key: value for key, value in index.items() if key != "split"}))
+    assert len(open_source(f"precomputed:{tmp_path}")) == COUNT
 
 
 def test_damaged_shards(lit, tmp_path):

@@ -105,7 +105,7 @@ def _read(path: Path, what: str) -> dict[str, Any]:
     wrong += [name for name in ("records", "shard_size") if name not in wrong and index[name] < (name == "shard_size")]
     if wrong:
         raise UserError(f"{what}: its {INDEX} has {wrong[0]} {index.get(wrong[0])!r:.80}; write it anew")
-    return index
+    return index | {"split": index.get("split")}
 
 
 def shard_names(records: int, shard_size: int) -> list[str]:
