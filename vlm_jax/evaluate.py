@@ -41,7 +41,7 @@ def evaluate(
     show: bool = False,
     **section: Any,
 ) -> dict[str, Any]:
-    """Evaluates a model and returns the content of results.json: "zeroshot/top1" and so on.
+    """Evaluates a model and returns the content of results.json: "zeroshot/top1" and so on, see `Result.as_results`.
 
     Args:
       pretrained: the model; runs on the devices of `pretrained.mesh`.
@@ -79,7 +79,7 @@ def _evaluate(
     named = {"model": model, "data": section["uri"], "split": section.get("split"), "classes": section.get("classes")}
     named = {key: value for key, value in named.items() if isinstance(value, str)}
     run = lambda progress: evaluator(pretrained, progress)
-    numbers = lambda result: named | {f"{task}/{name}": value for name, value in result.metrics.items()}
+    numbers = lambda result: named | result.as_results(task)
     if out is None:
         return numbers(run(Progress(show=show)))
 
@@ -158,10 +158,10 @@ def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer | None:
 
 
 def _table(results: Mapping[str, Any]) -> str:
-    """Returns a line about the evaluation, and one line for each metric."""
+    """Returns a line about the evaluation, one line for each metric, and the notes."""
     about = ", ".join(f"{name} {value}" for name, value in results.items() if "/" not in name)
     numbers = {name.partition("/")[2]: value for name, value in results.items() if "/" in name}
-    return f"{about}\n{command.table([[name, report.format_value(name, numbers[name])] for name in numbers])}"
+    return f"{about}\n{report.format_results(numbers)}"
 
 
 if __name__ == "__main__":

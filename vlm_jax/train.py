@@ -152,7 +152,7 @@ def _train(
                 if evaluation.every and step % evaluation.every == 0 and step < total:
                     bar.set_postfix_str(f"evaluating {evaluation.name}")
                     with clock.paused(), doing("evaluating"):
-                        writer.write(step, evaluation.run(pretrained(state)).metrics)
+                        writer.write(step, evaluation.metrics(evaluation.run(pretrained(state))))
         bar.close()
         with doing("writing the checkpoint"):
             saver.wait()
@@ -171,8 +171,8 @@ def _train(
                 result = evaluation.run(pretrained(state))
             if processes.is_first():
                 report.save_artifacts(workdir, evaluation.name, result.artifacts)
-            writer.write(total, result.metrics)
-            results |= result.metrics
+            writer.write(total, evaluation.metrics(result))
+            results |= result.as_results(evaluation.prefix)
     if processes.is_first():
         write_json(workdir / "results.json", results)
         with doing("writing the report"):
@@ -203,12 +203,14 @@ class Evaluation:
         every = section.pop("every", None)
         self.name = name
         self.every = steps(every) if every else None
-        self._prefix = section.pop("prefix", name)
+        self.prefix = section.pop("prefix", name)
         self._evaluator = evaluators.build(section)
 
     def run(self, pretrained: Pretrained) -> evaluators.Result:
-        result = self._evaluator(pretrained)
-        return result._replace(metrics={f"{self._prefix}/{name}": value for name, value in result.metrics.items()})
+        return self._evaluator(pretrained)
+
+    def metrics(self, result: evaluators.Result) -> dict[str, float]:
+        return {f"{self.prefix}/{name}": value for name, value in result.metrics.items()}
 
 
 @processes.joins(preemptible=True)
@@ -216,8 +218,8 @@ def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer | None:
     results = train(values.config.to_dict(), values.workdir)
     if processes.is_first():
         page = str(Path(values.workdir).absolute() / "report" / "index.html")
-        rows = [[name, report.format_value(name, results[name])] for name in results if name != "params_sha256"]
-        return command.Answer(results | {"report": page}, f"{command.table(rows)}\nreport: {page}")
+        shown = report.format_results({name: value for name, value in results.items() if name != "params_sha256"})
+        return command.Answer(results | {"report": page}, f"{shown}\nreport: {page}")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def adapt(
     seeds: int = 3,
     show: bool = False,
     **section: Any,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Adapts a model, writes results.json and `METHOD_SEED.safetensors` into `out`, and returns the results.
 
     Args:
@@ -65,15 +65,19 @@ def adapt(
 
     evaluator = evaluators.build({"type": "few_shot", "keep": keep, "methods": methods, "seeds": seeds, **section})
     out.mkdir(parents=True, exist_ok=True)
-    numbers = evaluator(pretrained, progress=Progress(show=show)).metrics
+    result = evaluator(pretrained, progress=Progress(show=show))
     if bar is not None:
         bar.close()
+    numbers = result.as_results()
     write_json(out / "results.json", numbers)
     return numbers
 
 
-def table(numbers: Mapping[str, float], methods: Sequence[str]) -> str:
-    """A line for each method: top-1 of every test in percent, with the standard deviation over seeds."""
+def table(numbers: Mapping[str, Any], methods: Sequence[str]) -> str:
+    """A line for each method, then the notes.
+
+    Cells: top-1 of every test in percent, the standard deviation over seeds, and the 95 % interval in brackets.
+    """
     columns = {name.partition("/")[2] for name in numbers if name.endswith(("top1", "harmonic_mean"))}
     columns = sorted(columns, key=lambda name: (name != "top1", name))
     rows = [["", *(name.removesuffix("/top1") for name in columns)]]
@@ -81,10 +85,16 @@ def table(numbers: Mapping[str, float], methods: Sequence[str]) -> str:
         rows.append([method])
         for column in columns:
             spread = column.replace("top1", "spread").replace("harmonic_mean", "harmonic_spread")
-            value = numbers.get(f"{method}/{column}")
-            cell = "" if value is None else f"{100 * value:.1f} +- {100 * numbers[f'{method}/{spread}']:.1f}"
-            rows[-1].append(cell)
-    return command.table(rows)
+            rows[-1].append(_cell(numbers, f"{method}/{column}", f"{method}/{spread}"))
+    return "\n".join([command.table(rows), *(f"note: {note}" for note in numbers.get("notes", ()))])
+
+
+def _cell(numbers: Mapping[str, Any], name: str, spread: str) -> str:
+    if name not in numbers:
+        return ""
+    deviation = f" +- {100 * numbers[spread]:.1f}" if spread in numbers else ""
+    low, high = numbers[f"{name}/interval"]
+    return f"{100 * numbers[name]:.1f}{deviation} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 DATA = (

@@ -234,4 +234,19 @@ class RowSet:
                     f"the sources `{self.names[0]}` and `{name}` fill the same rows and differ in {', '.join(shown)}; "
                     "their ops must keep the same fields with the same shapes"
                 )
+        for key in first:
+            self._check_labels(key)
         return batches[0]
+
+    def _check_labels(self, key: str) -> None:
+        """Raises a UserError if a number under `key` has one name in a source and another name in another source."""
+        own = [(name, source.source.label_names(key)) for name, source in zip(self.names, self.sources, strict=True)]
+        own = [(name, names) for name, names in own if names]
+        for name, names in own[1:]:
+            label = next((label for label, text in own[0][1].items() if names.get(label, text) != text), None)
+            if label is not None:
+                raise UserError(
+                    f"the sources `{own[0][0]}` and `{name}` fill the same rows and number `{key}` differently: "
+                    f"{label} is `{own[0][1][label]}` and `{names[label]}`; give both the same folders, or leave "
+                    f"`{key}` out of their ops"
+                )

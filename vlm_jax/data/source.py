@@ -13,6 +13,11 @@ class BadExample(Exception):  # noqa: N818 (it is a property of the data, counte
     """
 
 
+def is_number(text: str) -> bool:
+    """Returns whether a text is a whole number that a label can be: ASCII digits, below 2^31."""
+    return text.isascii() and text.isdecimal() and len(text) < 20 and int(text) < 2**31
+
+
 class Source:
     """Records by index; picklable, for worker processes."""
 
@@ -26,6 +31,10 @@ class Source:
     def key(self, i: int) -> str:
         """Returns the name of the record for people: a file, a line, a member of a shard."""
         raise NotImplementedError
+
+    def label_names(self, path: str) -> dict[int, str] | None:
+        """Returns label -> name of the whole numbers at `path`, if the data set itself names them, else None."""
+        return None
 
     def narrow(self, paths: frozenset[str]) -> Self:
         """Returns the same records; may leave out fields that are not in `paths`, if that is cheaper."""
@@ -46,10 +55,11 @@ def field(record: Mapping[str, Any], path: str) -> Any:
 def select(source: Source, where: Mapping[str, Iterable[Any]]) -> np.ndarray:
     """Returns the indices of the records whose fields all have values in `where`.
 
-    `where` maps field paths, such as "name/en", to accepted values. A record that lacks the field, or that cannot be
-    read, is not selected. Reads each record once.
+    `where` maps field paths, such as "name/en", to accepted values; a number is also accepted as text, because a csv
+    holds nothing else. A record that lacks the field, or that cannot be read, is not selected. Reads each record once.
     """
     wanted = {path: {values} if isinstance(values, str) else set(values) for path, values in where.items()}
+    wanted = {path: values | {str(v) for v in values if isinstance(v, int | float)} for path, values in wanted.items()}
     source = source.narrow(frozenset(wanted))
     chosen = []
     for i in range(len(source)):

@@ -1,29 +1,33 @@
-"""The classes of a zero-shot task (label -> name), and its prompts.
+"""Lists of classes (label -> name), and prompts.
 
 `vlm_jax/data/zeroshot` holds names and prompts of the usual data sets; NOTICE in that folder names the sources.
+`labels.Classes` says which class a picture's label means.
 """
 
 import difflib
 import functools
 import json
+import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from vlm_jax import config
-from vlm_jax.data.source import BadExample, field
+from vlm_jax.data.source import BadExample, Source, is_number
 from vlm_jax.errors import UserError
+from vlm_jax.evaluators.records import read_fields
 
 PACKAGED = pathlib.Path(__file__).parents[1] / "data" / "zeroshot"
 LABELS = ("label", "cls", "concept")  # of TFDS and folders, of webdatasets, of the embedded data set
+SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
+TRIED = 100  # records in which a field is looked for
 
 
 @functools.cache
 def packaged(kind: str) -> dict[str, list[str]]:
-    """The package's "classes" or "templates": data set -> names in the order of the labels, or prompts."""
+    """The package's "classes", "templates" or "wordnet_ids": data set -> names in the labels' order, or prompts."""
     return json.loads((PACKAGED / f"{kind}.json").read_text(encoding="utf-8"))
 
 
@@ -33,20 +37,29 @@ def read(classes: str | Sequence[str] | Mapping[int, str]) -> dict[int | str, st
     Args:
       classes: the name of a data set in `vlm_jax/data/zeroshot/classes.json` ("imagenet", "cifar10", ...);
         "emoji:seen" or "emoji:held_out" (the embedded data set's concepts of groups 3-7); "emoji:subgroups" (the 49
-        kinds of concepts, by the field `subgroup`); a .txt file (line i names label i); a .json file (a list in the
-        same order, or an object from labels to names); a list or a mapping.
+        kinds of concepts, by the field `subgroup`); a .txt file (the first line names label 0); a .json file (a list in
+        the same order, an object from labels to names, or one from names to numbers); a list or a mapping.
+
+    Raises:
+      UserError: the file cannot be read, a name is missing, or a label has two names.
     """
     if isinstance(classes, str) and classes.startswith("emoji:"):
         return _emoji(classes)
     if isinstance(classes, str) and classes in packaged("classes"):
         return dict(enumerate(packaged("classes")[classes]))
     names = _file(classes, "classes", "`emoji:seen`") if isinstance(classes, str) else classes
-    if isinstance(names, Mapping):
-        named = {int(label) if str(label).isdecimal() else label: name for label, name in names.items()}
-    else:
-        named = dict(enumerate(names))
-    if not named or not all(isinstance(name, str) and name.strip() for name in named.values()):
+    if not isinstance(names, Mapping | Sequence) or isinstance(names, str):
         raise UserError(f"classes {classes!r:.60} are not a list of names or a mapping from labels to names")
+    pairs = list(names.items() if isinstance(names, Mapping) else enumerate(names))
+    if pairs and all(isinstance(label, str) and type(name) is int for label, name in pairs):
+        pairs = [(number, name) for name, number in pairs]
+    pairs = [(int(label) if is_number(str(label)) else label, name) for label, name in pairs]
+    if not pairs or not all(isinstance(name, str) and name.strip() for _, name in pairs):
+        raise UserError(f"classes {classes!r:.60} are not a list of names or a mapping from labels to names")
+    named: dict[int | str, str] = {}
+    for label, name in pairs:
+        if named.setdefault(label, name) != name:
+            raise UserError(f"classes {classes!r:.60}: the label {label} has two names, `{named[label]}` and `{name}`")
     return named
 
 
@@ -71,61 +84,49 @@ def read_templates(templates: str | Sequence[str]) -> list[str]:
     return several
 
 
-def of_source(source: Any, label: str, about: str) -> dict[int, str]:
-    """Returns label -> name from the data set itself: a folder's sub-folders, a TFDS ClassLabel.
+def of_source(source: Source, label: str, about: str) -> dict[int | str, str]:
+    """Returns label -> name from the data set itself: a folder's sub-folders, a TFDS ClassLabel, labels that are text.
 
     Underscores become spaces. Raises a UserError if there are no names, or only numbers or WordNet ids.
     """
-    names = _own_names(source, label)
+    own = source.label_names(label) or {name: name for name in _texts(source, label)}
+    names = list(own.values())
     if not names or all(re.fullmatch(r"\d+|n\d{8}", name) for name in names):
         what = f"has for its `{label}` no names but `{names[0]}`, ..." if names else f"has no names for its `{label}`"
         raise UserError(f"{about} {what}; give --classes: {_options('classes', '`emoji:seen`')}")
-    return dict(enumerate(name.replace("_", " ") for name in names))
+    if SPLITS.issuperset(name.lower() for name in names):
+        raise UserError(f"{about} has the folders {', '.join(names)}, which are splits; give one of them as --split")
+    return {key: name.replace("_", " ") for key, name in own.items()}
 
 
-def check_count(source: Any, label: str, classes: Any, about: str) -> None:
-    """Raises a UserError if the number of packaged classes differs from the data set's own number."""
-    own = _own_names(source, label)
-    if own and isinstance(classes, str) and len(own) != len(packaged("classes").get(classes, own)):
-        raise UserError(
-            f"{about} has {len(own)} classes ({own[0]}, ...), `{classes}` has {len(packaged('classes')[classes])}; "
-            "give the names of these labels, a .json file {label: name}, or leave --classes out"
-        )
-
-
-def find_label(source: Any, about: str) -> str:
-    """Returns the first of LABELS that the source's first record has."""
-    record = source[0]
-    for label in LABELS:
+def find_label(source: Source, about: str) -> str:
+    """Returns the first of LABELS that one of the source's first records has."""
+    narrow, bad = source.narrow(frozenset(LABELS)), None
+    for i in range(min(len(source), TRIED)):
         try:
-            field(record, label)
-            return label
-        except BadExample:
+            record = narrow[i]
+        except (BadExample, OSError) as error:
+            bad = error
             continue
-    raise UserError(f"{about} has no field {' or '.join(LABELS)}; give --label, one of: {', '.join(record)}")
+        for label in LABELS:
+            if label in record:
+                return label
+    try:
+        fields = ", ".join(source[0])
+    except (BadExample, OSError):
+        fields = f"none in its first record, which cannot be read ({bad})"
+    raise UserError(f"{about} has no field {' or '.join(LABELS)}; give --label, one of: {fields}")
 
 
-def index_of(named: Mapping[int | str, str]) -> Callable[[Sequence[int | str]], int | None]:
-    """Returns a function from a label to the index of the label's class.
-
-    A label is a number or a name, in a list of one (see `ops.boxed`). The function returns None for an unknown label.
-    """
-    index = {name: i for i, name in enumerate(named.values())} | {label: i for i, label in enumerate(named)}
-    return lambda fields: index.get(fields[0])
-
-
-def indices(records: Sequence[Sequence[int | str] | None], named: Mapping[int | str, str]) -> np.ndarray:
-    """The class indices of many labels, int [N]; -1 for an unknown label and for a record without a label."""
-    index = index_of(named)
-    found = (None if record is None else index(record) for record in records)
-    return np.array([-1 if i is None else i for i in found], np.int64)
-
-
-def _own_names(source: Any, label: str) -> list[str]:
-    features = getattr(source, "features", {})
-    if label == "label" and hasattr(source, "classes"):
-        return source.classes
-    return list(getattr(features[label], "names", ())) if label in features else []
+def _texts(source: Source, label: str) -> list[str]:
+    """The different texts, in order, that records have as labels; none if a record has another kind of label."""
+    found = set()
+    for record in read_fields(source, None, [label]):
+        values = record[0] if record and isinstance(record[0], list) else record or ()
+        if not all(isinstance(value, str) for value in values):
+            return []
+        found.update(value.strip() for value in values)
+    return sorted(found - {""})
 
 
 def _emoji(classes: str) -> dict[int | str, str]:
@@ -140,18 +141,41 @@ def _emoji(classes: str) -> dict[int | str, str]:
     return config.choose(known, part, "the part of the emoji data set")()
 
 
-def _file(path: str, kind: str, beside: str) -> Sequence[str] | Mapping[str, str]:
-    if not pathlib.Path(path).is_file():
+def _file(path: str, kind: str, beside: str) -> Any:
+    path = os.path.expanduser(path)
+    if not os.path.isfile(path):
         close = difflib.get_close_matches(path, packaged(kind), n=1)
         hint = f"did you mean `{close[0]}`?" if close else f"expected {_options(kind, beside)}"
         raise UserError(f"there is no file of {kind} {path}, and no packaged {kind} of that name; {hint}")
-    text = pathlib.Path(path).read_text(encoding="utf-8")
-    if path.endswith(".txt"):
-        return [line.strip() for line in text.splitlines() if line.strip()]
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path} is neither a .txt file of names nor JSON: {e}") from e
+        text = pathlib.Path(path).read_text(encoding="utf-8-sig")
+        return _lines(path, text, kind) if path.endswith(".txt") else json.loads(text, object_pairs_hook=_object)
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 (byte {e.start}); save it as UTF-8") from None
+    except UserError:
+        raise
+    except ValueError as e:
+        raise UserError(f"{path} is neither a .txt file of names nor JSON: {e}") from None
+    except RecursionError:
+        raise UserError(f"{path} is no list of {kind}: its JSON is nested too deeply") from None
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}") from None
+
+
+def _lines(path: str, text: str, kind: str) -> list[str]:
+    """The lines of a .txt file; an empty line among classes would shift the labels after it, and is an error."""
+    lines = [line.strip() for line in text.rstrip().split("\n")]
+    if kind == "classes" and "" in lines[:-1]:
+        where = f"{path}: line {lines.index('') + 1} is empty"
+        raise UserError(f"{where}, and line 1 names label 0, line 2 label 1, and so on; fill it or delete it")
+    return [line for line in lines if line]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are all different."""
+    if twice := [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]:
+        raise ValueError(f"the key `{twice[0]}` is there twice")
+    return dict(pairs)
 
 
 def _options(kind: str, beside: str) -> str:

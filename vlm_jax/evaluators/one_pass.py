@@ -7,6 +7,7 @@ result.
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,8 +19,10 @@ from vlm_jax.data.examples import Examples
 from vlm_jax.data.ops import parse
 from vlm_jax.data.source import Source
 from vlm_jax.data.sources import open_source
+from vlm_jax.errors import UserError
 from vlm_jax.evaluators import ops as evaluation_ops  # noqa: F401 (registers `boxed` and `thumbnail`)
 from vlm_jax.evaluators.hosts import Hosts
+from vlm_jax.evaluators.labels import Classes, Look, some, strangers
 from vlm_jax.evaluators.progress import Progress, Table
 from vlm_jax.evaluators.records import read_fields
 from vlm_jax.evaluators.result import Result
@@ -115,6 +118,12 @@ class Pass:
         self.counts = {"batches": 0, "examples": 0, "left_out": 0}
 
     @property
+    def about(self) -> str:
+        """The data set, for people."""
+        uri, split = self._data
+        return f"data set `{uri}`, split `{split}`" if split else f"data set `{uri}`"
+
+    @property
     def num_examples(self) -> int:
         """Examples of the data set, bad ones included."""
         return self._batches.num_examples
@@ -127,6 +136,23 @@ class Pass:
     def fields(self, *paths: str) -> list[list[Any] | None]:
         """The values at `paths` of every example, read without pictures; None for an example that lacks a field."""
         return read_fields(open_source(*self._data), self._batches.examples.chosen, paths)
+
+    def look(self, classes: Classes, label: str) -> Look:
+        """The function from an example's label to its class, see `Classes.look`."""
+        return classes.look(self.source.label_names(label), self.about)
+
+    def left_out(self, label: str, look: Look) -> Counter:
+        """Label -> count of the examples whose label is in no class; empty if none is left out."""
+        return strangers(self.fields(label), look) if self.counts["left_out"] else Counter()
+
+    def check_any(self, kept: int, label: str, classes: Classes, look: Look) -> None:
+        """Raises a UserError that shows labels and classes if no example was kept."""
+        if not kept:
+            found = [name for name, _ in strangers(self.fields(label), look).most_common()]
+            raise UserError(
+                f"{self.about}: no picture's `{label}` is among the classes {some(classes.names)}; "
+                + (f"the labels are {some(found)}" if found else "no picture could be read")
+            )
 
     def only(self, places: np.ndarray) -> None:
         """Restricts the pass to the examples at these places, in this order."""
@@ -184,10 +210,11 @@ class Pass:
         return self._hosts.from_first(len(next(iter(self.tables.values()))))
 
     def result(self, finish: Callable[[Mapping[str, Table]], Result], *counts: str) -> Result:
-        """Returns `finish(tables)` with some counters as metrics; all hosts get the first host's metrics."""
+        """Returns `finish(tables)` with some counters as metrics; all hosts get the first host's, without artifacts."""
         result = finish(self.tables) if self.first else Result({}, {})
         metrics = result.metrics | {name: float(self.counts[name]) for name in counts}
-        return result._replace(metrics=self._hosts.from_first(metrics))
+        metrics, intervals, notes = self._hosts.from_first([metrics, result.intervals, result.notes])
+        return result._replace(metrics=metrics, intervals=intervals, notes=notes)
 
     def from_first(self, value: Any) -> Any:
         """The first host's JSON-able value."""

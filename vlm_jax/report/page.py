@@ -14,9 +14,13 @@ from typing import Any
 
 import numpy as np
 
-COUNTS = re.compile(r"step|(train_|pixel_)?examples|left_out|images|texts|\w+_pairs")  # numbers of things, not shares
+from vlm_jax import command
+
+# Numbers of things, not shares.
+COUNTS = re.compile(r"step|(train_|pixel_)?examples|left_out|(identical_)?texts|images|ties|\w+_labels|\w+_pairs")
 SHARES = re.compile(
-    r"top\d+|recall@\d+|mean_per_class|accuracy|fraction|exact_match|(^|/)(object|attribute|order|chance)$"
+    r"top\d+|recall@\d+|mean_per_class|accuracy|average_precision|fraction|exact_match"
+    r"|(^|/)(object|attribute|order|chance)$"
 )
 OF_THE_RUN = ("train", "data")  # prefixes in results.json that are no evaluations
 
@@ -141,12 +145,25 @@ def format_value(name: str, value: Any) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+def format_results(results: Mapping[str, Any]) -> str:
+    """Returns results as text to read: a line for each, shares with their intervals, then the notes."""
+    rows, notes = [], []
+    for name, value in results.items():
+        if name.rsplit("/", 1)[-1] == "notes":
+            about = name.removesuffix("notes").rstrip("/")
+            notes += [f"note{about and f' on {about}'}: {note}" for note in value]
+        elif not isinstance(value, list):
+            ends = [format_value(name, end) for end in results.get(f"{name}/interval", ())]
+            rows.append([name, format_value(name, value), f"95 % interval {' to '.join(ends)}" if ends else ""])
+    return "\n".join([command.table(rows), *notes])
+
+
 def _results_tables(results: Mapping[str, Any]) -> str:
     """Tables with a row for each evaluation; evaluations with metrics in common share a table."""
     rows: dict[str, dict[str, Any]] = {}
     for key, value in results.items():
         name, _, metric = key.partition("/")
-        if metric and name not in OF_THE_RUN:
+        if metric and name not in OF_THE_RUN and not isinstance(value, list):  # an interval, or notes
             rows.setdefault(name, {})[metric] = value
     tables: list[dict[str, dict[str, Any]]] = []
     for name, row in rows.items():

@@ -55,6 +55,9 @@ class Precomputed(Source):
     def __len__(self) -> int:
         return len(self.source)
 
+    def label_names(self, path: str) -> dict[int, str] | None:
+        return self.source.label_names(path)
+
     def narrow(self, paths: frozenset[str]) -> Self:
         narrowed = copy.copy(self)
         narrowed.source, narrowed.with_image = self.source.narrow(paths - {"image"}), "image" in paths

@@ -49,6 +49,13 @@ class Tfds(Source):
     def __len__(self) -> int:
         return len(self.source)
 
+    def label_names(self, path: str) -> dict[int, str] | None:
+        feature = self.features
+        for name in path.split("/"):
+            feature = feature[name] if isinstance(feature, type(self.features)) and name in feature else None
+        named = getattr(feature, "num_classes", None)  # of a ClassLabel, or of a sequence of them
+        return dict(enumerate(feature.names)) if named else None
+
     def narrow(self, paths: frozenset[str]) -> Self:
         narrowed = copy.copy(self)
         narrowed.features = _subset(self.features, paths)
