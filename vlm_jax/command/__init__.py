@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import os
+import shlex
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ from vlm_jax.command.commands import COMMANDS, define
 from vlm_jax.errors import UserError, mendable, told
 
 WIPED = "\r\033[K"  # erases a terminal's line
+line: str | None = None  # the command line of this process, as typed
 LONG = 5  # seconds until a log (stderr is no terminal) names the running activity
 
 
@@ -58,6 +60,8 @@ def run(name: str, main: Main | None = None) -> None:
     if {"--help", "--helpshort", "-h"} & set(sys.argv[1:]):
         show(help_page.help_of(name))
         return
+    global line
+    line = shlex.join(["vlm-jax", name, *sys.argv[1:]])
     define(name, flags.FLAGS)
     # orbax logs every step of a save, and also the errors that it raises; --verbosity=0 shows these logs
     logging.set_verbosity(logging.WARNING)

@@ -9,8 +9,8 @@ in a notebook, without pyplot. A picture is a PIL image, a path, encoded bytes o
 """
 
 from vlm_jax.report.figures.calibration import calibration
-from vlm_jax.report.figures.classes import confusion_matrix, confusions, gallery
-from vlm_jax.report.figures.curves import curves
+from vlm_jax.report.figures.classes import confusion_map, confusion_matrix, confusions, gallery
+from vlm_jax.report.figures.curves import compared, curves
 from vlm_jax.report.figures.memory import memory
 from vlm_jax.report.figures.pairs import retrieval, similarity
 from vlm_jax.report.figures.patches import maps, word_patch
@@ -20,6 +20,8 @@ from vlm_jax.report.figures.style import Picture
 __all__ = [
     "Picture",
     "calibration",
+    "compared",
+    "confusion_map",
     "confusion_matrix",
     "confusions",
     "curves",

@@ -10,17 +10,15 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib import font_manager
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from vlm_jax.errors import UserError
+from vlm_jax.report import fonts
 
-# The first font has no Chinese, Japanese and Korean glyphs; matplotlib takes them from the next installed font.
-FONTS = ("DejaVu Sans", "Noto Sans CJK JP", "Source Han Sans", "WenQuanYi Micro Hei", "Hiragino Sans", "Yu Gothic",
-         "Microsoft YaHei", "Malgun Gothic", "Arial Unicode MS")  # fmt: skip
 RC = {
-    "font.family": [name for name in FONTS if name in font_manager.get_font_names()],
+    "font.family": fonts.FAMILIES,
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -61,6 +59,13 @@ class Picture(Figure):
 
     @styled()
     def _repr_png_(self) -> bytes:
+        for axes in self.axes:
+            for axis in (axes.xaxis, axes.yaxis):
+                labels = [label.get_text() for label in axis.get_ticklabels()]
+                if (drawable := list(map(fonts.drawable, labels))) != labels:
+                    axis.set_ticklabels(drawable)
+        for text in self.findobj(Text):
+            text.set_text(fonts.drawable(text.get_text()))
         data = io.BytesIO()
         self.savefig(data, format="png")
         return data.getvalue()
