@@ -16,15 +16,14 @@ from PIL import Image
 from vlm_jax.report import fonts
 from vlm_jax.report.figures.style import Picture, styled
 
-EMOJI = ("Apple Color Emoji", "Segoe UI Emoji", "Noto Color Emoji")
-NAMED = ", ".join(f'"{name}"' for name in (*EMOJI, *fonts.FAMILIES[1:]))
 STYLE = f"""
-body {{ font: 16px/1.5 system-ui, sans-serif, {NAMED}; color: #1a1a1a; background: #fff;
+body {{ font: 16px/1.5 "{fonts.PAGE}", system-ui, sans-serif; color: #1a1a1a; background: #fff;
   max-width: 1100px; margin: 2.5em auto; padding: 0 1.5em; overflow-wrap: break-word; }}
 h1 {{ font-size: 1.7em; margin: 0; }} h2 {{ font-size: 1.3em; margin: 2.2em 0 .4em; }}
 h3 {{ font-size: 1.05em; margin: 1.8em 0 .2em; }} p, ul {{ margin: .3em 0 .6em; color: #555; max-width: 46em; }}
 ul {{ padding-left: 1.2em; }} figure {{ margin: 0; }}
-svg {{ max-width: 100%; height: auto; display: block; }} svg text {{ font-family: "DejaVu Sans", sans-serif, {NAMED}; }}
+svg {{ max-width: 100%; height: auto; display: block; }}
+svg text {{ font-family: "{fonts.PAGE}", "DejaVu Sans", sans-serif; }}
 .wide {{ overflow-x: auto; }}
 pre {{ background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 13px; }}
 table {{ border-collapse: collapse; margin: .6em 0; font-variant-numeric: tabular-nums; }}
@@ -43,7 +42,8 @@ code {{ font-size: 13px; overflow-wrap: anywhere; white-space: normal; }}
 @media print {{
   @page {{ margin: 15mm; }}
   body {{ margin: 0; padding: 0; max-width: none; font-size: 10.5pt; print-color-adjust: exact; }}
-  h2, h3 {{ break-after: avoid; }} section, figure, tr {{ break-inside: avoid; }} thead {{ display: table-header-group; }}
+  h2, h3 {{ break-after: avoid; }} section, figure, tr {{ break-inside: avoid; }}
+  thead {{ display: table-header-group; }}
   .wide {{ overflow: visible; }} pre {{ overflow: visible; white-space: pre-wrap; }}
   td, th {{ padding: .2em .5em; white-space: normal; }} svg {{ max-height: 215mm; }}
 }}

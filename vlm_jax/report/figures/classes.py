@@ -166,12 +166,12 @@ def confusion_map(truth: Any, predicted: Any, names: Sequence[str]) -> Picture:
     shown, place = np.unique(np.concatenate([truth, predicted]), return_inverse=True)
     counts = np.zeros((len(shown), len(shown)), np.int64)
     np.add.at(counts, tuple(np.split(place, 2)), 1)
-    picture = Picture(figsize=(6.0, 6.2), layout="constrained")
+    picture = Picture(figsize=(6.0, 5.6), layout="constrained")
     axes = picture.add_subplot()
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    edges = (-0.5, len(shown) - 0.5)
     fine = np.kron(shares, np.ones((max(1, 800 // len(shown)),) * 2))  # viewers blur pictures that they enlarge
-    axes.imshow(fine, cmap=SHARES, vmin=0, vmax=1, interpolation="none", extent=(-0.5, len(shown) - 0.5) * 2)
-    axes.invert_yaxis()
+    axes.imshow(fine, cmap=SHARES, vmin=0, vmax=1, interpolation="none", extent=(*edges, *edges[::-1]))
     ticks = np.unique(np.linspace(0, len(shown) - 1, 9).round().astype(int))
     labels = [short(names[shown[i]], 18) for i in ticks]
     axes.set_xticks(ticks, labels, rotation=45, ha="left", rotation_mode="anchor")

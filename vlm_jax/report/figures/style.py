@@ -4,7 +4,7 @@ import contextlib
 import io
 import os
 import pathlib
-import textwrap
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -35,6 +35,7 @@ RC = {
     "text.parse_math": False,  # a class may be called "$"
 }
 INK, GREY, BAR, BLUE = "#1a1a1a", "#666666", "#dcdcdc", "#b9cfe4"
+JOINER = "\u200d"
 SHARES, HEAT = "Blues", "cividis"  # both monotone in luminance: dark is high in "Blues", low in "cividis"
 
 
@@ -105,13 +106,53 @@ def show(axes: Any, image: np.ndarray) -> None:
 
 
 def short(text: str, width: int = 29) -> str:
-    """Cuts a text to at most `width` characters."""
-    return text if len(text) <= width else text[: width - 1].rstrip() + "…"
+    """Cuts a text to at most `width` columns, see `columns`."""
+    if columns(text) <= width:
+        return text
+    kept = ""
+    for cluster in _clusters(text):
+        if columns(kept + cluster) > width - 1:
+            break
+        kept += cluster
+    return kept.rstrip() + "…"
 
 
 def wrapped(text: str, width: int, lines: int) -> str:
-    """Wraps a text into at most `lines` lines of `width` characters."""
-    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …")) or text
+    """Wraps a text into at most `lines` lines of `width` columns; breaks between ideographs, and in long words."""
+    rows = [""]
+    for word in text.split():
+        breaks = columns(word) > width or any(_column(letter) == 2 for letter in word)
+        for i, part in enumerate(_clusters(word) if breaks else [word]):
+            longer = f"{rows[-1]} {part}" if i == 0 and rows[-1] else rows[-1] + part
+            if columns(longer) <= width or not rows[-1]:
+                rows[-1] = longer
+            else:
+                rows.append(part)
+    if len(rows) > lines:
+        rows[lines - 1 :] = [short(" ".join(rows[lines - 1 :]), width)]
+    return "\n".join(rows)
+
+
+def columns(text: str) -> int:
+    """Returns the width of a text: 2 for a Chinese, Japanese or Korean letter or an emoji, 0 for a combining mark."""
+    return len(text) if text.isascii() else sum(map(_column, text))
+
+
+def _column(letter: str) -> int:
+    if unicodedata.category(letter) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(letter) in "WF" else 1
+
+
+def _clusters(text: str) -> list[str]:
+    """Splits a text into letters with the marks that belong to them."""
+    found: list[str] = []
+    for letter in text:
+        if found and (unicodedata.category(letter)[0] == "M" or JOINER in (letter, found[-1][-1])):
+            found[-1] += letter
+        else:
+            found.append(letter)
+    return found
 
 
 def ink_on(shade: float) -> str:

@@ -23,6 +23,8 @@ OTHERS = (  # fonts of systems, for what the packaged fonts lack
     "Nirmala UI", "Arial Unicode MS",
 )  # fmt: skip
 
+PAGE = "Page"
+
 
 def _register() -> list[str]:
     """Makes the packaged fonts known to matplotlib and returns the families of figures."""
@@ -67,22 +69,29 @@ def _kind(character: str) -> str | None:
 
 
 def css(text: str) -> str:
-    """Returns the `@font-face` rules of a page: of each packaged font the glyphs of the text's characters."""
+    """Returns the rules of a page's font `PAGE`: of each packaged font the glyphs of the text's characters.
+
+    The font stands first in the page's list and is asked for these characters only: browsers draw them anew once the
+    font is there.
+    """
     from fontTools import subset
 
-    wanted, rules = {ord(character) for character in text if ord(character) > 0x24F}, []
-    for path, family in zip(FILES, FAMILIES[1:], strict=False):
+    parts = {character for letter in set(text) for character in letter + unicodedata.normalize("NFKD", letter)}
+    wanted, rules = {ord(character) for character in parts if ord(character) > 0x24F}, []
+    for path in FILES:
         here = wanted & font_manager.get_font(path).get_charmap().keys()
         wanted -= here
         if not here:
             continue
         logging.getLogger("fontTools").setLevel(logging.WARNING)
         options = subset.Options(flavor="woff", layout_features=["*"], notdef_outline=True)
-        font, data = subset.load_font(path, options), io.BytesIO()
-        cutter = subset.Subsetter(options)
-        cutter.populate(unicodes=here)
-        cutter.subset(font)
-        subset.save_font(font, data, options)
+        cutter, data = subset.Subsetter(options), io.BytesIO()
+        with subset.load_font(path, options) as font:
+            cutter.populate(unicodes=here)
+            cutter.subset(font)
+            subset.save_font(font, data, options)
         encoded = base64.b64encode(data.getvalue()).decode()
-        rules.append(f'@font-face {{ font-family: "{family}"; src: url(data:font/woff;base64,{encoded}); }}')
+        covered = ", ".join(f"U+{code:x}" for code in sorted(here))
+        source = f"url(data:font/woff;base64,{encoded})"
+        rules.append(f'@font-face {{ font-family: "{PAGE}"; src: {source}; unicode-range: {covered}; }}')
     return "\n".join(rules)
