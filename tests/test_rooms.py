@@ -46,6 +46,8 @@ TESTS = {module_name(path) for path in (ROOT / "tests").rglob("*.py")} | {"conft
 
 def room_of(module):
     first = module.partition(".")[2].partition(".")[0]
+    if module.count(".") == 2 and module.endswith(".__main__"):
+        return "commands"
     return ROOM_OF.get(first, first)
 
 

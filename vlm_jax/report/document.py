@@ -100,7 +100,7 @@ def figure(picture: Picture, alt: str, name: str) -> str:
         picture.savefig(written, format="svg", dpi=DPI, metadata=metadata)
     svg = written.getvalue()
     svg = svg[svg.index("<svg") + 4 :]
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # ids that all figures have
+    svg = re.sub(r'(<(?:g|image)\b[^>]*?) id="[^"]*"', r"\1", svg)  # names that several have and nothing refers to
     svg = re.sub(r" ?font-family: [^;\"]*;?", "", svg)  # the page's style names the fonts
     svg = PNG.sub(_smaller, svg)
     wide = ' class="wide"' if picture.get_figwidth() > 6 else ""

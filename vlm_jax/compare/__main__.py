@@ -11,17 +11,16 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from vlm_jax import command
-from vlm_jax.report import comparison
+from vlm_jax import command, compare
 
 
 def main(argv: Sequence[str], values: flags.FlagValues) -> command.Answer:
-    runs = comparison.read(argv[1:])
-    compared = comparison.compare(runs)
-    text = comparison.text(runs, compared)
+    runs = compare.read(argv[1:])
+    compared = compare.compare(runs)
+    text = compare.text(runs, compared)
     if values.out:
         with command.doing("drawing"):
-            page = str(comparison.page(runs, compared, values.out))
+            page = str(compare.page(runs, compared, values.out))
         compared, text = compared | {"page": page}, f"{text}\n\npage: {page}"
     return command.Answer(compared, text)
 
