@@ -63,7 +63,7 @@ def _kind(character: str) -> str | None:
     category = unicodedata.category(character)
     if character == "\n" or (category != "Cc" and ord(character) in _drawn()):
         return None
-    if category in ("Cc", "Cf", "Cs") or character in "\ufe0e\ufe0f":
+    if category in ("Cc", "Cf", "Cs"):
         return ""
     return f"[{unicodedata.name(character, '?').split()[0].lower()}]" if category[0] in "LM" else "?"
 
