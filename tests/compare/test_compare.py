@@ -7,7 +7,7 @@ from absl import flags
 
 from vlm_jax.command import commands
 from vlm_jax.compare import __main__ as command
-from vlm_jax.compare import compare, read
+from vlm_jax.compare import compare, page, read, text
 from vlm_jax.errors import UserError
 from vlm_jax.report.figures.curves import compared
 
@@ -48,11 +48,11 @@ def test_the_command(runs, tmp_path):
     answer = command.main(["compare", *runs], values)
     lines = [line.split("  ") for line in answer.text.splitlines()]
     cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
-    assert ["seen/top1", "50.0 % (40.0 % to 60.0 %)", "60.0 % (50.0 % to 70.0 %)"] in cells
+    assert ["seen/top1", "50.0 % (40.0 to 60.0 %)", "60.0 % (50.0 to 70.0 %)"] in cells
     assert ["optimizer.lr", "0.1", "0.2"] in cells and ["only <b>", "-", "1"] in cells
     assert answer.results["page"] == str(tmp_path / "page.html") and json.dumps(answer.results)
-    page = (tmp_path / "page.html").read_text()
-    assert page.count("<svg") == 2 and "only &lt;b&gt;" in page and "href=" not in page.replace("xlink:href", "")
+    written = (tmp_path / "page.html").read_text()
+    assert written.count("<svg") == 2 and "only &lt;b&gt;" in written and "href=" not in written.replace("xlink:href", "")
     (tmp_path / "folder").mkdir()
     values.out = str(tmp_path / "folder")
     assert command.main(["compare", *runs], values).results["page"].endswith("folder/index.html")
@@ -74,6 +74,13 @@ def test_mistakes(runs, tmp_path):
     ):
         with pytest.raises(UserError, match=expected):
             read(paths)
-    (tmp_path / "one" / "a" / "results.json").write_text("{")
-    with pytest.raises(UserError, match=r"results\.json cannot be read"):
-        read(runs)
+    results = tmp_path / "one" / "a" / "results.json"
+    for damaged in ("{", "[]", "\udcff", "[" * 99_999):
+        results.write_text(damaged, errors="surrogateescape")
+        with pytest.raises(UserError, match=r"results\.json cannot be read"):
+            read(runs)
+    odd = {"a": None, "b/top1": 0.5, "b/top1/interval": 3, "b/notes": 1, "c": [1], "d/top1": float("nan"), "e": True}
+    results.write_text(json.dumps(odd))
+    found = compare(read(runs))
+    assert found["results"]["b/top1"] == {"one/a": 0.5} and not {"a", "c", "e"} & found["results"].keys()
+    assert text(read(runs), found) and page(read(runs), found, tmp_path / "page.html").is_file()

@@ -3,7 +3,7 @@
 import html
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from vlm_jax import command
@@ -11,7 +11,7 @@ from vlm_jax.config import flatten
 from vlm_jax.errors import UserError
 from vlm_jax.report import about
 from vlm_jax.report.page import series
-from vlm_jax.report.values import format_interval, format_value, is_share, spoken
+from vlm_jax.report.values import format_interval, format_value, interval, is_share, spoken
 
 CHANCE = (
     "In brackets: the 95 % confidence interval. Where the intervals of two runs overlap, the difference may be chance."
@@ -62,7 +62,7 @@ def read(paths: Sequence[str]) -> list[Run]:
             "/".join(folder.parts[-depth:]),
             _read(folder / "results.json"),
             series(folder),
-            flatten(_read(folder / "config.json")),
+            _read(folder / "config.json", flatten),
             _read(folder / about.NAME),
         )
         for folder in folders
@@ -73,7 +73,9 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
     """Returns the comparison as JSON, each a dict by run: `results`, `intervals`, `differences` of the settings."""
     metrics = dict.fromkeys(name for run in runs for name in run.numbers)
     of = lambda field, name: {run.name: field(run)[name] for run in runs if name in field(run)}
-    intervals = {name: of(lambda run: run.results, f"{name}/interval") for name in metrics}
+    intervals = {
+        name: {run.name: list(ends) for run in runs if (ends := interval(name, run.results))} for name in metrics
+    }
     settings = dict.fromkeys(key for run in runs for key in run.settings)
     found = {key: of(lambda run: run.settings, key) for key in settings}
     said = lambda values: {json.dumps(value, sort_keys=True) for value in values.values()}
@@ -104,7 +106,7 @@ def page(runs: Sequence[Run], compared: dict[str, Any], out: str | pathlib.Path)
     safe = lambda cells: [html.escape(cell) for cell in cells]
     head = ["", *(run.name for run in runs)]
     facts = dict.fromkeys(key for run in runs for key in run.about)
-    rows = ([key, *(run.about.get(key, "") for run in runs)] for key in facts)
+    rows = ([key, *(str(run.about.get(key, "")) for run in runs)] for key in facts)
     wrapped = range(1, len(head))
     sections = [table(safe(head), map(safe, rows), text=wrapped)]
     results = ([spoken(name), *_cells(runs, name)] for name in compared["results"])
@@ -134,9 +136,9 @@ def _cells(runs: Sequence[Run], name: str) -> list[str]:
     """A metric of each run, with its interval; empty where a run lacks it."""
     cells = []
     for run in runs:
-        interval = format_interval(name, run.results)
+        ends = format_interval(name, run.results)
         value = format_value(name, run.numbers[name]) if name in run.numbers else ""
-        cells.append(f"{value} ({interval})" if interval else value)
+        cells.append(f"{value} ({ends})" if ends else value)
     return cells
 
 
@@ -146,14 +148,14 @@ def _settings(runs: Sequence[Run], values: dict[str, Any], width: int) -> list[s
     return [cell if len(cell) <= width else f"{cell[: width - 1]}…" for cell in cells]
 
 
-def _read(path: pathlib.Path) -> dict[str, Any]:
-    """A file of JSON; {} if it is missing."""
+def _read(path: pathlib.Path, change: Callable[[dict], dict] = dict) -> dict[str, Any]:
+    """A file of JSON, changed; {} if it is missing."""
     if not path.is_file():
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it should hold an object of JSON")
+        return change(found)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} should hold an object of JSON")
-    return found

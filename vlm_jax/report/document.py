@@ -34,7 +34,7 @@ th:first-child, td:first-child {{ text-align: left; padding-left: 0; }}
 td.text, th.text {{ text-align: left; white-space: normal; min-width: 11em; }}
 small {{ display: block; color: #666; font-size: .78em; }}
 summary {{ cursor: pointer; font-weight: 600; margin: .6em 0; }}
-code {{ font-size: 13px; overflow-wrap: anywhere; white-space: normal; }}
+code {{ font-size: 13px; overflow-wrap: anywhere; white-space: normal; }} code span {{ display: inline-block; }}
 @media (max-width: 700px) {{
   body {{ margin: 1.2em auto; padding: 0 1em; }} .wide svg {{ max-width: none; zoom: .8; }}
   th, td {{ padding: .25em .6em; }} td.text {{ min-width: 8em; }}

@@ -64,7 +64,7 @@ def series(workdir: str | pathlib.Path) -> dict[str, tuple[list[float], list[flo
         except json.JSONDecodeError:
             break
         for name, value in entry.items():
-            if not is_count(name):
+            if not is_count(name) and isinstance(value, int | float):
                 steps, values = found.setdefault(name, ([], []))
                 steps.append(entry["step"])
                 values.append(value)

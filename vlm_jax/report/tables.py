@@ -50,7 +50,8 @@ def results_tables(results: Mapping[str, Any]) -> str:
 
 def _results_table(rows: Mapping[str, Mapping[str, Any]], results: Mapping[str, Any]) -> str:
     """Metrics in columns; a baseline's column stands right after the model's."""
-    metrics = dict.fromkeys(metric for row in rows.values() for metric in row if metric != "pixel_examples")
+    apart = ("pixel_examples", "left_out")  # the latter is in `data_table`
+    metrics = dict.fromkeys(metric for row in rows.values() for metric in row if metric not in apart)
     columns = dict.fromkeys(c for metric in metrics for c in (metric, f"pixel_{metric}") if c in metrics)
 
     def cell(name: str, metric: str) -> str:
@@ -67,7 +68,9 @@ def _results_table(rows: Mapping[str, Mapping[str, Any]], results: Mapping[str, 
 
 def facts_table(facts: Mapping[str, Any]) -> str:
     """Returns a table of names and values."""
-    rows = [(html.escape(name), f"<code>{html.escape(str(value))}</code>") for name, value in facts.items()]
+    words = lambda value: " ".join(f"<span>{html.escape(word)}</span>" for word in value.split(" "))
+    shown = lambda name, value: words(value) if name == "command" else html.escape(str(value))
+    rows = [(html.escape(name), f"<code>{shown(name, value)}</code>") for name, value in facts.items()]
     return table((), rows, text=[1]) if rows else ""
 
 

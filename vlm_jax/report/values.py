@@ -40,9 +40,18 @@ def format_value(name: str, value: Any) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+def interval(name: str, results: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Returns the 95 % interval of a metric of results.json; None if it has none."""
+    found = results.get(f"{name}/interval")
+    if not isinstance(found, list) or len(found) != 2 or not all(isinstance(end, int | float) for end in found):
+        return None
+    return found[0], found[1]
+
+
 def format_interval(name: str, results: Mapping[str, Any]) -> str:
-    """Returns the 95 % interval of a metric of results.json, "13.2 % to 18.2 %"; empty if it has none."""
-    return " to ".join(format_value(name, end) for end in results.get(f"{name}/interval", ()))
+    """Returns the 95 % interval of a metric of results.json, "13.2 to 18.2 %"; empty if it has none."""
+    ends = interval(name, results)
+    return f"{format_value(name, ends[0]).removesuffix(' %')} to {format_value(name, ends[1])}" if ends else ""
 
 
 def format_results(results: Mapping[str, Any]) -> str:
@@ -57,8 +66,8 @@ def format_results(results: Mapping[str, Any]) -> str:
 
 def notes(results: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
     """Returns (evaluation or "", note) of each note in results.json."""
-    named = (name for name in results if name.rsplit("/", 1)[-1] == "notes")
-    return [(name.removesuffix("notes").rstrip("/"), note) for name in named for note in results[name]]
+    named = (name for name in results if name.rsplit("/", 1)[-1] == "notes" and isinstance(results[name], list))
+    return [(name.removesuffix("notes").rstrip("/"), note) for name in named for note in map(str, results[name])]
 
 
 def spoken(metric: str) -> str:
