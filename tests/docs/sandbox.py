@@ -42,8 +42,8 @@ def write_data(folder: Path) -> None:
     _write_table(folder / "data" / "flickr" / "test.jsonl", records, lambda texts: {"captions": texts})
     for shard in ("00000", "00001"):
         _write_shard(folder / "data" / "laion" / f"{shard}.tar", records[:32])
-    for number in range(len(packaged("classes")["imagenet"])):
-        path = folder / "data" / "imagenet" / "val" / f"n{number:08}" / "0.png"
+    for number, name in enumerate(packaged("wordnet_ids")["imagenet"]):
+        path = folder / "data" / "imagenet" / "val" / name / "0.png"
         path.parent.mkdir(parents=True)
         path.write_bytes(records[number % len(records)]["image"])
     texts = [", ".join(test[i]["keywords"]["en"]) for i in range(256)]

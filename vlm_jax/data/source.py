@@ -1,6 +1,6 @@
 """A source: records by index, fields by path, and the error for an unusable record."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -65,7 +65,8 @@ def select(source: Source, where: Mapping[str, Iterable[Any]]) -> np.ndarray:
     for i in range(len(source)):
         try:
             record = source[i]
-            if all(field(record, path) in values for path, values in wanted.items()):
+            found = [(field(record, path), values) for path, values in wanted.items()]
+            if all(isinstance(value, Hashable) and value in values for value, values in found):
                 chosen.append(i)
         except (BadExample, OSError):
             continue

@@ -63,14 +63,14 @@ class Classes:
         return len(self.names)
 
     def look(self, own: Mapping[int, str] | None, about: str) -> Look:
-        """Returns the function from a label to the index of its class, or None if it is in no class.
+        """Returns the function from a label to the index of its class, or None if it is in no class, as several labels.
 
         Args:
           own: the data set's own list, see `Source.label_names`.
           about: the data set, for errors.
 
         Raises:
-          UserError: some names of both lists match nothing in the other list; or, later, a picture has several labels.
+          UserError: some names of both lists match nothing in the other list.
         """
         table = None if own is None else {label: self._of_own(label, name) for label, name in own.items()}
         if table is not None:
@@ -78,11 +78,7 @@ class Classes:
 
         def look(value: Any) -> int | None:
             if isinstance(value, list | tuple | np.ndarray):
-                if len(value) != 1:
-                    raise UserError(
-                        f"{about}: a picture has the labels {value!s:.60}; the task `multi_label` takes them"
-                    )
-                value = value[0]
+                value = value[0] if len(value) == 1 else None
             if isinstance(value, str | bytes):
                 return self._found(value)
             if not isinstance(value, int | float | np.number):
@@ -169,7 +165,7 @@ def fewer(names: Sequence[str], labels: np.ndarray, shots: int | None, kept: int
     """
     count = np.bincount(labels[labels >= 0], minlength=len(names))
     count = np.maximum(count - kept, np.minimum(count, 1))
-    few = [f"{name} ({n})" for name, n in zip(names, count, strict=True) if n < (shots or 1)]
+    few = [f"{names[i]} ({count[i]})" for i in np.argsort(count, kind="stable") if count[i] < (shots or 1)]
     if not few:
         return []
     wanted = "any training picture" if shots is None else f"{shots} training pictures"

@@ -149,9 +149,10 @@ class Pass:
         """Raises a UserError that shows labels and classes if no example was kept."""
         if not kept:
             found = [name for name, _ in strangers(self.fields(label), look).most_common()]
+            hint = "; the task `multi_label` takes several" if any(name.startswith("[") for name in found) else ""
             raise UserError(
                 f"{self.about}: no picture's `{label}` is among the classes {some(classes.names)}; "
-                + (f"the labels are {some(found)}" if found else "no picture could be read")
+                + (f"the labels are {some(found)}{hint}" if found else "no picture could be read")
             )
 
     def only(self, places: np.ndarray) -> None:

@@ -23,7 +23,7 @@ def read_fields(source: Source, chosen: np.ndarray | None, paths: Sequence[str])
     return rows
 
 
-def texts(values: Sequence[str | Sequence[str]]) -> list[str]:
-    """The texts of some fields, each a text or a list of texts; empty texts are left out."""
-    found = [text for value in values for text in ([value] if isinstance(value, str) else value)]
-    return [text for text in found if text.strip()]
+def texts(values: Sequence[Any]) -> list[str]:
+    """The texts of some fields, each a text or a list of texts; what is empty or no text is left out."""
+    found = [text for value in values for text in (value if isinstance(value, list | tuple) else [value])]
+    return [text for text in found if isinstance(text, str) and text.strip()]

@@ -67,6 +67,7 @@ def test_it_is_what_the_tower_returns(lit):
     with pytest.raises(BadExample, match="could not be embedded"):
         source[BAD]
     assert "image" not in source.narrow(frozenset({"text"}))[BAD]
+    assert source.label_names("label") == {0: "thing"}
 
 
 def test_it_goes_on_where_it_stopped(lit):

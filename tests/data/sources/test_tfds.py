@@ -1,7 +1,9 @@
 """Prepared TFDS data sets: the embedded one."""
 
+import copy
 import pickle
 
+import numpy as np
 import pytest
 
 from vlm_jax.data.sources import open_source
@@ -25,3 +27,18 @@ def test_tfds_reads_the_embedded_data_set(emoji):
 def test_tfds_split_slices(emoji):
     tail = open_source("tfds:emoji", "train[10:20]")
     assert len(tail) == 10 and tail[0]["image"] == emoji[10]["image"]
+
+
+def test_tfds_knows_the_names_of_labels(emoji):
+    import tensorflow_datasets as tfds
+
+    named = tfds.features.ClassLabel(names=["cat", "dog"])
+    features = dict(
+        label=named, several=tfds.features.Sequence(named), deep={"label": tfds.features.ClassLabel(num_classes=2)},
+        nothing=tfds.features.ClassLabel(), number=tfds.features.Scalar(np.int32),
+    )  # fmt: skip
+    source = copy.copy(emoji)
+    source.features = tfds.features.FeaturesDict(features)
+    assert source.label_names("label") == source.label_names("several") == {0: "cat", 1: "dog"}
+    assert source.label_names("deep/label") == {0: "0", 1: "1"}
+    assert {source.label_names(path) for path in ("nothing", "number", "deep", "deep/none", "label/a")} == {None}

@@ -57,10 +57,12 @@ def resampled_map(scores: np.ndarray, relevant: np.ndarray, seed: int = 0) -> np
     order = shuffle[np.argsort(-scores[shuffle], axis=0, kind="stable")]  # [N, C]
     right = np.take_along_axis(relevant, order, axis=0)
     found = np.empty(int(np.clip(WORK / scores.size, FEWEST, MOST)))
+    drawn = np.zeros(len(found), bool)  # whether a resample has a right example
     for i in range(len(found)):
         times = np.bincount(rng.integers(len(scores), size=len(scores)), minlength=len(scores))[order]
         hits = times * right
         precision = np.cumsum(hits, axis=0) / np.maximum(np.cumsum(times, axis=0), 1)
         total = hits.sum(axis=0)
-        found[i] = np.nanmean(np.where(total > 0, (hits * precision).sum(axis=0) / np.maximum(total, 1), np.nan))
-    return found
+        found[i] = np.sum((hits * precision).sum(axis=0) / np.maximum(total, 1)) / max(np.count_nonzero(total), 1)
+        drawn[i] = total.any()
+    return found[drawn]

@@ -4,7 +4,7 @@ The measure is that of ARO (arXiv:2210.01936) and SugarCrepe (arXiv:2306.14610);
 wrong captions.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,6 +99,8 @@ def foils(
 
 def _pairs(records: list[list | None], kinds: Sequence[str]) -> tuple[list, list[list]]:
     """The captions [N], and the foils [N] of each kind; None for a missing caption or foil."""
+    same = lambda value: value if isinstance(value, Hashable) else repr(value)
+    records = [record and [*map(same, record[:2]), *record[2:]] for record in records]
     found = [None if record is None else [texts([value]) for value in record[2:]] for record in records]
     caption = [own[0][0] if own and own[0] else None for own in found]
     named = [i for i, text in enumerate(caption) if text is not None]
