@@ -52,7 +52,9 @@ def test_the_command(runs, tmp_path):
     assert ["optimizer.lr", "0.1", "0.2"] in cells and ["only <b>", "-", "1"] in cells
     assert answer.results["page"] == str(tmp_path / "page.html") and json.dumps(answer.results)
     written = (tmp_path / "page.html").read_text()
-    assert written.count("<svg") == 2 and "only &lt;b&gt;" in written and "href=" not in written.replace("xlink:href", "")
+    assert (
+        written.count("<svg") == 2 and "only &lt;b&gt;" in written and "href=" not in written.replace("xlink:href", "")
+    )
     (tmp_path / "folder").mkdir()
     values.out = str(tmp_path / "folder")
     assert command.main(["compare", *runs], values).results["page"].endswith("folder/index.html")

@@ -238,9 +238,7 @@ def test_several_labels_of_a_picture(tmp_path):
     assert low < high
     named = evaluators.build(section | {"type": "zeroshot"})(ColourModel())
     assert (named.metrics["examples"], named.metrics["left_out"]) == (1, 3), "one has one label"
-    with pytest.raises(
-        UserError, match=r"the labels are \['red', 'yellow'\], .*`multi_label` takes several"
-    ):
+    with pytest.raises(UserError, match=r"the labels are \['red', 'yellow'\], .*`multi_label` takes several"):
         evaluators.build(section | {"type": "zeroshot", "classes": {7: "pink"}})(ColourModel())
 
 

@@ -27,7 +27,7 @@ class Run(NamedTuple):
       results: of results.json.
       curves: of metrics.jsonl, see `report.series`.
       settings: of config.json, flattened.
-      about: of about.json.
+      about: of run.json.
     """
 
     name: str

@@ -12,11 +12,11 @@ import numpy as np
 
 from vlm_jax import __version__, command
 
-NAME = "about.json"
+NAME = "run.json"
 
 
 def save_about(workdir: str | pathlib.Path, what: str, model: Any, data: str, params: Any, mesh: Any = None) -> None:
-    """Writes `workdir/about.json`: heading -> text.
+    """Writes `workdir/run.json`: heading -> text.
 
     Args:
       workdir: the run's folder.

@@ -1,6 +1,6 @@
 """A run as one page: `workdir/report/index.html`, one file that needs no other and can be mailed.
 
-Reads the files of training and evaluation: about.json, metrics.jsonl, results.json, config.json and artifacts/.
+Reads the files of training and evaluation: run.json, metrics.jsonl, results.json, config.json and artifacts/.
 Missing files are skipped: a run that has only begun, or an evaluation alone, has a page, too.
 """
 

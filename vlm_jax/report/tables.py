@@ -114,7 +114,7 @@ def _count(value: float | None) -> str:
 def class_table(artifacts: Mapping[str, Any]) -> str:
     """Returns a table with a row for each class: its pictures, how many are right, and all classes it was taken for.
 
-    The rows are the whole confusion matrix. A table of up to 30 rows stands open.
+    The rows are the whole confusion matrix. A table of up to 60 rows stands open.
     """
     names = artifacts.get("classes")
     if not names:
@@ -131,7 +131,7 @@ def class_table(artifacts: Mapping[str, Any]) -> str:
     absent = len(names) - len(rows)
     none = f"; {absent:,} classes without a picture are not shown" if absent else ""
     return (
-        f"<h3>Classes</h3>\n<p>The worst first{none}.</p>\n<details{' open' * (len(rows) <= 30)}>"
+        f"<h3>Classes</h3>\n<p>The worst first{none}.</p>\n<details{' open' * (len(rows) <= 60)}>"
         f"<summary>{len(rows):,} classes</summary>{table(head, rows, text=[0, 3])}</details>"
     )
 
