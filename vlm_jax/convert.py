@@ -43,7 +43,7 @@ def convert(
     Args:
       source: "hf:org/name", a folder or a file.
       destination: a new folder, or an .npz file for "big_vision".
-      format: a key of `zoo.save.WRITERS`.
+      format: a key of `zoo.save.FORMATS`.
       preprocess, tokenizer, tokenize, activation: as for `vlm_jax.load`, for files without this information; without
         these arguments the result lacks it too.
       image_size: (height, width) in pixels, for files whose position table does not determine it.

@@ -4,7 +4,8 @@ import errno
 
 CUT = 300  # characters kept of any other error: some errors print the program
 MENDABLE = (
-    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EROFS,
+    errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
 )  # fmt: skip
 
 
@@ -21,7 +22,7 @@ def mendable(error: BaseException) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno in MENDABLE:
-        return f"{error.strerror} ({error.filename})"
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
     return None
 
 

@@ -10,8 +10,8 @@ same command continues after the last complete chunk and gives the same results,
 same command on each host with --distributed=auto.
 """
 
+import contextlib
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,14 +21,16 @@ from absl import flags
 
 from vlm_jax import __version__, catalogue, command, config, evaluators, report
 from vlm_jax.command.commands import LOADING
-from vlm_jax.command.values import given
+from vlm_jax.command.values import data_uri, given
+from vlm_jax.data.files import read_kept, write_json
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators.hosts import Hosts
 from vlm_jax.evaluators.progress import Progress
 from vlm_jax.params import sharding
 from vlm_jax.pretrained import Pretrained
 from vlm_jax.run import processes
-from vlm_jax.run.checkpoint import params_sha256, write_json
+from vlm_jax.run.checkpoint import params_sha256
+from vlm_jax.run.folder import claim, locked, released_on_failure
 from vlm_jax.zoo.load import load
 
 
@@ -85,22 +87,24 @@ def _evaluate(
 
     hosts, out = Hosts(pretrained.mesh, section["batch_size"]), Path(out).expanduser().absolute()
     settings = {"task": task, **named, **_model_facts(pretrained), "version": __version__, "evaluator": section}
-    mistake = hosts.from_first(_claim(out, config.plain(settings)) if hosts.first else None)
-    if mistake:
-        raise UserError(f"{out} holds {mistake}")
-    progress = Progress(out / "progress" if hosts.first else None, show and hosts.first)
-    results = hosts.from_first(_read_json(out / "results.json"))
-    if results is None:
-        result = run(progress)
-        results = numbers(result)
+    with locked(out, hosts.several):
+        mistake = hosts.from_first(claim(out, config.plain(settings), "evaluator") if hosts.first else None)
+        if mistake:
+            raise UserError(f"{out} holds {mistake}")
+        progress = Progress(out / "progress" if hosts.first else None, show and hosts.first)
+        results = hosts.from_first(read_kept(out / "results.json"))
+        if results is None:
+            with released_on_failure(out) if hosts.first else contextlib.nullcontext():
+                result = run(progress)
+            results = numbers(result)
+            if hosts.first:
+                report.save_artifacts(out, task, result.artifacts)
+                write_json(out / "results.json", results)
+                about = ", ".join(named[key] for key in ("data", "split", "classes") if key in named)
+                report.save_about(out, f"evaluation: {task}", model or pretrained.model, about, pretrained.params)
         if hosts.first:
-            report.save_artifacts(out, task, result.artifacts)
-            write_json(out / "results.json", results)
-            about = ", ".join(named[key] for key in ("data", "split", "classes") if key in named)
-            report.save_about(out, f"evaluation: {task}", model or pretrained.model, about, pretrained.params)
-    if hosts.first:
-        report.write(out)
-        progress.delete()
+            report.write(out)
+            progress.delete()
     return results
 
 
@@ -115,31 +119,8 @@ def _model_facts(pretrained: Pretrained) -> dict[str, str]:
     }
 
 
-def _claim(out: Path, settings: Mapping[str, Any]) -> str | None:
-    """Writes config.json into `out`, or returns a message about the folder's other content."""
-    before = _read_json(out / "config.json")
-    if before is None:
-        if (out / "results.json").exists():
-            return "results of something else; choose another --out"
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "config.json", settings)
-        return None
-    if "evaluator" not in before:
-        return "something else than an evaluation (a training run?); choose another --out"
-    before, after = config.flatten(before), config.flatten(settings)
-    for key in [*after, *before]:
-        was, now = before.get(key), after.get(key)
-        if was != now:
-            return f"an evaluation with {key} = {was!s:.80}, not {now!s:.80}; choose another --out or delete it"
-    return None
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.exists() else None
-
-
 DATA = (
-    "data", "split", "where", "batch_size", "memory_share", "gallery",
+    "split", "where", "batch_size", "memory_share", "gallery",
     "classes", "templates", "label", "captions", "template", "ks",
 )  # fmt: skip
 
@@ -147,7 +128,8 @@ DATA = (
 @processes.joins()
 def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer | None:
     section = given(values, DATA)
-    section |= {"uri": section.pop("data")} | given(values, ["option"]).get("option", {})
+    section |= {"train_uri": data_uri(values, "train_data")} if values.train_data else {}
+    section |= {"uri": data_uri(values)} | given(values, ["option"]).get("option", {})
     evaluator = _evaluator(values.task, section)  # before the model is loaded: errors in the data appear early
     mesh = config.call(sharding.make_mesh, given(values, ("mesh",)).get("mesh", {}), "--mesh", devices=None)
     with command.doing(f"loading {values.model}", processes.is_first()):

@@ -8,6 +8,7 @@ checkpoint, loop, evaluate, report. The same command after any interruption give
 several hosts, run the same command on each host with --distributed=auto.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -19,13 +20,16 @@ from absl import flags
 
 from vlm_jax import command, config, evaluators, objectives, report
 from vlm_jax.data import loader, mixture, tokenizers
+from vlm_jax.data.files import write_json
+from vlm_jax.models import vocabulary
 from vlm_jax.params import optim, sharding
 from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained
 from vlm_jax.run import processes
-from vlm_jax.run.checkpoint import Checkpointer, check_same_config, params_sha256, write_json
+from vlm_jax.run.checkpoint import Checkpointer, check_same_config, finished, params_sha256
 from vlm_jax.run.divergence import check_finite
 from vlm_jax.run.flops import model_flops
+from vlm_jax.run.folder import locked
 from vlm_jax.run.metric_writer import MetricWriter
 from vlm_jax.run.program import build_program
 from vlm_jax.run.summary import summary
@@ -35,15 +39,21 @@ from vlm_jax.zoo.model_init import read as read_init
 
 
 def train(settings: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
-    """Trains by the config `settings` in `workdir` and returns the content of results.json.
+    """Trains by the config `settings` in `workdir` and returns the content of results.json; at once if it has ended.
 
     Raises:
-      UserError: the config or the data is wrong. Earlier checkpoints stay.
+      UserError: the config or the data is wrong, or another run holds the folder. Earlier checkpoints stay.
     """
     settings = config.plain(settings)
     workdir = Path(workdir).expanduser().absolute()
-    workdir.mkdir(parents=True, exist_ok=True)
-    return config.call(_train, settings, "config", settings=settings, workdir=workdir)
+    with locked(workdir):
+        results = finished(workdir, settings)
+        if results is None:
+            return config.call(_train, settings, "config", settings=settings, workdir=workdir)
+        processes.say(f"{workdir} holds the results of this config; to train again, give another --workdir")
+        if processes.is_first() and not (workdir / "report" / "index.html").is_file():
+            report.write(workdir)
+        return results
 
 
 def _train(
@@ -80,6 +90,7 @@ def _train(
             loader.train_loader, data, "config.data", batch_size=batch_size, seed=seed, tokenizer=tokenizer,
             rows=sharding.rows_of_process(mesh, sizes),
         )  # fmt: skip
+        processes.check_equal(batches.fingerprints, "data")
     total = optim.duration_to_steps(duration, batch_size, batches.num_examples)
     steps = lambda length: optim.duration_to_steps(length, batch_size, batches.num_examples, total)
     with doing("building the model"):
@@ -110,7 +121,9 @@ def _train(
             state, progress = saver.restore(program.abstract_state)
         processes.say(f"continuing from step {int(state.step)} of {total}")
     if progress["data"]:
-        counts = {} if processes.is_first() else {"read": 0, "bad": 0}  # the first process keeps the counts of all
+        counts = (
+            {} if processes.is_first() else {"read": 0, "bad": 0, "kinds": {}}
+        )  # the first process keeps the counts of all
         batches.set_state(progress["data"] | counts)
     batches.start()  # reads data while the step compiles
     with doing("compiling the train step"):
@@ -119,7 +132,7 @@ def _train(
     name = data.get("uri") or ", ".join(part["uri"] for part in data["sources"].values())
     processes.say(summary(program, name, batches.num_examples, batch_size, total, step_flops, workdir, every))
 
-    first = int(state.step)
+    first, known_ids = int(state.step), vocabulary.vocab_size(program.model)
     writer = config.call(MetricWriter, log, "config.log", workdir=workdir, start_step=first)
     clock = Throughput(batches, batch_size, step_flops, progress["seconds"], progress["data_wait"])
     stop = processes.StopSignal()
@@ -129,7 +142,9 @@ def _train(
     with closing(saver), closing(writer), closing(batches), closing(bar), closing(tracer):
         for step in range(first + 1, total + 1):
             with tracer.step(step):
-                batch = sharding.to_global(next(batches), mesh, sizes)
+                batch = next(batches)
+                vocabulary.check_ids(batch, known_ids, "config.data")
+                batch = sharding.to_global(batch, mesh, sizes)
                 state, metrics, norms = train_step(state, batch, frozen)
             tracer.after(step, metrics)
             if before:  # checks the step before, so that the device never waits for the host
@@ -164,7 +179,7 @@ def _train(
             "train/seconds": progress["seconds"],
             "train/examples_per_second": total * batch_size / progress["seconds"],
             "train/data_wait_fraction": progress["data_wait"] / progress["seconds"],
-            "data/bad_examples": position(batches)["bad"],
+            **counts_of(position(batches), batches),
         }
         for evaluation in evals:
             with doing(f"evaluating {evaluation.name}"):
@@ -181,12 +196,21 @@ def _train(
     return results
 
 
-def position(batches: loader.Loader) -> dict[str, int]:
+def position(batches: loader.Loader) -> dict[str, Any]:
     """Returns the data position with the counts of all processes; processes with the same rows count once."""
     by_row = {}
     for row, state in processes.exchange([batches.first_row, batches.get_state()]):
         by_row.setdefault(row, state)
-    return by_row[0] | {name: sum(state[name] for state in by_row.values()) for name in ("read", "bad")}
+    kinds = sum((Counter(state["kinds"]) for state in by_row.values()), Counter())
+    counts = {name: sum(state[name] for state in by_row.values()) for name in ("read", "bad")}
+    return by_row[0] | counts | {"kinds": dict(kinds)}
+
+
+def counts_of(position: Mapping[str, Any], batches: loader.Loader) -> dict[str, int]:
+    """Returns how many examples were read, how many of them were bad, by kind, and what is no example."""
+    kinds = {f"data/bad/{kind}": count for kind, count in sorted(position["kinds"].items())}
+    counts = {"data/read_examples": position["read"], "data/bad_examples": position["bad"], **kinds}
+    return counts | {"data/left_out": sum(batches.left_out.values())}
 
 
 class Evaluation:

@@ -8,6 +8,7 @@ import pytest
 
 from vlm_jax import catalogue, evaluators
 from vlm_jax.adapt import heads, methods, protocol
+from vlm_jax.adapt.methods import options_of
 from vlm_jax.adapt.protocol import _intervals, _summary
 from vlm_jax.adapt.recipe import Extended, Masked
 from vlm_jax.data import emoji
@@ -157,3 +158,13 @@ def test_fewer_shots_are_said(two_tower):
     assert found.notes[0].startswith(
         "6 of 6 classes do not have 9 training pictures: orangutan (2), service dog (2), gorilla (3), "
     )
+
+
+def test_options_of_one_method():
+    options = {"lora.steps": 20, "steps": 100, "learning_rate": 1e-2}
+    common = {"steps": 100, "learning_rate": 1e-2}
+    assert options_of(["lora", "coop"], options) == {"lora": common | {"steps": 20}, "coop": common}
+    with pytest.raises(UserError, match=r"option `lore\.steps` is `lore`; expected one of: lora, coop"):
+        options_of(["lora", "coop"], {"lore.steps": 3})
+    with pytest.raises(UserError, match="the method coop has no option `rank`"):
+        options_of(["lora", "coop"], {"lora.rank": 4, "coop.rank": 4})

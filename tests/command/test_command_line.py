@@ -108,7 +108,7 @@ def test_documented_commands_have_the_flags_they_are_given(monkeypatch):
     for name, *argv in documented():
         values = flags.FlagValues()
         commands.define(name, values)
-        left = values(configs.overrides([name, *argv])[0])
+        left = configs.parse(values, [name, *argv])
         own = COMMANDS[name]
         assert all(values[flag.name].value is not None for flag in own.all() if flag.needed), argv
         assert own.arguments or not left[1:], argv
@@ -119,13 +119,13 @@ def test_documented_commands_have_the_flags_they_are_given(monkeypatch):
 
 def test_help_names_what_there_is():
     from vlm_jax.zoo.load import load
-    from vlm_jax.zoo.save import WRITERS
+    from vlm_jax.zoo.save import FORMATS
 
     about = {flag.name: flag.help for own in COMMANDS.values() for flag in own.all()}
     for name in ("evaluate", "adapt"):
         shown = help_page.help_of(name)
         assert all(re.search(rf"\b{one}\b", shown) for one in catalogue.of(*COMMANDS[name].families))
-    assert set(about["format"].split(": ")[1].split(", ")) == set(WRITERS)
+    assert set(about["format"].split(": ")[1].split(", ")) == set(FORMATS)
     assert {flag.name for flag in LOADING} == load.__annotations__.keys() - {"spec", "mesh", "partition", "return"}
 
 

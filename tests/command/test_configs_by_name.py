@@ -22,10 +22,7 @@ def read(monkeypatch, tmp_path):
     def run(*given):
         values = flags.FlagValues()
         commands.define("train", values)
-        argv, changes = configs.overrides(["train", *given])
-        values(argv)
-        for path, text in changes.items():
-            configs.override(values.config, path, text)
+        configs.parse(values, ["train", *given])
         return values.config
 
     yield run

@@ -79,7 +79,7 @@ def test_mistakes(runs, tmp_path):
     results = tmp_path / "one" / "a" / "results.json"
     for damaged in ("{", "[]", "\udcff", "[" * 99_999):
         results.write_text(damaged, errors="surrogateescape")
-        with pytest.raises(UserError, match=r"results\.json cannot be read"):
+        with pytest.raises(UserError, match=r"results\.json (is not JSON|holds a list)"):
             read(runs)
     odd = {"a": None, "b/top1": 0.5, "b/top1/interval": 3, "b/notes": 1, "c": [1], "d/top1": float("nan"), "e": True}
     results.write_text(json.dumps(odd))

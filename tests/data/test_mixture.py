@@ -102,7 +102,11 @@ def test_resuming_equals_never_stopping(tables, kind, options):
     batches = loader.train_loader(**mixed, **options)
     assert plain(take(batches, 5)) == expected[:5]
     state = json.loads(json.dumps(batches.get_state()))
-    assert state == {"batch": 5, "read": 40, "bad": 0, "batch_size": 8, "num_examples": 47, "seed": 7}
+    assert state == {
+        "batch": 5, "read": 40, "bad": 0, "kinds": {}, "batch_size": 8, "num_examples": 47, "seed": 7,
+        "fingerprints": batches.fingerprints,
+    }  # fmt: skip
+    assert set(batches.fingerprints) == {"few", "many"}
     batches.close()
     again = loader.train_loader(**mixed)
     again.set_state(state)

@@ -22,8 +22,8 @@ from configs import clip
 from tests.support.released import unpack
 from vlm_jax import models
 from vlm_jax.data import emoji, sources, tokenizers
+from vlm_jax.data.class_lists import packaged
 from vlm_jax.data.train_tokenizer import corpus
-from vlm_jax.evaluators.classes import packaged
 from vlm_jax.pretrained import Pretrained
 
 ROOT = Path(__file__).parents[2]

@@ -8,6 +8,7 @@ from PIL import Image
 
 from tests.support.colours import COLOURS, ColourModel, unit
 from vlm_jax import evaluators
+from vlm_jax.data import class_lists
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators.sampling import evenly_spaced
 from vlm_jax.evaluators.tasks.pixel_neighbour import nearest_by_class, standardise
@@ -235,7 +236,7 @@ def test_packaged_classes_and_templates():
     assert (len(templates["imagenet80"]), len(templates["imagenet7"]), len(templates["cifar10"])) == (80, 7, 18)
     assert templates["imagenet80"][0] == "a bad photo of a {}." and templates["imagenet7"][0] == "itap of a {}."
     assert all(template.count("{}") == 1 for several in templates.values() for template in several)
-    assert (evaluators.classes.PACKAGED / "NOTICE").read_text().count("Copyright") == 3
+    assert (class_lists.PACKAGED / "NOTICE").read_text().count("Copyright") == 3
 
 
 def test_a_folder_names_its_own_classes(tmp_path):

@@ -300,3 +300,22 @@ def test_odd_values_are_no_texts_and_no_labels(tmp_path):
     assert evaluators.build(section)(ColourModel()).metrics["left_out"] == 1
     probe = {"type": "probe", "uri": uri, "label": "label", "train_split": None, "where": {"label": ["red"]}}
     assert evaluators.build(probe)(Colours()).metrics["train_examples"] == 2, "the labels `red` and 7"
+
+
+def test_two_tables_to_learn_from_and_to_name(tmp_path):
+    """Tables without splits: one to learn from, another to name; labels that are text."""
+    for name, count in (("train", 4), ("test", 2)):
+        rows = ["image,label"]
+        for i, colour in enumerate(["red", "blue"] * count):
+            shade = tuple(int((255 - 9 * i) * c) for c in COLOURS[colour])
+            Image.new("RGB", (8, 8), shade).save(tmp_path / f"{name}_{i}.png")
+            rows.append(f"{name}_{i}.png,{colour}")
+        (tmp_path / f"{name}.csv").write_text("\n".join(rows))
+    tables = {"uri": f"csv:{tmp_path}/test.csv", "train_uri": f"csv:{tmp_path}/train.csv", "label": "label"}
+    found = evaluators.build({"type": "probe", **tables})(Colours()).metrics
+    assert (found["top1"], found["train_examples"], found["examples"]) == (1.0, 8, 4)
+    methods = ("zero_shot", "tip_adapter")
+    found = few_shot(**tables, methods=methods, shots=2, seeds=1, options={"tip_adapter.alpha": 0.5})(Colours())
+    assert found.metrics["zero_shot/top1"] == found.metrics["tip_adapter/top1"] == 1.0
+    with pytest.raises(UserError, match=r"would name the pictures that are trained on; .* `train_uri`"):
+        few_shot(uri=tables["uri"], label="label", methods=("gda",))

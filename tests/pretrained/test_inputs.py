@@ -132,6 +132,9 @@ def test_the_model_as_people_meet_it():
     assert len(about) == 3 and about[0].startswith("Pretrained TwoTower, 1,283,969 parameters on one device")
     assert about[2] == "  can embed_images, embed_texts, logits, classify"
     assert clip == clip and len({clip, clip}) == 1
+    np.testing.assert_array_equal(clip.classify(PIXELS, ["cat", "dog"], "{}"), clip.classify(PIXELS, ["cat", "dog"]))
+    assert clip.classify(PIXELS, "cifar10").shape == (1, 10)
+    assert clip.classify(PIXELS, ["cat", "dog"], "imagenet7").shape == (1, 2)
     with pytest.raises(UserError, match=r"labels is the str `cat`; give a list: \['cat', ...\]"):
         clip.classify(PIXELS, "cat")
     assert {"load", "load_adapter", "save_pretrained", "Pretrained"} <= {*dir(vlm_jax)}

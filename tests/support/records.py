@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from vlm_jax.data import ops
+from vlm_jax.data import ops, rows
 
 
 def picture(height=48, width=64, seed=0):
@@ -34,3 +34,8 @@ def red_of(data):
 def run(string, record, seed=0, tokenizer=None):
     """The example that an op string makes of a record."""
     return ops.parse(string, tokenizer)(record, np.random.default_rng(seed))
+
+
+def collate(records, texts=False):
+    """The batch of some records."""
+    return rows.collate(records, rows.fields_of(records, texts))

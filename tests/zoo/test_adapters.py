@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import vlm_jax
 from tests.support.few_shot import GIVEN as GIVEN_SHAPES
@@ -15,6 +16,7 @@ from vlm_jax.adapt.recipe import tree
 from vlm_jax.adapt.tune import with_room
 from vlm_jax.convert import convert
 from vlm_jax.errors import UserError
+from vlm_jax.evaluate import evaluate
 from vlm_jax.models import insertion
 from vlm_jax.params.table import named_leaves
 
@@ -96,3 +98,15 @@ def test_another_size_keeps_the_adapter(adapted, tmp_path):
     assert larger.preprocess == "decode | resize(16) | normalize" and larger.classes == NAMES
     assert larger.model.insertions == adapted["lora"].model.insertions
     assert larger.classify(GIVEN).shape == (4, 3)
+
+
+def test_evaluated_with_its_head(adapted, tmp_path):
+    """zeroshot of a model with a head: the head names the pictures, whatever the order of the data set's classes."""
+    pixels = np.random.default_rng(2).integers(0, 255, (6, 8, 8, 3), np.uint8)
+    for i, picture in enumerate(pixels):
+        path = tmp_path / NAMES[i % 3] / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(picture).save(path)
+    right = adapted["tip_adapter"].classify(pixels).argmax(1) == np.arange(6) % 3
+    found = evaluate(adapted["tip_adapter"], "zeroshot", uri=f"folder:{tmp_path}", gallery=0)
+    assert found["zeroshot/top1"] == np.mean(right)

@@ -10,7 +10,8 @@ parameters alone:
     vlm_jax.load_adapter("runs/adapted/lora_0.safetensors", clip).classify(pictures)
 
 --method takes several methods, separated by commas; `vlm-jax methods` lists them. Training pictures are drawn from
---train_split. --base_to_new trains on half of the classes and tests the other half, too.
+--train_split. --base_to_new trains on half of the classes and tests the other half, too. After an interruption the same
+command continues after the last finished fit.
 """
 
 import dataclasses
@@ -20,13 +21,16 @@ from typing import Any
 
 from absl import flags
 
-from vlm_jax import command, evaluators, report
+from vlm_jax import __version__, command, config, evaluators, report
 from vlm_jax.command.commands import LOADING
-from vlm_jax.command.values import given
+from vlm_jax.command.values import data_uri, given
+from vlm_jax.data.files import write_json
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators.progress import Progress
 from vlm_jax.pretrained import Pretrained
-from vlm_jax.run.checkpoint import write_json
+from vlm_jax.run import processes
+from vlm_jax.run.checkpoint import params_sha256
+from vlm_jax.run.folder import claim, locked, released_on_failure
 from vlm_jax.zoo.adapters import save_adapter
 from vlm_jax.zoo.load import load
 
@@ -43,6 +47,8 @@ def adapt(
 ) -> dict[str, Any]:
     """Adapts a model, writes results.json, `METHOD_SEED.safetensors` and a report into `out`, and returns the results.
 
+    After an interruption the same call continues after the last finished fit.
+
     Args:
       pretrained: a two-tower model.
       out: the folder.
@@ -52,7 +58,7 @@ def adapt(
       **section: the other arguments of `protocol.few_shot`.
 
     Raises:
-      UserError: `out` holds results already.
+      UserError: `out` holds results, or an unfinished adaptation of other settings.
     """
     out, bar = Path(out).expanduser(), None
     if (out / "results.json").exists():
@@ -66,17 +72,23 @@ def adapt(
         if show:
             bar.update()
 
-    evaluator = evaluators.build({"type": "few_shot", "keep": keep, "methods": methods, "seeds": seeds, **section})
-    out.mkdir(parents=True, exist_ok=True)
-    result = evaluator(pretrained, progress=Progress(show=show))
-    if bar is not None:
-        bar.close()
-    numbers = result.as_results()
-    write_json(out / "results.json", numbers)
-    data = " ".join(filter(None, (section["uri"], section.get("split"))))
-    what = f"adaptation: {', '.join(methods)}, {seeds} draws of {section.get('shots', 16)} pictures a class"
-    report.save_about(out, what, model or pretrained.model, data, pretrained.params)
-    report.write(out)
+    section = {"methods": methods, "seeds": seeds, **section}
+    evaluator = evaluators.build({"type": "few_shot", "keep": keep, **section})
+    settings = {"adapter": section, "params_sha256": params_sha256(pretrained.params), "version": __version__}
+    with locked(out):
+        if mistake := claim(out, config.plain(settings), "adapter"):
+            raise UserError(f"{out} holds {mistake}")
+        progress = Progress(out / "progress" if processes.is_first() else None, show)
+        with released_on_failure(out):
+            numbers = evaluator(pretrained, progress=progress).as_results()
+        if bar is not None:
+            bar.close()
+        write_json(out / "results.json", numbers)
+        data = " ".join(filter(None, (section["uri"], section.get("split"))))
+        what = f"adaptation: {', '.join(methods)}, {seeds} draws of {section.get('shots', 16)} pictures a class"
+        report.save_about(out, what, model or pretrained.model, data, pretrained.params)
+        report.write(out)
+        progress.delete()
     return numbers
 
 
@@ -111,7 +123,8 @@ DATA = (
 
 
 def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer:
-    section = given(values, DATA) | {"uri": values.data, "methods": values.method}
+    section = given(values, DATA) | {"uri": data_uri(values), "methods": values.method}
+    section |= {"train_uri": data_uri(values, "train_data")} if values.train_data else {}
     section["options"] = given(values, ["option"]).get("option", {})
     with command.doing(f"loading {values.model}"):
         pretrained = load(values.model, **given(values, [flag.name for flag in LOADING]))

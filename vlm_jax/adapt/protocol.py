@@ -12,9 +12,9 @@ import jax
 import numpy as np
 
 from vlm_jax import catalogue, config
-from vlm_jax.adapt.methods import check_options, fit, is_head
+from vlm_jax.adapt.methods import fit, is_head, options_of
 from vlm_jax.adapt.task import Shots, Task, named_right, right
-from vlm_jax.data.sources import open_source, select
+from vlm_jax.data.sources import open_source, select, train_split_of
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators import classes as class_names
 from vlm_jax.evaluators import metrics
@@ -64,6 +64,7 @@ def few_shot(
     *,
     uri: str,
     split: str | None = None,
+    train_uri: str | None = None,
     train_split: str | None = "train",
     label: str | None = None,
     classes: str | Sequence[str] | Mapping[int, str] | None = None,
@@ -92,12 +93,12 @@ def few_shot(
     intervals are of the pictures to name, not of the draws. Notes: classes with fewer pictures than `shots`, or none.
 
     Args:
-      uri, split, train_split, label, where, train_where, ops, batch_size, memory_share: as for `probe`.
+      uri, split, train_uri, train_split, label, where, train_where, ops, batch_size, memory_share: as for `probe`.
       classes: the labels that count, with their names, see `classes.read`; defaults to the data set's own names that
         have training pictures. Labels of all data sets are found by name, see `labels.Classes`.
       templates: prompts, see `classes.read_templates`.
       methods: names, see `vlm-jax methods`; defaults to all heads.
-      options: options that every one of the methods has: steps, learning_rate, rank, ...
+      options: options that every one of the methods has: steps, learning_rate, rank, ...; `lora.steps` is lora's alone.
       shots: training pictures of each class; a smaller class gives all its pictures but one to choose on.
       pool: training pictures without labels, for methods that use such pictures: of the classes, drawn anew by each
         seed, none among the pictures of any draw.
@@ -109,19 +110,20 @@ def few_shot(
       keep: is called with method, seed and adapted model.
     """
     fits = {method: fit(method) for method in (catalogue.of("heads") if methods is None else methods)}
-    for name in fits:
-        check_options(name, options or {})
+    options = options_of(fits, options or {})
     if shots < 1 or seeds < 1:
         raise UserError(f"few_shot wants shots and seeds of 1 or more; got {shots} and {seeds}")
     if pool < 0:
         raise UserError(f"few_shot wants a pool of 0 pictures or more; got {pool}")
+    train_uri = train_uri or uri
+    train_split = train_split_of(train_uri, train_split)
     if label is None:
-        label = class_names.find_label(open_source(uri, train_split), f"data set `{uri}`")
+        label = class_names.find_label(open_source(train_uri, train_split), f"data set `{train_uri}`")
     prompts = class_names.read_templates(templates)
-    named = _trained_names(uri, train_split, label, train_where) if classes is None else class_names.read(classes)
+    named = _trained_names(train_uri, train_split, label, train_where) if classes is None else class_names.read(classes)
     main = Test(uri, split, where, label, named)
     tests = _tests(main, tests or {}, base_to_new, given=classes is not None)
-    training = Test(uri, train_split, train_where, label, tests[""].named)
+    training = Test(train_uri, train_split, train_where, label, tests[""].named)
     _check_apart(training, tests)
     pictures = not all(is_head(method) for method in fits)
     limit = memory_limit(memory_share)
@@ -156,25 +158,34 @@ def few_shot(
             known = _shots(passes["train"].tables["train"], pictures)
             place = drawn[passes["train"].tables["train"].read("position")]  # of the readable pictures
             queries = {name: _shots(passes[f"test_{name}"].tables[f"test_{name}"], pictures) for name in tests}
-            scale, shares = math.exp(float(pretrained.params["logit_scale"])), {}
+            scale, shares, row = math.exp(float(pretrained.params["logit_scale"])), {}, -1
             columns = {name: _columns(test.names, training.names) for name, test in tests.items()}
+            fitted = progress.table("fits", limit)  # a row for each seed and method: which pictures are named right
             for seed, draw in enumerate(draws):
                 few, validation = _parts(known, np.flatnonzero(np.isin(place, draw)), shots, seed)
                 others = _part(known, np.isin(place, pools[seed]))
                 others = others._replace(labels=np.full_like(others.labels, -1)) if pool else None
                 task = Task(training.names, prompts, texts[""], scale, seed, others)
                 for method, adapt in fits.items():
-                    adapted = adapt(pretrained, few, validation, task, **(options or {}))
-                    if keep is not None:
-                        keep(method, seed, adapted)
-                    for name, test in tests.items():
-                        if method == "zero_shot":  # all hosts have embedded the texts, above
-                            share = right(queries[name].features @ texts[name].T, queries[name])
-                        elif adapted.head is None or columns[name] is not None:
-                            share = named_right(pretrained, adapted, queries[name], test.names, columns[name])
-                        else:  # a head knows only the classes that it was trained on
-                            continue
-                        shares.setdefault((method, name), []).append(share)
+                    row += 1
+                    if row >= len(fitted):  # else it ended before an interruption
+                        adapted, found = adapt(pretrained, few, validation, task, **options[method]), {}
+                        if keep is not None:
+                            keep(method, seed, adapted)
+                        for i, (name, test) in enumerate(tests.items()):
+                            if method == "zero_shot":  # all hosts have embedded the texts, above
+                                share = right(queries[name].features @ texts[name].T, queries[name])
+                            elif adapted.head is None or columns[name] is not None:
+                                share = named_right(pretrained, adapted, queries[name], test.names, columns[name])
+                            else:  # a head knows only the classes that it was trained on
+                                share = np.full(len(queries[name].labels), np.nan)
+                            found[f"test_{i}"] = share[None]
+                        fitted.append(**found)
+                        progress.save(now=True)
+                    for i, name in enumerate(tests):
+                        (share,) = fitted.read(f"test_{i}", slice(row, row + 1))
+                        if not np.isnan(share).any():
+                            shares.setdefault((method, name), []).append(share)
             examples = len(queries[""].labels)
             numbers = {"examples": float(examples), "left_out": float(passes["test_"].num_examples - examples)}
             notes = fewer(training.names, labels, shots, kept=1)
@@ -258,7 +269,7 @@ def _check_apart(training: Test, tests: Mapping[str, Test]) -> None:
         if (test.uri, test.split, test.where) == (training.uri, training.split, training.where):
             raise UserError(
                 f"few_shot: test `{name or 'split'}` would name the pictures that are trained on; "
-                "give another split, or where and train_where"
+                "give another split, `train_uri` (--train_data), or where and train_where"
             )
 
 

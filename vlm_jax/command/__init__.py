@@ -4,8 +4,10 @@ import contextlib
 import importlib
 import json
 import math
+import multiprocessing
 import os
 import shlex
+import signal
 import sys
 import threading
 import time
@@ -67,6 +69,8 @@ def run(name: str, main: Main | None = None) -> None:
     logging.set_verbosity(logging.WARNING)
     shown = lambda record: "orbax" not in record.pathname or logging.get_verbosity() >= logging.INFO
     logging.get_absl_logger().addFilter(shown)
+    global interrupts
+    interrupts = _Interrupts()
     try:
         app.run(partial(_answer, name, main), flags_parser=partial(_parse, name))
     except (Exception, KeyboardInterrupt) as error:
@@ -76,9 +80,53 @@ def run(name: str, main: Main | None = None) -> None:
             one.close()
         if sys.stderr.isatty():
             print(WIPED, end="", file=sys.stderr)
-        line, status = told(error)
+        # an interrupt inside of a library may come out as another error
+        line, status = told(error if interrupts.came is None else KeyboardInterrupt())
         print(f"error: {line}", file=sys.stderr)
-        sys.exit(status)
+        _leave(status)
+
+
+interrupts = None  # of the running command
+
+
+class _Interrupts:
+    """Raises KeyboardInterrupt at the first Ctrl-C and remembers it; one more, a second later, ends the process.
+
+    A KeyboardInterrupt in a finalizer or a callback is dropped by Python, one in a library perhaps by its `except:`.
+    """
+
+    def __init__(self):
+        self.came, self._dropped = None, sys.unraisablehook
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # not a job in the background
+            signal.signal(signal.SIGINT, self._raise)
+            sys.unraisablehook = self._again
+
+    def check(self) -> None:
+        """Raises a KeyboardInterrupt that a library has dropped."""
+        if self.came is not None:
+            raise KeyboardInterrupt
+
+    def _again(self, dropped) -> None:
+        if dropped.exc_type is not KeyboardInterrupt:
+            return self._dropped(dropped)
+        self.came = None
+        threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
+
+    def _raise(self, *_):
+        if self.came is None:
+            self.came = time.monotonic()
+            raise KeyboardInterrupt
+        if time.monotonic() - self.came > 1:  # a terminal and its shell may both send the first
+            _leave(told(KeyboardInterrupt())[1])
+
+
+def _leave(status: int) -> None:
+    """Ends the process and its workers without waiting for threads: some crash, or block, while Python shuts down."""
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -113,6 +161,8 @@ def doing(what: str, seen: bool = True) -> Iterator[None]:
       what: the activity, e.g. "compiling the train step".
       seen: False shows nothing.
     """
+    if interrupts is not None:
+        interrupts.check()
     ended, began = threading.Event(), time.monotonic()
 
     def tell():
@@ -155,8 +205,7 @@ def _answer(name: str, main: Main | None, argv: Sequence[str]) -> int:
         return 0
     show(json.dumps(_finite(answer.results), allow_nan=False) if values.json else answer.text)
     if answer.at_once:
-        sys.stderr.flush()
-        os._exit(answer.status)
+        _leave(answer.status)
     return answer.status
 
 
@@ -169,15 +218,16 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _underscored(argument: str) -> str:
+    """Spells a flag's name with underscores: --allow-outside=true -> --allow_outside=true."""
+    name, equals, value = argument.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else argument
+
+
 def _parse(name: str, argv: Sequence[str]) -> Sequence[str]:
     """Parses the flags and returns the remaining arguments."""
     try:
-        argv, changes = configs.overrides(argv) if "config" in flags.FLAGS else (list(argv), {})
-        left = flags.FLAGS(argv)
-        if "config" in flags.FLAGS and flags.FLAGS.config is not None:
-            getattr(flags.FLAGS.config, "lock", None)  # any use raises the deferred error of a missing file
-            for path, text in changes.items():
-                configs.override(flags.FLAGS.config, path, text)
+        left = configs.parse(flags.FLAGS, [_underscored(argument) for argument in argv])
     except (UserError, flags.Error, TypeError, ValueError, OSError) as error:
         message = str(error).removeprefix("flag ")
         if isinstance(error, OSError):  # a config file; the last line has the reason

@@ -70,6 +70,7 @@ DISTRIBUTED = text("distributed", "On several hosts: auto, or address:port,proce
 
 MODEL = text("model", "A workdir, a folder, a file, hf:org/name, pkg:package/path", needed=True)
 DATA = text("data", "Data set: tfds:, wds:, jsonl:, csv:, folder:", needed=True)
+OUTSIDE = switch("allow_outside", "Pictures may be outside of the data set's folder")
 LABELLED = (
     text("split", "The data set's split"),
     several("where", "Records that count: field=value,value; repeatable"),
@@ -77,6 +78,7 @@ LABELLED = (
     text("classes", "imagenet, emoji:seen, emoji:subgroups, a file, a list (the data set's own)"),
     several("templates", "imagenet80, a file, a prompt with {}; repeatable"),
     whole("batch_size", "Pictures at a time over all devices", 256),
+    OUTSIDE,
 )
 ADAPTER = path("adapter", "File of an adapted model, made by `vlm-jax adapt`")
 LOADING = (  # the arguments of `vlm_jax.load`
@@ -113,6 +115,7 @@ COMMANDS = {
                 listed("captions", "retrieval, captions: the fields with captions"),
                 text("template", "retrieval: a prompt, {} for the caption"),
                 listed("ks", "retrieval: the k of recall@k, e.g. 1,5,10"),
+                text("train_data", "probe: data set to learn from (--data)"),
                 whole("gallery", "Pictures in the report (24)"),
                 several("option", "Any other argument of the task: name=value; repeatable"),
             ),
@@ -137,7 +140,8 @@ COMMANDS = {
                 whole("shots", "Training pictures of each class", 16),
                 whole("pool", "Training pictures without labels, for methods that use such pictures", 0),
                 whole("seeds", "Number of random draws", 3),
-                text("train_split", "The split to draw from (train); --train_split= for data without splits"),
+                text("train_data", "Data set to draw from (--data), e.g. csv:train.csv beside --data=csv:test.csv"),
+                text("train_split", "The split to draw from (train)"),
                 several("train_where", "Records of that split that count: field=value,value; repeatable"),
                 switch("base_to_new", "Train on half of the classes, test the others as well"),
                 several("option", "Options of the methods: steps=100, learning_rate=1e-3, rank=8; repeatable"),
@@ -165,6 +169,7 @@ COMMANDS = {
                 path("out", "Folder of the embeddings", needed=True),
                 text("split", "The data set's split"),
                 whole("batch_size", "Pictures at a time", 64),
+                OUTSIDE,
                 DISTRIBUTED,
             )
         }

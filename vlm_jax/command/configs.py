@@ -41,26 +41,23 @@ def locate(spec: str) -> str:
 
 
 def define(name: str, default: str | None, help_text: str, flag_values: flags.FlagValues) -> None:
-    """Defines the flag of a config, a file or a name; `overrides` and `override` change the config's values."""
+    """Defines the flag of a config, a file or a name; `parse` also reads its overrides."""
     config_flags.DEFINE_config_file(name, default, help_text, flag_values=flag_values, sys_argv=[""])
     flag_values[name].parser = _Parser(name)
 
 
-def overrides(argv: Sequence[str], name: str = "config") -> tuple[list[str], dict[str, str]]:
-    """Returns the other arguments, and {"optimizer.lr": "1e-3"} of `--config.optimizer.lr=1e-3`.
-
-    Raises:
-      UserError: an override has no value.
-    """
-    others, found = [], {}
-    for argument in argv:
-        if not (match := re.match(rf"--?{name}\.([^=]+)(=?)", argument)):
-            others.append(argument)
-        elif not match[2]:
-            raise UserError(f"{argument} has no value; write {argument}=VALUE")
-        else:
-            found[match[1]] = argument[match.end() :]
-    return others, found
+def parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
+    """Parses flags, then sets the values of the config that `--config.KEY=VALUE` gives; returns the other arguments."""
+    given = [re.match(r"--?config\.([^=]+)(=?)(.*)", argument, re.S) for argument in argv]
+    overrides = [match for match in given if match] if "config" in values else []
+    left = values([argument for argument in argv if argument not in {match[0] for match in overrides}])
+    if "config" in values and values.config is not None:
+        getattr(values.config, "lock", None)  # any use raises the deferred error of a missing file
+        for match in overrides:
+            if not match[2]:
+                raise UserError(f"{match[0]} has no value; write {match[0]}=VALUE")
+            override(values.config, match[1], match[3])
+    return left
 
 
 def override(config: ConfigDict, path: str, text: str) -> None:
@@ -109,8 +106,8 @@ class _Parser(config_flags.config_flags.ConfigFileFlagParser):
     def parse(self, path: str):
         located = locate(path)
         # a config given by name imports its neighbours from its own folder, even if the working directory has `configs`
-        finders = [_Neighbours, *sys.meta_path] if located != path else [*sys.meta_path, _Neighbours]
-        sys.meta_path[:] = dict.fromkeys(finders)
+        others = [finder for finder in sys.meta_path if finder is not _Neighbours]
+        sys.meta_path[:] = [_Neighbours, *others] if located != path else [*others, _Neighbours]
         return super().parse(located)
 
 

@@ -3,11 +3,12 @@
 import html
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from vlm_jax import command
 from vlm_jax.config import flatten
+from vlm_jax.data.files import read_json, replacing
 from vlm_jax.errors import UserError
 from vlm_jax.report import about
 from vlm_jax.report.page import series
@@ -60,10 +61,10 @@ def read(paths: Sequence[str]) -> list[Run]:
     return [
         Run(
             "/".join(folder.parts[-depth:]),
-            _read(folder / "results.json"),
+            read_json(folder / "results.json"),
             series(folder),
-            _read(folder / "config.json", flatten),
-            _read(folder / about.NAME),
+            _settings_of(folder / "config.json"),
+            read_json(folder / about.NAME),
         )
         for folder in folders
     ]
@@ -128,7 +129,8 @@ def page(runs: Sequence[Run], compared: dict[str, Any], out: str | pathlib.Path)
     out = pathlib.Path(out).expanduser().absolute()
     out = out / "index.html" if out.is_dir() or not out.suffix else out
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(document(" / ".join(head[1:]), sections), encoding="utf-8", errors="replace")
+    with replacing(out) as file:
+        file.write(document(" / ".join(head[1:]), sections).encode("utf-8", "replace"))
     return out
 
 
@@ -148,14 +150,8 @@ def _settings(runs: Sequence[Run], values: dict[str, Any], width: int) -> list[s
     return [cell if len(cell) <= width else f"{cell[: width - 1]}…" for cell in cells]
 
 
-def _read(path: pathlib.Path, change: Callable[[dict], dict] = dict) -> dict[str, Any]:
-    """A file of JSON, changed; {} if it is missing."""
-    if not path.is_file():
-        return {}
+def _settings_of(path: pathlib.Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it should hold an object of JSON")
-        return change(found)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        return flatten(read_json(path))
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply for a config") from None

@@ -13,6 +13,7 @@ from absl import flags
 
 from vlm_jax import command
 from vlm_jax.data import tokenizers
+from vlm_jax.data.files import replacing
 from vlm_jax.data.source import BadExample, Source, field
 from vlm_jax.data.sources import open_source
 from vlm_jax.errors import UserError
@@ -39,7 +40,9 @@ def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer:
     out = pathlib.Path(values.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with command.doing("learning the tokens"):
-        out.write_text(tokenizers.train(texts, values.vocab_size), encoding="utf-8")
+        trained = tokenizers.train(texts, values.vocab_size)
+    with replacing(out) as file:
+        file.write(trained.encode())
     size = tokenizers.build(f"json:{out}").vocab_size
     return command.Answer(
         {"out": str(out), "vocab_size": size, "texts": len(texts)}, f"{out}: {size} tokens from {len(texts)} texts"

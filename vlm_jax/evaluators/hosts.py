@@ -20,12 +20,13 @@ class Hosts:
       rows: the rows of a batch that this process reads; None: all. Processes whose devices hold the same rows (the
         mesh's `tensor` axis) read the same rows.
       first: whether this process counts and writes.
+      several: whether the model runs on several processes.
     """
 
     def __init__(self, mesh: Mesh | None, batch_size: int):
         self.batch_size, self.rows, self.first = batch_size, None, True
-        self._several = mesh is not None and len({device.process_index for device in mesh.devices.flat}) > 1
-        if self._several:
+        self.several = mesh is not None and len({device.process_index for device in mesh.devices.flat}) > 1
+        if self.several:
             shards = mesh.shape["data"] * mesh.shape["fsdp"]
             self.batch_size = -(-batch_size // shards) * shards
             self.rows = sharding.rows_of_process(mesh, self.batch_size)
@@ -33,7 +34,7 @@ class Hosts:
 
     def place(self, pretrained: Any) -> Any:
         """The model with batch size `batch_size`: it embeds such a batch as one, in the order of the rows."""
-        return dataclasses.replace(pretrained, batch_size=self.batch_size) if self._several else pretrained
+        return dataclasses.replace(pretrained, batch_size=self.batch_size) if self.several else pretrained
 
     def whole(self, images: Any) -> Any:
         """Puts this process's rows (a tree of arrays [b, ...]) at their places in arrays [batch_size, ...].
@@ -58,4 +59,4 @@ class Hosts:
 
     def from_first(self, value: Any) -> Any:
         """The first process's JSON-able value."""
-        return processes.exchange(value)[0] if self._several else value
+        return processes.exchange(value)[0] if self.several else value

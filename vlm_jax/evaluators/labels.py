@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax.data.class_lists import packaged
 from vlm_jax.data.source import is_number
 from vlm_jax.errors import UserError
-from vlm_jax.evaluators.classes import packaged
 
 SHOWN = 5  # names in a message
 

@@ -26,6 +26,7 @@ from vlm_jax.evaluators.labels import Classes, Look, some, strangers
 from vlm_jax.evaluators.progress import Progress, Table
 from vlm_jax.evaluators.records import read_fields
 from vlm_jax.evaluators.result import Result
+from vlm_jax.run import processes
 
 Columns = Mapping[str, np.ndarray]
 
@@ -110,6 +111,7 @@ class Pass:
             uri=uri, split=split, where=where, ops=ops, tokenizer=getattr(pretrained, "tokenizer", None),
             batch_size=self._hosts.batch_size, rows=self._hosts.rows,
         )  # fmt: skip
+        processes.check_equal({uri: self._batches.examples.fingerprint()}, "data")
         self._progress, self._data, self._inputs = progress or Progress(), (uri, split), inputs
         self._memory, self._name = memory, name
         self.pretrained = self._hosts.place(pretrained)

@@ -1,18 +1,19 @@
 """The saved progress of an evaluation, which continues after a kill: rows in bounded memory or files."""
 
-import json
+import logging
 import math
 import os
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from vlm_jax.data.files import naming, read_kept, write_json
 from vlm_jax.errors import UserError
-from vlm_jax.run.checkpoint import write_json
 
 SAVE_SECONDS = 1.0  # at most this much work, and one batch, is repeated after a kill
 
@@ -64,8 +65,9 @@ class Table:
             rows = np.ascontiguousarray(columns[column], dtype)
             if rows.shape[1:] != shape:
                 raise ValueError(f"column `{column}` of `{self._name}` has rows {shape}; got {rows.shape[1:]}")
-            self._files[column].seek(self._rows * self._row_bytes(column))
-            self._files[column].write(rows.tobytes())
+            with naming(self._folder or tempfile.gettempdir()):
+                self._files[column].seek(self._rows * self._row_bytes(column))
+                self._files[column].write(rows.tobytes())
         self._rows += len(rows)
         if self.in_memory and self._rows * sum(map(self._row_bytes, self._columns)) > self._limit:
             self.in_memory = False
@@ -83,8 +85,9 @@ class Table:
     def layout(self) -> dict[str, Any]:
         """Flushes the files to disk; returns the `saved` argument that opens the table again, JSON-able."""
         for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
+            with naming(self._folder or tempfile.gettempdir()):
+                file.flush()
+                os.fsync(file.fileno())
         columns = {column: [dtype.str, list(shape)] for column, (dtype, shape) in self._columns.items()}
         return {"rows": self._rows, "columns": columns}
 
@@ -118,8 +121,11 @@ class Progress:
         self._saved_at = time.monotonic()
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if (self.folder / "progress.json").exists():
-                self._record = json.loads((self.folder / "progress.json").read_text())
+            saved = read_kept(self.folder / "progress.json")
+            if saved is not None and not _is_whole(saved, self.folder):
+                logging.warning("%s is damaged; the evaluation starts anew", self.folder)
+                saved = None
+            self._record = saved or self._record
         self._facts = dict(self._record["facts"])  # of the saved progress
 
     def begin(self, **facts: int | str) -> dict[str, int]:
@@ -158,3 +164,18 @@ class Progress:
             table.close()
         if self.folder is not None:
             shutil.rmtree(self.folder)
+
+
+def _is_whole(record: Mapping[str, Any], folder: Path) -> bool:
+    """Returns whether saved progress has facts, counters and tables, and files with as many rows."""
+    try:
+        counts = all(type(count) in (int, float) for count in record["counts"].values())
+        for name, table in record["tables"].items():
+            for column, (dtype, shape) in table["columns"].items():
+                row = np.dtype(dtype).itemsize * math.prod(shape)
+                numbers = np.dtype(dtype).kind in "biuf" and row >= 0 and table["rows"] >= 0 and "/" not in column
+                if not numbers or (folder / f"{name}.{column}").stat().st_size < table["rows"] * row:
+                    return False
+        return counts and isinstance(record["facts"], dict)
+    except (LookupError, TypeError, ValueError, AttributeError, OSError, RecursionError):
+        return False

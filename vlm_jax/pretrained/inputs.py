@@ -6,10 +6,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import numpy as np
 from PIL import Image
 
+from vlm_jax.data import class_lists
 from vlm_jax.errors import UserError
+from vlm_jax.models import vocabulary
 
 log = logging.getLogger(__name__)
 KINDS = "a PIL image, a path, encoded bytes, an open binary file, or an array [H, W], [H, W, C] or [C, H, W]"
@@ -49,11 +52,31 @@ def texts(values: Any) -> list[str]:
     return several
 
 
-def names(values: Any, what: str) -> list[str]:
-    """Returns class names or templates, a list of str; raises UserError for one str: its letters are no names."""
-    if isinstance(values, str):
-        raise UserError(f"{what} is the str `{values:.60}`; give a list: [{values!r:.60}, ...]")
-    return texts(values)
+def labels(values: Any) -> list[str]:
+    """Returns class names of a list of str, or of the name or file of a list, see `class_lists.read`.
+
+    Raises:
+      UserError: the labels are another str, whose letters are no names, or something is no str.
+    """
+    if not isinstance(values, str):
+        return texts(values)
+    known = values in class_lists.packaged("classes") or values.startswith("emoji:")
+    if known or values.endswith((".txt", ".json")):
+        return list(class_lists.read(values).values())
+    raise UserError(f"labels is the str `{values:.60}`; give a list: [{values!r:.60}, ...]")
+
+
+def known_ids(model: nn.Module, tokenizer: Any, token_ids: np.ndarray) -> np.ndarray:
+    """Returns token ids, int [n, L]; raises UserError if the model's vocabulary lacks one."""
+    where = f"tokenizer `{getattr(tokenizer, 'spec', None)}`"
+    vocabulary.check_ids({"token_ids": token_ids}, vocabulary.vocab_size(model), where)
+    return token_ids
+
+
+def cut(token_ids: np.ndarray, pad_id: int) -> np.ndarray:
+    """Returns int [n, L] without the padding common to all rows, of few lengths: padding costs as much as tokens."""
+    longest = int(np.max(np.nonzero(token_ids != pad_id)[1], initial=0)) + 1
+    return token_ids[:, : max(1 << (longest - 1).bit_length(), 8)]
 
 
 def _pictures(images: Any) -> list:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vlm_jax.config import call, choose
-from vlm_jax.data import ops
+from vlm_jax.data import class_lists, ops
 from vlm_jax.data.source import BadExample
 from vlm_jax.errors import UserError
 from vlm_jax.models import generate, insertion
@@ -171,7 +171,7 @@ class Pretrained:
         return logits
 
     def class_logits(
-        self, images: Any, labels: Sequence[str] | None = None, templates: Sequence[str] | None = None
+        self, images: Any, labels: str | Sequence[str] | None = None, templates: str | Sequence[str] | None = None
     ) -> np.ndarray:
         """Returns logits of preprocessed images [B, H, W, 3] for every label, float32 [B, labels].
 
@@ -180,15 +180,17 @@ class Pretrained:
 
         Args:
           images: [B, H, W, 3].
-          labels: class names; defaults to the classes that the model was adapted to. A head knows only these.
-          templates: prompts with a `{}` for the name; defaults to the model's own (`{}` without adaptation).
+          labels: class names, or a list of names such as "cifar10"; defaults to the classes that the model was adapted
+            to. A head knows only these.
+          templates: a prompt with a `{}` for the name, several, or a list of prompts such as "imagenet80"; defaults to
+            the model's own (`{}` without adaptation).
         """
-        labels = self.classes if labels is None else inputs.names(labels, "labels")
+        labels = self.classes if labels is None else inputs.labels(labels)
         if not labels:
             raise UserError("classify needs labels: this model was not adapted to any")
         if self.head is not None:
             return self._head_logits(images, labels, templates)
-        templates = self.templates if templates is None else inputs.names(templates, "templates")
+        templates = self.templates if templates is None else class_lists.read_templates(templates)
         if not self.compares_pairs:
             self._need("text")
             with ThreadPoolExecutor(1) as pool:  # compiles two programs at the same time
@@ -213,7 +215,7 @@ class Pretrained:
         return logits if same else logits[:, [self.classes.index(label) for label in labels]]
 
     def classify(
-        self, images: Any, labels: Sequence[str] | None = None, templates: Sequence[str] | None = None
+        self, images: Any, labels: str | Sequence[str] | None = None, templates: str | Sequence[str] | None = None
     ) -> np.ndarray:
         """Returns probabilities float32 [n, labels]: the softmax over labels of `class_logits`.
 
@@ -294,7 +296,7 @@ class Pretrained:
             rng, common = jax.random.key(seed), dict(length=length, special=special, rules=rules)
             return generate.sample(model, params, images, rng, given, greedy=method == "greedy", **common).token_ids
 
-        return [ids.decode(row) for row in self._run(write, images)]
+        return [ids.decode(row) for row in self._run(write, self._checked(images) if self.reads_texts else images)]
 
     def score(self, inputs: Sequence, texts: Sequence[str]) -> np.ndarray:
         """Returns log p(text i | input i), summed over tokens, float32 [n]; inputs are pictures or texts."""
@@ -316,14 +318,15 @@ class Pretrained:
     def target_log_likelihood(self, inputs: Any, target_ids: np.ndarray) -> np.ndarray:
         """Returns log p(target i | input i) of target ids int [B, L] and the model's inputs, float32 [B]."""
         pad = self.tokenizer.pad_id
+        pairs = (self._checked(inputs) if self.reads_texts else inputs), self._checked(target_ids)
         run = lambda model, params, pairs: log_likelihood(model, params, *pairs, pad_id=pad)
-        return self._run(run, (inputs, target_ids))
+        return self._run(run, pairs)
 
     def _inputs(self, values: Sequence) -> Any:
         """The input of the decoder's context: preprocessed pictures, or texts, int32 [n, L]."""
         if not self.reads_texts:
             return self._pictures(values)
-        return _cut(self._token_ids(values), self.tokenizer.pad_id)
+        return inputs.cut(self._token_ids(values), self.tokenizer.pad_id)
 
     def _pictures(self, images: Any) -> Any:
         """Preprocessed, a tree of arrays [n, ...]."""
@@ -340,13 +343,17 @@ class Pretrained:
 
     def _token_ids(self, texts: Sequence[str]) -> np.ndarray:
         """int32 [n, L]."""
-        return self._prepare("text", self.tokenize, [{"text": text} for text in inputs.texts(texts)], "token_ids")
+        records = [{"text": text} for text in inputs.texts(texts)]
+        return self._checked(self._prepare("text", self.tokenize, records, "token_ids"))
+
+    def _checked(self, token_ids: np.ndarray) -> np.ndarray:
+        return inputs.known_ids(self.model, self.tokenizer, token_ids)
 
     def _target_ids(self, texts: Sequence[str]) -> np.ndarray:
         """int32 [n, L], the decoder's targets: without the start token."""
         token_ids = self._token_ids(texts)
         if self.reads_texts:
-            return _cut(token_ids, self.tokenizer.pad_id)
+            return inputs.cut(token_ids, self.tokenizer.pad_id)
         return token_ids[:, 1:] if (token_ids[:, 0] == self.model.decoder.start_id).all() else token_ids
 
     def _prepare(self, modality: str, string: str, records: list[dict], field: str) -> Any:
@@ -390,9 +397,3 @@ class Pretrained:
         if embeddings.is_fully_addressable:
             return embeddings
         return jax.jit(lambda x: x, out_shardings=sharding.replicated(self.mesh))(embeddings)
-
-
-def _cut(token_ids: np.ndarray, pad_id: int) -> np.ndarray:
-    """Cuts padding common to all rows of int [n, L], to few lengths: padding costs as much as tokens."""
-    longest = int(np.max(np.nonzero(token_ids != pad_id)[1], initial=0)) + 1
-    return token_ids[:, : max(1 << (longest - 1).bit_length(), 8)]

@@ -1,6 +1,5 @@
 """Facts about a run, kept beside its results and shown on top of its page."""
 
-import json
 import pathlib
 import platform
 import time
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 
 from vlm_jax import __version__, command
+from vlm_jax.data.files import write_json
 
 NAME = "run.json"
 
@@ -39,5 +39,4 @@ def save_about(workdir: str | pathlib.Path, what: str, model: Any, data: str, pa
     }
     if command.line is not None:
         facts["command"] = command.line
-    text = json.dumps(facts, indent=2, ensure_ascii=False)
-    (pathlib.Path(workdir) / NAME).write_text(text, encoding="utf-8")
+    write_json(pathlib.Path(workdir) / NAME, facts)

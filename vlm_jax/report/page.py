@@ -6,6 +6,7 @@ Missing files are skipped: a run that has only begun, or an evaluation alone, ha
 
 import html
 import json
+import logging
 import pathlib
 import re
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax.data.files import read_json, read_jsonl, read_kept, replacing, write_json
 from vlm_jax.report import about
 from vlm_jax.report.values import is_count
 
@@ -37,34 +39,33 @@ def save_artifacts(workdir: str | pathlib.Path, name: str, artifacts: Mapping[st
     rest = {key: value for key, value in flat.items() if key not in arrays}
     stem = pathlib.Path(workdir) / "artifacts" / re.sub(r"[^\w.-]", "_", name)
     stem.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(f"{stem}.npz", **arrays)
-    pathlib.Path(f"{stem}.json").write_text(json.dumps({"name": name, "artifacts": rest}), encoding="utf-8")
+    with replacing(f"{stem}.npz") as out:
+        np.savez_compressed(out, **arrays)
+    write_json(f"{stem}.json", {"name": name, "artifacts": rest})
 
 
 def load_artifacts(workdir: str | pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Returns evaluation -> its artifacts, by flat names: "gallery/images" and so on."""
+    """Returns evaluation -> its artifacts, by flat names: "gallery/images" and so on; leaves out damaged ones."""
     found = {}
     for path in sorted(pathlib.Path(workdir).glob("artifacts/*.json")):
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        with np.load(path.with_suffix(".npz")) as arrays:
-            found[saved["name"]] = saved["artifacts"] | dict(arrays)
+        try:
+            saved = read_json(path)
+            with np.load(path.with_suffix(".npz")) as arrays:
+                found[str(saved["name"])] = {**saved["artifacts"], **arrays}
+        except Exception as error:  # numpy, zipfile and zlib raise many kinds
+            logging.warning("%s: the artifacts are damaged and left out of the report (%s)", path, error)
     return found
 
 
 def series(workdir: str | pathlib.Path) -> dict[str, tuple[list[float], list[float]]]:
     """Returns metric -> (steps, values) of a run's metrics.jsonl, for `figures.curves`.
 
-    Counts and evaluations that ran once are left out; a line that a kill cut short ends the file.
+    Counts and evaluations that ran once are left out.
     """
     found: dict[str, tuple[list, list]] = {}
-    path = pathlib.Path(workdir) / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            break
+    for entry in read_jsonl(pathlib.Path(workdir) / "metrics.jsonl"):
         for name, value in entry.items():
-            if not is_count(name) and isinstance(value, int | float):
+            if not is_count(name):
                 steps, values = found.setdefault(name, ([], []))
                 steps.append(entry["step"])
                 values.append(value)
@@ -81,11 +82,11 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
     workdir = pathlib.Path(workdir).absolute()
     folder = workdir / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    results = _read_json(workdir / "results.json")
+    results = read_kept(workdir / "results.json") or {}
     evaluations = load_artifacts(workdir)
     order = list(dict.fromkeys(key.partition("/")[0] for key in results))
     place = lambda name: order.index(name) if name in order else len(order)
-    sections = [facts_table(_read_json(workdir / about.NAME)), results_tables(results), data_table(results)]
+    sections = [facts_table(read_kept(workdir / about.NAME) or {}), results_tables(results), data_table(results)]
     if lines := series(workdir):
         shown = figure(curves(lines), "curves over training steps", "curves")
         sections.append(f"<h2>Training</h2>\n<p>{CURVES}</p>\n{shown}")
@@ -99,13 +100,9 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
             sections.append("\n".join([f"<h2>{html.escape(name)}</h2>", *shown]))
     if facts := run_facts(results):
         sections.append(f"<h2>Run</h2>\n{facts_table(facts)}")
-    if settings := _read_json(workdir / "config.json"):
+    if settings := read_kept(workdir / "config.json"):
         text = html.escape(json.dumps(settings, indent=2, ensure_ascii=False))
         sections.append(f"<h2>Config</h2>\n<pre>{text}</pre>")
-    page = document(workdir.name, sections)
-    (folder / "index.html").write_text(page, encoding="utf-8", errors="replace")
+    with replacing(folder / "index.html") as out:
+        out.write(document(workdir.name, sections).encode("utf-8", "replace"))
     return folder / "index.html"
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -22,6 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from vlm_jax.config import flatten
+from vlm_jax.data.files import read_kept, write_json
 from vlm_jax.errors import UserError
 from vlm_jax.objectives import of_model
 from vlm_jax.params.table import named_leaves
@@ -33,6 +34,8 @@ NOT_DAMAGE = (jax.errors.JaxRuntimeError, MemoryError, PermissionError)  # error
 WRITE_SECONDS = 300  # time that processes wait for the slowest writer
 # orbax warns about files that it does not need; a notebook would show nothing but these warnings
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno != logging.WARNING)
+# the errors of tasks that write reach `Checkpointer`; asyncio would print their tracebacks, too
+logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in str(record.msg))
 
 
 class Checkpointer:
@@ -243,17 +246,37 @@ def check_same_config(path: Path, settings: Mapping[str, Any]) -> None:
     """Writes config.json, or raises a UserError if the workdir's config differs in keys other than `FREE`."""
     if any(other != settings for other in processes.exchange(settings)):
         raise UserError("the processes were given different configs; give all of them the same flags")
-    if not path.exists():
+    kept = processes.exchange(read_kept(path) if processes.is_first() else None)[0]
+    if kept is None:
         if processes.is_first():
             write_json(path, settings)
         return
-    before, now = (flatten(values) for values in (json.loads(path.read_text()), settings))
+    if changed := _changed(kept, settings):
+        key, before, now = changed
+        raise UserError(
+            f"{path.parent} holds a run with config.{key} = {before}, not {now}; "
+            "give the same config to continue it, or another --workdir"
+        )
+
+
+def finished(workdir: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns results.json of a run of the same config that has ended in the workdir, else None."""
+    results = None
+    if processes.is_first():
+        results, before = read_kept(workdir / "results.json"), read_kept(workdir / "config.json")
+        last = workdir / "checkpoints" / str((results or {}).get("step"))
+        if before is None or _changed(before, settings) or not last.is_dir():
+            results = None
+    return processes.exchange(results)[0]
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """Returns the first key outside of `FREE` that differs, with both values."""
+    before, now = flatten(before), flatten(now)
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and not any(key == free or key.startswith(f"{free}.") for free in FREE):
-            raise UserError(
-                f"{path.parent} holds a run with config.{key} = {before.get(key)}, not {now.get(key)}; "
-                "give the same config to continue it, or another --workdir"
-            )
+            return key, before.get(key), now.get(key)
+    return None
 
 
 def params_sha256(params: Any) -> str:
@@ -264,11 +287,3 @@ def params_sha256(params: Any) -> str:
         for piece in processes.pieces(leaf):
             digest.update(np.ascontiguousarray(piece).tobytes())
     return digest.hexdigest()
-
-
-def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes JSON atomically: a reader (or a kill) sees the old file or the new file, never a part."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vlm_jax.data.files import naming, read_jsonl, replacing
 from vlm_jax.errors import UserError
 from vlm_jax.run import processes
 
@@ -34,11 +35,9 @@ class MetricWriter:
             return
         path = Path(workdir) / "metrics.jsonl"
         lines = [line for line in read_jsonl(path) if line["step"] <= start_step]
-        self._file = path.with_suffix(".tmp").open("w")
-        for line in lines:
-            self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        os.replace(path.with_suffix(".tmp"), path)
+        with replacing(path) as file:
+            file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
+        self._file = path.open("ab")
         self._sinks = [self._write_line]
         self._closers = [self._file.close]
         if tensorboard:
@@ -82,8 +81,10 @@ class MetricWriter:
                 self._error = error
 
     def _write_line(self, step, values):
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with naming(self._file.name):
+            self._file.write(json.dumps({"step": step, **values}).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def _add_wandb(self, workdir, project):
         try:
@@ -95,15 +96,3 @@ class MetricWriter:
         run = wandb.init(project=project, dir=str(workdir), id=Path(workdir).absolute().name, resume="allow")
         self._sinks.append(lambda step, values: run.log(values, step=step))
         self._closers.append(run.finish)
-
-
-def read_jsonl(path: str | os.PathLike) -> list[dict]:
-    """Returns the complete lines of a metrics file; drops a last line that a kill cut short."""
-    lines = []
-    if Path(path).is_file():
-        for line in Path(path).read_text().splitlines():
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return lines

@@ -4,14 +4,18 @@ Every process runs the same command. If one process dies, the next collective or
 and these end too. The scheduler can then restart all processes.
 """
 
+import contextlib
 import functools
 import json
 import os
 import re
 import signal
+import socket
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,9 +23,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from vlm_jax import command
 from vlm_jax.errors import UserError, told
 
 PIECE_BYTES = 2**26
+JOIN_SECONDS = 20.0  # the other processes wait this long for the first to listen
+MEET_SECONDS = 300.0  # all wait this long for each other
 HEARTBEAT_SECONDS = 30  # a process without a heartbeat for this time counts as dead
 LOST = re.compile("Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED")  # a collective's error: a peer is dead
 
@@ -30,14 +37,14 @@ LOST = re.compile("Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED")  
 def joined(how: str | None, preemptible: bool = False) -> Iterator[None]:
     """Joins this process to the others of the run, for a command's main.
 
-    If some processes do not come, JAX ends the others after five minutes.
+    The others wait `JOIN_SECONDS` for the first process, and all wait `MEET_SECONDS` for the rest.
 
     Args:
       how: None for a single process; "auto" on a TPU slice, under Slurm or Open MPI; or "address:port,processes,index".
       preemptible: SIGTERM does not end the process; the run asks `StopSignal`.
 
     Raises:
-      UserError: `how` is none of these.
+      UserError: `how` is none of these, the port is in use, or the first process is not there.
     """
     if how:
         start(how, preemptible)
@@ -68,19 +75,86 @@ def start(how: str, preemptible: bool = False) -> None:
     jax.config.update("jax_enable_preemption_service", preemptible)
     # the first process to finish may wait long for the others; if one dies, its missing heartbeat ends the wait
     seconds = dict(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=24 * 3600)
+    given = {}
     try:
-        if how == "auto":
-            jax.distributed.initialize(**seconds)
-        else:
-            address, count, index = how.split(",")
-            jax.distributed.initialize(
-                address, int(count), int(index), cluster_detection_method="deactivate", **seconds
-            )
+        if how != "auto":
+            address, count, index = _parts(how)
+            given = dict(coordinator_address=address, num_processes=count, process_id=index)
+            given |= dict(cluster_detection_method="deactivate")
+            reach(address, first=index == 0)  # JAX would wait for minutes, or crash
+        with command.doing("waiting for the other processes"), _at_most(MEET_SECONDS, how):
+            jax.distributed.initialize(initialization_timeout=int(MEET_SECONDS + 10), **given, **seconds)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(
             f"--distributed={how} is not `address:port,processes,index`, or `auto` on a TPU slice or in a job of Slurm "
             f"or Open MPI ({error})"
         ) from error
+    except RuntimeError as error:
+        raise UserError(f"--distributed={how}: the processes cannot join ({error})") from error
+
+
+@contextmanager
+def _at_most(seconds: float, how: str) -> Iterator[None]:
+    """Ends this process with one line if the block takes longer: JAX would crash."""
+
+    def end():
+        told = f"error: --distributed={how}: not all processes came within {seconds:.0f} seconds; start all of them"
+        print(told, file=sys.stderr, flush=True)
+        os._exit(2)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _parts(how: str) -> tuple[str, int, int]:
+    """ "host:port,4,0" -> ("host:port", 4, 0); raises ValueError if a part is wrong."""
+    address, count, index = how.split(",")
+    host, colon, port = address.rpartition(":")
+    if not (host and colon and port.isdecimal() and 0 < int(port) < 2**16):
+        raise ValueError(f"`{address}` is no address:port")
+    if not 0 <= int(index) < int(count):
+        raise ValueError(f"there is no process {index} of {count}; the first is 0")
+    return address, int(count), int(index)
+
+
+def reach(address: str, first: bool) -> None:
+    """Checks that "host:port" can be listened at (by the first process), or that the first process listens there.
+
+    Raises:
+      UserError: the port is in use, or nothing listens within `JOIN_SECONDS`.
+    """
+    host, _, port = address.rpartition(":")
+    host, port = host.strip("[]"), int(port)
+    with contextlib.ExitStack() as opened:
+        if first:
+            family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+            try:
+                opened.enter_context(
+                    socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6)
+                )
+            except OSError as error:
+                raise UserError(
+                    f"--distributed: the first process cannot listen at port {port} ({os.strerror(error.errno)}); "
+                    "end what uses it, or give another port"
+                ) from error
+        deadline = time.monotonic() + (JOIN_SECONDS / 4 if first else JOIN_SECONDS)
+        while True:
+            try:
+                socket.create_connection((host, port), timeout=JOIN_SECONDS / 4).close()
+                return
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    what = "does not lead to this machine, the first process's" if first else "has no first process"
+                    reason = error.strerror or str(error)
+                    raise UserError(f"--distributed: {address} {what} ({reason}); check address and port") from error
+            time.sleep(0.5)
 
 
 def _leave(error: Exception) -> None:
@@ -134,6 +208,18 @@ def exchange(value: Any) -> list:
     return [json.loads(bytes(row[:size])) for row, size in zip(np.asarray(rows), sizes, strict=True)]
 
 
+def check_equal(values: Mapping[str, Any], what: str) -> None:
+    """Raises UserError if the processes have different values, name -> JSON-able value; `what` names them."""
+    seen = exchange(dict(values))
+    for index, other in enumerate(seen):
+        differ = [name for name in seen[0] | other if seen[0].get(name) != other.get(name)]
+        if differ:
+            raise UserError(
+                f"process {index} of {len(seen)} has other {what} than the first process: `{differ[0]}`; give all "
+                "processes the same"
+            )
+
+
 class StopSignal:
     """Remembers SIGTERM (a preemption notice) and SIGINT, so that a loop can save and leave.
 
@@ -144,6 +230,7 @@ class StopSignal:
     def __init__(self):
         self._name = None
         self._several = jax.process_count() > 1
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         if self._several:
             signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
         else:
@@ -157,9 +244,9 @@ class StopSignal:
         return self._name
 
     def close(self) -> None:
-        """Restores the default handlers: the signals end the process again."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        """Restores the handlers from before: the signals end the process again."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
     def _remember(self, number, _frame):
         self._name = signal.Signals(number).name

@@ -5,26 +5,31 @@ the insertions, the classes and their prompts.
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from vlm_jax import catalogue
+from vlm_jax.data import ops
 from vlm_jax.errors import UserError
 from vlm_jax.models import insertion
 from vlm_jax.params import diffs
 from vlm_jax.params.diffs import check_entries
-from vlm_jax.params.table import named_leaves
+from vlm_jax.params.table import check_alike, named_leaves
 from vlm_jax.pretrained import Pretrained
+from vlm_jax.pretrained.embedding import prompts_of
 from vlm_jax.run.checkpoint import params_sha256
 from vlm_jax.zoo.readers.safetensors_files import write_safetensors
 from vlm_jax.zoo.readers.tensors import open_tensors
+from vlm_jax.zoo.shapes import check_sizes, inputs_of, shapes_of
 
 KEY = "vlm_jax.adapter"
 FILE = "adapter.safetensors"  # in the folder of a model that was saved adapted
@@ -66,30 +71,74 @@ def load_adapter(path: str | os.PathLike, base: Pretrained) -> Pretrained:
     Raises:
       UserError: the file is damaged, is no adapter, or belongs to another model.
     """
-    file = open_tensors(path)
+    file, where = open_tensors(path), os.fspath(path)
     if KEY not in file.metadata:
-        raise UserError(f"{os.fspath(path)} is no adapter: its metadata has no `{KEY}`; expected a file of adapt")
-    about = json.loads(file.metadata[KEY])
-    if about["base"] != params_sha256(base.params):
-        raise UserError(f"{os.fspath(path)} is of another model: load the one that it was made from")
-    arrays = {name: tensor.read() for name, tensor in file.tensors.items()}
+        raise UserError(f"{where} is no adapter: its metadata has no `{KEY}`; expected a file of adapt")
+    try:
+        about = _About(**json.loads(file.metadata[KEY]))
+        if about.base != params_sha256(base.params):
+            raise UserError(f"{where} is of another model: load the one that it was made from")
+        arrays = {name: tensor.read() for name, tensor in file.tensors.items()}
+        adapted = _adapted(base, about, arrays)
+        _check(adapted)
+        return adapted
+    except UserError:
+        raise
+    except Exception as error:  # what a file can hold raises many kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{where} is no adapter of this model, or damaged ({reason}); adapt again") from error
+
+
+class _About(NamedTuple):
+    """The metadata of an adapter's file, see `save_adapter`."""
+
+    base: str
+    insertions: list[dict[str, Any]]
+    tokenize: str | None
+    classes: list[str]
+    templates: list[str]
+    head: Any
+
+
+def _adapted(base: Pretrained, about: _About, arrays: Mapping[str, np.ndarray]) -> Pretrained:
     params = {name.removeprefix("params/"): array for name, array in arrays.items() if name.startswith("params/")}
     new = insertion.new_leaves(unflatten_dict(params, sep="/"))
     leaves = named_leaves(diffs.patch(base.params, {name: params[name] for name in params.keys() - new.keys()}))
     model = base.model
-    if about["insertions"]:
-        model = insertion.inserted(
-            model, *insertion.of_sections(about["insertions"], "an insertion of an adapter's file")
-        )
+    if about.insertions:
+        check_sizes(about.insertions, "an insertion of an adapter's file")
+        model = insertion.inserted(model, *insertion.of_sections(about.insertions, "an insertion of an adapter's file"))
     return replace(
         base,
         model=model,
         params=unflatten_dict(leaves | new, sep="/"),
-        tokenize=about["tokenize"],
-        classes=tuple(about["classes"]),
-        templates=tuple(about["templates"]),
-        head=about["head"] and _unpack(about["head"], "head", arrays),
+        tokenize=about.tokenize,
+        classes=tuple(about.classes),
+        templates=tuple(about.templates),
+        head=about.head and _unpack(about.head, "head", arrays),
     )
+
+
+def _check(adapted: Pretrained) -> None:
+    """Raises if parameters, prompts or head do not fit the model; runs the head alone."""
+    for texts in (adapted.classes, adapted.templates):
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError("an adapter's classes and templates are not all texts")
+    prompts_of(adapted.classes, adapted.templates)
+    if adapted.tokenize is not None:
+        ops.parse(adapted.tokenize, adapted.tokenizer)
+    table = named_leaves(adapted.params).get("image/pos_embed")
+    positions = None if table is None else math.prod(table.shape[:-1])
+    if getattr(adapted.model, "insertions", ()):
+        check_alike(insertion.new_leaves(shapes_of(adapted.model, positions)), insertion.new_leaves(adapted.params))
+    if adapted.head is not None:
+        picture = inputs_of(adapted.model, positions)[0]
+        embedding = jax.eval_shape(
+            lambda params, x: adapted.model.apply({"params": params}, x, None).image, adapted.params, picture
+        )
+        logits = np.asarray(adapted.head(np.zeros(embedding.shape, np.float32)))
+        if logits.shape != (1, len(adapted.classes)):
+            raise UserError(f"an adapter's head gives logits {list(logits.shape)} for {len(adapted.classes)} classes")
 
 
 def _head_type(name: str) -> type:

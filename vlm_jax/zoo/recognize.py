@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from vlm_jax import models
+from vlm_jax.data.files import inside, read_json
 from vlm_jax.errors import UserError
 from vlm_jax.params.table import named_leaves
 from vlm_jax.zoo import key_map, preprocessing, tokenizer_files
 from vlm_jax.zoo.formats import big_vision, efficientnet, open_clip, open_clip_coca, t5x, transformers
-from vlm_jax.zoo.readers.json_files import read_json
 from vlm_jax.zoo.readers.tensors import Tensor, TensorFile, open_tensors
+from vlm_jax.zoo.shapes import check_sizes, param_shapes
 
 PARAMS = "params.safetensors"
 SIDES = ("image", "text", "encoder", "decoder")  # parts of a model section
@@ -67,6 +66,7 @@ class Released:
     @functools.cached_property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Parameter name -> shape of the model."""
+        check_sizes(self.model)
         table = next(
             (self.tensors.get(entry.theirs) for entry in self.entries if entry.ours == "image/pos_embed"), None
         )
@@ -96,43 +96,6 @@ class Released:
         except (LookupError, TypeError, ValueError, ArithmeticError) as error:
             raise UserError(f"{self.path} ({self.format}): no model can have its settings: {error}") from error
         return key_map.match(self.entries, shapes, self.tensors, self.ignored, f"{self.path} ({self.format})")
-
-
-def param_shapes(section: Mapping[str, Any], positions: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns parameter name -> shape and dtype of the model that a config section describes.
-
-    Args:
-      section: the section.
-      positions: rows of the image tower's position table, for a section without image_size.
-    """
-    model = models.build(section)
-    if isinstance(model, models.ManyTower):
-        inputs = tuple(_input_of(tower) for tower in model.towers)
-    elif "write" in model.can:
-        inputs = (jax.ShapeDtypeStruct((1, 1), jnp.int32), _input_of(model.decoder))
-    else:
-        reader = getattr(model, "text", None) or getattr(model, "decoder", None)
-        inputs = tuple(_input_of(tower, positions) for tower in (model.image, reader))
-    return dict(_initial(model, inputs))
-
-
-def _input_of(tower: Any, positions: int | None = None) -> jax.ShapeDtypeStruct | None:
-    """Returns the shape of one input of a tower: a text, or a picture of `positions` patches without image_size."""
-    if tower is None:
-        return None
-    if hasattr(tower, "length"):
-        return jax.ShapeDtypeStruct((1, tower.length), jnp.int32)
-    patch, size = getattr(tower, "patch", 32), getattr(tower, "image_size", None)
-    if size is None:  # a strip of as many patches as there are positions
-        covers_cls = getattr(tower, "cls_position", False)
-        size = patch, patch * max((positions or 1) - covers_cls, 1)
-    height, width = (size, size) if isinstance(size, int) else size
-    return jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
-
-
-@functools.lru_cache(maxsize=8)  # what is loaded, saved or converted is asked for several times; tracing takes seconds
-def _initial(model, inputs):
-    return named_leaves(jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"])
 
 
 def understand(path: str | Path, activation: str | None = None) -> Released:
@@ -261,31 +224,38 @@ def _t5x(folder: Path, activation: str | None) -> Released:
     return Released("T5X", folder, tensors, _scanned(section), entries, tokenize=t5x.TOKENIZE, hints=t5x.HINTS)
 
 
+def _texts_of(settings: Mapping[str, Any], folder: Path) -> dict[str, str | None]:
+    """Returns preprocess, tokenizer and tokenize of our own config.json; raises if one is no text."""
+    for key in ("preprocess", "tokenizer", "tokenize"):
+        if not isinstance(settings.get(key), str | None):
+            raise UserError(f"{folder / 'config.json'} has {key} {settings[key]!r:.200}; expected a string")
+    return {key: settings.get(key) for key in ("preprocess", "tokenizer", "tokenize")}
+
+
 def _native(folder: Path, settings: dict) -> Released:
     if "model" not in settings:
         raise UserError(f"{folder / 'config.json'} has no `model`; expected what vlm_jax.save_pretrained wrote")
-    for key in ("preprocess", "tokenizer", "tokenize"):
-        if not isinstance(settings.get(key), str | None):
-            raise UserError(f"{folder / 'config.json'} has {key} {settings[key]!r}; expected a string")
+    known = _texts_of(settings, folder)
     file = open_tensors(folder / PARAMS)
     for side in ("image", "text"):
         depth = (settings["model"].get(side) or {}).get("depth")
         stacked = [t.shape[0] for name, t in file.tensors.items() if f"{side}/blocks/" in name and t.shape]
         if isinstance(depth, int) and depth > max(stacked, default=len(file.tensors)):
             raise UserError(f"{folder / 'config.json'} has {depth} blocks of the {side} tower; the file holds fewer")
-    tokenizer = settings.get("tokenizer")
+    tokenizer = known["tokenizer"]
     if tokenizer and ":" in tokenizer:  # a file in the same folder
         kind, _, rest = tokenizer.partition(":")
-        tokenizer = f"{kind}:{folder / rest}"
+        name, mark, query = rest.partition("?")
+        tokenizer = f"{kind}:{inside(folder, name)}{mark}{query}"
+        if kind == "bpe":
+            inside(folder, str(Path(name).with_name("merges.txt")))
     return Released(
         "vlm_jax",
         file.path,
         file.tensors,
         settings["model"],
         native_entries(param_shapes(settings["model"])),
-        preprocess=settings.get("preprocess"),
-        tokenizer=tokenizer,
-        tokenize=settings.get("tokenize"),
+        **(known | {"tokenizer": tokenizer}),
         licence=settings.get("licence"),
     )
 
@@ -293,9 +263,10 @@ def _native(folder: Path, settings: dict) -> Released:
 def run_of(path: Path) -> Released:
     """Returns the description of a workdir of `vlm_jax.train`, without tensors."""
     settings = read_json(path / "config.json")
-    if "model" not in settings:
+    if not isinstance(settings.get("model"), dict):
         raise UserError(f"{path} holds checkpoints but no config.json of vlm_jax.train")
-    known = {key: settings.get(key) for key in ("preprocess", "tokenizer", "tokenize")}
+    known = _texts_of(settings, path)
+    check_sizes(settings["model"])
     return Released("a workdir of vlm_jax.train", path, {}, settings["model"], (), **known, run=settings)
 
 

@@ -14,10 +14,10 @@ import sentencepiece
 import tokenizers as hf
 
 from vlm_jax.data import ops, tokenizers
+from vlm_jax.data.files import inside, read_json
 from vlm_jax.data.package_files import locate
-from vlm_jax.data.tokenizers import clip, library, wordpiece
+from vlm_jax.data.tokenizers import clip, guard, library, wordpiece
 from vlm_jax.errors import UserError
-from vlm_jax.zoo.readers.json_files import read_json
 
 # (kind of spec, file), in order of preference.
 FILES = (
@@ -65,12 +65,13 @@ def from_transformers(folder: str | Path, length: int, model_type: str) -> tuple
     kind, path = _file(folder, name, siglip2)
     spec = f"{kind}:{path}"
     if kind == "sentencepiece":
-        extra = settings.get("extra_ids", 100) if model_type in T5 else 0
+        extra = int(settings.get("extra_ids", 100)) if model_type in T5 else 0
         spec += f"?extra_ids={extra}" if extra else ""
         ids, find, added = _sentencepiece(path, settings)
     else:
         spec += "?cased=true" if kind == "wordpiece" and settings.get("do_lower_case") is False else ""
-        ids, find, added = _library(kind, path, name, settings)
+        with guard.refusing(str(path)):
+            ids, find, added = _library(kind, path, name, settings)
     pad = find(_content(settings.get("pad_token")))
     wanted = {"pad_id": ids["pad_id"] if pad is None else pad, "bos_id": added[0], "eos_id": added[1]}
     if siglip2:
@@ -88,7 +89,7 @@ def _transformer_folder(folder: Path) -> Path:
     if not modules.is_file():
         return folder
     first = next(iter(read_json(modules, list)), {})
-    return folder / first.get("path", "")
+    return inside(folder, first.get("path", ""))
 
 
 def _content(token: Any) -> str | None:
@@ -151,7 +152,8 @@ def _sentencepiece(path: Path, settings: Mapping[str, Any]) -> tuple:
 def _before(folder: Path, name: str, siglip2: bool, settings: Mapping[str, Any]) -> str:
     """Returns the text ops that the tokenizer's own file lacks."""
     if name == "SiglipTokenizer":
-        return "canonicalize | " if settings.get("do_lower_case", True) else "canonicalize(lower=False) | "
+        options = "" if settings.get("do_lower_case", True) else "lower=False, "
+        return f"canonicalize({options}underscore='drop') | "
     sentence_lower = read_json(folder / "sentence_bert_config.json").get("do_lower_case")
     return "lower | " if siglip2 or sentence_lower else ""
 
@@ -213,7 +215,7 @@ def to_transformers(spec: str, tokenize_ops: str, folder: str | Path) -> None:
     if kind == "sentencepiece" and around[0] is None and around[1] is not None:
         to = (path, Path(folder), tokenizer, options["length"])
         extra = dict(urllib.parse.parse_qsl(query[1:])).get("extra_ids")
-        if canonical is not None:
+        if canonical is not None and canonical.get("underscore") == "drop":
             return _write_sentencepiece(*to, "SiglipTokenizer", {"do_lower_case": canonical.get("lower", True)})
         if extra and set(steps) == {"tokenize"}:
             return _write_sentencepiece(*to, "T5Tokenizer", {"extra_ids": int(extra)})
@@ -224,6 +226,7 @@ def to_transformers(spec: str, tokenize_ops: str, folder: str | Path) -> None:
     normalizers = [hf.normalizers.Lowercase()] if lower else []
     if canonical is not None:
         replace = lambda pattern, by: hf.normalizers.Replace(hf.Regex(pattern), by)
+        normalizers += [replace("_", " ")] if canonical.get("underscore", "space") == "space" else []
         normalizers += [replace(r"[!-/:-@\[-`{-~]", ""), replace(r"\s+", " "), hf.normalizers.Strip()]
     name = "PreTrainedTokenizerFast" if normalizers or None in around else _class(model)
     if normalizers:

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -16,6 +17,10 @@ from vlm_jax.data.ops.image import array
 from vlm_jax.data.ops.registry import INJECTED, OPS, SUBJECTS
 from vlm_jax.data.source import BadExample
 from vlm_jax.errors import UserError
+
+LONGEST = 2**16  # characters of an op string
+MOST = 500  # ops in an op string
+SHOWN = 500  # characters of an op string in a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +113,20 @@ def parse(string: str, tokenizer: Any = None) -> Pipeline:
       UserError: an op is unknown or its arguments are wrong; the message names the op and its usage.
     """
     # `a | b(1)` is a Python expression. Its tree gives the ops with literal arguments; nothing is executed.
+    if not isinstance(string, str):
+        raise UserError(f"an op string is {string!r:.80}; expected a text such as 'decode | resize(32)'")
+    shown = " ".join(string[:SHOWN].split()) + " ..." * (len(string) > SHOWN)
+    if len(string) > LONGEST:
+        raise UserError(f"op string `{shown}` has {len(string):,} characters; expected at most {LONGEST:,}")
     try:
         tree = ast.parse(string.strip(), mode="eval").body if string.strip() else None
+        return _pipeline(tree, string, tokenizer)
     except SyntaxError as error:
-        raise UserError(f"op string `{string}` is not ops joined by `|`: {error.msg}") from None
-    return _pipeline(tree, string, tokenizer)
+        raise UserError(f"op string `{shown}` is not ops joined by `|`: {error.msg}") from None
+    except (RecursionError, MemoryError):
+        raise UserError(f"op string `{shown}` is nested too deep, or has too many ops") from None
+    except ValueError as error:  # NUL, half a surrogate pair
+        raise error if isinstance(error, UserError) else UserError(f"op string {shown!r}: {error}") from None
 
 
 def _pipeline(tree: ast.expr | None, string: str, tokenizer: Any) -> Pipeline:
@@ -121,6 +135,8 @@ def _pipeline(tree: ast.expr | None, string: str, tokenizer: Any) -> Pipeline:
         is_or = isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.BitOr)
         calls.append(_call(tree.right if is_or else tree, string))
         tree = tree.left if is_or else None
+        if len(calls) > MOST:
+            raise UserError(f"op string `{string[:SHOWN]} ...` has more than {MOST:,} ops")
     calls.reverse()
 
     names = [name for name, _, _ in calls]
@@ -149,7 +165,7 @@ def _call(node: ast.expr, string: str) -> tuple[str, list, dict]:
 def _literal(node: ast.expr) -> Any:
     try:
         return ast.literal_eval(node)
-    except ValueError:
+    except (ValueError, TypeError):
         return node
 
 
@@ -163,16 +179,19 @@ def _step(name: str, args: list, kwargs: dict, tokenizer: Any) -> Step:
     subject = next(iter(signature.parameters))
     own = [p for p in signature.parameters.values() if p.name not in INJECTED]
     usage = f"{name}({', '.join(map(str, own))})".replace(f"{__name__}.", "")
+    usage = re.sub(r"(?:typing\.)?Annotated\[(\w+), range\([\d, ]+\)\]", r"\1", usage)
     try:
         bound = inspect.Signature(own).bind(*args, **kwargs)
     except TypeError as error:
         raise UserError(f"op `{name}`: {error}; usage: {usage}") from None
-    hints = typing.get_type_hints(function)
+    hints = typing.get_type_hints(function, include_extras=True)
     several = next((p.name for p in own if p.kind is p.VAR_POSITIONAL), None)
     for key, value in bound.arguments.items():
         values = tuple(_inner(name, v, hints[key], tokenizer) for v in (value if key == several else (value,)))
         if not all(_fits(v, hints[key]) for v in values):
-            raise UserError(f"op `{name}` was given {key}={value!r}; usage: {usage}")
+            span = _range(value, hints[key])
+            expected = f"expected {span[0]} to {span[-1]}" if span else f"usage: {usage}"
+            raise UserError(f"op `{name}` was given {key}={value!r}; {expected}")
         values = tuple(tuple(v) if isinstance(v, list) else v for v in values)
         bound.arguments[key] = values if key == several else values[0]
     # What stands before `*paths` goes by position, all else by name: `tokenizer` may stand between.
@@ -197,11 +216,21 @@ def _inner(name: str, value: Any, hint: Any, tokenizer: Any) -> Any:
     return pipeline
 
 
+def _range(value: Any, hint: Any) -> range | None:
+    """The range that an integer is outside of."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Annotated:
+        return parts[1] if _fits(value, parts[0]) else None
+    return next(filter(None, (_range(value, part) for part in parts)), None)
+
+
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a literal is of an annotated type: classes, unions, `Literal[...]`, `tuple[...]`; an int is a float."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, part) for part in parts)
+    if origin is typing.Annotated:
+        return _fits(value, parts[0]) and value in parts[1]
     if origin is typing.Literal:
         return value in parts
     if origin is tuple:

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from vlm_jax.data.confined import digest
 from vlm_jax.data.source import is_number
-from vlm_jax.data.sources.image_files import IMAGE_SUFFIXES, ImageFiles, existing, read
+from vlm_jax.data.sources.image_files import IMAGE_SUFFIXES, ImageFiles, existing
 from vlm_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -48,10 +49,13 @@ class Folder(ImageFiles):
     def __getitem__(self, i: int) -> dict[str, Any]:
         name, separator, _ = self.files[i].partition(os.sep)
         record = {"label": self.labels[name], "text": name} if separator else {}
-        return record | {"image": read(self.root / self.files[i])} if self.with_image else record
+        return record | {"image": self.picture(self.root, self.files[i])} if self.with_image else record
 
     def key(self, i: int) -> str:
         return self.files[i]
+
+    def fingerprint(self) -> str:
+        return digest(*map(os.fsencode, self.files))
 
 
 def _labelled(names: Iterable[str], uri: str) -> dict[int, str]:

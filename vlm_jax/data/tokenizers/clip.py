@@ -9,6 +9,7 @@ import unicodedata
 
 import tokenizers as hf
 
+from vlm_jax.data.tokenizers import guard
 from vlm_jax.errors import UserError
 
 MERGES = pathlib.Path(__file__).parent / "vocab" / "clip" / "bpe_simple_vocab_16e6.txt.gz"
@@ -86,12 +87,12 @@ def from_files(path: str) -> hf.Tokenizer:
     merges = pathlib.Path(path).with_name("merges.txt")
     if not merges.is_file():
         raise UserError(f"there is no file {merges}, which belongs to {path}")
-    try:
+    for file in (pathlib.Path(path), merges):
+        guard.check_file(file)
+    with guard.refusing(f"{path} and {merges.name} are not CLIP's byte pairs"):
         vocab, pairs = hf.models.BPE.read_file(path, str(merges))
         start, end = (vocab[special] for special in SPECIALS)
-    except Exception as e:  # the library raises a bare Exception
-        raise UserError(f"{path} and {merges.name} are not CLIP's byte pairs: {str(e).splitlines()[0]}") from None
-    return from_pairs(vocab, pairs, start, end)
+        return from_pairs(vocab, pairs, start, end)
 
 
 def from_pairs(vocab: dict[str, int], merges: list[tuple[str, str]], start: int, end: int) -> hf.Tokenizer:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import tokenizers as hf
 
+from vlm_jax.data.tokenizers import guard
 from vlm_jax.errors import UserError
 
 EMOJI = pathlib.Path(__file__).parent / "vocab" / "emoji" / "tokenizer.json"
@@ -18,10 +19,13 @@ SPECIALS = {
 
 def from_file(path: str | pathlib.Path) -> hf.Tokenizer:
     """Returns the tokenizer of a file of the `tokenizers` library."""
-    try:
-        return hf.Tokenizer.from_file(str(path))
-    except Exception as e:  # the library raises a bare Exception
-        raise UserError(f"{path} is not a tokenizer.json: {str(e).splitlines()[0]}") from e
+    path = pathlib.Path(path)
+    guard.check_file(path)
+    guard.check_json(path)
+    with guard.refusing(f"{path} is not a tokenizer.json"):
+        model = hf.Tokenizer.from_file(str(path))
+    guard.check_speed(lambda text: model.encode(text, add_special_tokens=False), path)
+    return model
 
 
 def fields(model: hf.Tokenizer) -> dict:
@@ -31,7 +35,7 @@ def fields(model: hf.Tokenizer) -> dict:
     return special_ids(model) | {
         "encode": lambda text: model.encode(text, add_special_tokens=False).ids,
         "decode": model.decode,
-        "vocab_size": max(model.get_vocab(with_added_tokens=True).values()) + 1,
+        "vocab_size": max(model.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
     }
 
 

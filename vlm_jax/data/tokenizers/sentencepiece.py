@@ -1,11 +1,24 @@
 """SentencePiece models: SigLIP, Gemma, Llama, T5."""
 
 import itertools
+import pathlib
 import re
 
 import sentencepiece
 
+from vlm_jax.data.tokenizers import guard
 from vlm_jax.errors import UserError
+
+MAX_EXTRA_IDS = 10_000
+
+
+def read(path: str | pathlib.Path) -> sentencepiece.SentencePieceProcessor:
+    """Returns the model in a file; raises a UserError if the file holds none."""
+    guard.check_file(pathlib.Path(path))
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as e:
+        raise UserError(f"{path} is not a SentencePiece model") from e
 
 
 def fields(path: str, extra_ids: int = 0) -> dict:
@@ -17,10 +30,9 @@ def fields(path: str, extra_ids: int = 0) -> dict:
       path: the model's file.
       extra_ids: sentinels after the pieces (T5: 100); the last id is <extra_id_0>, the one before it <extra_id_1>.
     """
-    try:
-        model = sentencepiece.SentencePieceProcessor(model_file=path)
-    except (RuntimeError, OSError) as e:
-        raise UserError(f"{path} is not a SentencePiece model") from e
+    model = read(path)
+    if extra_ids > MAX_EXTRA_IDS:
+        raise UserError(f"{path}: extra_ids is {extra_ids}; expected <= {MAX_EXTRA_IDS}")
     known = lambda i: i if i >= 0 else None
     pieces = model.get_piece_size()
     sentinel = re.compile(f"<extra_id_({'|'.join(map(str, range(extra_ids)))})>")

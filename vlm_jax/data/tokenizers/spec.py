@@ -9,7 +9,7 @@ import numpy as np
 
 from vlm_jax import config
 from vlm_jax.data.package_files import locate
-from vlm_jax.data.tokenizers import clip, library, sentencepiece, wordpiece
+from vlm_jax.data.tokenizers import clip, guard, library, sentencepiece, wordpiece
 from vlm_jax.errors import UserError
 
 REMEMBERED_TEXTS = 2**14  # per tokenizer: class names and captions of small sets come again every epoch
@@ -23,6 +23,7 @@ KINDS = {
     "json": lambda path: library.fields(library.from_file(path)),
 }
 PACKAGED = ("clip", "emoji")
+MAX_ID = 2**31 - 1  # ids are int32
 IDS = ("pad_id", "bos_id", "eos_id")
 
 
@@ -47,7 +48,8 @@ class Tokenizer:
         ids, special = [int(i) for i in ids], (self.pad_id, self.bos_id)
         if self.eos_id in ids and self.eos_id not in special:
             ids = ids[: ids.index(self.eos_id)]
-        return self.decode_ids([i for i in ids if i not in special and i < self.vocab_size]).strip()
+        with guard.refusing(f"tokenizer `{self.spec}` cannot decode"):
+            return self.decode_ids([i for i in ids if i not in special and 0 <= i < self.vocab_size]).strip()
 
     def __call__(self, texts: str | Sequence[str], length: int, bos: bool = True, eos: bool = True) -> np.ndarray:
         """Returns `[BOS] text [EOS] pad pad ...`, int32 [B, length]; a long text is cut, EOS kept.
@@ -93,12 +95,15 @@ def build(spec: str) -> Tokenizer:
     ids = {key: options.pop(key) for key in IDS if key in options}
     if path:
         options["path"] = str(locate(path))
-    fields = config.call(builder, options, f"tokenizer spec `{spec}`") | ids
-    encode, decode = fields.pop("encode"), fields.pop("decode")
+    with guard.refusing(f"tokenizer spec `{spec}`"):
+        fields = config.call(builder, options, f"tokenizer spec `{spec}`") | ids
+    encode, decode = guard.guarded(fields.pop("encode"), spec), fields.pop("decode")
+    if not 0 < fields["vocab_size"] <= MAX_ID or any((fields[key] or 0) > MAX_ID for key in IDS):
+        raise UserError(f"tokenizer spec `{spec}` has {fields['vocab_size']:,} ids; expected 1 to {MAX_ID:,}")
     return Tokenizer(
         spec=spec,
         decode_ids=decode,
-        encode_text=functools.lru_cache(REMEMBERED_TEXTS)(lambda text: tuple(encode(text.lower() if lower else text))),
+        encode_text=functools.lru_cache(REMEMBERED_TEXTS)(lambda text: encode(text.lower() if lower else text)),
         **fields,
     )
 
@@ -112,7 +117,7 @@ def _options(spec: str, query: str) -> dict:
                 raise UserError(f"tokenizer spec `{spec}`: {key} is `{value}`; expected true or false")
             options[key] = value.lower() == "true"
         elif key in (*IDS, "extra_ids"):
-            if not value.isdecimal():
+            if not value.isdecimal() or len(value) > 10:
                 raise UserError(f"tokenizer spec `{spec}`: {key} is `{value}`; expected a whole number")
             options[key] = int(value)
     return options

@@ -4,6 +4,7 @@ import pathlib
 
 import tokenizers as hf
 
+from vlm_jax.data.tokenizers import guard
 from vlm_jax.errors import UserError
 
 
@@ -13,6 +14,7 @@ def from_file(path: str, cased: bool = False) -> hf.Tokenizer:
     Raises:
       UserError: the file is not UTF-8, or lacks a special piece.
     """
+    guard.check_file(pathlib.Path(path))
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
@@ -22,7 +24,8 @@ def from_file(path: str, cased: bool = False) -> hf.Tokenizer:
     for special in ("[UNK]", "[PAD]", "[CLS]", "[SEP]"):
         if special not in vocab:
             raise UserError(f"{path} lacks {special}; expected a WordPiece vocabulary, one piece per line")
-    model = hf.Tokenizer(hf.models.WordPiece(vocab, unk_token="[UNK]"))
+    with guard.refusing(f"{path} is not a WordPiece vocabulary"):
+        model = hf.Tokenizer(hf.models.WordPiece(vocab, unk_token="[UNK]"))
     model.normalizer = hf.normalizers.BertNormalizer(lowercase=not cased)
     model.pre_tokenizer = hf.pre_tokenizers.BertPreTokenizer()
     model.decoder = hf.decoders.WordPiece()

@@ -8,6 +8,7 @@ import numpy as np
 
 from vlm_jax.catalogue import method
 from vlm_jax.config import choose
+from vlm_jax.data.sources import train_split_of
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators import classes as class_names
 from vlm_jax.evaluators import metrics
@@ -32,6 +33,7 @@ def probe(
     *,
     uri: str,
     split: str | None = None,
+    train_uri: str | None = None,
     train_split: str | None = "train",
     label: str,
     classes: str | Sequence[str] | Mapping[int, str] | None = None,
@@ -54,7 +56,8 @@ def probe(
     Args:
       uri: the data set, as for `sources.open_source`.
       split: the split to name.
-      train_split: the split to learn from.
+      train_uri: the data set to learn from; defaults to `uri`.
+      train_split: the split to learn from; a data set without splits has none.
       label: the record's field with the label.
       classes: the labels that count, see `classes.read`; defaults to the labels of the training pictures. Labels of
         both splits are found by name, see `labels.Classes`.
@@ -76,11 +79,10 @@ def probe(
 
     def evaluate(pretrained: Any, progress: Progress | None = None) -> Result:
         progress = progress or Progress()
-        shared = dict(
-            uri=uri, ops=picture_ops(ops or pretrained.preprocess, label), batch_size=batch_size, memory=limit
-        )
-        train = Pass(pretrained, progress, split=train_split, where=train_where, name="train_", **shared)
-        data = Pass(pretrained, progress, split=split, where=where, **shared)
+        shared = dict(ops=picture_ops(ops or pretrained.preprocess, label), batch_size=batch_size, memory=limit)
+        learn = dict(uri=train_uri or uri, split=train_split_of(train_uri or uri, train_split), where=train_where)
+        train = Pass(pretrained, progress, name="train_", **learn, **shared)
+        data = Pass(pretrained, progress, uri=uri, split=split, where=where, **shared)
         pretrained = data.pretrained
         records = train.fields(label)
         named = Classes(given or _of_records(records, train.source.label_names(label)))

@@ -93,7 +93,8 @@ def zeroshot(
         look = data.look(named, label)
         prompts_sha256 = hashlib.sha256(json.dumps([list(named.named.items()), templates]).encode()).hexdigest()
         data.begin("examples", "embeddings", "classes", classes_and_templates=prompts_sha256)
-        by_pairs = getattr(pretrained, "compares_pairs", False)
+        head = getattr(pretrained, "head", None) is not None
+        by_pairs = head or getattr(pretrained, "compares_pairs", False)
         scale = 1.0 if by_pairs else math.exp(float(pretrained.params["logit_scale"]))
         text = None if by_pairs else _text_embeddings(data, names, templates)
         chosen = evenly_spaced(data.num_examples, EMBEDDED)
@@ -101,7 +102,7 @@ def zeroshot(
         def rows(batch: Batch) -> Mapping[str, Columns]:
             position, labels = batch.position, np.array(batch.about)
             if by_pairs:
-                logits = pretrained.class_logits(batch.inputs, names, templates)[batch.kept]
+                logits = pretrained.class_logits(batch.inputs, names, None if head else templates)[batch.kept]
                 return {"examples": {"position": position, **_ranked(logits, labels, scale)}}
             embedded = pretrained.embed_image_batch(batch.inputs)[batch.kept]
             if not data.first:  # only the first host has the classes' embeddings

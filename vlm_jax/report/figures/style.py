@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
+from vlm_jax.data.files import naming
 from vlm_jax.errors import UserError
 from vlm_jax.report import fonts
 
@@ -55,7 +56,8 @@ class Picture(Figure):
         """Writes a PNG and returns its path; the folder is made."""
         path = pathlib.Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(self._repr_png_())
+        with naming(path):
+            path.write_bytes(self._repr_png_())
         return path
 
     @styled()

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.config import choose
+from vlm_jax.data.files import inside, read_json
 from vlm_jax.errors import UserError
 from vlm_jax.zoo.formats import t5
 from vlm_jax.zoo.formats.transformers_towers import TEXTS, VISION, read_config, rows_of, write_config
 from vlm_jax.zoo.key_map import expand
-from vlm_jax.zoo.readers.json_files import read_json
 
 IGNORED = ("*position_ids", "*embeddings.mask_token", "cls.*")  # buffers, and heads of pretraining
 PAIRS = {
@@ -172,7 +172,7 @@ def sentence_pooling(folder: Path) -> str | None:
         raise UserError(f"{folder / 'modules.json'} is not a list of sentence-transformers' modules") from error
     if set(kinds) - {"Transformer", "Pooling", "Normalize"}:
         raise UserError(f"{folder} has the modules {', '.join(kinds)}; supported are Transformer, Pooling, Normalize")
-    pooling = read_json(folder / where / "config.json")
+    pooling = read_json(inside(folder, where) / "config.json")
     modes = [key for key, on in pooling.items() if key.startswith("pooling_mode_") and on]
     pools = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first", "pooling_mode_max_tokens": "max"}
     by_name = {"mean": "mean", "cls": "first", "max": "max"}

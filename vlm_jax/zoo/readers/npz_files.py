@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
+from vlm_jax.data.files import replacing
 from vlm_jax.errors import UserError
 from vlm_jax.zoo.readers.stored import (
     Array,
@@ -20,7 +21,6 @@ from vlm_jax.zoo.readers.stored import (
     c_strides,
     check_shape,
     produce,
-    replacing,
     stored_tensor,
 )
 from vlm_jax.zoo.readers.zip_members import Member

@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from vlm_jax.data.files import replacing
 from vlm_jax.errors import UserError
 from vlm_jax.zoo.readers.stored import (
     Array,
@@ -19,7 +20,6 @@ from vlm_jax.zoo.readers.stored import (
     check_shape,
     error_text,
     produce,
-    replacing,
     stored_tensor,
 )
 

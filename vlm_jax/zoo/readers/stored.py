@@ -190,21 +190,6 @@ def c_strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
     return tuple(itemsize * math.prod(max(size, 1) for size in shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Yields a file to write, which replaces `path` once complete; a failure leaves nothing behind."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as out:
-            yield out
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def produce(name: str, array: Array) -> np.ndarray:
     """Returns the array, little-endian, C-contiguous; raises ValueError unless shape and dtype are as declared."""
     value = np.asarray(array.read() if isinstance(array, Tensor) else array() if callable(array) else array)
