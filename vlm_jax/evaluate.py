@@ -100,6 +100,8 @@ def _evaluate(
             if hosts.first:
                 report.save_artifacts(out, task, result.artifacts)
                 write_json(out / "results.json", results)
+                about = ", ".join(named[key] for key in ("data", "split", "classes") if key in named)
+                report.save_about(out, f"evaluation: {task}", model or pretrained.model, about, pretrained.params)
         if hosts.first:
             report.write(out)
             progress.delete()

@@ -190,6 +190,7 @@ def _train(
             results |= result.as_results(evaluation.prefix)
     if processes.is_first():
         write_json(workdir / "results.json", results)
+        report.save_about(workdir, "training", program.model, name, state.params, mesh)
         with doing("writing the report"):
             report.write(workdir)
     return results

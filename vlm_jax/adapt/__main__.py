@@ -3,7 +3,8 @@
     vlm-jax adapt --model=pkg:vlm_jax/zoo/clip_tiny --method=zero_shot,gda,lora --data=tfds:emoji \\
         --split=unseen_style --classes=emoji:subgroups --label=subgroup --shots=16 --out=runs/adapted
 
-prints a table and writes results.json and a small file for each method and seed, with the trained parameters alone:
+prints a table and writes results.json, report/index.html and a small file for each method and seed, with the trained
+parameters alone:
 
     clip = vlm_jax.load("pkg:vlm_jax/zoo/clip_tiny")
     vlm_jax.load_adapter("runs/adapted/lora_0.safetensors", clip).classify(pictures)
@@ -20,7 +21,7 @@ from typing import Any
 
 from absl import flags
 
-from vlm_jax import __version__, command, config, evaluators
+from vlm_jax import __version__, command, config, evaluators, report
 from vlm_jax.command.commands import LOADING
 from vlm_jax.command.values import data_uri, given
 from vlm_jax.data.files import write_json
@@ -40,10 +41,11 @@ def adapt(
     *,
     methods: Sequence[str],
     seeds: int = 3,
+    model: str | None = None,
     show: bool = False,
     **section: Any,
 ) -> dict[str, Any]:
-    """Adapts a model, writes results.json and `METHOD_SEED.safetensors` into `out`, and returns the results.
+    """Adapts a model, writes results.json, `METHOD_SEED.safetensors` and a report into `out`, and returns the results.
 
     After an interruption the same call continues after the last finished fit.
 
@@ -51,6 +53,7 @@ def adapt(
       pretrained: a two-tower model.
       out: the folder.
       methods, seeds: of `protocol.few_shot`.
+      model: name of the model in the report.
       show: shows progress.
       **section: the other arguments of `protocol.few_shot`.
 
@@ -81,6 +84,10 @@ def adapt(
         if bar is not None:
             bar.close()
         write_json(out / "results.json", numbers)
+        data = " ".join(filter(None, (section["uri"], section.get("split"))))
+        what = f"adaptation: {', '.join(methods)}, {seeds} draws of {section.get('shots', 16)} pictures a class"
+        report.save_about(out, what, model or pretrained.model, data, pretrained.params)
+        report.write(out)
         progress.delete()
     return numbers
 
@@ -123,9 +130,11 @@ def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer:
         pretrained = load(values.model, **given(values, [flag.name for flag in LOADING]))
     pretrained = dataclasses.replace(pretrained, batch_size=values.batch_size)
     with command.doing("adapting"):
-        numbers = adapt(pretrained, values.out, show=True, batch_size=values.batch_size, **section)
-    folder = str(Path(values.out).absolute())
-    return command.Answer(numbers | {"adapters": folder}, f"{table(numbers, values.method)}\nadapters: {folder}")
+        numbers = adapt(pretrained, values.out, model=values.model, show=True, batch_size=values.batch_size, **section)
+    folder = Path(values.out).absolute()
+    page = str(folder / "report" / "index.html")
+    shown = f"{table(numbers, values.method)}\nadapters: {folder}\nreport: {page}"
+    return command.Answer(numbers | {"adapters": str(folder), "report": page}, shown)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -23,6 +24,7 @@ from vlm_jax.command.commands import COMMANDS, define
 from vlm_jax.errors import UserError, mendable, told
 
 WIPED = "\r\033[K"  # erases a terminal's line
+line: str | None = None  # the command line of this process, as typed
 LONG = 5  # seconds until a log (stderr is no terminal) names the running activity
 
 
@@ -60,6 +62,8 @@ def run(name: str, main: Main | None = None) -> None:
     if {"--help", "--helpshort", "-h"} & set(sys.argv[1:]):
         show(help_page.help_of(name))
         return
+    global line
+    line = shlex.join(["vlm-jax", name, *sys.argv[1:]])
     define(name, flags.FLAGS)
     # orbax logs every step of a save, and also the errors that it raises; --verbosity=0 shows these logs
     logging.set_verbosity(logging.WARNING)

@@ -185,6 +185,9 @@ COMMANDS = {
             )
         }
     ),
+    "compare": Command(
+        {"": (path("out", "Also write one HTML page, comparison.html, with figures"),)}, arguments="RUN RUN ..."
+    ),
     "methods": Command(
         {"": (text("family", "Only one family: heads, modules, prompts, objectives, ..."),)}, arguments="[NAME ...]"
     ),
