@@ -239,13 +239,15 @@ class EvalBatches:
         return -(-self.num_examples // self.batch_size)
 
     def __getitem__(self, k: int) -> tuple[Batch, list[BadRecord]]:
-        rows, bad = [], []
-        for i in (k * self.batch_size + slot for slot in self.slots):
+        rows, bad, kinds = [], [], np.full(len(self.slots), "", object)
+        for n, slot in enumerate(self.slots):
+            i = k * self.batch_size + slot
             try:
                 rows.append(self.examples.row(i, i) if i < self.num_examples else None)
             except BadExample as error:
                 rows.append(None)
                 bad.append(self.examples.bad_record(i, error))
+                kinds[n] = error.kind
         mask = np.array([row is not None for row in rows])
         # Masked rows repeat a good example, for its shape: one of the batch, or any other if the batch has none.
         filler = next((row for row in rows if row is not None), None)
@@ -253,7 +255,7 @@ class EvalBatches:
             tries = range(min(SUBSTITUTES, self.num_examples))
             filler = self.examples.row_or_next(tries[0], tries[1:], 0, [])
         batch = self.examples.collate([filler if row is None else row for row in rows])
-        return batch | {"mask": mask}, bad
+        return batch | {"mask": mask, "bad": kinds}, bad
 
     def __iter__(self) -> Iterator[Batch]:
         total = 0
@@ -282,7 +284,8 @@ def eval_batches(
 ) -> EvalBatches:
     """Returns one pass in the source's order, in batches of equal size.
 
-    `mask` (bool [B]) is False for rows beyond the last example and for bad examples. All processes get the same number
+    `mask` (bool [B]) is False for rows beyond the last example and for bad examples; `bad` (str [B]) is the kind of a
+    bad example, else empty. All processes get the same number
     of batches, and each process its rows. Arguments as in `train_loader`. The result can be iterated again.
     """
     if batch_size < 1:

@@ -66,6 +66,9 @@ def field_ops(*fields: str) -> str:
     return f'boxed({"".join(f"{json.dumps(path)}, " for path in fields)}to="fields")'
 
 
+BAD = "bad "  # before the kind of bad examples, in a counter's name
+
+
 class Pass:
     """One pass of a model over a data set.
 
@@ -89,7 +92,8 @@ class Pass:
       first: whether this process counts and writes.
       batch_size: examples of a batch over all hosts, see `Hosts`.
       tables: name -> `Table`; only the first host's tables are filled.
-      counts: "batches" done, "examples" that count, "left_out", and the counters of `append`; equal on all hosts.
+      counts: "batches" done, "examples" that count, "left_out", bad ones by kind, and the counters of `append`; equal
+        on all hosts.
     """
 
     def __init__(
@@ -200,23 +204,27 @@ class Pass:
         """
         for k, part in self._parts():
             every = self._hosts.gather(self._about(k, part, about, columns))
-            kept = np.array([i for i, (_, value) in enumerate(every) if value is not None], np.int64)
+            kept = np.array([i for i, (_, _, value) in enumerate(every) if value is not None], np.int64)
             made = {}
             if len(kept):
                 inputs = part[self._inputs] if isinstance(self._inputs, str) else tuple(map(part.get, self._inputs))
-                own = [value for _, value in every if value is not None]
+                own = [value for _, _, value in every if value is not None]
                 position = k * self.batch_size + kept
                 made = rows(Batch(self._hosts.whole(inputs), self.batch_size, kept, position, own))
-            left_out = sum(real for real, _ in every) - len(kept)
-            examples, left_out = self.counts["examples"] + len(kept), self.counts["left_out"] + left_out
-            self.append(made, batches=k + 1, examples=examples, left_out=left_out)
+            more = Counter(f"{BAD}{kind}" for _, kind, _ in every if kind)
+            more |= {"examples": len(kept), "left_out": sum(real for real, _, _ in every) - len(kept)}
+            self.append(made, batches=k + 1, **{key: self.counts.get(key, 0) + n for key, n in more.items()})
         return self._hosts.from_first(len(next(iter(self.tables.values()))))
 
     def result(self, finish: Callable[[Mapping[str, Table]], Result], *counts: str) -> Result:
         """Returns `finish(tables)` with some counters as metrics; all hosts get the first host's, without artifacts."""
         result = finish(self.tables) if self.first else Result({}, {})
-        metrics = result.metrics | {name: float(self.counts[name]) for name in counts}
-        metrics, intervals, notes = self._hosts.from_first([metrics, result.intervals, result.notes])
+        metrics, notes = result.metrics | {name: float(self.counts[name]) for name in counts}, list(result.notes)
+        if bad := {key.removeprefix(BAD): n for key, n in self.counts.items() if key.startswith(BAD)}:
+            metrics["bad_examples"] = float(sum(bad.values()))
+            kinds = ", ".join(f"{n} by their {kind}" for kind, n in sorted(bad.items()))
+            notes.append(f"examples that cannot be used do not count: {kinds}; the log names them")
+        metrics, intervals, notes = self._hosts.from_first([metrics, result.intervals, notes])
         return result._replace(metrics=metrics, intervals=intervals, notes=notes)
 
     def from_first(self, value: Any) -> Any:
@@ -244,11 +252,11 @@ class Pass:
         )
 
     def _about(self, k: int, part: Mapping[str, Any], about: Callable, columns: Sequence[str]) -> list[list]:
-        """[whether it is an example (no padding), the value of `about`] of each of this host's rows."""
+        """[whether it is a good example, its kind if bad, the value of `about`] of each of this host's rows."""
         rows = np.arange(self.batch_size) if self._hosts.rows is None else self._hosts.rows
         part = part | {"position": k * self.batch_size + rows}
-        values = zip(part["mask"].tolist(), *(part[name] for name in columns), strict=True)
-        return [[real, about(*own) if real else None] for real, *own in values]
+        values = zip(part["mask"].tolist(), part["bad"].tolist(), *(part[name] for name in columns), strict=True)
+        return [[real, kind, about(*own) if real else None] for real, kind, *own in values]
 
 
 class _From(loader.EvalBatches):
