@@ -37,11 +37,11 @@ def get_config(variant: str = "B/32") -> ConfigDict:
             accumulate=1,
             duration="32 epochs",
             tokenizer="clip",
-            preprocess="decode | resize_shortest(224) | central_crop(224) | normalize('clip')",
+            preprocess="decode(exif=True) | resize_shortest(224) | central_crop(224) | normalize('clip')",
             tokenize="tokenize(77)",
             data=dict(
                 uri="wds:/data/image_text/{00000..99999}.tar",
-                ops="decode | random_resized_crop(224, scale=(0.9, 1.0)) | normalize('clip')"
+                ops="decode(exif=True) | random_resized_crop(224, scale=(0.9, 1.0)) | normalize('clip')"
                 " | caption('txt') | tokenize(77) | keep('image', 'token_ids')",
                 workers=32,
             ),

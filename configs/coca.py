@@ -35,11 +35,11 @@ def get_config(variant: str = "L/14") -> ConfigDict:
             batch_size=32_768,
             duration="13B examples",
             tokenizer="clip",
-            preprocess="decode | resize_shortest(224) | central_crop(224) | normalize('clip')",
+            preprocess="decode(exif=True) | resize_shortest(224) | central_crop(224) | normalize('clip')",
             tokenize=ops,
             data=dict(
                 uri="wds:/data/image_text/{00000..99999}.tar",
-                ops="decode | random_resized_crop(224, scale=(0.9, 1.0)) | normalize('clip')"
+                ops="decode(exif=True) | random_resized_crop(224, scale=(0.9, 1.0)) | normalize('clip')"
                 f" | caption('txt') | {ops} | keep('image', 'token_ids')",
                 workers=32,
             ),

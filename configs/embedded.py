@@ -12,7 +12,7 @@ from vlm_jax.errors import UserError
 SIZE = 32  # pixels
 LENGTH = 8  # tokens
 CAPTION_LENGTH = 8  # tokens, the end included: 1,497 of the 1,515 names fit
-CONTENT = f"decode | crop_to_content | resize({SIZE})"
+CONTENT = f"decode(exif=True) | crop_to_content | resize({SIZE})"
 AUGMENTED = f"{CONTENT} | cache | random_affine(10.0, 0.06, (0.82, 1.22)) | flip | jitter(0.1, 0.2, 0.4) | normalize"
 TRAIN_STYLES = ("twemoji", "fluent-emoji", "fluent-emoji-flat", "emojione", "fxemoji")
 

@@ -35,7 +35,7 @@ def get_config(variant: str = "B/16") -> ConfigDict:
         return _embedded(size, letters)
     image, text, width = TOWERS[size]
     tower = dict(scan=True, remat="dots")
-    prepare = "decode | resize(224) | normalize"
+    prepare = "decode(exif=True) | resize(224) | normalize"
     return ConfigDict(
         dict(
             batch_size=32_768,
@@ -98,7 +98,7 @@ def _embedded(variant: str, letters: str) -> ConfigDict:
         image = dict(type="efficientnet", variant="lite0")
         text.out_dim = 1280  # width of EfficientNet-Lite0's features
         config.model.scale_init = 20.0  # larger, because these features are much alike
-        see = config.preprocess = "decode | crop_to_content | resize(224) | normalize('efficientnet_lite')"
+        see = config.preprocess = "decode(exif=True) | crop_to_content | resize(224) | normalize('efficientnet_lite')"
     if letters[1] != "u":
         minilm = dict(width=384, depth=6, heads=12, mlp_dim=1536, activation="gelu", norm_eps=1e-12, post_norm=True)
         minilm |= dict(

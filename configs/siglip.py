@@ -35,11 +35,11 @@ def get_config(variant: str = "B/16") -> ConfigDict:
             accumulate=1,
             duration="9B examples",
             tokenizer="sentencepiece:c4_en.model",
-            preprocess="decode | resize(224, method='bilinear') | normalize",
+            preprocess="decode(exif=True) | resize(224, method='bilinear') | normalize",
             tokenize="lower | tokenize(64, bos=False)",
             data=dict(
                 uri="wds:/data/image_text/{00000..99999}.tar",
-                ops="decode | resize(224) | normalize"
+                ops="decode(exif=True) | resize(224) | normalize"
                 " | caption('txt') | lower | tokenize(64, bos=False) | keep('image', 'token_ids')",
                 workers=32,
             ),

@@ -29,7 +29,7 @@ ROOMS = (  # lowest first; rooms of one line do not import each other
 LEVELS = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 ROOM_OF = {
     **dict.fromkeys(("", "errors", "config", "catalogue", "command"), "ground"),
-    **dict.fromkeys(("train", "evaluate", "convert", "precompute", "methods"), "commands"),
+    **dict.fromkeys(("train", "evaluate", "convert", "precompute", "compare", "methods"), "commands"),
     "__main__": "package",
 }
 
@@ -46,6 +46,8 @@ TESTS = {module_name(path) for path in (ROOT / "tests").rglob("*.py")} | {"conft
 
 def room_of(module):
     first = module.partition(".")[2].partition(".")[0]
+    if module.count(".") == 2 and module.endswith(".__main__"):
+        return "commands"
     return ROOM_OF.get(first, first)
 
 

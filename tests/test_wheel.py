@@ -85,12 +85,11 @@ def test_a_config_of_ones_own_imports_those_of_the_wheel(python, tmp_path):
     program = """
 import sys
 from absl import flags
-from vlm_jax.command import commands
-sys.argv = ["train", "--config=configs/mine.py:smoke", "--config.batch_size=3", "--workdir=a"]
+from vlm_jax.command import commands, configs
 sys.path.insert(0, "")
 values = flags.FlagValues()
 commands.define("train", values)
-values(sys.argv)
+configs.parse(values, ["train", "--config=configs/mine.py:smoke", "--config.batch_size=3", "--workdir=a"])
 print(values.config.batch_size, values.config.duration)
 """
     assert python("-c", program) == "3 40 steps\n"

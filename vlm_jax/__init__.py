@@ -6,7 +6,7 @@ _PUBLIC = {
     "Pretrained": "vlm_jax.pretrained",
     "UserError": "vlm_jax.errors",
     "load": "vlm_jax.zoo.load",
-    "load_adapter": "vlm_jax.adapt.files",
+    "load_adapter": "vlm_jax.zoo.adapters",
     "save_pretrained": "vlm_jax.zoo.save",
 }
 __all__ = ["Pretrained", "UserError", "__version__", "load", "load_adapter", "save_pretrained"]
@@ -14,8 +14,15 @@ __all__ = ["Pretrained", "UserError", "__version__", "load", "load_adapter", "sa
 
 def __getattr__(name):
     """Imports a public name at its first use, so that data workers and `--help` start without jax."""
-    if name in _PUBLIC:
-        import importlib
+    import difflib
+    import importlib
 
+    if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module `vlm_jax` has no attribute `{name}`")
+    close = difflib.get_close_matches(name, __all__, n=1)
+    hint = f"did you mean `{close[0]}`?" if close else f"public names: {', '.join(__all__)}"
+    raise AttributeError(f"module `vlm_jax` has no attribute `{name}`; {hint}")
+
+
+def __dir__():
+    return __all__

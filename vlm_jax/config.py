@@ -40,7 +40,9 @@ def call(fn: Callable, section: Mapping[str, Any], where: str, **fixed) -> Any:
 def choose(options: Mapping[str, Any], name: str, where: str) -> Any:
     """Returns `options[name]`; raises a UserError that lists the options if `name` is unknown."""
     if name not in options:
-        raise UserError(f"{where} is `{name}`; expected one of: {', '.join(map(str, options))}")
+        close = difflib.get_close_matches(str(name), map(str, options), n=1)
+        hint = f"; did you mean `{close[0]}`?" if close else ""
+        raise UserError(f"{where} is `{name}`; expected one of: {', '.join(map(str, options))}{hint}")
     return options[name]
 
 

@@ -21,7 +21,8 @@ from absl import flags
 from vlm_jax import command
 from vlm_jax.command.values import given
 from vlm_jax.errors import UserError
-from vlm_jax.zoo import hub, key_map, recognize, save
+from vlm_jax.zoo import adapters, hub, key_map, recognize, save
+from vlm_jax.zoo.load import load
 
 
 def convert(
@@ -34,6 +35,7 @@ def convert(
     tokenize: str | None = None,
     activation: str | None = None,
     image_size: Sequence[int] | None = None,
+    adapter: str | os.PathLike | None = None,
     show: bool = False,
 ) -> None:
     """Writes the checkpoint `source` to `destination` in another format.
@@ -41,12 +43,16 @@ def convert(
     Args:
       source: "hf:org/name", a folder or a file.
       destination: a new folder, or an .npz file for "big_vision".
-      format: a key of `zoo.save.WRITERS`.
+      format: a key of `zoo.save.FORMATS`.
       preprocess, tokenizer, tokenize, activation: as for `vlm_jax.load`, for files without this information; without
         these arguments the result lacks it too.
       image_size: (height, width) in pixels, for files whose position table does not determine it.
+      adapter: file of an adapted model; the result is the adapted model, see `save.save_pretrained`.
       show: shows a progress bar.
     """
+    if adapter or adapters.of_folder(hub.local(source)):
+        own = dict(preprocess=preprocess, tokenizer=tokenizer, tokenize=tokenize, activation=activation)
+        return save.save_pretrained(load(source, adapter=adapter, **own), destination, format)
     released = _understood(source, activation, image_size)
     own = dict(preprocess=preprocess, tokenizer=tokenizer, tokenize=tokenize)
     released = dataclasses.replace(released, **{key: value for key, value in own.items() if value is not None})
@@ -144,7 +150,7 @@ def _spell(section: Mapping[str, Any] | None) -> str:
 
 
 def main(argv: Sequence[str], values: flags.FlagValues) -> command.Answer:
-    sources = given(values, ("preprocess", "tokenizer", "tokenize", "activation", "image_size"))
+    sources = given(values, ("preprocess", "tokenizer", "tokenize", "activation", "image_size", "adapter"))
     if values.inspect:
         if len(argv) != 2:
             raise UserError("expected one checkpoint: vlm-jax convert --inspect SRC")

@@ -21,7 +21,7 @@ from absl import flags
 
 from vlm_jax import __version__, catalogue, command, config, evaluators, report
 from vlm_jax.command.commands import LOADING
-from vlm_jax.command.values import given
+from vlm_jax.command.values import data_uri, given
 from vlm_jax.data.files import read_kept, write_json
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators.hosts import Hosts
@@ -43,7 +43,7 @@ def evaluate(
     show: bool = False,
     **section: Any,
 ) -> dict[str, Any]:
-    """Evaluates a model and returns the content of results.json: "zeroshot/top1" and so on.
+    """Evaluates a model and returns the content of results.json: "zeroshot/top1" and so on, see `Result.as_results`.
 
     Args:
       pretrained: the model; runs on the devices of `pretrained.mesh`.
@@ -81,11 +81,11 @@ def _evaluate(
     named = {"model": model, "data": section["uri"], "split": section.get("split"), "classes": section.get("classes")}
     named = {key: value for key, value in named.items() if isinstance(value, str)}
     run = lambda progress: evaluator(pretrained, progress)
-    numbers = lambda result: named | {f"{task}/{name}": value for name, value in result.metrics.items()}
+    numbers = lambda result: named | result.as_results(task)
     if out is None:
         return numbers(run(Progress(show=show)))
 
-    hosts, out = Hosts(pretrained.mesh, section["batch_size"]), Path(out).absolute()
+    hosts, out = Hosts(pretrained.mesh, section["batch_size"]), Path(out).expanduser().absolute()
     settings = {"task": task, **named, **_model_facts(pretrained), "version": __version__, "evaluator": section}
     with locked(out, hosts.several):
         mistake = hosts.from_first(claim(out, config.plain(settings), "evaluator") if hosts.first else None)
@@ -100,6 +100,8 @@ def _evaluate(
             if hosts.first:
                 report.save_artifacts(out, task, result.artifacts)
                 write_json(out / "results.json", results)
+                about = ", ".join(named[key] for key in ("data", "split", "classes") if key in named)
+                report.save_about(out, f"evaluation: {task}", model or pretrained.model, about, pretrained.params)
         if hosts.first:
             report.write(out)
             progress.delete()
@@ -118,7 +120,7 @@ def _model_facts(pretrained: Pretrained) -> dict[str, str]:
 
 
 DATA = (
-    "data", "split", "where", "batch_size", "memory_share", "gallery",
+    "split", "where", "batch_size", "memory_share", "gallery",
     "classes", "templates", "label", "captions", "template", "ks",
 )  # fmt: skip
 
@@ -126,7 +128,8 @@ DATA = (
 @processes.joins()
 def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer | None:
     section = given(values, DATA)
-    section |= {"uri": section.pop("data")} | given(values, ["option"]).get("option", {})
+    section |= {"train_uri": data_uri(values, "train_data")} if values.train_data else {}
+    section |= {"uri": data_uri(values)} | given(values, ["option"]).get("option", {})
     evaluator = _evaluator(values.task, section)  # before the model is loaded: errors in the data appear early
     mesh = config.call(sharding.make_mesh, given(values, ("mesh",)).get("mesh", {}), "--mesh", devices=None)
     with command.doing(f"loading {values.model}", processes.is_first()):
@@ -139,10 +142,10 @@ def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer | None:
 
 
 def _table(results: Mapping[str, Any]) -> str:
-    """Returns a line about the evaluation, and one line for each metric."""
+    """Returns a line about the evaluation, one line for each metric, and the notes."""
     about = ", ".join(f"{name} {value}" for name, value in results.items() if "/" not in name)
     numbers = {name.partition("/")[2]: value for name, value in results.items() if "/" in name}
-    return f"{about}\n{command.table([[name, report.format_value(name, numbers[name])] for name in numbers])}"
+    return f"{about}\n{report.format_results(numbers)}"
 
 
 if __name__ == "__main__":

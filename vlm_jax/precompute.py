@@ -18,6 +18,7 @@ import numpy as np
 from absl import flags
 
 from vlm_jax import command, config, models
+from vlm_jax.command.values import data_uri
 from vlm_jax.data import loader
 from vlm_jax.data.examples import log_bad
 from vlm_jax.data.files import write_json
@@ -59,6 +60,7 @@ def precompute(
     batches = loader.eval_batches(
         uri=uri, split=split, ops=f"{settings['preprocess']} | keep('image')", batch_size=batch_size
     )
+    processes.check_equal({uri: batches.examples.fingerprint()}, "data")
     index = dict(uri=uri, split=split, records=batches.num_examples, shard_size=shard_size)
     index |= dict(model=settings["model"]["image"], init=given["image"], preprocess=settings["preprocess"])
     out.mkdir(parents=True, exist_ok=True)
@@ -120,7 +122,7 @@ def _embedder(settings: Mapping[str, Any], spec: str, images: np.ndarray):
 
 @processes.joins()
 def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer | None:
-    section = dict(uri=values.data, split=values.split, batch_size=values.batch_size)
+    section = dict(uri=data_uri(values), split=values.split, batch_size=values.batch_size)
     index = precompute(values.config.to_dict(), values.out, **section)
     if processes.is_first():
         text = f"{index['records']:,} records; read them by --config.data.uri=precomputed:{values.out}"

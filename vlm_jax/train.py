@@ -8,6 +8,7 @@ checkpoint, loop, evaluate, report. The same command after any interruption give
 several hosts, run the same command on each host with --distributed=auto.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -31,6 +32,7 @@ from vlm_jax.run.flops import model_flops
 from vlm_jax.run.folder import locked
 from vlm_jax.run.metric_writer import MetricWriter
 from vlm_jax.run.program import build_program
+from vlm_jax.run.summary import summary
 from vlm_jax.run.throughput import Profile, Throughput
 from vlm_jax.zoo.load import load
 from vlm_jax.zoo.model_init import read as read_init
@@ -43,7 +45,7 @@ def train(settings: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
       UserError: the config or the data is wrong, or another run holds the folder. Earlier checkpoints stay.
     """
     settings = config.plain(settings)
-    workdir = Path(workdir).absolute()
+    workdir = Path(workdir).expanduser().absolute()
     with locked(workdir):
         results = finished(workdir, settings)
         if results is None:
@@ -88,6 +90,7 @@ def _train(
             loader.train_loader, data, "config.data", batch_size=batch_size, seed=seed, tokenizer=tokenizer,
             rows=sharding.rows_of_process(mesh, sizes),
         )  # fmt: skip
+        processes.check_equal(batches.fingerprints, "data")
     total = optim.duration_to_steps(duration, batch_size, batches.num_examples)
     steps = lambda length: optim.duration_to_steps(length, batch_size, batches.num_examples, total)
     with doing("building the model"):
@@ -113,18 +116,21 @@ def _train(
             with jax.set_mesh(mesh):
                 state = program.init(jax.random.key(seed), given)
         progress = {"seconds": 0.0, "data_wait": 0.0, "data": None}
-        processes.say(program.table)
     else:
         with doing("reading the checkpoint"):
             state, progress = saver.restore(program.abstract_state)
         processes.say(f"continuing from step {int(state.step)} of {total}")
     if progress["data"]:
-        counts = {} if processes.is_first() else {"read": 0, "bad": 0}  # the first process keeps the counts of all
+        counts = (
+            {} if processes.is_first() else {"read": 0, "bad": 0, "kinds": {}}
+        )  # the first process keeps the counts of all
         batches.set_state(progress["data"] | counts)
     batches.start()  # reads data while the step compiles
     with doing("compiling the train step"):
         train_step, frozen = program.compile_step(), program.frozen()
-    step_flops = lambda: model_flops(program)
+    step_flops, every = model_flops(program), {"checkpoints": save_every, "metrics": log_every}
+    name = data.get("uri") or ", ".join(part["uri"] for part in data["sources"].values())
+    processes.say(summary(program, name, batches.num_examples, batch_size, total, step_flops, workdir, every))
 
     first, known_ids = int(state.step), vocabulary.vocab_size(program.model)
     writer = config.call(MetricWriter, log, "config.log", workdir=workdir, start_step=first)
@@ -161,7 +167,7 @@ def _train(
                 if evaluation.every and step % evaluation.every == 0 and step < total:
                     bar.set_postfix_str(f"evaluating {evaluation.name}")
                     with clock.paused(), doing("evaluating"):
-                        writer.write(step, evaluation.run(pretrained(state)).metrics)
+                        writer.write(step, evaluation.metrics(evaluation.run(pretrained(state))))
         bar.close()
         with doing("writing the checkpoint"):
             saver.wait()
@@ -173,28 +179,38 @@ def _train(
             "train/seconds": progress["seconds"],
             "train/examples_per_second": total * batch_size / progress["seconds"],
             "train/data_wait_fraction": progress["data_wait"] / progress["seconds"],
-            "data/bad_examples": position(batches)["bad"],
+            **counts_of(position(batches), batches),
         }
         for evaluation in evals:
             with doing(f"evaluating {evaluation.name}"):
                 result = evaluation.run(pretrained(state))
             if processes.is_first():
                 report.save_artifacts(workdir, evaluation.name, result.artifacts)
-            writer.write(total, result.metrics)
-            results |= result.metrics
+            writer.write(total, evaluation.metrics(result))
+            results |= result.as_results(evaluation.prefix)
     if processes.is_first():
         write_json(workdir / "results.json", results)
+        report.save_about(workdir, "training", program.model, name, state.params, mesh)
         with doing("writing the report"):
             report.write(workdir)
     return results
 
 
-def position(batches: loader.Loader) -> dict[str, int]:
+def position(batches: loader.Loader) -> dict[str, Any]:
     """Returns the data position with the counts of all processes; processes with the same rows count once."""
     by_row = {}
     for row, state in processes.exchange([batches.first_row, batches.get_state()]):
         by_row.setdefault(row, state)
-    return by_row[0] | {name: sum(state[name] for state in by_row.values()) for name in ("read", "bad")}
+    kinds = sum((Counter(state["kinds"]) for state in by_row.values()), Counter())
+    counts = {name: sum(state[name] for state in by_row.values()) for name in ("read", "bad")}
+    return by_row[0] | counts | {"kinds": dict(kinds)}
+
+
+def counts_of(position: Mapping[str, Any], batches: loader.Loader) -> dict[str, int]:
+    """Returns how many examples were read, how many of them were bad, by kind, and what is no example."""
+    kinds = {f"data/bad/{kind}": count for kind, count in sorted(position["kinds"].items())}
+    counts = {"data/read_examples": position["read"], "data/bad_examples": position["bad"], **kinds}
+    return counts | {"data/left_out": sum(batches.left_out.values())}
 
 
 class Evaluation:
@@ -212,12 +228,14 @@ class Evaluation:
         every = section.pop("every", None)
         self.name = name
         self.every = steps(every) if every else None
-        self._prefix = section.pop("prefix", name)
+        self.prefix = section.pop("prefix", name)
         self._evaluator = evaluators.build(section)
 
     def run(self, pretrained: Pretrained) -> evaluators.Result:
-        result = self._evaluator(pretrained)
-        return result._replace(metrics={f"{self._prefix}/{name}": value for name, value in result.metrics.items()})
+        return self._evaluator(pretrained)
+
+    def metrics(self, result: evaluators.Result) -> dict[str, float]:
+        return {f"{self.prefix}/{name}": value for name, value in result.metrics.items()}
 
 
 @processes.joins(preemptible=True)
@@ -225,8 +243,8 @@ def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer | None:
     results = train(values.config.to_dict(), values.workdir)
     if processes.is_first():
         page = str(Path(values.workdir).absolute() / "report" / "index.html")
-        rows = [[name, report.format_value(name, results[name])] for name in results if name != "params_sha256"]
-        return command.Answer(results | {"report": page}, f"{command.table(rows)}\nreport: {page}")
+        shown = report.format_results({name: value for name, value in results.items() if name != "params_sha256"})
+        return command.Answer(results | {"report": page}, f"{shown}\nreport: {page}")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def number(results, protocol, method, name="top1"):
     """The mean and the spread of a metric; None if the method has none."""
     own = results.get(f"{protocol} {method}", {})
     spread = name.replace("top1", "spread").replace("harmonic_mean", "harmonic_spread")
-    return study.Number(own[name], own[spread]) if name in own else None
+    return study.Number(own[name], own.get(spread, 0.0)) if name in own else None
 
 
 def table(results):

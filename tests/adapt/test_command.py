@@ -60,7 +60,9 @@ def test_the_command(base, tmp_path, monkeypatch):
     answer = adapt_command.main([], values)
     assert "zero_shot" in answer.text and "harmonic_mean" in answer.text and "+-" in answer.text
     numbers = json.loads((tmp_path / "o" / "results.json").read_text())
-    assert answer.results == numbers | {"adapters": str(tmp_path / "o")}
+    page = tmp_path / "o" / "report" / "index.html"
+    assert answer.results == numbers | {"adapters": str(tmp_path / "o"), "report": str(page)}
+    assert "2 draws of 2 pictures a class" in page.read_text() and "<td>lora</td>" in page.read_text()
     assert {"lora/top1", "lora/new/top1", "lora/harmonic_mean", "gda/top1"} <= numbers.keys()
     assert "gda/new/top1" not in numbers
     assert vlm_jax.load_adapter(tmp_path / "o" / "lora_1.safetensors", base).classes == ("grinning face", "a")

@@ -9,8 +9,8 @@ import pytest
 import vlm_jax
 from tests.support import few_shot
 from tests.support.fuzz_kinds import adapters
-from vlm_jax.adapt.files import KEY
 from vlm_jax.errors import UserError
+from vlm_jax.zoo.adapters import KEY
 from vlm_jax.zoo.readers.tensors import open_tensors, write_safetensors
 
 DOWN = "params/image/blocks/mlp/inserted_down"

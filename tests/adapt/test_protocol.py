@@ -8,7 +8,8 @@ import pytest
 
 from vlm_jax import catalogue, evaluators
 from vlm_jax.adapt import heads, methods, protocol
-from vlm_jax.adapt.protocol import _summary
+from vlm_jax.adapt.methods import options_of
+from vlm_jax.adapt.protocol import _intervals, _summary
 from vlm_jax.adapt.recipe import Extended, Masked
 from vlm_jax.data import emoji
 from vlm_jax.data.sources import open_source
@@ -130,14 +131,40 @@ def test_what_is_wrong_is_named(two_tower, captioner):
 
 
 def test_harmonic_means_and_further_tests(two_tower):
-    numbers = _summary({("coop", ""): [0.5, 1.0], ("coop", "new"): [0.25, 0.5], ("gda", ""): [0.5, 0.5]})
+    half, quarter, right = np.array([1.0, 0.0, 1.0, 0.0]), np.array([1.0, 0.0, 0.0, 0.0]), np.ones(4)
+    shares = {("coop", ""): [half, right], ("coop", "new"): [quarter, half], ("gda", ""): [half]}
+    numbers, intervals = _summary(shares), _intervals(shares)
     assert numbers["coop/harmonic_mean"] == pytest.approx((1 / 3 + 2 / 3) / 2)
-    assert (
-        numbers["coop/new/spread"] == pytest.approx(np.std([0.25, 0.5], ddof=1)) and "gda/harmonic_mean" not in numbers
-    )
+    assert numbers["coop/new/spread"] == pytest.approx(np.std([0.25, 0.5], ddof=1))
+    assert not {"gda/harmonic_mean", "gda/spread"} & numbers.keys(), "one draw has no deviation"
+    assert intervals.keys() == {"coop/top1", "coop/new/top1", "coop/harmonic_mean", "gda/top1"}
+    assert all(low < numbers[name] < high for name, (low, high) in intervals.items())
     near = dict(split="near_style[290:300]", where={"concept": list(CLASSES)})
     reverse = dict(classes=dict(reversed(CLASSES.items())))  # columns of a head stand in another order
-    case = CASE | dict(methods=["zero_shot", "gda"], seeds=1, tests={"near": near, "reverse": reverse})
-    result = evaluators.build(dict(type="few_shot", **case))(two_tower).metrics
+    unknown = dict(classes={**CLASSES, 999: "unknown"})
+    tests = {"near": near, "reverse": reverse, "unknown": unknown}
+    case = CASE | dict(methods=["zero_shot", "gda"], seeds=1, tests=tests)
+    found = evaluators.build(dict(type="few_shot", **case))(two_tower)
+    result = found.metrics
     assert result["zero_shot/reverse/top1"] == result["zero_shot/top1"]
-    assert "gda/near/top1" in result and "gda/reverse/top1" not in result
+    assert result["gda/reverse/top1"] == result["gda/top1"], "by name"
+    assert "gda/near/top1" in result and "gda/unknown/top1" not in result and "gda/spread" not in result
+    assert found.intervals["gda/top1"][0] < result["gda/top1"] < found.intervals["gda/top1"][1]
+    assert "test `unknown`: 1 of 7 classes have no picture: unknown" in found.notes
+
+
+def test_fewer_shots_are_said(two_tower):
+    found = evaluators.build(dict(type="few_shot", methods=["zero_shot"], **CASE | dict(shots=9)))(two_tower)
+    assert found.notes[0].startswith(
+        "6 of 6 classes do not have 9 training pictures: orangutan (2), service dog (2), gorilla (3), "
+    )
+
+
+def test_options_of_one_method():
+    options = {"lora.steps": 20, "steps": 100, "learning_rate": 1e-2}
+    common = {"steps": 100, "learning_rate": 1e-2}
+    assert options_of(["lora", "coop"], options) == {"lora": common | {"steps": 20}, "coop": common}
+    with pytest.raises(UserError, match=r"option `lore\.steps` is `lore`; expected one of: lora, coop"):
+        options_of(["lora", "coop"], {"lore.steps": 3})
+    with pytest.raises(UserError, match="the method coop has no option `rank`"):
+        options_of(["lora", "coop"], {"lora.rank": 4, "coop.rank": 4})

@@ -12,7 +12,6 @@ import vlm_jax
 from tests.support.few_shot import DEPTH, NAMES, D, clip_like, count, few_shot_task, pictures, tuned
 from tests.support.models import SIZES, initial
 from vlm_jax import models
-from vlm_jax.adapt.files import save_adapter
 from vlm_jax.adapt.methods import fit
 from vlm_jax.adapt.prompts.maple import Coupled
 from vlm_jax.adapt.prompts.upt import Unified
@@ -23,6 +22,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.models import insertion
 from vlm_jax.objectives import Term
 from vlm_jax.pretrained import Pretrained
+from vlm_jax.zoo.adapters import save_adapter
 
 EVERYTHING = ((".*", True),)
 

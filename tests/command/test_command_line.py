@@ -13,9 +13,9 @@ from absl import flags
 
 from tests.support.paths import ROOT
 from vlm_jax import catalogue, command
-from vlm_jax.command import commands, help_page
+from vlm_jax.command import commands, configs, help_page
 from vlm_jax.command.commands import COMMANDS, LOADING
-from vlm_jax.command.values import given
+from vlm_jax.command.values import data_uri, given
 from vlm_jax.errors import UserError
 from vlm_jax.run import processes
 
@@ -70,7 +70,7 @@ def test_flags_mistaken_are_told_before_jax_is_imported(tmp_path):
         ("plan", "--config=configs/clip.py:smoke", "--topology=v5e:2x2", "true"):
             "plan takes flags, --name=value, and not `true`; see vlm-jax plan --help",
         ("train", "--config=configs/clip.py:smoke", "--config.optimizer.lrr=1", "--workdir=a"):
-            "the config has no key lrr; Did you mean lr instead of lrr?",
+            "the config has no key `optimizer.lrr`; did you mean `optimizer.lr`?",
         ("train", "--config=configs/clip.py:big", "--workdir=a"):
             "--config=configs/clip.py:big: there is no variant `big` of this config; on the embedded data: tiny, "
             "select, smoke",
@@ -109,8 +109,7 @@ def test_documented_commands_have_the_flags_they_are_given(monkeypatch):
     for name, *argv in documented():
         values = flags.FlagValues()
         commands.define(name, values)
-        monkeypatch.setattr(sys, "argv", [name, *argv])  # where config_flags look for overrides
-        left = values(sys.argv)
+        left = configs.parse(values, [name, *argv])
         own = COMMANDS[name]
         assert all(values[flag.name].value is not None for flag in own.all() if flag.needed), argv
         assert own.arguments or not left[1:], argv
@@ -121,13 +120,13 @@ def test_documented_commands_have_the_flags_they_are_given(monkeypatch):
 
 def test_help_names_what_there_is():
     from vlm_jax.zoo.load import load
-    from vlm_jax.zoo.save import WRITERS
+    from vlm_jax.zoo.save import FORMATS
 
     about = {flag.name: flag.help for own in COMMANDS.values() for flag in own.all()}
     for name in ("evaluate", "adapt"):
         shown = help_page.help_of(name)
         assert all(re.search(rf"\b{one}\b", shown) for one in catalogue.of(*COMMANDS[name].families))
-    assert set(about["format"].split(": ")[1].split(", ")) == set(WRITERS)
+    assert set(about["format"].split(": ")[1].split(", ")) == set(FORMATS)
     assert {flag.name for flag in LOADING} == load.__annotations__.keys() - {"spec", "mesh", "partition", "return"}
 
 
@@ -240,6 +239,16 @@ def test_an_error_of_one_of_several_processes_is_one_line(error, code, line, cap
         assert errors.startswith(before) and errors.endswith(f"error: process 0 of 1: {line}\n")
         assert argv or errors.count("\n") == 1
     assert exits == [code] * 2
+
+
+@pytest.mark.parametrize(("argument", "uri"), [((), "jsonl:a"), (("--allow-outside",), "jsonl:a?allow_outside")])
+def test_pictures_outside_are_allowed_by_a_flag(argument, uri, monkeypatch):
+    values = flags.FlagValues()
+    commands.define("evaluate", values)
+    monkeypatch.setattr(flags, "FLAGS", values)
+    given = ("--model=m", "--task=zeroshot", "--data=jsonl:a", "--out=o", *argument)
+    command.parse("evaluate", ["evaluate", *given])
+    assert data_uri(values) == uri
 
 
 def test_image_size_is_one_side_or_two():

@@ -22,8 +22,7 @@ def read(monkeypatch, tmp_path):
     def run(*given):
         values = flags.FlagValues()
         commands.define("train", values)
-        monkeypatch.setattr(sys, "argv", ["train", *given])  # where config_flags look for overrides
-        values(sys.argv)
+        configs.parse(values, ["train", *given])
         return values.config
 
     yield run
@@ -77,3 +76,27 @@ def test_a_file_of_ones_own_imports_both(read, tmp_path):
     (tmp_path / "configs" / "mine.py").write_text(mine + "    config.batch_size = size.SIZE\n    return config\n")
     config = read("--config=configs/mine.py:smoke")
     assert (config.batch_size, config.duration) == (5, "40 steps")
+
+
+def test_what_an_override_may_be(read):
+    """Keys and sections that the config lacks, durations in steps, nested literals; a type that fits."""
+    config = read(
+        "--config=clip:smoke", "--config.seed=7", "--config.duration=10", "--config.profile.steps=2-3",
+        "--config.optimizer.lr=1", "--config.batch_size=1e2", "--config.mesh.data=2", "--config.model.image.remat=None",
+        "--config.optimizer.params=[['.*/bias', {'lr': 0.5}], ['.*', {}]]", "--config.checkpoint.every=3 epochs",
+        "--config.evals={}", "--config.tokenize=tokenize(8)",
+    )  # fmt: skip
+    assert (config.seed, config.duration, config.profile.steps, config.batch_size) == (7, "10", "2-3", 100)
+    assert type(config.optimizer.lr) is float and config.optimizer.params == [[".*/bias", {"lr": 0.5}], [".*", {}]]
+    assert (config.model.image.remat, config.checkpoint.every, config.evals.to_dict()) == (None, "3 epochs", {})
+    for wrong, message in {
+        "batch_size=many": r"--config.batch_size=many should be a whole number; the config has \d+",
+        "batch_size=1.5": "should be a whole number",
+        "batchsize=3": "the config has no key `batchsize`; did you mean `batch_size`?",
+        "optimizer.lrr=3": "the config has no key `optimizer.lrr`; did you mean `optimizer.lr`?",
+        "batch_size.x=3": r"--config.batch_size.x: `batch_size` is \d+ and has no keys",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            read("--config=clip:smoke", f"--config.{wrong}")
+    with pytest.raises(UserError, match=r"--config\.seed has no value; write --config.seed=VALUE"):
+        read("--config=clip:smoke", "--config.seed", "3")

@@ -13,13 +13,13 @@ import vlm_jax
 from tests.support.few_shot import NAMES, clip_like, few_shot_task, moved, pictures
 from vlm_jax import catalogue
 from vlm_jax.adapt import methods
-from vlm_jax.adapt.files import save_adapter
 from vlm_jax.adapt.methods import Fits, fit
 from vlm_jax.adapt.recipe import tree
 from vlm_jax.adapt.task import accuracy
 from vlm_jax.errors import UserError
 from vlm_jax.params.sharding import make_mesh
 from vlm_jax.params.table import named_leaves
+from vlm_jax.zoo.adapters import save_adapter
 
 HEADS = catalogue.of("heads")
 TRAINED = catalogue.of(*methods.TRAINED)

@@ -1,6 +1,9 @@
 """An index: chosen examples of a source, and their weights."""
 
+import io
 import json
+import os
+import zipfile
 
 import numpy as np
 import pytest
@@ -76,3 +79,26 @@ def test_what_a_user_gets_wrong_is_named(uri, tmp_path):
     np.save(tmp_path / "c.npy", some)
     with pytest.raises(UserError, match=r"has 2 examples after index=.*c.npy, fewer than batch_size=4"):
         loader.train_loader(uri=uri, ops="", batch_size=4, index=str(tmp_path / "c.npy"))
+
+
+def bomb(path, shape, data=b""):
+    """An .npz file whose `index` is to have this shape, and has these bytes."""
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, {"descr": "<i8", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("index.npy", head.getvalue() + data)
+
+
+def test_a_file_of_a_stranger_takes_no_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "MAX_BYTES", 2**16)
+    bomb(tmp_path / "huge.npz", (10**12,))
+    bomb(tmp_path / "zeros.npz", (2**18,), bytes(2**21))
+    with zipfile.ZipFile(tmp_path / "text.npz", "w") as file:
+        file.writestr("index", "text")
+    (tmp_path / "huge.npy").write_bytes(
+        b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<i8', 'fortran_order': False, 'shape': (10**12,), }".ljust(117) + b"\n"
+    )
+    os.mkfifo(tmp_path / "fifo.npz")
+    for path in tmp_path.iterdir():
+        with pytest.raises(UserError, match=r"cannot be read; expected an .npz or .npy file of numbers"):
+            index.read(str(path), 9, "u")

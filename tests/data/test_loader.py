@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from vlm_jax.data import examples, loader, mixture
+from vlm_jax.data.rows import collate
 from vlm_jax.errors import UserError
 
 OPS = "decode | random_resized_crop(8, scale=(0.3, 1.0)) | flip | normalize"
@@ -113,7 +114,10 @@ def test_worker_processes_give_the_same_batches_and_resume(folder, uninterrupted
     batches.start()
     assert_same(take(batches, 9), uninterrupted[:9])
     state = batches.get_state()
-    assert state == {"batch": 9, "read": 72, "bad": 0, "batch_size": 8, "num_examples": 50, "seed": 7}
+    assert state == {
+        "batch": 9, "read": 72, "bad": 0, "kinds": {}, "batch_size": 8, "num_examples": 50, "seed": 7,
+        "fingerprints": batches.fingerprints,
+    }  # fmt: skip
     assert batches.wait_seconds > 0
     batches.close()
     in_process = train(folder, seed=7)
@@ -286,14 +290,14 @@ def test_wds_shards_through_worker_processes(tmp_path):
 
 def test_collate_types():
     rows = [{"a": np.ones(2, np.uint8), "b": i, "c": i / 2, "d": True, "e": "x", "f": [1], "g": {}} for i in range(3)]
-    batch = examples.collate(rows)
+    batch = collate(rows)
     assert {k: (v.dtype.name, v.shape) for k, v in batch.items()} == {
         "a": ("uint8", (3, 2)), "b": ("int32", (3,)), "c": ("float32", (3,)), "d": ("bool", (3,))
     }  # fmt: skip
-    with_texts = examples.collate(rows, texts=True)
+    with_texts = collate(rows, texts=True)
     assert with_texts["e"].tolist() == ["x"] * 3 and with_texts["f"].tolist() == [[1]] * 3
     with pytest.raises(UserError, match="some examples lack the field `a`"):
-        examples.collate([rows[0], {"b": 1}])
+        collate([rows[0], {"b": 1}])
 
 
 def test_the_generator_of_a_draw_is_that_of_a_fresh_philox():
@@ -317,3 +321,49 @@ def test_tensorflow_is_not_imported_and_jax_not_by_this_package():
         "assert not any(m.split('.')[0] in ('tensorflow', 'torch', 'flax', 'optax') for m in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
+
+
+def captions_in_tar(path, *texts):
+    with tarfile.open(path, "w") as tar:
+        for i, text in enumerate(texts):
+            entry = tarfile.TarInfo(f"{i}.txt")
+            entry.size = len(text)
+            tar.addfile(entry, io.BytesIO(text.encode()))
+
+
+def replaced(path, before, after):
+    path.write_text(path.read_text().replace(before, after))
+
+
+CHANGED = {  # the URI -> a change that keeps the number of examples
+    "jsonl:{}/a.jsonl": lambda root: replaced(root / "a.jsonl", '"n": 3', '"n": 4'),
+    "csv:{}/a.csv": lambda root: replaced(root / "a.csv", "3", "4"),
+    "wds:{}/a.tar": lambda root: captions_in_tar(root / "a.tar", "text 0", "text 2", "text 1"),
+    "folder:{}/pictures": lambda root: (root / "pictures" / "2.png").rename(root / "pictures" / "4.png"),
+}
+
+
+@pytest.mark.parametrize("uri", CHANGED)
+def test_data_that_changed_between_stop_and_resume_are_refused(tmp_path, uri):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"n": i}) for i in range(1, 4)))
+    (tmp_path / "a.csv").write_text("n\n1\n2\n3\n")
+    (tmp_path / "pictures").mkdir()
+    for i in range(3):
+        (tmp_path / "pictures" / f"{i}.png").write_bytes(picture(i))
+    captions_in_tar(tmp_path / "a.tar", "text 0", "text 1", "text 2")
+    np.save(tmp_path / "index.npy", np.arange(3))
+    index = str(tmp_path / "index.npy")
+    opened = lambda: train(uri.format(tmp_path), "", batch_size=3, index=index)
+    state = json.loads(json.dumps(opened().get_state()))
+    for name in ("a.jsonl", "a.csv", "a.tar", "pictures/2.png"):
+        os.utime(tmp_path / name)
+    opened().set_state(state)  # a time is no content
+    changed = rf"the data set `{uri.format('.*')}` has changed since the data position was saved; restore it"
+    np.save(tmp_path / "index.npy", np.arange(3)[::-1])
+    with pytest.raises(UserError, match=changed):
+        opened().set_state(state)
+    np.save(tmp_path / "index.npy", np.arange(3))
+    CHANGED[uri](tmp_path)
+    with pytest.raises(UserError, match=changed):
+        opened().set_state(state)
+    opened().set_state({key: value for key, value in state.items() if key not in ("fingerprints", "kinds")})  # of 0.1.0

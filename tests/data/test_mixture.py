@@ -102,7 +102,11 @@ def test_resuming_equals_never_stopping(tables, kind, options):
     batches = loader.train_loader(**mixed, **options)
     assert plain(take(batches, 5)) == expected[:5]
     state = json.loads(json.dumps(batches.get_state()))
-    assert state == {"batch": 5, "read": 40, "bad": 0, "batch_size": 8, "num_examples": 47, "seed": 7}
+    assert state == {
+        "batch": 5, "read": 40, "bad": 0, "kinds": {}, "batch_size": 8, "num_examples": 47, "seed": 7,
+        "fingerprints": batches.fingerprints,
+    }  # fmt: skip
+    assert set(batches.fingerprints) == {"few", "many"}
     batches.close()
     again = loader.train_loader(**mixed)
     again.set_state(state)
@@ -206,3 +210,16 @@ def test_sources_stand_in_place_of_one_source(tables):
         loader.train_loader(sources=sources(tables), ops=OPS, batch_size=8)
     with pytest.raises(UserError, match=r"config.data lacks the key `uri`, which has no default"):
         loader.train_loader(ops=OPS, batch_size=8)
+
+
+def test_sources_that_number_labels_differently_are_refused(tmp_path):
+    """Label 0 would be a cat in one source and a dog in the other."""
+    for name, folders in (("a", ("cat", "dog")), ("b", ("dog", "elk")), ("c", ("cat", "dog", "elk"))):
+        for folder in folders:
+            (tmp_path / name / folder).mkdir(parents=True)
+            (tmp_path / name / folder / "1.png").touch()
+    section = lambda name: dict(uri=f"folder:{tmp_path / name}", ops="keep('label')")
+    alike = loader.train_loader(sources=dict(a=section("a"), c=section("c")), batch_size=2)
+    assert alike.example["label"].tolist() == [0], "one more class is no other number"
+    with pytest.raises(UserError, match=r"`a` and `b` fill .* number `label` differently: 0 is `cat` and `dog`; give"):
+        loader.train_loader(sources=dict(a=section("a"), b=section("b")), batch_size=2)

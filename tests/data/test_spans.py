@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from vlm_jax.data import examples, ops, packing, spans, tokenizers
+from vlm_jax.data import ops, packing, spans, tokenizers
+from vlm_jax.data.rows import collate
 from vlm_jax.data.source import BadExample
 from vlm_jax.errors import UserError
 
@@ -243,7 +244,7 @@ def test_the_op_with_a_tokenizer(modes):
             if len(cut) == len(expected):
                 assert TOKENIZER.decode(restored) == TOKENIZER.decode(expected)
             rows.append(row)
-    batch = examples.collate(rows)
+    batch = collate(rows)
     assert batch["input_ids"].shape == (300, 80) and batch["token_ids"].shape == (300, 64)
     assert {batch[key].dtype for key in batch} == {np.dtype(np.int32)}
     assert np.bincount(batch["denoiser"], minlength=7).min() > 0

@@ -34,3 +34,11 @@ def test_corpus_names_the_record_without_the_field(tmp_path):
     source = sources.open_source(f"jsonl:{tmp_path}/texts.jsonl")
     with pytest.raises(UserError, match=r"record texts.jsonl:2 has no field `name/en` \(there: de\)"):
         train_tokenizer.corpus(source, ["name/en"])
+
+
+def test_corpus_leaves_out_what_is_no_text(tmp_path, caplog):
+    values = ('"red"', "null", "7", '["fox", null, ["x"]]', '"\\ud800"')
+    (tmp_path / "texts.jsonl").write_text("".join(f'{{"t": {value}}}\n' for value in values) + "{")
+    source = sources.open_source(f"jsonl:{tmp_path}/texts.jsonl")
+    assert train_tokenizer.corpus(source, ["t"]) == ["red", "fox"]
+    assert "left out 6 records" in caplog.text

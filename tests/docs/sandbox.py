@@ -22,8 +22,8 @@ from configs import clip
 from tests.support.released import unpack
 from vlm_jax import models
 from vlm_jax.data import emoji, sources, tokenizers
+from vlm_jax.data.class_lists import packaged
 from vlm_jax.data.train_tokenizer import corpus
-from vlm_jax.evaluators.classes import packaged
 from vlm_jax.pretrained import Pretrained
 
 ROOT = Path(__file__).parents[2]
@@ -42,8 +42,8 @@ def write_data(folder: Path) -> None:
     _write_table(folder / "data" / "flickr" / "test.jsonl", records, lambda texts: {"captions": texts})
     for shard in ("00000", "00001"):
         _write_shard(folder / "data" / "laion" / f"{shard}.tar", records[:32])
-    for number in range(len(packaged("classes")["imagenet"])):
-        path = folder / "data" / "imagenet" / "val" / f"n{number:08}" / "0.png"
+    for number, name in enumerate(packaged("wordnet_ids")["imagenet"]):
+        path = folder / "data" / "imagenet" / "val" / name / "0.png"
         path.parent.mkdir(parents=True)
         path.write_bytes(records[number % len(records)]["image"])
     texts = [", ".join(test[i]["keywords"]["en"]) for i in range(256)]

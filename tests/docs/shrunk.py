@@ -81,6 +81,7 @@ TABLE = (  # what the command matches; the flags that it is given; why
         "a minute of evaluating seven denoisers",
     ),
     (r"\btrain .*--config\.mesh\.fsdp=(8|16)\b", "--config.mesh.fsdp=1", "eight and more chips; a CPU is one"),
+    (r"\btrain .*finetune", TWO_STEPS, "minutes of training"),
     (r"\bevaluate .*--mesh=data=8\b", "--mesh=data=1", "eight chips; as above"),
     (r"\btrain .*--workdir=/mnt/shared", "--workdir=runs/shared", "a disk of the reader's"),
     (

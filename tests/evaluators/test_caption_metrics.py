@@ -98,6 +98,34 @@ def test_tokens():
 
 
 @pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("You cannot do that, gimme!! I'm gonna", "you can not do that gim me !! i 'm gon na"),
+        ("rock 'n' roll y'all, '90s 90's 'tis", "rock 'n' roll y' all '90s 90 's 't is"),
+        ("aujourd'hui d'art o'neill qu'il i'ma", "aujourd hui d'art o'neill qu'il i ma"),
+        ("C++ and C#, AT&T a&b a &amp; b", "c++ and c# at&t a & b a & b"),
+        ("me@x.com http://a.b/c. www.x.com #1 @home #cat2", "me@x.com http://a.b/c www.x.com # 1 @home #cat 2"),
+        ("½ of 2½, €20 £5 5¢", "1/2 of 2 1/2 $ 20 # 5 5 cents"),
+        ("5:30pm 5'10\" .5 -5 1,000 3-4 1/2 24/7", "5:30 pm 5 10 .5 -5 1,000 3-4 1/2 24/7"),
+        ("a.m. U.S.A. Mr. Smith and/or a.b No. 5 no. etc.", "a.m. u.s.a. mr. smith and/or a.b no. 5 no etc."),
+        ("what?! really?? a cat!!! no!", "what ?! really ?? a cat !!! no"),
+        ("a \U0001f431 cat\U0001f431 ❤\ufe0f ☕", "a cat ❤ ☕"),
+        ("zero\u200bwidth soft\u00adhyphen non\u2011breaking", "zero width softhyphen non\u2011breaking"),
+        ("बिल्ली सो रही है। แมวน้ำ e\u0301clair עִבְרִית", "बिल्ली सो रही है । แมวน้ำ e\u0301clair עִבְרִית"),
+        ("猫。「鳥」 **bold** __x__ _y_", "猫 。 鳥 ** bold ** __ x __ _ y _"),
+    ],
+)
+def test_tokens_are_those_of_the_stanford_tokenizer(text, tokens):
+    """Run for these values: stanford-corenlp-3.4.1 in pycocoevalcap 1.2, without COCO's punctuation."""
+    assert " ".join(tokenize(text)) == tokens
+
+
+@pytest.mark.parametrize("text", ["www." + "!" * 9999 + "x", "a+" * 9999, "_a" * 9999, "<a" * 9999, "'" * 9999])
+def test_no_text_takes_long(text):
+    assert len(tokenize(text)) < 20_001
+
+
+@pytest.mark.parametrize(
     ("captions", "references", "message"),
     [
         ([["a"]], [], "got 1 captions and references for 0; expected equal numbers"),

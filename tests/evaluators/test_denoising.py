@@ -41,6 +41,7 @@ def test_sums(texts_to_texts, section):
     assert metrics.pop("perplexity") == pytest.approx(perplexity(counts), rel=1e-5)
     kinds = sorted(set(batch["denoiser"][batch["mask"]].tolist()))
     of_kind = {f"{ul2.DENOISERS[k]}/perplexity": perplexity(counts & (batch["denoiser"] == k)[:, None]) for k in kinds}
+    assert metrics.pop("bad_examples") == 1
     assert metrics == pytest.approx(of_kind, rel=1e-5)
 
 

@@ -1,45 +1,18 @@
 """Evaluators on pictures of plain colours, named by a model that reads colours and colour words."""
 
 import json
-from types import MappingProxyType
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.colours import COLOURS, ColourModel, unit
 from vlm_jax import evaluators
+from vlm_jax.data import class_lists
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators.sampling import evenly_spaced
 from vlm_jax.evaluators.tasks.pixel_neighbour import nearest_by_class, standardise
 from vlm_jax.pretrained import class_embeddings
-
-COLOURS = {
-    "red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0), "cyan": (0, 1, 1),
-    "magenta": (1, 0, 1), "grey": (1, 1, 1),
-}  # fmt: skip
-
-
-class ColourModel:
-    """Embeds a picture as its mean colour, a text as the sum of the colours it names (and one for other words)."""
-
-    preprocess = "resize(4) | to_float"
-    tokenizer = None
-    model = None
-    params = MappingProxyType({"logit_scale": 0.0})
-    batches = 0
-
-    def embed_image_batch(self, images):
-        self.batches += 1
-        assert images.dtype == np.float32
-        return _unit(images.mean((1, 2)))
-
-    def embed_texts(self, texts):
-        vectors = [sum(np.array(COLOURS.get(w, (0.1, 0.1, 0.1)), np.float32) for w in text.split()) for text in texts]
-        return _unit(np.stack(vectors))
-
-
-def _unit(x):
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +103,7 @@ class PackedColourModel(ColourModel):
 
     def embed_image_batch(self, images):
         assert images["patches"].shape[1:] == (6, 12) and images["grid"].shape[1:] == (2,)
-        return _unit(images["patches"][:, :4].reshape(-1, 16, 3).mean(1))
+        return unit(images["patches"][:, :4].reshape(-1, 16, 3).mean(1))
 
 
 def test_an_image_may_be_a_dict_of_arrays(section):
@@ -235,11 +208,11 @@ def test_mistakes_are_named(section, changes, message):
 
 
 def test_classes_from_files(tmp_path):
-    (tmp_path / "names.txt").write_text("a cat\n\na dog\n")
+    (tmp_path / "names.txt").write_text("a cat\na dog\n\n", encoding="utf-8-sig")
     (tmp_path / "names.json").write_text('{"7": "a cat", "3": "a dog"}')
     assert evaluators.classes.read(str(tmp_path / "names.txt")) == {0: "a cat", 1: "a dog"}
     assert evaluators.classes.read(str(tmp_path / "names.json")) == {7: "a cat", 3: "a dog"}
-    (tmp_path / "prompts.txt").write_text("a photo of {}\nsome {}\n")
+    (tmp_path / "prompts.txt").write_text("a photo of {}\n\nsome {}\n", encoding="utf-8-sig")
     assert evaluators.classes.read_templates([str(tmp_path / "prompts.txt")]) == ["a photo of {}", "some {}"]
 
 
@@ -263,7 +236,7 @@ def test_packaged_classes_and_templates():
     assert (len(templates["imagenet80"]), len(templates["imagenet7"]), len(templates["cifar10"])) == (80, 7, 18)
     assert templates["imagenet80"][0] == "a bad photo of a {}." and templates["imagenet7"][0] == "itap of a {}."
     assert all(template.count("{}") == 1 for several in templates.values() for template in several)
-    assert (evaluators.classes.PACKAGED / "NOTICE").read_text().count("Copyright") == 3
+    assert (class_lists.PACKAGED / "NOTICE").read_text().count("Copyright") == 3
 
 
 def test_a_folder_names_its_own_classes(tmp_path):
@@ -275,7 +248,10 @@ def test_a_folder_names_its_own_classes(tmp_path):
     result = evaluators.build(section)(ColourModel())
     assert result.artifacts["classes"] == ["blue", "dark red", "red"]
     assert (result.metrics["top1"], result.metrics["examples"]) == (3 / 4, 4), "red is nearer than dark red"
-    with pytest.raises(UserError, match=r"has 3 classes \(blue, ...\), `cifar10` has 10; give the names"):
+    disagree = (
+        r"disagree: blue, dark_red, red of its 3 names .* and airplane, automobile, bird, cat, deer and 5 more of"
+    )
+    with pytest.raises(UserError, match=disagree):
         evaluators.build(section | {"classes": "cifar10"})(ColourModel())
     (tmp_path / "red").rename(tmp_path / "n01440764")
     (tmp_path / "blue").rename(tmp_path / "n01443537")

@@ -50,11 +50,11 @@ def test_rows_that_count(data, batch_size):
         return brightness(batch)
 
     assert one.run(rows, about=odd) == 4 == sum(sizes) and min(sizes) > 0
-    assert one.counts == {"batches": -(-10 // batch_size), "examples": 4, "left_out": 5}, "the broken one is neither"
+    assert one.counts == {"batches": -(-10 // batch_size), "examples": 4, "left_out": 5, "bad picture": 1}
     assert one.tables["found"].read("position").tolist() == [1, 3, 5, 9]
     np.testing.assert_allclose(one.tables["found"].read("grey"), np.array([1, 3, 5, 9]) * 20 / 255, atol=1e-6)
     found = one.result(lambda tables: Result({"rows": len(tables["found"])}, {}), "left_out")
-    assert found.metrics == {"rows": 4, "left_out": 5.0}
+    assert found.metrics == {"rows": 4, "left_out": 5.0, "bad_examples": 1.0}
 
 
 def test_only_some_places_and_what_is_read_of_them(data):
@@ -97,7 +97,7 @@ def test_passes_share_a_progress(data, tmp_path):
     _, one, other = passes()
     assert one.run(brightness, about=odd) == 4 and other.run(known, about=odd) == 4
     assert calls == [[1, 3], [5], [5], [9]]
-    assert other.counts == {"batches": 3, "examples": 4, "left_out": 5}
+    assert other.counts == {"batches": 3, "examples": 4, "left_out": 5, "bad picture": 1}
     np.testing.assert_array_equal(other.tables["known"].read("position"), one.tables["found"].read("position"))
     with pytest.raises(UserError, match="progress of an evaluation with batch_size = 4, now it is 5"):
         Pass(None, Progress(tmp_path), batch_size=5, **data).begin("found")

@@ -144,7 +144,7 @@ def test_features_of_untrained_models(captioner, two_tower):
         ({"shots": 0}, "shots is 0; expected a number of training pictures of each class"),
         ({"l2": 0.0}, "l2 is 0.0; expected a number above 0"),
         ({"classes": ["pink"]}, "no training picture's `name` is among the classes"),
-        ({"train_where": {"name": ["grey"]}}, "no picture's `name` is among the 1 classes"),
+        ({"train_where": {"name": ["grey"]}}, "no picture's `name` is among the classes grey; the labels are red"),
         ({"solver": "lbfgs", "classes": ["red"]}, "all 8 training pictures are of one class"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.models import initial, run, with_opinions
 from vlm_jax import models
+from vlm_jax.errors import UserError
 from vlm_jax.models.generate import Rules, Special, beam_search, sample
 
 VOCAB, LENGTH, BATCH = 5, 4, 3
@@ -191,3 +192,36 @@ def test_the_loop_ends_when_all_texts_have(captioner):
     params = params | {"head": dict(kernel=jnp.zeros((32, VOCAB)), bias=jnp.array([0.0, 50, 0, 0, 0]))}
     got = sample(model, params, images, length=8, greedy=True, special=SPECIAL)
     np.testing.assert_array_equal(got.token_ids, [[1, 0, 0, 0, 0, 0, 0, 0]] * BATCH)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        (
+            dict(temperature=0.0),
+            "temperature should be a number above 0; got 0.0; for the likeliest tokens, use greedy",
+        ),
+        (dict(temperature=-1.0), "a number above 0"),
+        (dict(temperature=float("nan")), "got nan"),
+        (dict(temperature="hot"), "got 'hot'"),
+        (dict(top_p=0.0), "top_p should be above 0 and at most 1"),
+        (dict(top_p=1.5), "at most 1"),
+        (dict(top_k=0), "top_k should be a whole number, at least 1, or None; got 0"),
+        (dict(top_k=2.0), "whole number"),
+        (dict(top_k=True), "got True"),
+        (dict(no_repeat_ngram=-1), "at least 0"),
+        (dict(repetition_penalty=0), "repetition_penalty should be a number above 0"),
+        (dict(repetition_penalty=float("inf")), "got inf"),
+    ],
+)
+@in_a_scan
+def test_options_out_of_their_range_are_named(captioner, wrong, expected):
+    with pytest.raises(UserError, match=expected):
+        sample(*captioner, jax.random.key(0), length=LENGTH, rules=Rules(**wrong))
+
+
+@pytest.mark.parametrize("wrong", [dict(beams=0), dict(length_penalty=-2.0), dict(length=0), dict(beams=1.5)])
+@in_a_scan
+def test_options_of_beams_are_named(captioner, wrong):
+    with pytest.raises(UserError, match=f"{next(iter(wrong))} should be"):
+        beam_search(*captioner, **{"length": LENGTH, **wrong})

@@ -7,9 +7,9 @@ import pytest
 
 from tests.support.compare import bits
 from tests.support.models import OUT, drawn, shapes_of
-from vlm_jax.adapt.files import load_diff, save_diff
 from vlm_jax.errors import UserError
 from vlm_jax.params import diffs
+from vlm_jax.zoo.adapters import load_diff, save_diff
 
 
 @pytest.mark.parametrize("scan", [False, True])

@@ -197,7 +197,7 @@ def test_siglip(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "siglip"}')
     spec, ops = agree(tmp_path, 24, "siglip")
     assert spec == f"sentencepiece:{tmp_path}/spiece.model?pad_id=1"
-    assert ops == "canonicalize | tokenize(24, bos=False)"
+    assert ops == "canonicalize(underscore='drop') | tokenize(24, bos=False)"
     assert agree_written(spec, ops, tmp_path / "written", model_type="siglip") == "SiglipTokenizer"
     transformers.AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
     agree(tmp_path / "saved", 24, "siglip")

@@ -14,7 +14,7 @@ from vlm_jax import models
 from vlm_jax.errors import UserError
 from vlm_jax.params import sharding
 from vlm_jax.plan import train_step
-from vlm_jax.run.chips import Chip, slice_of
+from vlm_jax.run.chips import Chip, here, slice_of
 from vlm_jax.run.program import TrainState
 
 CHIP = Chip(hbm=2**30, bandwidth=1e9, flops=1e11, links=1e8)
@@ -45,6 +45,15 @@ def test_it_fits_or_it_does_not(planned):
     assert planned.fits and train_step.text(planned).endswith("it fits")
     small = planned._replace(chip=CHIP._replace(hbm=2**20))
     assert not small.fits and "it does not fit" in train_step.text(small)
+
+
+def test_this_machine(planned):
+    """A CPU has memory of a known size, and no known speed."""
+    devices, chip = here()
+    assert devices == jax.devices() and chip.hbm * len(devices) > 2**28
+    lines = train_step.text(planned._replace(chip=chip)).splitlines()
+    assert lines[-1] == "it fits" and lines[2].split()[2] == "MiB"
+    assert not any("a step takes" in line or "MFU" in line for line in lines)
 
 
 def test_bounds(planned):

@@ -193,7 +193,7 @@ def test_what_the_layout_has_no_words_for(t5, tmp_path):
     with pytest.raises(vlm_jax.UserError, match=r"decoder\.relative_distance would be 64, not 128"):
         vlm_jax.save_pretrained(other, tmp_path / "hf", "hf")
     for format in ("open_clip", "big_vision"):
-        with pytest.raises(vlm_jax.UserError, match="write it as native"):
+        with pytest.raises(vlm_jax.UserError, match="it can be written as native"):
             vlm_jax.save_pretrained(t5, tmp_path / "other", format)
 
 

@@ -2,12 +2,14 @@
 
 import html.parser
 import json
+import re
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from vlm_jax import report
+from vlm_jax import __version__, report
+from vlm_jax.report import document, figures, tables
+from vlm_jax.report.figures.evaluation import pictures_of
 
 NAMES = ["a cat", "a <dog>", "$ and $", "an owl", "a fox", "a cow with a very long name that fits no line at all"]
 
@@ -56,6 +58,8 @@ def workdir(tmp_path):
     results = {
         "step": 3, "params_sha256": "abc", "train/seconds": 12.5, "train/data_wait_fraction": 0.031,
         "data/bad_examples": 3,
+        "data/read_examples": 800, "data/bad/decode": 3, "seen/left_out": 20,
+        "seen/top1/interval": [0.58, 0.65], "seen/notes": ["1 class <b> has no picture"],
         "seen/top1": 0.612, "seen/top5": 0.831, "seen/examples": 732.0, "seen/pixel_top1": 0.474,
         "new/top1": 0.108, "captions/image_to_text/recall@5": 0.5,
     }  # fmt: skip
@@ -68,11 +72,11 @@ def workdir(tmp_path):
 
 
 class Page(html.parser.HTMLParser):
-    """Collects table rows, images and links of a page."""
+    """Collects table rows, names of figures and links of a page."""
 
     def __init__(self, text):
         super().__init__()
-        self.rows, self.images, self.links = [], [], []
+        self.rows, self.labels, self.links = [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -81,9 +85,9 @@ class Page(html.parser.HTMLParser):
             self.rows.append([])
         if tag in ("td", "th"):
             self.rows[-1].append("")
-        if tag == "img":
-            self.images.append(attributes["src"])
-        self.links += [value for key, value in attributes.items() if key in ("href", "src")]
+        if tag == "svg":
+            self.labels.append(attributes["aria-label"])
+        self.links += [value for key, value in attributes.items() if key in ("href", "src", "xlink:href")]
 
     def handle_data(self, data):
         if self.rows and self.rows[-1] and self.lasttag in ("td", "th", "code"):
@@ -98,21 +102,28 @@ def test_report_of_a_whole_run(workdir):
     assert page.rows[0] == ["", "top-1", "pixel top-1", "top-5", "examples"]
     assert page.rows[1] == ["seen", "61.2 %", "47.4 %", "83.1 %", "732"]
     assert page.rows[2] == ["new", "10.8 %", "", "", ""]
+    assert "<small>58.0 to 65.0 %</small>" in text and "<li>seen: 1 class &lt;b&gt; has no picture</li>" in text
     assert page.rows[3:5] == [["", "image → text recall@5"], ["captions", "50.0 %"]], "nothing in common: its own table"
-    facts = ["data wait fraction", "3.1 %"], ["seconds", "12.5"], ["bad examples", "3"]
+    facts = ["data wait fraction", "3.1 %"], ["seconds", "12.5"], ["training", "800", "797", "3", ""]
+    facts += ["seen", "752", "732", "", "20"], ["a cat", "50 %", "2", "a <dog> 1"], ["$ and $", "0 %", "1", "an owl 1"]
     assert all(fact in page.rows for fact in facts)
-    kinds = ["gallery", "attention", "found", "similarity", "confusions", "matrix", "calibration", "space"]
-    assert page.images == ["curves.png", *(f"seen_{kind}.png" for kind in kinds), "new_one_confusions.png"]
-    assert all("/" not in link for link in page.links), "a folder that needs nothing else"
-    for name in page.images:
-        with Image.open(path.parent / name) as image:
-            assert image.width >= 300 and np.asarray(image.convert("L")).std() > 5, f"{name} is empty"
-    assert "a &lt; b" in text
+    headings = ["what pictures find", "where it looks", "what texts find", "pictures and texts", "worst confusions"]
+    headings += ["confusion matrix", "calibration", "the space of both"]
+    assert page.labels == [
+        "curves over training steps",
+        *(f"seen: {one}" for one in headings),
+        "new/one: worst confusions",
+    ]
+    assert all(link.startswith(("data:image/", "#")) for link in page.links), "the page needs no other file"
+    assert sorted(path.parent.iterdir()) == [path] and "<script" not in text
+    defined, used = re.findall(r' id="([^"]+)"', text), re.findall(r'(?:url\(|href=")#([^)"]+)', text)
+    assert len(defined) == len(set(defined)) and set(used) <= set(defined), "figures do not mix their parts up"
+    assert "a &lt; b" in text and "a &lt;dog&gt;" in text and "a <dog>" not in text
 
 
 def test_report_leaves_out_what_is_absent(tmp_path):
     page = Page(report.write(tmp_path).read_text())
-    assert page.rows == page.images == []
+    assert page.rows == page.labels == []
     (tmp_path / "results.json").write_text('{"seen/top1": 0.5}')
     page = Page(report.write(tmp_path).read_text())
     assert page.rows == [["", "top-1"], ["seen", "50.0 %"]]
@@ -145,3 +156,38 @@ def test_series_ends_at_a_broken_line_and_drops_single_points(workdir):
 )  # fmt: skip
 def test_numbers_as_people_read_them(name, value, shown):
     assert report.format_value(name, value) == shown
+
+
+def test_a_header_says_what_ran(tmp_path):
+    params = {"w": np.zeros((3, 4)), "b": np.zeros(4)}
+    report.save_about(tmp_path, "evaluation: zeroshot", "runs/<mine>", "tfds:emoji", params)
+    rows = dict(Page(report.write(tmp_path).read_text()).rows)
+    assert rows["what"] == "evaluation: zeroshot" and rows["model"] == "runs/<mine>: 16 parameters"
+    assert (
+        rows["data"] == "tfds:emoji" and rows["device"].endswith("cpu") and f"vlm_jax {__version__}" in rows["version"]
+    )
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \w+", rows["finished"])
+
+
+def test_photographs_shrink_and_drawings_stay():
+    noise = np.random.default_rng(0).normal(0, 20, (160, 160, 3))
+    photograph = np.clip(np.arange(160)[:, None, None] + noise, 0, 255).astype(np.uint8)
+    drawn = document.figure(figures.maps([photograph], np.ones((1, 1, 1))), "a photograph", "a")
+    assert "data:image/jpeg" in drawn and len(drawn) < 200_000
+    assert "data:image/jpeg" not in document.figure(figures.confusion_map([0, 1], [0, 1], ["a", "b"]), "a matrix", "b")
+
+
+def test_all_classes_are_in_the_table():
+    rng = np.random.default_rng(0)
+    label, names = np.arange(400) % 40, [f"class {i}" for i in range(41)]
+    found = {"classes": names, "predictions/label": label, "predictions/predicted": rng.permutation(label)}
+    page = Page(tables.class_table(found))
+    assert len(page.rows) == 41 and page.rows[0] == ["class", "right", "pictures", "taken for"]
+    for name, right, pictures, taken in page.rows[1:]:
+        counts = [int(one.rsplit(" ", 1)[1]) for one in taken.split(", ")]
+        assert sum(counts) + round(int(right[:-2]) / 100 * 10) == int(pictures) == 10
+        assert counts == sorted(counts, reverse=True) and name in names
+    assert [shown.kind for shown in pictures_of(found)] == ["matrix", "map"]
+    assert Page(tables.class_table({"classes": names[:2], "per_class": np.array([0.5, np.nan])})).rows[1:] == [
+        ["class 0", "50.0 %"]
+    ]

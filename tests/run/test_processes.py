@@ -149,6 +149,14 @@ def test_a_preempted_process_makes_all_save_one_step(config, whole, tmp_path):
     assert results(tmp_path) == results(whole) and losses(tmp_path) == losses(whole)
 
 
+def test_processes_with_other_data_are_refused(monkeypatch):
+    processes.check_equal({"jsonl:a": "1"}, "data")
+    seen = [{"jsonl:a": "1", "b": "2"}, {"jsonl:a": "1", "b": "2"}, {"jsonl:a": "1", "b": "3"}]
+    monkeypatch.setattr(processes, "exchange", lambda value: seen)
+    with pytest.raises(UserError, match="process 2 of 3 has other data than the first process: `b`; give all"):
+        processes.check_equal(seen[0], "data")
+
+
 HOW = "--distributed={} is not `address:port,processes,index`, or `auto` on a TPU"
 
 

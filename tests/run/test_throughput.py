@@ -30,7 +30,7 @@ def test_mfu_and_memory_of_accelerators(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [memory])
     now = [100.0]
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
-    clock = Throughput(SimpleNamespace(wait_seconds=0.0), 16, lambda: 197e12 * 8 / 100, seconds=5.0)
+    clock = Throughput(SimpleNamespace(wait_seconds=0.0), 16, 197e12 * 8 / 100, seconds=5.0)
     now[0] += 0.5
     numbers = clock.metrics(10)
     # 20 steps a second, each of which is 1/100 s of eight chips at their best

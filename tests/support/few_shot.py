@@ -23,10 +23,12 @@ NAMES = ("red", "green", "blue fish")
 def clip_like(scan):
     sizes = dict(width=D, depth=DEPTH, heads=2, mlp_dim=24, out_dim=D, scan=scan)
     text = dict(sizes, vocab_size=2985, length=8, pool="mean", pad_mask=True)
-    model = models.build(dict(image=dict(sizes, patch=4), text=text))
+    section = dict(image=dict(sizes, patch=4), text=text)
+    model = models.build(section)
     params = jax.jit(model.init)(jax.random.key(0), *GIVEN)["params"]
-    tokenize = "lower | tokenize(8, bos=False, eos=False)"
-    return Pretrained(model, params, tokenizers.build("emoji"), "decode | resize(8) | normalize", tokenize)
+    tokenize, preprocess = "lower | tokenize(8, bos=False, eos=False)", "decode | resize(8) | normalize"
+    config = dict(model=section, tokenizer="emoji", tokenize=tokenize, preprocess=preprocess)
+    return Pretrained(model, params, tokenizers.build("emoji"), preprocess, tokenize, config)
 
 
 def pictures():

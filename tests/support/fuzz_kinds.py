@@ -21,7 +21,6 @@ import vlm_jax
 from tests.support import few_shot, fuzz_checkpoints, fuzz_data
 from tests.support.records import picture
 from vlm_jax import command, report
-from vlm_jax.adapt.files import save_adapter
 from vlm_jax.adapt.heads.gda import gda
 from vlm_jax.command import values
 from vlm_jax.command.commands import define
@@ -36,6 +35,7 @@ from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained.embedding import unit
 from vlm_jax.run import checkpoint, folder
 from vlm_jax.run.metric_writer import MetricWriter
+from vlm_jax.zoo.adapters import save_adapter
 from vlm_jax.zoo.shapes import param_shapes, shapes_of
 
 TEXTS = ("a", "red fox", "THE quick  brown fox 😀", "")

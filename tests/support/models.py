@@ -26,7 +26,7 @@ TOKENS = np.array([[BOS, 3, 4, EOS, 0, 0, 0, 0], [BOS, 5, 6, 7, 8, EOS, 0, 0], [
 
 
 def section(kind: str, scan: bool = False) -> dict:
-    """config.model of a kind: two_tower, captioner, coca, encoder_decoder, prefix_lm."""
+    """config.model of a kind: two_tower, captioner, coca, encoder_decoder, prefix_lm, many_tower."""
     sizes, t5 = dict(SIZES, scan=scan), dict(T5_SIZES, scan=scan)
     image, texts = dict(sizes, patch=8), dict(vocab_size=VOCAB, length=LENGTH)
     match kind:
@@ -44,6 +44,9 @@ def section(kind: str, scan: bool = False) -> dict:
             return dict(name=kind, encoder=t5, decoder=dict(t5, **texts))
         case "prefix_lm":
             return dict(name=kind, decoder=dict(t5, **texts))
+        case "many_tower":
+            image, text = dict(image, image_size=16, out_dim=OUT), dict(sizes, **texts, out_dim=OUT)
+            return dict(name=kind, towers=dict(image=image, text=text, audio=image))
 
 
 class Tiny(NamedTuple):
@@ -51,7 +54,7 @@ class Tiny(NamedTuple):
 
     model: nn.Module
     params: Any
-    inputs: tuple[np.ndarray, np.ndarray]
+    inputs: tuple[np.ndarray, ...]
 
     def apply(self, *inputs, method=None, **options):
         """Runs the model's `method`, compiled once for inputs of one shape; its own inputs by default."""
@@ -67,8 +70,7 @@ def run(model, params, *inputs, method=None, **options):
 @functools.cache
 def tiny(kind: str, scan: bool = False) -> Tiny:
     """The model of `section`; its logits are far from uniform."""
-    inputs = (TOKENS if kind in ("encoder_decoder", "prefix_lm") else IMAGES), TOKENS
-    model = models.build(section(kind, scan))
+    inputs, model = inputs_of(kind), models.build(section(kind, scan))
     params = initial(model, *inputs)
     return Tiny(model, with_opinions(params, 0.3) if "head" in params else params, inputs)
 
@@ -76,8 +78,14 @@ def tiny(kind: str, scan: bool = False) -> Tiny:
 @functools.cache
 def shapes_of(kind: str, scan: bool = False) -> Any:
     """The shapes of its parameters."""
-    inputs = (TOKENS if kind in ("encoder_decoder", "prefix_lm") else IMAGES), TOKENS
-    return jax.eval_shape(models.build(section(kind, scan)).init, jax.random.key(0), *inputs)["params"]
+    return jax.eval_shape(models.build(section(kind, scan)).init, jax.random.key(0), *inputs_of(kind))["params"]
+
+
+def inputs_of(kind: str) -> tuple[np.ndarray, ...]:
+    """The inputs of a kind of model."""
+    if kind == "many_tower":
+        return IMAGES, TOKENS, IMAGES[::-1]
+    return (TOKENS if kind in ("encoder_decoder", "prefix_lm") else IMAGES), TOKENS
 
 
 def with_opinions(params: Any, scale: float = 0.5) -> Any:

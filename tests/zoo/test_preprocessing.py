@@ -204,3 +204,22 @@ def test_a_crop_that_may_shift_by_a_pixel_is_logged(caplog):
         settings = preprocessing.to_transformers(preprocessing.FAMILIES["openai"](224))
     assert settings["size"] == {"shortest_edge": 224} and settings["crop_size"] == {"height": 224, "width": 224}
     assert "rounds odd margins down" in caplog.text
+
+
+@pytest.mark.parametrize("family", preprocessing.FAMILIES)
+@pytest.mark.parametrize("size", [336, (256, 128)])
+def test_another_size(family, size):
+    """The op string of a family at one size becomes that of the family at another."""
+    assert preprocessing.resized(preprocessing.FAMILIES[family](224), size) == preprocessing.FAMILIES[family](size)
+
+
+def test_sizes_in_other_strings():
+    assert preprocessing.resized("decode | resize(32) | cache | flip | normalize", 64) == (
+        "decode | resize(64) | cache | flip | normalize"
+    )
+    for string in ("decode | normalize", "decode | resize_to_patches(16, 256) | normalize | pack_patches(16, 256)"):
+        assert preprocessing.augmented(string) == string
+        with pytest.raises(UserError, match=r"has no size that can follow image_size=64; pass preprocess= as well"):
+            preprocessing.resized(string, 64)
+    clip = preprocessing.FAMILIES["openai"](224)
+    assert preprocessing.augmented(clip) == "decode | random_resized_crop(224) | normalize('clip')"

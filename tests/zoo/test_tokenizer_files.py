@@ -104,7 +104,8 @@ def test_siglip_folder(siglip):
     """SentencePiece counts over a tokenizer.json beside it, as in Transformers; 1 both ends and pads."""
     (siglip / "tokenizer.json").write_text("{}")
     spec, string = tokenizer_files.from_transformers(siglip, 12, "siglip")
-    assert (spec, string) == (f"sentencepiece:{siglip}/spiece.model?pad_id=1", "canonicalize | tokenize(12, bos=False)")
+    canonical = "canonicalize(underscore='drop') | tokenize(12, bos=False)"
+    assert (spec, string) == (f"sentencepiece:{siglip}/spiece.model?pad_id=1", canonical)
     reference = sentencepiece.SentencePieceProcessor(model_file=str(siglip / "spiece.model"))
     ids = [*reference.encode("the foxes running")[:11], 1]
     assert encode(spec, string)[1].tolist() == ids + [1] * (12 - len(ids))
@@ -177,7 +178,8 @@ def test_copy(bert, siglip, tmp_path):
         ("wordpiece", "tokenize(9)", "BertTokenizer"),
         ("wordpiece_cased", "tokenize(9)", "BertTokenizer"),
         ("wordpiece_cased", "lower | tokenize(9, bos=False)", "PreTrainedTokenizerFast"),
-        ("siglip", "canonicalize | tokenize(9, bos=False)", "SiglipTokenizer"),
+        ("siglip", "canonicalize(underscore='drop') | tokenize(9, bos=False)", "SiglipTokenizer"),
+        ("siglip", "canonicalize | tokenize(9, bos=False)", "PreTrainedTokenizerFast"),
         ("siglip", "lower | tokenize(9, bos=False)", "PreTrainedTokenizerFast"),
         ("emoji", "tokenize(9, eos=False)", "PreTrainedTokenizerFast"),
     ],
@@ -209,7 +211,7 @@ def test_what_is_written_reads_as_the_same_ids(kind, string, name, bert, siglip,
 def test_a_canonical_text_is_written_into_the_file(tmp_path, bert):
     tokenizer_files.to_transformers(f"wordpiece:{bert}/vocab.txt?cased=true", "canonicalize | tokenize(9)", tmp_path)
     model = hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    assert model.encode(" The_ FOX!\tes ").ids == [2, 5, 7, 1, 3]
+    assert model.encode(" The_ FOX!\tes ").ids == model.encode("the_fox es").ids == [2, 5, 7, 1, 3]
 
 
 @pytest.mark.parametrize("string", ["lower", "template('a {}') | tokenize(8)", "tokenize(8) | keep('token_ids')"])

@@ -6,7 +6,7 @@ A method is declared in the folder of its family: `heads`, `parameters`, `module
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -49,8 +49,26 @@ def is_head(name: str) -> bool:
     return catalogue.family(FAMILIES, name) == "heads"
 
 
-def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Raises a UserError if the method has no such option; `fit` would raise it after the pictures are embedded."""
+def options_of(names: Collection[str], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns the options of each method: {"steps": 100, "lora.rank": 8} has the rank of lora alone.
+
+    Raises:
+      UserError: an option is of a method that is not among `names`, or a method has no such option.
+    """
+    found: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for key, value in sorted(options.items(), key=lambda item: "." in item[0]):  # a method's own option wins
+        method, dot, option = key.partition(".")
+        if dot:
+            config.choose(found, method, f"the method of the option `{key}`")[option] = value
+        else:
+            for own in found.values():
+                own[key] = value
+    for name, own in found.items():
+        _check_options(name, own)
+    return found
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
     takers = [catalogue.get(FAMILIES, name, "a method of few_shot"), *([] if is_head(name) else [search_rate])]
     taken = [p for taker in takers for p in inspect.signature(taker).parameters.values()]
     known = [p.name for p in taken if p.kind is p.KEYWORD_ONLY]

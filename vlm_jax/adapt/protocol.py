@@ -12,13 +12,16 @@ import jax
 import numpy as np
 
 from vlm_jax import catalogue, config
-from vlm_jax.adapt.methods import check_options, fit, is_head
-from vlm_jax.adapt.task import Shots, Task, accuracy, share_right
-from vlm_jax.data.sources import open_source
+from vlm_jax.adapt.methods import fit, is_head, options_of
+from vlm_jax.adapt.task import Shots, Task, named_right, right
+from vlm_jax.data.sources import open_source, select, train_split_of
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators import classes as class_names
+from vlm_jax.evaluators import metrics
+from vlm_jax.evaluators.labels import Classes, Look, fewer, indices, plain, some
 from vlm_jax.evaluators.one_pass import Batch, Columns, Pass, picture_ops
 from vlm_jax.evaluators.progress import Progress, Table, memory_limit
+from vlm_jax.evaluators.records import read_fields
 from vlm_jax.evaluators.result import Result
 from vlm_jax.evaluators.sampling import few_shots
 from vlm_jax.pretrained import Pretrained, class_embeddings
@@ -32,7 +35,7 @@ class Test(NamedTuple):
     Attributes:
       uri, split, where: the data set.
       label: the field with the label.
-      named: label -> name.
+      named: label -> name, see `labels.Classes`.
     """
 
     uri: str
@@ -42,8 +45,12 @@ class Test(NamedTuple):
     named: Mapping[int | str, str]
 
     @property
+    def classes(self) -> Classes:
+        return Classes(self.named)
+
+    @property
     def names(self) -> list[str]:
-        return list(self.named.values())
+        return self.classes.names
 
 
 @catalogue.method(
@@ -57,6 +64,7 @@ def few_shot(
     *,
     uri: str,
     split: str | None = None,
+    train_uri: str | None = None,
     train_split: str | None = "train",
     label: str | None = None,
     classes: str | Sequence[str] | Mapping[int, str] | None = None,
@@ -79,39 +87,43 @@ def few_shot(
 
     Each draw takes `shots` training pictures of each class, and up to min(4, shots) other pictures to choose
     hyper-parameters on (the protocol of CoOp, arXiv:2109.01134, section 4.1, and of Tip-Adapter's successors); nothing
-    is chosen on `split`. Metrics: `METHOD/top1`, the mean over seeds, and `METHOD/spread`, the standard deviation over
-    seeds; `METHOD/TEST/top1` and `METHOD/TEST/spread` of further tests; with `base_to_new`, `METHOD/new/...` and
-    `METHOD/harmonic_mean`; `examples`, `left_out` (pictures of another label, or unreadable).
+    is chosen on `split`. Metrics: `METHOD/top1`, the mean over seeds, and, of two seeds or more, `METHOD/spread`, the
+    standard deviation over seeds; `METHOD/TEST/top1` and `METHOD/TEST/spread` of further tests; with `base_to_new`,
+    `METHOD/new/...` and `METHOD/harmonic_mean`; `examples`, `left_out` (pictures of another label, or unreadable). The
+    intervals are of the pictures to name, not of the draws. Notes: classes with fewer pictures than `shots`, or none.
 
     Args:
-      uri, split, train_split, label, where, train_where, ops, batch_size, memory_share: as for `probe`.
-      classes: the labels that count, with their names, see `classes.read`; defaults to the data set's own.
+      uri, split, train_uri, train_split, label, where, train_where, ops, batch_size, memory_share: as for `probe`.
+      classes: the labels that count, with their names, see `classes.read`; defaults to the data set's own names that
+        have training pictures. Labels of all data sets are found by name, see `labels.Classes`.
       templates: prompts, see `classes.read_templates`.
       methods: names, see `vlm-jax methods`; defaults to all heads.
-      options: options that every one of the methods has: steps, learning_rate, rank, ...
+      options: options that every one of the methods has: steps, learning_rate, rank, ...; `lora.steps` is lora's alone.
       shots: training pictures of each class; a smaller class gives all its pictures but one to choose on.
       pool: training pictures without labels, for methods that use such pictures: of the classes, drawn anew by each
         seed, none among the pictures of any draw.
       seeds: number of draws: 0, 1, ...
       tests: name -> changes of `uri`, `split`, `where`, `label` and `classes` in a further test. Heads are tested only
-        on the classes that they were trained on.
+        on classes that they were trained on, in any order.
       base_to_new: trains on the first half of the classes, and tests the other half, too, as `new` (arXiv:2203.05557,
         section 4.1); each half is named among its own names.
       keep: is called with method, seed and adapted model.
     """
     fits = {method: fit(method) for method in (catalogue.of("heads") if methods is None else methods)}
-    for name in fits:
-        check_options(name, options or {})
+    options = options_of(fits, options or {})
     if shots < 1 or seeds < 1:
         raise UserError(f"few_shot wants shots and seeds of 1 or more; got {shots} and {seeds}")
     if pool < 0:
         raise UserError(f"few_shot wants a pool of 0 pictures or more; got {pool}")
+    train_uri = train_uri or uri
+    train_split = train_split_of(train_uri, train_split)
     if label is None:
-        label = class_names.find_label(open_source(uri, train_split), f"data set `{uri}`")
+        label = class_names.find_label(open_source(train_uri, train_split), f"data set `{train_uri}`")
     prompts = class_names.read_templates(templates)
-    main = Test(uri, split, where, label, _named(classes, uri, train_split, label))
+    named = _trained_names(train_uri, train_split, label, train_where) if classes is None else class_names.read(classes)
+    main = Test(uri, split, where, label, named)
     tests = _tests(main, tests or {}, base_to_new, given=classes is not None)
-    training = Test(uri, train_split, train_where, label, tests[""].named)
+    training = Test(train_uri, train_split, train_where, label, tests[""].named)
     _check_apart(training, tests)
     pictures = not all(is_head(method) for method in fits)
     limit = memory_limit(memory_share)
@@ -127,9 +139,10 @@ def few_shot(
             )
             for name, test in asked.items()
         }  # fmt: skip
-        labels = class_names.indices(passes["train"].fields(label), training.named)
+        looks = {name: data.look(asked[name].classes, asked[name].label) for name, data in passes.items()}
+        labels = indices(passes["train"].fields(label), looks["train"])
         if not (labels >= 0).any():
-            raise UserError(f"few_shot: no training picture's `{label}` is among the classes")
+            raise UserError(f"few_shot: no training picture's `{label}` is among the classes {some(training.names)}")
         draws = [few_shots(labels, shots + min(shots, VALIDATION), seed) for seed in range(seeds)]
         pools = [_pool(labels, draws, pool, seed) for seed in range(seeds)]
         drawn = np.unique(np.concatenate(draws + pools))
@@ -137,51 +150,69 @@ def few_shot(
         for name, data in passes.items():
             data.begin(name)
         for name, data in passes.items():
-            if not _embed(data, name, asked[name].named, pictures):
-                test = name.removeprefix("test_") or "split"
-                raise UserError(f"few_shot: test `{test}` has no picture of its classes")
+            kept = _embed(data, name, looks[name], pictures)
+            data.check_any(kept, asked[name].label, asked[name].classes, looks[name])
         texts = {name: class_embeddings(pretrained.embed_texts, test.names, prompts) for name, test in tests.items()}
 
         def finish(_: Any) -> Result:
             known = _shots(passes["train"].tables["train"], pictures)
             place = drawn[passes["train"].tables["train"].read("position")]  # of the readable pictures
             queries = {name: _shots(passes[f"test_{name}"].tables[f"test_{name}"], pictures) for name in tests}
-            scale, shares = math.exp(float(pretrained.params["logit_scale"])), {}
-            saved = progress.begin()
+            scale, shares, row = math.exp(float(pretrained.params["logit_scale"])), {}, -1
+            columns = {name: _columns(test.names, training.names) for name, test in tests.items()}
+            fitted = progress.table("fits", limit)  # a row for each seed and method: which pictures are named right
             for seed, draw in enumerate(draws):
                 few, validation = _parts(known, np.flatnonzero(np.isin(place, draw)), shots, seed)
                 others = _part(known, np.isin(place, pools[seed]))
                 others = others._replace(labels=np.full_like(others.labels, -1)) if pool else None
                 task = Task(training.names, prompts, texts[""], scale, seed, others)
                 for method, adapt in fits.items():
-                    key = f"fit {method} {seed} "
-                    found = {name: saved[key + name] for name in tests if key + name in saved}
-                    if not found:  # else it ended before an interruption
-                        adapted = adapt(pretrained, few, validation, task, **(options or {}))
+                    row += 1
+                    if row >= len(fitted):  # else it ended before an interruption
+                        adapted, found = adapt(pretrained, few, validation, task, **options[method]), {}
                         if keep is not None:
                             keep(method, seed, adapted)
-                        for name, test in tests.items():
+                        for i, (name, test) in enumerate(tests.items()):
                             if method == "zero_shot":  # all hosts have embedded the texts, above
-                                found[name] = share_right(queries[name].features @ texts[name].T, queries[name])
-                            elif adapted.head is None or list(test.named.items()) == list(training.named.items()):
-                                found[name] = accuracy(pretrained, adapted, queries[name], test.names)
-                            # else a head, which knows only the classes that it was trained on
-                        progress.save(now=True, **{key + name: float(share) for name, share in found.items()})
-                    for name, share in found.items():
-                        shares.setdefault((method, name), []).append(share)
+                                share = right(queries[name].features @ texts[name].T, queries[name])
+                            elif adapted.head is None or columns[name] is not None:
+                                share = named_right(pretrained, adapted, queries[name], test.names, columns[name])
+                            else:  # a head knows only the classes that it was trained on
+                                share = np.full(len(queries[name].labels), np.nan)
+                            found[f"test_{i}"] = share[None]
+                        fitted.append(**found)
+                        progress.save(now=True)
+                    for i, name in enumerate(tests):
+                        (share,) = fitted.read(f"test_{i}", slice(row, row + 1))
+                        if not np.isnan(share).any():
+                            shares.setdefault((method, name), []).append(share)
             examples = len(queries[""].labels)
             numbers = {"examples": float(examples), "left_out": float(passes["test_"].num_examples - examples)}
-            return Result(numbers | _summary(shares), {})
+            notes = fewer(training.names, labels, shots, kept=1)
+            for name, test in tests.items():
+                left_out = lambda name=name, test=test: passes[f"test_{name}"].left_out(
+                    test.label, looks[f"test_{name}"]
+                )
+                about = test.classes.notes(queries[name].labels, left_out)
+                notes += [f"test `{name}`: {note}" if name else note for note in about]
+            return Result(numbers | _summary(shares), {}, _intervals(shares), notes)
 
         return passes["train"].result(finish)
 
     return evaluate
 
 
-def _named(classes, uri, split, label) -> dict[int | str, str]:
-    if classes is not None:
-        return class_names.read(classes)
-    return class_names.of_source(open_source(uri, split), label, f"{uri} {split or ''}")
+def _own_names(uri: str, split: str | None, label: str) -> dict[int | str, str]:
+    return class_names.of_source(open_source(uri, split), label, f"data set `{uri}`")
+
+
+def _trained_names(uri: str, split: str | None, label: str, where: Mapping | None) -> dict[int | str, str]:
+    """The data set's own label -> name, of the classes that have training pictures."""
+    source, named = open_source(uri, split), _own_names(uri, split, label)
+    classes = Classes(named)
+    look = classes.look(source.label_names(label), f"data set `{uri}`")
+    has = set(indices(read_fields(source, select(source, where) if where else None, [label]), look).tolist())
+    return {label: name for label, name in named.items() if classes.of_label[label] in has}
 
 
 def _tests(main: Test, further: Mapping[str, Mapping[str, Any]], base_to_new: bool, given: bool) -> dict[str, Test]:
@@ -203,8 +234,15 @@ def _further(main: Test, changes: Mapping[str, Any], name: str, given: bool) -> 
     if classes is not None:
         return test._replace(named=class_names.read(classes))
     if not given and {"uri", "label"} & changes.keys():
-        return test._replace(named=_named(None, test.uri, test.split, test.label))
+        return test._replace(named=_own_names(test.uri, test.split, test.label))
     return test
+
+
+def _columns(names: Sequence[str], trained: Sequence[str]) -> list[int] | None:
+    """The places of the names among the names that a head was trained on; None if one is not there."""
+    places = {plain(name): i for i, name in enumerate(trained)}
+    found = [places.get(plain(name)) for name in names]
+    return None if None in found else found
 
 
 def _halves(named: Mapping) -> tuple[dict, dict]:
@@ -231,11 +269,11 @@ def _check_apart(training: Test, tests: Mapping[str, Test]) -> None:
         if (test.uri, test.split, test.where) == (training.uri, training.split, training.where):
             raise UserError(
                 f"few_shot: test `{name or 'split'}` would name the pictures that are trained on; "
-                "give another split, or where and train_where"
+                "give another split, `train_uri` (--train_data), or where and train_where"
             )
 
 
-def _embed(data: Pass, table: str, named: Mapping[int | str, str], pictures: bool) -> int:
+def _embed(data: Pass, table: str, look: Look, pictures: bool) -> int:
     """Embeds the pictures of the classes and returns their number; with `pictures` the table also keeps pictures."""
 
     def rows(batch: Batch) -> Mapping[str, Columns]:
@@ -243,7 +281,7 @@ def _embed(data: Pass, table: str, named: Mapping[int | str, str], pictures: boo
         feature = data.pretrained.embed_image_batch(batch.inputs)[batch.kept]
         return {table: {"feature": feature, "label": np.array(batch.about), "position": batch.position, **own}}
 
-    return data.run(rows, about=class_names.index_of(named))
+    return data.run(rows, about=lambda fields: look(fields[0]))
 
 
 def _shots(table: Table, pictures: bool) -> Shots:
@@ -273,18 +311,40 @@ def _pool(labels: np.ndarray, draws: Sequence[np.ndarray], size: int, seed: int)
     return np.random.default_rng((seed, 0, 2)).permutation(others)[:size]
 
 
-def _summary(shares: Mapping[tuple[str, str], Sequence[float]]) -> dict[str, float]:
-    """Means and standard deviations over seeds."""
+def _summary(shares: Mapping[tuple[str, str], Sequence[np.ndarray]]) -> dict[str, float]:
+    """Means and, of several seeds, standard deviations over seeds; shares: for each seed, which pictures are right."""
     numbers = {}
-    spread = lambda values: float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    for (method, test), values in shares.items():
+
+    def add(mean: str, spread: str, values: Sequence[float]) -> None:
+        numbers[mean] = float(np.mean(values))
+        if len(values) > 1:
+            numbers[spread] = float(np.std(values, ddof=1))
+
+    of_seeds = {key: [float(np.mean(share)) for share in several] for key, several in shares.items()}
+    for (method, test), values in of_seeds.items():
         where = f"{method}/{test}/" if test else f"{method}/"
-        numbers |= {f"{where}top1": float(np.mean(values)), f"{where}spread": spread(values)}
+        add(f"{where}top1", f"{where}spread", values)
         if test == "new":
-            base = shares[method, ""]
-            means = [2 * b * n / (b + n) if b + n else 0.0 for b, n in zip(base, values, strict=True)]
-            numbers |= {f"{method}/harmonic_mean": float(np.mean(means)), f"{method}/harmonic_spread": spread(means)}
+            means = [_harmonic(b, n) for b, n in zip(of_seeds[method, ""], values, strict=True)]
+            add(f"{method}/harmonic_mean", f"{method}/harmonic_spread", means)
     return numbers
+
+
+def _intervals(shares: Mapping[tuple[str, str], Sequence[np.ndarray]]) -> dict[str, tuple[float, float]]:
+    """The confidence intervals of `_summary`'s means: the pictures are drawn again, the seeds are not."""
+    found, drawn = {}, {}
+    for (method, test), several in shares.items():
+        own = int(test == "new")  # other pictures than the base's, drawn independently
+        drawn[method, test] = metrics.resampled(np.mean(several, axis=0), seed=own)
+        found[f"{method}/{test}/top1" if test else f"{method}/top1"] = metrics.percentiles(drawn[method, test])
+        if test == "new":
+            means = np.vectorize(_harmonic)(drawn[method, ""], drawn[method, test])
+            found[f"{method}/harmonic_mean"] = metrics.percentiles(means)
+    return found
+
+
+def _harmonic(base: float, new: float) -> float:
+    return 2 * base * new / (base + new) if base + new else 0.0
 
 
 def _training_places(labels, shots, seed):

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vlm_jax.evaluators import metrics
 from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained, class_embeddings
 
@@ -44,23 +45,34 @@ class Task(NamedTuple):
 
 
 def accuracy(base: Pretrained, adapted: Pretrained, queries: Shots, names: Sequence[str]) -> float:
-    """The share of pictures that an adapted model names right.
+    """The share of pictures that an adapted model names right, the mean of `named_right`."""
+    return float(np.mean(named_right(base, adapted, queries, names)))
 
-    Cached features are reused if the image tower is unchanged.
+
+def named_right(
+    base: Pretrained,
+    adapted: Pretrained,
+    queries: Shots,
+    names: Sequence[str],
+    columns: Sequence[int] | slice = slice(None),
+) -> np.ndarray:
+    """Whether an adapted model names each picture right, float64 [N], see `right`.
+
+    Cached features are reused if the image tower is unchanged. `columns`: the classes of a head that are `names`.
     """
     if adapted.head is not None:
-        logits = adapted.head(queries.features)
+        logits = adapted.head(queries.features)[:, columns]
     elif adapted.compares_pairs or _image_tower_changed(base, adapted):
         logits = adapted.class_logits(queries.images, names)
     else:
         text = class_embeddings(adapted.embed_texts, names, adapted.templates)
         logits = queries.features.astype(np.float64) @ text.T
-    return share_right(logits, queries)
+    return right(logits, queries)
 
 
-def share_right(logits: np.ndarray, queries: Shots) -> float:
-    """The share of pictures whose largest logit is their label's."""
-    return float(np.mean(np.argmax(logits, axis=1) == queries.labels))
+def right(logits: np.ndarray, queries: Shots) -> np.ndarray:
+    """Whether each picture's largest logit is its label's, float64 [N]; of n equal largest ones, 1 / n."""
+    return metrics.truth_ranks(logits, queries.labels).within(1)
 
 
 def _image_tower_changed(base: Pretrained, adapted: Pretrained) -> bool:

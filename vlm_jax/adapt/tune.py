@@ -31,8 +31,7 @@ from vlm_jax.models.generate import log_likelihoods
 from vlm_jax.objectives import Objective, Teacher, Term
 from vlm_jax.params import optim
 from vlm_jax.params.table import named_leaves
-from vlm_jax.pretrained import Pretrained, class_embeddings
-from vlm_jax.pretrained.pretrained import read_picture
+from vlm_jax.pretrained import Pretrained, class_embeddings, inputs
 from vlm_jax.run.program import TrainState, train_step
 
 
@@ -144,6 +143,8 @@ class _Pictures:
     def __init__(self, pretrained: Pretrained, images: Any, augment: str | None, seed: int):
         self._pretrained, self._seed = pretrained, seed
         self._ops = None if augment is None else ops.parse(f"{augment} | keep('image')", pretrained.tokenizer)
+        if augment:
+            images = inputs.pictures(images)
         self._images = pretrained._pictures(images) if isinstance(images, list) and not augment else images
         self.size = len(images)
 
@@ -161,7 +162,7 @@ class _Pictures:
         if self._ops is None:
             return self._images[rows]
         draw = lambda row: self._ops(
-            {"image": read_picture(self._images[row])}, np.random.default_rng((self._seed, step, int(row) % self.size))
+            {"image": self._images[row]}, np.random.default_rng((self._seed, step, int(row) % self.size))
         )
         return np.stack([draw(row)["image"] for row in rows])
 

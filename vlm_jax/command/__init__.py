@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -18,11 +19,12 @@ from typing import Any, NamedTuple
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from vlm_jax.command import help_page
+from vlm_jax.command import configs, help_page
 from vlm_jax.command.commands import COMMANDS, define
 from vlm_jax.errors import UserError, mendable, told
 
 WIPED = "\r\033[K"  # erases a terminal's line
+line: str | None = None  # the command line of this process, as typed
 LONG = 5  # seconds until a log (stderr is no terminal) names the running activity
 
 
@@ -60,6 +62,8 @@ def run(name: str, main: Main | None = None) -> None:
     if {"--help", "--helpshort", "-h"} & set(sys.argv[1:]):
         show(help_page.help_of(name))
         return
+    global line
+    line = shlex.join(["vlm-jax", name, *sys.argv[1:]])
     define(name, flags.FLAGS)
     # orbax logs every step of a save, and also the errors that it raises; --verbosity=0 shows these logs
     logging.set_verbosity(logging.WARNING)
@@ -215,18 +219,19 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _underscored(argument: str) -> str:
+    """Spells a flag's name with underscores: --allow-outside=true -> --allow_outside=true."""
+    name, equals, value = argument.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else argument
+
+
 def parse(name: str, argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> Sequence[str]:
     """Parses the flags of a command into `values` and returns the remaining arguments; raises UserError."""
     try:
-        left = values(list(argv))
-        if "config" in values:
-            getattr(values.config, "lock", None)  # any use raises the deferred error of a missing file
-    except (UserError, flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, RecursionError) as error:
+        left = configs.parse(values, [_underscored(argument) for argument in argv])
+    except (UserError, flags.Error, TypeError, ValueError, OSError, RecursionError) as error:
         message = str(error).removeprefix("flag ")
-        if isinstance(error, KeyError | AttributeError):  # an override of a key that the config lacks
-            message = str(error.args[0]).replace("\\n", "; ").replace("\n", "; ")
-            message = "the config has no key " + message.translate(str.maketrans("", "", "\"'\\"))
-        elif isinstance(error, OSError):  # a config file; the last line has the reason
+        if isinstance(error, OSError):  # a config file; the last line has the reason
             message = f"--config: {message.splitlines()[-1].strip()}"
         elif ": Error whilst parsing config file:" in message:  # ml_collections' words and a traceback
             flag, cause = message.split(": Error whilst")[0], error.__context__.__context__

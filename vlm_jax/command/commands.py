@@ -3,6 +3,7 @@
 A command's description and examples stand in the docstring of its module; see `help_page`.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -46,7 +47,15 @@ class Command(NamedTuple):
         return [*(flag for group in self.flags.values() for flag in group), *EVERY]
 
 
+def _define_path(name: str, default: str | None, help: str, flag_values: flags.FlagValues) -> None:
+    """A flag with a path, whose `~` is the home folder."""
+    parser = flags.ArgumentParser()
+    parser.parse = os.path.expanduser
+    flags.DEFINE(parser, name, default, help, flag_values=flag_values)
+
+
 text = partial(Flag, flags.DEFINE_string)
+path = partial(Flag, _define_path)
 several = partial(Flag, flags.DEFINE_multi_string)
 listed = partial(Flag, flags.DEFINE_list)
 whole = partial(Flag, flags.DEFINE_integer)
@@ -61,6 +70,7 @@ DISTRIBUTED = text("distributed", "On several hosts: auto, or address:port,proce
 
 MODEL = text("model", "A workdir, a folder, a file, hf:org/name, pkg:package/path", needed=True)
 DATA = text("data", "Data set: tfds:, wds:, jsonl:, csv:, folder:", needed=True)
+OUTSIDE = switch("allow_outside", "Pictures may be outside of the data set's folder")
 LABELLED = (
     text("split", "The data set's split"),
     several("where", "Records that count: field=value,value; repeatable"),
@@ -68,7 +78,9 @@ LABELLED = (
     text("classes", "imagenet, emoji:seen, emoji:subgroups, a file, a list (the data set's own)"),
     several("templates", "imagenet80, a file, a prompt with {}; repeatable"),
     whole("batch_size", "Pictures at a time over all devices", 256),
+    OUTSIDE,
 )
+ADAPTER = path("adapter", "File of an adapted model, made by `vlm-jax adapt`")
 LOADING = (  # the arguments of `vlm_jax.load`
     text("preprocess", "For model files without preprocessing: openai, siglip, ..., or an op string"),
     text("tokenizer", "For model files without tokenizer: clip, json:/path, ..."),
@@ -77,6 +89,7 @@ LOADING = (  # the arguments of `vlm_jax.load`
     listed("image_size", "Another size than the model's: 384 or 384,288; needs --resample"),
     text("resample", "Resampling of learned positions to --image_size: linear, bicubic, bicubic_sharp"),
     text("dtype", "Compute dtype (the run's own, else float32)"),
+    ADAPTER,
 )
 
 COMMANDS = {
@@ -84,7 +97,7 @@ COMMANDS = {
         {
             "": (
                 config("Experiment: NAME:VARIANT of configs/, e.g. clip:smoke, or a file, mine.py:VARIANT"),
-                text("workdir", "Folder of the run: checkpoints, metrics, results, report", needed=True),
+                path("workdir", "Folder of the run: checkpoints, metrics, results, report", needed=True),
                 DISTRIBUTED,
             )
         }
@@ -95,13 +108,14 @@ COMMANDS = {
                 MODEL,
                 text("task", "Name of an evaluator", needed=True),
                 DATA,
-                text("out", "Folder for results.json, artifacts and report", needed=True),
+                path("out", "Folder for results.json, artifacts and report", needed=True),
             ),
             "data": LABELLED,
             "task": (
                 listed("captions", "retrieval, captions: the fields with captions"),
                 text("template", "retrieval: a prompt, {} for the caption"),
                 listed("ks", "retrieval: the k of recall@k, e.g. 1,5,10"),
+                text("train_data", "probe: data set to learn from (--data)"),
                 whole("gallery", "Pictures in the report (24)"),
                 several("option", "Any other argument of the task: name=value; repeatable"),
             ),
@@ -120,13 +134,14 @@ COMMANDS = {
                 MODEL,
                 listed("method", "Names of methods, separated by commas", needed=True),
                 DATA,
-                text("out", "Folder for results.json and the adapters", needed=True),
+                path("out", "Folder for results.json and the adapters", needed=True),
             ),
             "draws": (
                 whole("shots", "Training pictures of each class", 16),
                 whole("pool", "Training pictures without labels, for methods that use such pictures", 0),
                 whole("seeds", "Number of random draws", 3),
-                text("train_split", "The split to draw from (train); --train_split= for data without splits"),
+                text("train_data", "Data set to draw from (--data), e.g. csv:train.csv beside --data=csv:test.csv"),
+                text("train_split", "The split to draw from (train)"),
                 several("train_where", "Records of that split that count: field=value,value; repeatable"),
                 switch("base_to_new", "Train on half of the classes, test the others as well"),
                 several("option", "Options of the methods: steps=100, learning_rate=1e-3, rank=8; repeatable"),
@@ -142,7 +157,7 @@ COMMANDS = {
                 text("format", "What to write: native, hf, open_clip, big_vision, t5x", "native"),
                 switch("inspect", "Describe SRC and where each tensor goes; convert nothing"),
             ),
-            "model": (*LOADING[:4], listed("image_size", "For positions of unknown grid: 384 or 384,288")),
+            "model": (*LOADING[:4], listed("image_size", "For positions of unknown grid: 384 or 384,288"), ADAPTER),
         },
         arguments="SRC DST",
     ),
@@ -151,9 +166,10 @@ COMMANDS = {
             "": (
                 config("Experiment with model_init, e.g. lit:tiny or configs/lit.py:tiny"),
                 DATA,
-                text("out", "Folder of the embeddings", needed=True),
+                path("out", "Folder of the embeddings", needed=True),
                 text("split", "The data set's split"),
                 whole("batch_size", "Pictures at a time", 64),
+                OUTSIDE,
                 DISTRIBUTED,
             )
         }
@@ -162,12 +178,15 @@ COMMANDS = {
         {
             "": (
                 config("Experiment, e.g. ul2:20b or configs/ul2.py:20b"),
-                text("topology", "Slice: v5e:16x16, v5p:4x8x8, v6e:16x16, h100:1x1x8, ...", needed=True),
+                text("topology", "Slice: v5e:16x16, v5p:4x8x8, v6e:16x16, h100:1x1x8, ... (this machine)"),
                 switch("search", "Search for the fastest mesh, remat and accumulation"),
                 switch("table", "Also print the parameters and their shardings"),
                 switch("codegen", "Also generate TPU machine code: takes minutes, gives the same plan"),
             )
         }
+    ),
+    "compare": Command(
+        {"": (path("out", "Also write one HTML page, comparison.html, with figures"),)}, arguments="RUN RUN ..."
     ),
     "methods": Command(
         {"": (text("family", "Only one family: heads, modules, prompts, objectives, ..."),)}, arguments="[NAME ...]"
@@ -177,7 +196,7 @@ COMMANDS = {
             "": (
                 text("uri", "The data set, as in config.data.uri", needed=True),
                 listed("fields", "Text fields, nested ones as name/en", needed=True),
-                text("out", "The file to write", needed=True),
+                path("out", "The file to write", needed=True),
                 text("split", "The data set's split"),
                 whole("vocab_size", "Maximum number of tokens, including 256 bytes and 3 special tokens", 4096),
             )
@@ -186,8 +205,8 @@ COMMANDS = {
     "data.emoji.build": Command(
         {
             "": (
-                text("tarballs", "Folder of the npm tarballs; fetched if missing", needed=True),
-                text("out", "Folder to replace with the prepared files (the package's own)"),
+                path("tarballs", "Folder of the npm tarballs; fetched if missing", needed=True),
+                path("out", "Folder to replace with the prepared files (the package's own)"),
             )
         }
     ),

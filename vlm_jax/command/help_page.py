@@ -12,7 +12,7 @@ from vlm_jax.command.commands import COMMANDS, EVERY, Flag
 GROUPS = {
     "train": ("train", "precompute", "plan"),
     "use a model": ("evaluate", "adapt", "convert"),
-    "look up": ("methods",),
+    "look up": ("compare", "methods"),
     "prepare data": ("data.train_tokenizer", "data.emoji.build"),
 }
 FIRST = ("evaluate", "train")  # the overview shows the first example of these commands

@@ -24,6 +24,11 @@ def given(values: flags.FlagValues, names: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def data_uri(values: flags.FlagValues, name: str = "data") -> str:
+    """Returns `--data` or another data set, with the option that `--allow_outside` asks for."""
+    return f"{values[name].value}?allow_outside" if values.allow_outside else values[name].value
+
+
 def _where(conditions: Sequence[str]) -> dict[str, list]:
     """["style=noto,twemoji", "group=3"] -> {"style": ["noto", "twemoji"], "group": [3]}."""
     where = {}

@@ -1,27 +1,36 @@
 """Examples of a source by number, what happens to bad ones, and batches of them."""
 
+import functools
 import itertools
 import logging
 import threading
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from vlm_jax.data import index as index_lib
 from vlm_jax.data import ops as ops_lib
+from vlm_jax.data.confined import digest
 from vlm_jax.data.ops import Pipeline
+from vlm_jax.data.rows import Batch, Fields, check, fields_of, stack
 from vlm_jax.data.source import BadExample, Source, select
 from vlm_jax.data.sources import open_source
-from vlm_jax.errors import UserError
+from vlm_jax.errors import CUT, UserError
 
 log = logging.getLogger(__name__)
-Batch = dict[str, np.ndarray]
-BadRecord = tuple[str, str]  # key, reason
-# bool before int: a bool is an int.
-DTYPES = {bool | np.bool_: bool, int | np.integer: np.int32, float | np.floating: np.float32}
 # Number of records tried in place of a bad one before an error is raised.
 SUBSTITUTES = 100
+# Number of examples that decide which fields an example has.
+DECIDING = 9
+
+
+class BadRecord(NamedTuple):
+    """An example that cannot be used: its key, why, and the kind of the fault, see `BadExample`."""
+
+    key: str
+    reason: str
+    kind: str
 
 
 _thread = threading.local()
@@ -50,6 +59,8 @@ class Examples:
       seed: of the ops' randomness.
       weight: float [n], the field `weight` of the records; None leaves them as they are.
       name: stands before the keys of records.
+      uri: the source's, for messages.
+      left_out: what is no example, by reason, see `Source.left_out`.
     """
 
     def __init__(
@@ -60,10 +71,12 @@ class Examples:
         seed: int,
         weight: np.ndarray | None = None,
         name: str = "",
+        uri: str = "",
+        left_out: Mapping[str, int] | None = None,
     ):
         self.source, self.pipeline, self.chosen, self.seed = source, pipeline, chosen, seed
-        self.weight, self.name = weight, name
-        self.memory: dict[int, dict[str, Any] | str] = {}
+        self.weight, self.name, self.uri, self.left_out = weight, name, uri, left_out or {}
+        self.memory: dict[int, dict[str, Any] | BadExample] = {}
 
     def __len__(self) -> int:
         return len(self.source) if self.chosen is None else len(self.chosen)
@@ -88,24 +101,77 @@ class Examples:
             try:
                 self.memory[i] = self.pipeline.prepare(self._record(i))
             except BadExample as error:
-                self.memory[i] = str(error)
-        if isinstance(self.memory[i], str):
-            raise BadExample(self.memory[i])
+                self.memory[i] = BadExample(*error.args)  # without the traceback, which holds pictures
+        if isinstance(self.memory[i], BadExample):
+            raise BadExample(*self.memory[i].args)
         return self.memory[i]
 
     def read(self, i: int, draw: int) -> dict[str, Any]:
-        """Returns example `i` with the randomness of draw number `draw`; raises BadExample."""
-        return self.pipeline.finish(self._prepared(i), generator(self.seed, draw))
+        """Returns example `i` with the randomness of draw number `draw`.
 
-    def read_or_next(self, i: int, following: Iterable[int], draw: int, bad: list[BadRecord]) -> dict[str, Any]:
-        """Returns example `i`, or the first good one of `following`; appends (key, reason) of bad ones to `bad`."""
+        Raises:
+          BadExample: anything is wrong with the record, an exception that nothing foresaw included.
+        """
+        try:
+            return self.pipeline.finish(self._prepared(i), generator(self.seed, draw))
+        except BadExample:
+            raise
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust: a tokenizer's
+                raise
+            kind = "ops" if isinstance(error, UserError) else type(error).__name__
+            reason = " ".join(str(error).split())[:CUT]
+            raise BadExample(reason if kind == "ops" else f"{kind}: {reason}", kind) from error
+
+    def row(self, i: int, draw: int) -> dict[str, Any]:
+        """Returns example `i` with the fields of other examples; raises BadExample. See `read`."""
+        row = self.read(i, draw)
+        check(row, self.fields)
+        return row
+
+    @functools.cached_property
+    def fields(self) -> Fields:
+        """The fields of the first good examples."""
+        rows, bad = [], []
+        for i in range(min(SUBSTITUTES, len(self))):
+            try:
+                rows.append(self.read(i, 0))
+            except BadExample as error:
+                bad.append(self.bad_record(i, error))
+            if len(rows) == DECIDING:
+                break
+        if not rows:
+            raise _all_bad(bad)
+        return fields_of(rows, self.pipeline.keeps)
+
+    def collate(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        """Stacks rows into a batch."""
+        return stack(rows, self.fields)
+
+    def bad_record(self, i: int, error: BadExample) -> BadRecord:
+        """Returns what is said and counted of a bad example."""
+        printable = lambda text: text.encode("utf-8", "backslashreplace").decode()
+        return BadRecord(printable(self.key(i)), printable(error.reason), error.kind)
+
+    def row_or_next(self, i: int, following: Iterable[int], draw: int, bad: list[BadRecord]) -> dict[str, Any]:
+        """Returns row `i`, or the first good one of `following`; appends the bad ones to `bad`."""
         before = len(bad)
         for j in itertools.chain((i,), following):
             try:
-                return self.read(j, draw)
+                return self.row(j, draw)
             except BadExample as error:
-                bad.append((self.key(j), str(error)))
-        raise UserError(f"{len(bad) - before} examples in a row are bad; the last is {bad[-1][0]}: {bad[-1][1]}")
+                bad.append(self.bad_record(j, error))
+                cause = error.__cause__
+        raise _all_bad(bad[before:]) from cause
+
+    def fingerprint(self) -> str:
+        """Returns a short hash that changes with the records and with the choice among these."""
+        chosen, weight = (b"" if x is None else x.tobytes() for x in (self.chosen, self.weight))
+        return digest(self.source.fingerprint().encode(), chosen, weight)
+
+
+def _all_bad(bad: Sequence[BadRecord]) -> UserError:
+    return UserError(f"{len(bad)} examples in a row are bad; the last is {bad[-1].key}: {bad[-1].reason}")
 
 
 def open_examples(
@@ -123,19 +189,26 @@ def open_examples(
     pipeline = ops_lib.parse(ops, tokenizer)
     source = open_source(uri, split)
     chosen, weight = (None, None) if index is None else index_lib.read(index, len(source), uri)
+    left_out = dict(source.left_out)
     if where:
-        selected = select(source, where)
+        unusable = []
+        selected = select(source, where, unusable)
+        if unusable:
+            left_out[f"without a usable {' or '.join(where)}"] = len(unusable)
         if index is None:
             chosen = selected
         else:
             keep = np.isin(chosen, selected)
             chosen, weight = chosen[keep], weight[keep]
-    return Examples(source.narrow(pipeline.paths) if pipeline.paths else source, pipeline, chosen, seed, weight, name)
+    for what, count in left_out.items():
+        log.warning("%s: left out %d %s", uri, count, what)
+    source = source.narrow(pipeline.paths) if pipeline.paths else source
+    return Examples(source, pipeline, chosen, seed, weight, name, uri, left_out)
 
 
 def log_bad(bad: list[BadRecord]) -> None:
     """Logs one line for each bad example."""
-    for key, reason in bad:
+    for key, reason, _ in bad:
         log.warning("bad example %s: %s", key, reason)
 
 
@@ -144,35 +217,5 @@ def check_bad(count: int, allowed: float, read: int, max_bad_fraction: float, ba
     if count > allowed:
         raise UserError(
             f"{count} of {read} examples read are bad, more than max_bad_fraction={max_bad_fraction:g}; "
-            f"the last is {bad[-1][0]}: {bad[-1][1]}"
+            f"the last is {bad[-1].key}: {bad[-1].reason}"
         )
-
-
-def collate(rows: list[dict[str, Any]], texts: bool = False) -> Batch:
-    """Stacks examples: arrays to [B, ...], int to int32, float to float32, bool.
-
-    With `texts`, str and lists become object arrays [B]. A dict of arrays is stacked too. Other fields are left out.
-
-    Raises:
-      UserError: a field's shape differs between examples, or some examples lack the field.
-    """
-    batch = {}
-    for key, first in rows[0].items():
-        try:
-            values = [row[key] for row in rows]
-        except KeyError:
-            raise UserError(f"some examples lack the field `{key}`; choose fields with `keep(...)`") from None
-        if isinstance(first, dict) and first and all(isinstance(v, np.ndarray) for v in first.values()):
-            batch[key] = collate(values)
-        elif isinstance(first, np.ndarray):
-            try:
-                batch[key] = np.stack(values)
-            except ValueError:
-                shapes = sorted({np.shape(v) for v in values})
-                raise UserError(f"`{key}` has shapes {shapes[:3]}; the ops must give one shape (resize, pad)") from None
-        elif isinstance(first, bool | int | float | np.number | np.bool_):
-            batch[key] = np.asarray(values, next(d for t, d in DTYPES.items() if isinstance(first, t)))
-        elif texts and isinstance(first, str | list | tuple):
-            batch[key] = np.empty(len(values), object)
-            batch[key][:] = values
-    return batch

@@ -5,6 +5,7 @@ worker processes may compute batches in any order, and the position to resume fr
 reads its rows of batch k: the batch is the same for any number of processes.
 """
 
+import collections
 import contextlib
 import functools
 import sys
@@ -16,8 +17,9 @@ import numpy as np
 
 from vlm_jax import config
 from vlm_jax.data import background, mixture
-from vlm_jax.data.examples import SUBSTITUTES, BadRecord, Batch, Examples, check_bad, collate, log_bad, open_examples
+from vlm_jax.data.examples import SUBSTITUTES, BadRecord, Examples, check_bad, log_bad, open_examples
 from vlm_jax.data.mixture import RowSet
+from vlm_jax.data.rows import Batch
 from vlm_jax.data.source import BadExample
 from vlm_jax.errors import UserError
 
@@ -65,6 +67,8 @@ class Loader(Iterator[Batch]):
       first_row: the first of these numbers; processes with the same first row read the same rows.
       batches_per_epoch: whole batches of an epoch; a single source drops the rest of the epoch.
       read, bad: examples of this process read so far, and how many of them were bad (counts survive resuming).
+      kinds: the bad examples by kind, see `BadExample`.
+      left_out: what the data sets' files hold beside examples, by reason, see `Source.left_out`.
       wait_seconds: time spent waiting in `next`.
     """
 
@@ -74,13 +78,23 @@ class Loader(Iterator[Batch]):
         self._iterator = None
         self._k = 0
         self.read = self.bad = 0
+        self.kinds = collections.Counter()
         self.wait_seconds = 0.0
         sets = batches.sets.values()
         self.sizes, self.rows = batches.sizes, batches.slots
         self.first_row = next(iter(sets)).slots[0]
-        self.num_examples = sum(len(examples) for rows in sets for examples in rows.sources)
+        self._examples = {name: one for rows in sets for name, one in zip(rows.names, rows.sources, strict=True)}
+        self.num_examples = sum(map(len, self._examples.values()))
+        self.left_out = sum(
+            (collections.Counter(one.left_out) for one in self._examples.values()), collections.Counter()
+        )
         self._batch_size, self._share = sum(rows.size for rows in sets), sum(len(rows.slots) for rows in sets)
         self.batches_per_epoch = self.num_examples // self._batch_size
+
+    @functools.cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Name of a source (its URI, if it is the only one) -> short hash of its data, see `Source.fingerprint`."""
+        return {name or one.uri: one.fingerprint() for name, one in self._examples.items()}
 
     @functools.cached_property
     def example(self) -> Batch:
@@ -89,6 +103,8 @@ class Loader(Iterator[Batch]):
     def start(self) -> None:
         """Starts to prefetch now, not at the first `next`."""
         if self._iterator is None:
+            for examples in self._examples.values() if self._workers else ():
+                _ = examples.fields  # once, and not in each worker
             self._batches.start = self._k
             self._iterator = background.Ahead(self._batches, workers=self._workers, threads=self._threads)
 
@@ -99,8 +115,9 @@ class Loader(Iterator[Batch]):
         self.wait_seconds += time.perf_counter() - begin
         self._k += 1
         self.read += self._share + len(bad)
-        self.bad += len(bad)
         if bad:
+            self.bad += len(bad)
+            self.kinds.update(record.kind for record in bad)
             self._check(bad)
         return batch
 
@@ -112,22 +129,24 @@ class Loader(Iterator[Batch]):
             allowed = max(allowed, epochs)  # one bad record of a small data set comes again in every epoch
         check_bad(self.bad, allowed, self.read, self._max_bad_fraction, bad)
 
-    def get_state(self) -> dict[str, int]:
+    def get_state(self) -> dict[str, Any]:
         """Returns the position after the last returned batch, JSON-able."""
         return {
             "batch": self._k,
             "read": self.read,
             "bad": self.bad,
+            "kinds": dict(self.kinds),
             "batch_size": self._batch_size,
             "num_examples": self.num_examples,
             "seed": self._batches.seed,
+            "fingerprints": self.fingerprints,
         }
 
-    def set_state(self, state: Mapping[str, int]) -> None:
+    def set_state(self, state: Mapping[str, Any]) -> None:
         """Continues from a position that `get_state` returned, with the next batch.
 
         Raises:
-          UserError: the position belongs to other data, another batch size or another seed.
+          UserError: the position belongs to other or changed data, another batch size or another seed.
         """
         here = self.get_state()
         for name in ("batch_size", "num_examples", "seed"):
@@ -136,8 +155,15 @@ class Loader(Iterator[Batch]):
                     f"the saved data position has {name}={state[name]}, this run has {here[name]}; "
                     "continue with the same data, or start in a new workdir"
                 )
+        for name, before in state.get("fingerprints", {}).items():  # earlier versions saved none
+            if self.fingerprints.get(name) != before:
+                raise UserError(
+                    f"the data set `{name}` has changed since the data position was saved; restore it, or start in a "
+                    "new workdir"
+                )
         self.close()
         self._k, self.read, self.bad = state["batch"], state["read"], state["bad"]
+        self.kinds = collections.Counter(state.get("kinds", {}))
 
     def close(self) -> None:
         """Ends threads and worker processes; a further `next` starts them again."""
@@ -213,21 +239,23 @@ class EvalBatches:
         return -(-self.num_examples // self.batch_size)
 
     def __getitem__(self, k: int) -> tuple[Batch, list[BadRecord]]:
-        rows, bad = [], []
-        for i in (k * self.batch_size + slot for slot in self.slots):
+        rows, bad, kinds = [], [], np.full(len(self.slots), "", object)
+        for n, slot in enumerate(self.slots):
+            i = k * self.batch_size + slot
             try:
-                rows.append(self.examples.read(i, i) if i < self.num_examples else None)
+                rows.append(self.examples.row(i, i) if i < self.num_examples else None)
             except BadExample as error:
                 rows.append(None)
-                bad.append((self.examples.key(i), str(error)))
+                bad.append(self.examples.bad_record(i, error))
+                kinds[n] = error.kind
         mask = np.array([row is not None for row in rows])
         # Masked rows repeat a good example, for its shape: one of the batch, or any other if the batch has none.
         filler = next((row for row in rows if row is not None), None)
         if filler is None:
             tries = range(min(SUBSTITUTES, self.num_examples))
-            filler = self.examples.read_or_next(tries[0], tries[1:], 0, [])
-        batch = collate([filler if row is None else row for row in rows], self.examples.pipeline.keeps)
-        return batch | {"mask": mask}, bad
+            filler = self.examples.row_or_next(tries[0], tries[1:], 0, [])
+        batch = self.examples.collate([filler if row is None else row for row in rows])
+        return batch | {"mask": mask, "bad": kinds}, bad
 
     def __iter__(self) -> Iterator[Batch]:
         total = 0
@@ -256,7 +284,8 @@ def eval_batches(
 ) -> EvalBatches:
     """Returns one pass in the source's order, in batches of equal size.
 
-    `mask` (bool [B]) is False for rows beyond the last example and for bad examples. All processes get the same number
+    `mask` (bool [B]) is False for rows beyond the last example and for bad examples; `bad` (str [B]) is the kind of a
+    bad example, else empty. All processes get the same number
     of batches, and each process its rows. Arguments as in `train_loader`. The result can be iterated again.
     """
     if batch_size < 1:

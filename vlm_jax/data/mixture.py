@@ -6,6 +6,7 @@ or worker finds any row of any batch.
 
 import dataclasses
 import functools
+import itertools
 import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,8 @@ import grain
 import numpy as np
 
 from vlm_jax import config
-from vlm_jax.data.examples import SUBSTITUTES, BadRecord, Batch, Examples, collate, open_examples
+from vlm_jax.data.examples import SUBSTITUTES, BadRecord, Examples, open_examples
+from vlm_jax.data.rows import Batch
 from vlm_jax.errors import UserError
 
 
@@ -193,9 +195,8 @@ class RowSet:
         self.lengths = [len(examples) // dropped * dropped for examples in self.sources]
 
     def read(self, k: int, bad: list[BadRecord]) -> Batch:
-        """Returns this process's rows of batch k; appends (key, reason) of bad examples to `bad`."""
-        rows = [self._row(k * self.size + slot, bad) for slot in self.slots]
-        return collate(rows, self.sources[0].pipeline.keeps)
+        """Returns this process's rows of batch k; appends bad examples to `bad`."""
+        return self.sources[0].collate([self._row(k * self.size + slot, bad) for slot in self.slots])
 
     def _row(self, position: int, bad: list[BadRecord]) -> dict[str, Any]:
         draws = turns(position, self.weights)
@@ -205,8 +206,9 @@ class RowSet:
         epoch, at = divmod(draw, self.lengths[source])
         order, n = epoch_order(examples.seed, epoch, len(examples)), len(examples)
         # Substitutes come from the next batches: the records of this batch are already used.
-        following = (int(order[(at + self.size + t) % n]) for t in range(min(SUBSTITUTES, n) - 1))
-        return examples.read_or_next(int(order[at]), following, draw, bad)
+        first = int(order[at])
+        following = (i for t in range(n) if (i := int(order[(at + self.size + t) % n])) != first)
+        return examples.row_or_next(first, itertools.islice(following, min(SUBSTITUTES, n) - 1), draw, bad)
 
     def epochs(self, k: int) -> int:
         """Returns how many epochs of its sources k batches have begun, all together."""
@@ -221,8 +223,8 @@ class RowSet:
         """
         batches = []
         for examples in self.sources:
-            row = examples.read_or_next(0, range(1, min(SUBSTITUTES, len(examples))), 0, [])
-            batches.append(collate([row], examples.pipeline.keeps))
+            row = examples.row_or_next(0, range(1, min(SUBSTITUTES, len(examples))), 0, [])
+            batches.append(examples.collate([row]))
         first, *others = (
             {key: f"{x.dtype}{list(x.shape[1:])}" for key, x in config.flatten(b).items()} for b in batches
         )
@@ -234,4 +236,19 @@ class RowSet:
                     f"the sources `{self.names[0]}` and `{name}` fill the same rows and differ in {', '.join(shown)}; "
                     "their ops must keep the same fields with the same shapes"
                 )
+        for key in first:
+            self._check_labels(key)
         return batches[0]
+
+    def _check_labels(self, key: str) -> None:
+        """Raises a UserError if a number under `key` has one name in a source and another name in another source."""
+        own = [(name, source.source.label_names(key)) for name, source in zip(self.names, self.sources, strict=True)]
+        own = [(name, names) for name, names in own if names]
+        for name, names in own[1:]:
+            label = next((label for label, text in own[0][1].items() if names.get(label, text) != text), None)
+            if label is not None:
+                raise UserError(
+                    f"the sources `{own[0][0]}` and `{name}` fill the same rows and number `{key}` differently: "
+                    f"{label} is `{own[0][1][label]}` and `{names[label]}`; give both the same folders, or leave "
+                    f"`{key}` out of their ops"
+                )

@@ -19,7 +19,7 @@ def locate(path: str | os.PathLike) -> Path:
     if "\0" in path:
         raise UserError(f"{path!r} holds a NUL; expected a path")
     if not path.startswith("pkg:"):
-        return Path(path)
+        return Path(path).expanduser()
     name, _, rest = path.removeprefix("pkg:").partition("/")
     if not all(part.isidentifier() for part in name.split(".")):
         raise UserError(f"{path}: `{name}` is no name of a package; expected pkg:name/path")

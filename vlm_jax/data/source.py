@@ -1,6 +1,7 @@
 """A source: records by index, fields by path, and the error for an unusable record."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -10,11 +11,33 @@ class BadExample(Exception):  # noqa: N818 (it is a property of the data, counte
     """A record cannot be used, for a reason given as a short phrase.
 
     Sources and ops raise this error; the loader handles it.
+
+    Args:
+      reason: the phrase.
+      kind: what is wrong, for counts: "file", "row", "field", "picture", "text", or the type of another exception.
     """
+
+    def __init__(self, reason: str, kind: str = "field"):
+        super().__init__(reason, kind)
+        self.reason, self.kind = reason, kind
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+def is_number(text: str) -> bool:
+    """Returns whether a text is a whole number that a label can be: ASCII digits, below 2^31."""
+    return text.isascii() and text.isdecimal() and len(text) < 20 and int(text) < 2**31
 
 
 class Source:
-    """Records by index; picklable, for worker processes."""
+    """Records by index; picklable, for worker processes.
+
+    Attributes:
+      left_out: entries of the data set's files that are no record: what they are -> their number.
+    """
+
+    left_out: Mapping[str, int] = MappingProxyType({})
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -26,6 +49,14 @@ class Source:
     def key(self, i: int) -> str:
         """Returns the name of the record for people: a file, a line, a member of a shard."""
         raise NotImplementedError
+
+    def label_names(self, path: str) -> dict[int, str] | None:
+        """Returns label -> name of the whole numbers at `path`, if the data set itself names them, else None."""
+        return None
+
+    def fingerprint(self) -> str:
+        """Returns a short hash that changes with the records; cheap, so it may miss a change inside of a record."""
+        return str(len(self))
 
     def narrow(self, paths: frozenset[str]) -> Self:
         """Returns the same records; may leave out fields that are not in `paths`, if that is cheaper."""
@@ -43,20 +74,27 @@ def field(record: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def select(source: Source, where: Mapping[str, Iterable[Any]]) -> np.ndarray:
+def select(source: Source, where: Mapping[str, Iterable[Any]], unusable: list[str] | None = None) -> np.ndarray:
     """Returns the indices of the records whose fields all have values in `where`.
 
-    `where` maps field paths, such as "name/en", to accepted values. A record that lacks the field, or that cannot be
-    read, is not selected. Reads each record once.
+    `where` maps field paths, such as "name/en", to accepted values; a number is also accepted as text, because a csv
+    holds nothing else. A record that lacks the field, or that cannot be read, is not selected; its key is appended to
+    `unusable`. Reads each record once.
     """
     wanted = {path: {values} if isinstance(values, str) else set(values) for path, values in where.items()}
+    wanted = {path: values | {str(v) for v in values if isinstance(v, int | float)} for path, values in wanted.items()}
     source = source.narrow(frozenset(wanted))
     chosen = []
     for i in range(len(source)):
         try:
             record = source[i]
-            if all(field(record, path) in values for path, values in wanted.items()):
+            if all(_is_in(field(record, path), values) for path, values in wanted.items()):
                 chosen.append(i)
-        except (BadExample, OSError):
-            continue
+        except Exception:  # of any odd record
+            if unusable is not None:
+                unusable.append(source.key(i))
     return np.asarray(chosen, np.int64)
+
+
+def _is_in(value: Any, values: set) -> bool:
+    return isinstance(value, Hashable) and value in values

@@ -6,6 +6,7 @@
 Use it as `tokenizer = "json:tokenizer.json"` in a config.
 """
 
+import logging
 import pathlib
 from collections.abc import Sequence
 
@@ -18,18 +19,33 @@ from vlm_jax.data.source import BadExample, Source, field
 from vlm_jax.data.sources import open_source
 from vlm_jax.errors import UserError
 
+log = logging.getLogger(__name__)
+
 
 def corpus(source: Source, fields: Sequence[str]) -> list[str]:
-    """Returns the distinct texts under `fields` of all records, in order. A field may hold a list."""
+    """Returns the distinct texts under `fields` of all records, in order. A field may hold a list.
+
+    Records that cannot be read, and values that are no text, are left out; the log says how many.
+    """
     source = source.narrow(frozenset(fields))
-    texts = {}
+    texts, left_out = {}, 0
     for i in command.bar(range(len(source)), desc="read", unit="record"):
+        try:
+            record = source[i]
+        except Exception:  # of any odd record
+            left_out += 1
+            continue
         for path in fields:
             try:
-                value = field(source[i], path)
+                value = field(record, path)
             except BadExample as e:
                 raise UserError(f"record {source.key(i)} {e}; --fields takes fields that every record has") from None
-            texts |= dict.fromkeys([value] if isinstance(value, str) else map(str, value))
+            values = value if isinstance(value, list | tuple) else [value]
+            found = [text for text in values if isinstance(text, str)]
+            left_out += len(values) - len(found)
+            texts |= dict.fromkeys(found)
+    if left_out:
+        log.warning("left out %d records that cannot be read and values that are no text", left_out)
     return list(texts)
 
 

@@ -7,6 +7,7 @@ result.
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,11 +19,14 @@ from vlm_jax.data.examples import Examples
 from vlm_jax.data.ops import parse
 from vlm_jax.data.source import Source
 from vlm_jax.data.sources import open_source
+from vlm_jax.errors import UserError
 from vlm_jax.evaluators import ops as evaluation_ops  # noqa: F401 (registers `boxed` and `thumbnail`)
 from vlm_jax.evaluators.hosts import Hosts
+from vlm_jax.evaluators.labels import Classes, Look, some, strangers
 from vlm_jax.evaluators.progress import Progress, Table
 from vlm_jax.evaluators.records import read_fields
 from vlm_jax.evaluators.result import Result
+from vlm_jax.run import processes
 
 Columns = Mapping[str, np.ndarray]
 
@@ -62,6 +66,9 @@ def field_ops(*fields: str) -> str:
     return f'boxed({"".join(f"{json.dumps(path)}, " for path in fields)}to="fields")'
 
 
+BAD = "bad "  # before the kind of bad examples, in a counter's name
+
+
 class Pass:
     """One pass of a model over a data set.
 
@@ -85,7 +92,8 @@ class Pass:
       first: whether this process counts and writes.
       batch_size: examples of a batch over all hosts, see `Hosts`.
       tables: name -> `Table`; only the first host's tables are filled.
-      counts: "batches" done, "examples" that count, "left_out", and the counters of `append`; equal on all hosts.
+      counts: "batches" done, "examples" that count, "left_out", bad ones by kind, and the counters of `append`; equal
+        on all hosts.
     """
 
     def __init__(
@@ -107,12 +115,19 @@ class Pass:
             uri=uri, split=split, where=where, ops=ops, tokenizer=getattr(pretrained, "tokenizer", None),
             batch_size=self._hosts.batch_size, rows=self._hosts.rows,
         )  # fmt: skip
+        processes.check_equal({uri: self._batches.examples.fingerprint()}, "data")
         self._progress, self._data, self._inputs = progress or Progress(), (uri, split), inputs
         self._memory, self._name = memory, name
         self.pretrained = self._hosts.place(pretrained)
         self.first, self.batch_size = self._hosts.first, self._hosts.batch_size
         self.tables: dict[str, Table] = {}
         self.counts = {"batches": 0, "examples": 0, "left_out": 0}
+
+    @property
+    def about(self) -> str:
+        """The data set, for people."""
+        uri, split = self._data
+        return f"data set `{uri}`, split `{split}`" if split else f"data set `{uri}`"
 
     @property
     def num_examples(self) -> int:
@@ -127,6 +142,24 @@ class Pass:
     def fields(self, *paths: str) -> list[list[Any] | None]:
         """The values at `paths` of every example, read without pictures; None for an example that lacks a field."""
         return read_fields(open_source(*self._data), self._batches.examples.chosen, paths)
+
+    def look(self, classes: Classes, label: str) -> Look:
+        """The function from an example's label to its class, see `Classes.look`."""
+        return classes.look(self.source.label_names(label), self.about)
+
+    def left_out(self, label: str, look: Look) -> Counter:
+        """Label -> count of the examples whose label is in no class; empty if none is left out."""
+        return strangers(self.fields(label), look) if self.counts["left_out"] else Counter()
+
+    def check_any(self, kept: int, label: str, classes: Classes, look: Look) -> None:
+        """Raises a UserError that shows labels and classes if no example was kept."""
+        if not kept:
+            found = [name for name, _ in strangers(self.fields(label), look).most_common()]
+            hint = "; the task `multi_label` takes several" if any(name.startswith("[") for name in found) else ""
+            raise UserError(
+                f"{self.about}: no picture's `{label}` is among the classes {some(classes.names)}; "
+                + (f"the labels are {some(found)}{hint}" if found else "no picture could be read")
+            )
 
     def only(self, places: np.ndarray) -> None:
         """Restricts the pass to the examples at these places, in this order."""
@@ -171,23 +204,28 @@ class Pass:
         """
         for k, part in self._parts():
             every = self._hosts.gather(self._about(k, part, about, columns))
-            kept = np.array([i for i, (_, value) in enumerate(every) if value is not None], np.int64)
+            kept = np.array([i for i, (_, _, value) in enumerate(every) if value is not None], np.int64)
             made = {}
             if len(kept):
                 inputs = part[self._inputs] if isinstance(self._inputs, str) else tuple(map(part.get, self._inputs))
-                own = [value for _, value in every if value is not None]
+                own = [value for _, _, value in every if value is not None]
                 position = k * self.batch_size + kept
                 made = rows(Batch(self._hosts.whole(inputs), self.batch_size, kept, position, own))
-            left_out = sum(real for real, _ in every) - len(kept)
-            examples, left_out = self.counts["examples"] + len(kept), self.counts["left_out"] + left_out
-            self.append(made, batches=k + 1, examples=examples, left_out=left_out)
+            more = Counter(f"{BAD}{kind}" for _, kind, _ in every if kind)
+            more |= {"examples": len(kept), "left_out": sum(real for real, _, _ in every) - len(kept)}
+            self.append(made, batches=k + 1, **{key: self.counts.get(key, 0) + n for key, n in more.items()})
         return self._hosts.from_first(len(next(iter(self.tables.values()))))
 
     def result(self, finish: Callable[[Mapping[str, Table]], Result], *counts: str) -> Result:
-        """Returns `finish(tables)` with some counters as metrics; all hosts get the first host's metrics."""
+        """Returns `finish(tables)` with some counters as metrics; all hosts get the first host's, without artifacts."""
         result = finish(self.tables) if self.first else Result({}, {})
-        metrics = result.metrics | {name: float(self.counts[name]) for name in counts}
-        return result._replace(metrics=self._hosts.from_first(metrics))
+        metrics, notes = result.metrics | {name: float(self.counts[name]) for name in counts}, list(result.notes)
+        if bad := {key.removeprefix(BAD): n for key, n in self.counts.items() if key.startswith(BAD)}:
+            metrics["bad_examples"] = float(sum(bad.values()))
+            kinds = ", ".join(f"{n} by their {kind}" for kind, n in sorted(bad.items()))
+            notes.append(f"examples that cannot be used do not count: {kinds}; the log names them")
+        metrics, intervals, notes = self._hosts.from_first([metrics, result.intervals, notes])
+        return result._replace(metrics=metrics, intervals=intervals, notes=notes)
 
     def from_first(self, value: Any) -> Any:
         """The first host's JSON-able value."""
@@ -214,11 +252,11 @@ class Pass:
         )
 
     def _about(self, k: int, part: Mapping[str, Any], about: Callable, columns: Sequence[str]) -> list[list]:
-        """[whether it is an example (no padding), the value of `about`] of each of this host's rows."""
+        """[whether it is a good example, its kind if bad, the value of `about`] of each of this host's rows."""
         rows = np.arange(self.batch_size) if self._hosts.rows is None else self._hosts.rows
         part = part | {"position": k * self.batch_size + rows}
-        values = zip(part["mask"].tolist(), *(part[name] for name in columns), strict=True)
-        return [[real, about(*own) if real else None] for real, *own in values]
+        values = zip(part["mask"].tolist(), part["bad"].tolist(), *(part[name] for name in columns), strict=True)
+        return [[real, kind, about(*own) if real else None] for real, kind, *own in values]
 
 
 class _From(loader.EvalBatches):

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.data.source import BadExample, Source, field
+from vlm_jax.data.source import Source, field
 
 
 def read_fields(source: Source, chosen: np.ndarray | None, paths: Sequence[str]) -> list[list[Any] | None]:
@@ -18,12 +18,12 @@ def read_fields(source: Source, chosen: np.ndarray | None, paths: Sequence[str])
         try:
             record = source[int(i)]
             rows.append([field(record, path) for path in paths])
-        except (BadExample, OSError):
+        except Exception:  # of any odd record
             rows.append(None)
     return rows
 
 
-def texts(values: Sequence[str | Sequence[str]]) -> list[str]:
-    """The texts of some fields, each a text or a list of texts; empty texts are left out."""
-    found = [text for value in values for text in ([value] if isinstance(value, str) else value)]
-    return [text for text in found if text.strip()]
+def texts(values: Sequence[Any]) -> list[str]:
+    """The texts of some fields, each a text or a list of texts; empty texts and what is no text are left out."""
+    found = [text for value in values for text in (value if isinstance(value, list | tuple) else [value])]
+    return [text for text in found if isinstance(text, str) and text.strip()]

@@ -33,6 +33,8 @@ def build(section) -> nn.Module:
     section = dict(section)
     builder = catalogue.get("models", section.pop("name", "two_tower"), "config.model.name")
     insertions = section.pop("insertions", None)
+    if "dtype" in section:
+        section["dtype"] = config.choose(DTYPES, section["dtype"], "config.model.dtype")
     model = config.call(builder, section, "config.model")
     if not insertions:
         return model
@@ -154,6 +156,9 @@ def count(params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+DTYPES = {name: name for name in ("float32", "bfloat16", "float16", "float64")} | {
+    "fp32": "float32", "f32": "float32", "bf16": "bfloat16", "fp16": "float16", "f16": "float16",
+}  # fmt: skip
 TOWERS = {  # the module, and the function that looks up its variants
     "vit": (ViT, variants.lookup),
     "text": (TextTransformer, variants.lookup),

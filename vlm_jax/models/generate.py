@@ -5,13 +5,17 @@ A model has `encode(inputs) -> (context, mask)`, `new_caches`, `decode(token_ids
 token.
 """
 
+import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from vlm_jax.errors import UserError
 from vlm_jax.models.decoder import shift_right
 from vlm_jax.models.token_loss import token_loss
 from vlm_jax.models.transformer import Cache
@@ -39,10 +43,10 @@ class Rules(NamedTuple):
 
     Attributes:
       repetition_penalty: divides positive logits of earlier tokens, multiplies negative ones (Keskar et al. 2019,
-        arXiv:1909.05858, section 4.1).
+        arXiv:1909.05858, section 4.1); above 0.
       no_repeat_ngram: n: no sequence of n tokens occurs twice; 0: no such rule.
       temperature, top_k, top_p: for sampling. top_p keeps the fewest tokens with a total probability of at least top_p
-        (Holtzman et al. 2019, arXiv:1904.09751, section 3.1), after temperature and top_k.
+        (Holtzman et al. 2019, arXiv:1904.09751, section 3.1), after temperature and top_k. See `RANGES`.
     """
 
     repetition_penalty: float = 1.0
@@ -53,6 +57,18 @@ class Rules(NamedTuple):
 
 
 SPECIAL, RULES = Special(), Rules()
+NUMBER, WHOLE = (int, float, np.floating, np.integer), (int, np.integer)
+SAMPLING = ("temperature", "top_k", "top_p")
+RANGES = {  # option -> types, condition, in words
+    "repetition_penalty": (NUMBER, lambda x: 0 < x < math.inf, "a number above 0"),
+    "no_repeat_ngram": (WHOLE, lambda x: x >= 0, "a whole number, at least 0"),
+    "temperature": (NUMBER, lambda x: 0 < x < math.inf, "a number above 0"),
+    "top_k": (WHOLE, lambda x: x >= 1, "a whole number, at least 1, or None"),
+    "top_p": (NUMBER, lambda x: 0 < x <= 1, "above 0 and at most 1, or None"),
+    "length": (WHOLE, lambda x: x >= 1, "a whole number, at least 1"),
+    "beams": (WHOLE, lambda x: x >= 1, "a whole number, at least 1"),
+    "length_penalty": (NUMBER, lambda x: 0 <= x < math.inf, "a number, at least 0"),
+}
 
 
 class Generated(NamedTuple):
@@ -99,6 +115,7 @@ def sample(
     Returns:
       `Generated`.
     """
+    _check(rules, () if greedy else SAMPLING, length=length)
     decoding = _Decoding(model, params, inputs, length, special)
     batch = decoding.size
     forced = _forced(prefix, batch, length, special)
@@ -144,6 +161,7 @@ def beam_search(
       length_penalty: a, at least 0; a larger value favours longer texts; 0 compares log-likelihoods.
       others: as for `sample`; temperature, top_k and top_p have no effect.
     """
+    _check(rules, length=length, beams=beams, length_penalty=length_penalty)
     decoding = _Decoding(model, params, inputs, length, special, beams)
     batch = decoding.size
     forced = _forced(prefix, batch, length, special)
@@ -217,6 +235,18 @@ def log_likelihoods(
         return _total(model, params, hidden, targets, pad_id)
 
     return jax.lax.map(of_text, target_ids, batch_size=at_a_time).T
+
+
+def _check(rules: Rules, sampling: Sequence[str] = (), **options: float) -> None:
+    """Raises a UserError that names the first option out of its range; options for sampling count only if named."""
+    used = {name: value for name, value in rules._asdict().items() if name in sampling or name not in SAMPLING}
+    for name, value in {**used, **options}.items():
+        kind, holds, expected = RANGES[name]
+        if value is None and name in ("top_k", "top_p"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, kind) or not holds(value):
+            hint = "; for the likeliest tokens, use greedy" if name in ("temperature", "top_p") and value == 0 else ""
+            raise UserError(f"{name} should be {expected}; got {value!r:.40}{hint}")
 
 
 def _draw(rng, t, log_p):

@@ -294,11 +294,18 @@ def inserted(model: nn.Module, *insertions: Any) -> nn.Module:
     return _with(model, (*getattr(model, "insertions", ()), *insertions))
 
 
+def removed(model: nn.Module) -> nn.Module:
+    """Returns the model without insertions."""
+    return type(model).__bases__[0](**_fields(model)) if hasattr(model, "insertions") else model
+
+
 def _with(model, insertions):
-    base = type(model).__bases__[0] if hasattr(model, "insertions") else type(model)
+    return _class(type(removed(model)))(**_fields(model), insertions=insertions)
+
+
+def _fields(model):
     skipped = ("parent", "name", "insertions")
-    fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.init and f.name not in skipped}
-    return _class(base)(**fields, insertions=insertions)
+    return {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.init and f.name not in skipped}
 
 
 def begin(rng: jax.Array, model: nn.Module, params: Any, *inputs: Any) -> Any:

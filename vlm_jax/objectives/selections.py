@@ -7,6 +7,7 @@ objective=dict(
 )
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,7 +15,9 @@ import jax.numpy as jnp
 
 from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
-from vlm_jax.objectives.term import WHERE, Row, Selection
+from vlm_jax.objectives.contrastive import targets as targets_of
+from vlm_jax.objectives.outputs import Outputs
+from vlm_jax.objectives.term import WHERE, Feature, Row, Selection
 
 
 @method(
@@ -44,35 +47,69 @@ def learnability(
         raise UserError(f"{WHERE}.selections: share is {share}; expected a number above 0, up to 1")
 
     def seen(outputs, ctx):
-        reference = outputs.teacher(teacher)
-        found = {}
-        for name, one in (("learner", outputs), ("reference", reference)):
-            count = len(one["image_embedding"])
-            scalar = lambda value, count=count: jnp.broadcast_to(jnp.asarray(0.0 if value is None else value), (count,))
-            found[name] = {
-                "image": one["image_embedding"],
-                "text": one["text_embedding"],
-                "scale": scalar(one["scale"]),
-                "bias": scalar(one["bias"]),
-            }
-        return found
+        embeddings = lambda one: {"image": one["image_embedding"], "text": one["text_embedding"]}
+        seen_by = lambda one: embeddings(one) | {name: per_row(one, name) for name in ("scale", "bias")}
+        return {"learner": seen_by(outputs), "reference": seen_by(outputs.teacher(teacher))}
 
     def select(features, rows, ctx):
         learnable = _losses(features["learner"]) - _losses(features["reference"])  # [n, n], of every pair
-        size = len(learnable)
-        wanted = max(1, round(share * size))
-        rounds = min(chunks, wanted)
-        sizes = [wanted // rounds + (i < wanted % rounds) for i in range(rounds)]
-        own, both = jnp.diag(learnable), learnable + learnable.T
-        chosen, drawn = jnp.zeros(size, bool), []
-        for rng, count in zip(jax.random.split(ctx.rng, rounds), sizes, strict=True):
-            gain = own + jnp.sum(jnp.where(chosen, both, 0), axis=1)
-            noisy = jnp.where(chosen, -jnp.inf, gain + jax.random.gumbel(rng, (size,), gain.dtype))
-            index = jax.lax.top_k(noisy, count)[1]  # draws without replacement
-            chosen, drawn = chosen.at[index].set(True), [*drawn, index]
-        return {key: Row(key, jnp.concatenate(drawn)) for key in rows}
+        index = _drawn_jointly(learnable, max(1, round(share * len(learnable))), chunks, ctx.rng)
+        return {key: Row(key, index) for key in rows}
 
     return Selection("learnable", seen, select, groups=groups)
+
+
+def hard_pairs(*, model: Any, targets: str | Mapping[str, Any] = "identity", groups: int = 1) -> Selection:
+    """Pairs to tell apart: each image with its text, each image with a wrong text, each text with a wrong image (3 B).
+
+    ALBEF (arXiv:2107.07651, section 3.2). Wrong ones are drawn by the softmax of the similarity that the contrastive
+    loss has. An image that all texts match has no wrong one: its pair counts as true (`match` is 1).
+
+    Args:
+      model: linen module with the outputs `image_embedding`, `image_tokens`, `text_embedding`, `text_tokens`, `scale`.
+      targets: "identity", or labels as for `contrastive`; pairs that match are never drawn as wrong.
+      groups: negatives are mined within so many equal parts of the batch; see `Selection`.
+    """
+    targets = targets_of.build(targets, f"{WHERE}.targets")
+    if targets.labels is None:
+        raise UserError(f"{WHERE}: hard pairs need targets that match or do not, such as `identity`, not soft ones")
+
+    def seen(outputs, ctx):
+        keys = ("image_embedding", "image_tokens", "text_embedding", "text_tokens")
+        return {key: outputs[key] for key in keys} | {"scale": per_row(outputs, "scale")} | targets.features(outputs)
+
+    def select(features, rows, ctx):
+        logits = features["scale"][:, None] * features["image_embedding"] @ features["text_embedding"].T
+        of_images, of_texts = targets.of(features, rows, len(logits))
+        of_text, of_image = jax.random.split(ctx.rng)
+        hard = lambda rng, logits, matches: jax.random.categorical(rng, jnp.where(matches, -1e9, logits))
+        i = jnp.arange(len(logits))
+        images = jnp.concatenate([i, i, hard(of_image, logits.T, of_texts.T)])
+        texts = jnp.concatenate([i, hard(of_text, logits, of_images), i])
+        found = {"image_tokens": Feature("image_tokens", images), "text_tokens": Feature("text_tokens", texts)}
+        return found | {"token_ids": Row("token_ids", texts), "match": of_images[images, texts].astype(jnp.int32)}
+
+    return Selection("pairs", seen, select, groups=groups)
+
+
+def per_row(outputs: Outputs, name: str) -> jax.Array:
+    """Returns a scalar output of the model, 0 if it has none, as a feature of each row, [n]."""
+    value = outputs[name]
+    return jnp.broadcast_to(jnp.asarray(0.0 if value is None else value), (len(outputs["image_embedding"]),))
+
+
+def _drawn_jointly(scores: jax.Array, wanted: int, chunks: int, rng: jax.Array) -> jax.Array:
+    """Returns `wanted` of n rows, int [wanted]: in rounds, by the softmax of what a row adds to the sum of scores."""
+    rounds = min(chunks, wanted)
+    sizes = [wanted // rounds + (i < wanted % rounds) for i in range(rounds)]
+    own, both = jnp.diag(scores), scores + scores.T
+    chosen, drawn = jnp.zeros(len(scores), bool), []
+    for key, count in zip(jax.random.split(rng, rounds), sizes, strict=True):
+        gain = own + jnp.sum(jnp.where(chosen, both, 0), axis=1)
+        noisy = jnp.where(chosen, -jnp.inf, gain + jax.random.gumbel(key, gain.shape, gain.dtype))
+        index = jax.lax.top_k(noisy, count)[1]  # draws without replacement
+        chosen, drawn = chosen.at[index].set(True), [*drawn, index]
+    return jnp.concatenate(drawn)
 
 
 def _losses(pairs):

@@ -15,7 +15,7 @@ Schedule = Callable[[Any], Any]
 
 _MAGNITUDE = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}
 _DURATION = re.compile(
-    r"\s*([0-9][0-9_]*(?:\.[0-9]*)?(?:e\+?[0-9]+)?)\s*([kmb]?)\s*(%|steps?|epochs?|examples?)\s*", re.I
+    r"\s*([0-9][0-9_]*(?:\.[0-9]*)?(?:e\+?[0-9]+)?)\s*([kmb]?)\s*(%|steps?|epochs?|examples?|)\s*", re.I
 )
 
 
@@ -28,7 +28,8 @@ def duration_to_steps(
     """Returns a duration as a number of optimizer steps, rounded; at least 1 for durations above 0.
 
     Args:
-      duration: 1000 or "1000 steps", "10 epochs", "50000 examples" or "1M examples" (k, M, B), "10%" of all steps.
+      duration: 1000, "1000" or "1000 steps", "10 epochs", "50000 examples" or "1M examples" (k, M, B), "10%" of all
+        steps.
       batch_size: global batch size; needed for epochs and examples.
       examples_per_epoch: needed for epochs.
       total_steps: needed for percent.
@@ -44,7 +45,7 @@ def duration_to_steps(
             f"a duration is {duration!r}; expected a number of steps, '1000 steps', '10 epochs', '1M examples' or '10%'"
         )
     number = float(match[1].replace("_", "")) * _MAGNITUDE[match[2].lower()]
-    unit = match[3].lower().rstrip("s")
+    unit = match[3].lower().rstrip("s") or "step"
 
     def known(value, name):
         if not value:

@@ -2,29 +2,38 @@
 
     vlm-jax plan --config=configs/clip.py:L/14 --topology=v5e:16x16 --config.mesh.fsdp=16
     vlm-jax plan --config=configs/clip.py:L/14 --topology=v5e:16x16 --search
+    vlm-jax plan --config=configs/clip.py:smoke
 
 Compiles the train step of `vlm_jax.train` for chips that this machine does not have (needs `pip install 'vlm_jax[tpu]'`
 and no TPU; for --topology=h100:1x1x8 'vlm_jax[cuda]' and no GPU), and prints the memory of a chip that the step takes,
 its FLOPs, its collectives, and lower bounds on its time.
+Without --topology the plan is for the devices of this machine; a CPU's speed is not known.
 `--search` looks for the fastest mesh, remat and accumulation that fit. If nothing fits, the exit status is 3.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
 from absl import flags
 
 from vlm_jax import command
+from vlm_jax.errors import UserError
 from vlm_jax.plan import search, train_step
-from vlm_jax.run.chips import slice_of
+from vlm_jax.run.chips import here, slice_of
 
 FITS_NOT = 3  # the exit status
 
 
 def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer:
-    jax.config.update("jax_platforms", "cpu")
     settings = values.config.to_dict()
-    devices, chip = slice_of(values.topology)
+    if values.topology is None:
+        devices, chip = here()
+    else:
+        jax.config.update("jax_platforms", "cpu")
+        devices, chip = slice_of(values.topology)
+    if values.search and not math.isfinite(chip.flops):
+        raise UserError("--search compares times, which are not known for this machine; give --topology=v5e:16x16, ...")
     if values.search:
         with command.doing("looking for the fastest that fits"):
             tried = search.search(settings, devices, chip)

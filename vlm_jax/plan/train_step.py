@@ -2,6 +2,7 @@
 
 import collections
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from PIL import Image
 
 from vlm_jax import config, models
 from vlm_jax.data import mixture, ops
-from vlm_jax.data.examples import collate
+from vlm_jax.data.rows import collate
 from vlm_jax.errors import UserError
 from vlm_jax.params import optim, sharding
 from vlm_jax.params.table import named_leaves
@@ -229,17 +230,20 @@ def _wanted(message: str, hbm: int) -> int:
 
 def text(result: Plan) -> str:
     """The plan as lines to read."""
-    gib = lambda number: f"{number / 2**30:8.2f} GiB"
+    used = sum(result.memory.values())
+    unit, power = ("GiB", 30) if used >= 2**30 else ("MiB", 20)
+    memory = lambda number: f"{number / 2**power:8.2f} {unit}"
+    floats, scale = ("TFLOP", 1e12) if result.flops >= 1e12 else ("GFLOP", 1e9)
     axes = " x ".join(f"{name} {count}" for name, count in result.mesh.items())
     lines = [f"{result.devices} devices: {axes}; {result.parameters / 1e6:,.1f}M parameters", ""]
-    lines += [f"{name:14}{gib(number)}" for name, number in result.memory.items()]
-    used = sum(result.memory.values())
-    lines.append(f"{'together':14}{gib(used)} of {result.chip.hbm / 2**30:.0f}: {used / result.chip.hbm:.0%}")
-    lines += ["", f"{'model':14}{result.model_flops / 1e12:8.2f} TFLOP a device"]
-    lines.append(f"{'hardware':14}{result.flops / 1e12:8.2f} TFLOP a device, recomputation with it")
+    lines += [f"{name:14}{memory(number)}" for name, number in result.memory.items()]
+    lines.append(f"{'together':14}{memory(used)} of {result.chip.hbm / 2**30:.0f} GiB: {used / result.chip.hbm:.0%}")
+    lines += ["", f"{'model':14}{result.model_flops / scale:8.2f} {floats} a device"]
+    lines.append(f"{'hardware':14}{result.flops / scale:8.2f} {floats} a device, recomputation with it")
     if result.compiled:
         lines += ["", *_traffic(result), "", *(f"REPLICATED: {line}" for line in result.replicated)]
         lines += [] if result.replicated else ["nothing that is split is whole on a device"]
+    if result.compiled and math.isfinite(result.chip.flops):
         lines += ["", "a step takes at least"]
         lines += [f"{name:14}{seconds * 1e3:8.1f} ms" for name, seconds in result.bounds.items()]
         lines.append(f"{'best MFU':14}{result.mfu:8.1%}")

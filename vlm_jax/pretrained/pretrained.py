@@ -3,10 +3,8 @@
 import contextlib
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -16,18 +14,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vlm_jax.config import call, choose
-from vlm_jax.data import ops
+from vlm_jax.data import class_lists, ops
 from vlm_jax.data.source import BadExample
 from vlm_jax.errors import UserError
-from vlm_jax.models import generate, insertion, vocabulary
+from vlm_jax.models import generate, insertion
 from vlm_jax.models.generate import log_likelihood, log_likelihoods
 from vlm_jax.models.transformer import Encoder
 from vlm_jax.params import sharding
+from vlm_jax.pretrained import inputs
 from vlm_jax.pretrained.embedding import class_embeddings, embed, features, features_of_layers, pair_logits, prompts_of
 from vlm_jax.pretrained.similarity import similarity
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Pretrained:
     """A model ready for use: two towers or one, a captioner, a CoCa, or a text-to-text model.
 
@@ -58,6 +57,25 @@ class Pretrained:
     templates: tuple[str, ...] = ("{}",)
     head: Callable[[np.ndarray], np.ndarray] | None = None
 
+    def __repr__(self) -> str:
+        """Three lines: the family and its size, the inputs, what the model can do."""
+        leaves = jax.tree.leaves(self.params)
+        place = "one device" if self.mesh is None else f"{self.mesh.size} devices"
+        size = f"{sum(math.prod(leaf.shape) for leaf in leaves):,} parameters on {place}"
+        read = {"pictures": self.preprocess, "texts": self.tokenize}
+        reads = "; ".join(f"{what}: {ops}" for what, ops in read.items() if ops)
+        adapted = f"; adapted to {len(self.classes)} classes: {', '.join(self.classes):.60}" if self.classes else ""
+        return f"Pretrained {type(self.model).__name__}, {size}\n  reads {reads}\n  can {', '.join(self.can)}{adapted}"
+
+    @property
+    def can(self) -> tuple[str, ...]:
+        """The methods that this model has the towers for."""
+        has = lambda side: getattr(self.model, side, None) is not None
+        embeds = () if self.is_captioner else ("embed_images",) * has("image") + ("embed_texts",) * has("text")
+        named = ("logits", "classify") if has("image") and (has("text") or has("decoder")) else ()
+        writes = () if not has("decoder") else ("generate", "score") if self.reads_texts else ("caption", "score")
+        return (*embeds, *named, *writes)
+
     @property
     def is_captioner(self) -> bool:
         """Whether texts are scored by likelihood, because the model has no text embedding."""
@@ -73,8 +91,8 @@ class Pretrained:
         """Whether the model writes texts from texts."""
         return "write" in self.model.can
 
-    def embed_images(self, images: Sequence) -> np.ndarray:
-        """Pictures (PIL images, paths, encoded bytes, uint8 arrays [H, W, 3]) -> unit-norm float32 [n, D].
+    def embed_images(self, images: Any) -> np.ndarray:
+        """Pictures (PIL images, paths, bytes, arrays: see `inputs.pictures`) -> unit-norm float32 [n, D].
 
         A tower with pool "all" returns [n, N, D], a vector for every token.
         """
@@ -93,7 +111,7 @@ class Pretrained:
         return self._run(lambda model, params, images: embed(model, params, images, None), images)
 
     def features(
-        self, images: Sequence | None = None, *, texts: Sequence[str] | None = None, layers: Sequence[int] = (-1,)
+        self, images: Any = None, *, texts: Sequence[str] | None = None, layers: Sequence[int] = (-1,)
     ) -> list[np.ndarray]:
         """Returns the tokens of chosen layers, one array for each layer, float32 [n, L, D].
 
@@ -117,7 +135,7 @@ class Pretrained:
         run = lambda *args: features_of_layers(*args, side=side, layers=tuple(layers))
         return list(self._run(run, rows))
 
-    def image_features(self, images: Sequence) -> np.ndarray:
+    def image_features(self, images: Any) -> np.ndarray:
         """Pictures -> the mean of the image tower's tokens, before any head, float32 [n, D]: for probes."""
         return self.image_feature_batch(self._pictures(images))
 
@@ -126,7 +144,7 @@ class Pretrained:
         self._need("image")
         return self._run(features, images)
 
-    def logits(self, images: Sequence, texts: Sequence[str]) -> np.ndarray:
+    def logits(self, images: Any, texts: Sequence[str]) -> np.ndarray:
         """Returns logits of every picture with every text, float32 [n, m].
 
         scale * cosine + bias, as in training; for a captioner, log-likelihoods.
@@ -152,13 +170,27 @@ class Pretrained:
             )
         return logits
 
-    def class_logits(self, images: Any, labels: Sequence[str], templates: Sequence[str] | None = None) -> np.ndarray:
+    def class_logits(
+        self, images: Any, labels: str | Sequence[str] | None = None, templates: str | Sequence[str] | None = None
+    ) -> np.ndarray:
         """Returns logits of preprocessed images [B, H, W, 3] for every label, float32 [B, labels].
 
         scale * cosine with the label's embedding, the mean over prompts (CLIP, section 3.1.2). If the model compares
-        pair by pair: the mean of the prompts' logits (for a captioner, log-likelihoods).
+        pair by pair: the mean of the prompts' logits (for a captioner, log-likelihoods). A head gives its own logits.
+
+        Args:
+          images: [B, H, W, 3].
+          labels: class names, or a list of names such as "cifar10"; defaults to the classes that the model was adapted
+            to. A head knows only these.
+          templates: a prompt with a `{}` for the name, several, or a list of prompts such as "imagenet80"; defaults to
+            the model's own (`{}` without adaptation).
         """
-        templates = self.templates if templates is None else templates
+        labels = self.classes if labels is None else inputs.labels(labels)
+        if not labels:
+            raise UserError("classify needs labels: this model was not adapted to any")
+        if self.head is not None:
+            return self._head_logits(images, labels, templates)
+        templates = self.templates if templates is None else class_lists.read_templates(templates)
         if not self.compares_pairs:
             self._need("text")
             with ThreadPoolExecutor(1) as pool:  # compiles two programs at the same time
@@ -173,8 +205,17 @@ class Pretrained:
             logits = self._run(lambda model, params, images: pair_logits(model, params, images, token_ids), images)
         return logits.reshape(len(logits), len(labels), len(templates)).mean(2)
 
+    def _head_logits(self, images: Any, labels: Sequence[str], templates: Sequence[str] | None) -> np.ndarray:
+        unknown = [label for label in labels if label not in self.classes]
+        if unknown or templates is not None:
+            what = f"the label `{unknown[0]}`" if unknown else "templates"
+            raise UserError(f"a head has only the {len(self.classes)} classes of its training; leave out {what}")
+        logits = np.asarray(self.head(self.embed_image_batch(images)))
+        same = tuple(labels) == self.classes
+        return logits if same else logits[:, [self.classes.index(label) for label in labels]]
+
     def classify(
-        self, images: Sequence, labels: Sequence[str] | None = None, templates: Sequence[str] | None = None
+        self, images: Any, labels: str | Sequence[str] | None = None, templates: str | Sequence[str] | None = None
     ) -> np.ndarray:
         """Returns probabilities float32 [n, labels]: the softmax over labels of `class_logits`.
 
@@ -183,22 +224,13 @@ class Pretrained:
 
         Args:
           images: as for `embed_images`.
-          labels: class names; defaults to the classes that the model was adapted to.
-          templates: prompts with a `{}` for the name; defaults to the model's own (`{}` without adaptation).
+          labels, templates: as for `class_logits`.
         """
-        if labels is None and not self.classes:
-            raise UserError("classify needs labels: this model was not adapted to any")
-        if self.head is not None and (templates is not None or tuple(labels or self.classes) != self.classes):
-            raise UserError("a head has only the classes of its training; leave labels and templates out")
-        batch = self._pictures(images)
-        if self.head is not None:
-            logits = self.head(self.embed_image_batch(batch))
-        else:
-            logits = self.class_logits(batch, self.classes if labels is None else labels, templates)
+        logits = self.class_logits(self._pictures(images), labels, templates)
         logits = np.exp(logits - logits.max(-1, keepdims=True))
         return np.asarray(logits / logits.sum(-1, keepdims=True), np.float32)
 
-    def caption(self, images: Sequence, method: str = "greedy", **options) -> list[str]:
+    def caption(self, images: Any, method: str = "greedy", **options) -> list[str]:
         """Describes pictures (as for `embed_images`); `method` and options as in `caption_batch`."""
         return self.caption_batch(self._pictures(images), method, **options)
 
@@ -294,12 +326,12 @@ class Pretrained:
         """The input of the decoder's context: preprocessed pictures, or texts, int32 [n, L]."""
         if not self.reads_texts:
             return self._pictures(values)
-        return _cut(self._token_ids(values), self.tokenizer.pad_id)
+        return inputs.cut(self._token_ids(values), self.tokenizer.pad_id)
 
-    def _pictures(self, images: Sequence) -> Any:
+    def _pictures(self, images: Any) -> Any:
         """Preprocessed, a tree of arrays [n, ...]."""
         self._need("image")
-        records = [{"image": read_picture(image)} for image in _as_list(images)]
+        records = [{"image": image} for image in inputs.pictures(images)]
         return self._prepare("image", self.preprocess, records, "image")
 
     def _texts(self, texts: Sequence[str]) -> np.ndarray:
@@ -311,20 +343,17 @@ class Pretrained:
 
     def _token_ids(self, texts: Sequence[str]) -> np.ndarray:
         """int32 [n, L]."""
-        token_ids = self._prepare("text", self.tokenize, [{"text": text} for text in _as_list(texts)], "token_ids")
-        return self._checked(token_ids)
+        records = [{"text": text} for text in inputs.texts(texts)]
+        return self._checked(self._prepare("text", self.tokenize, records, "token_ids"))
 
     def _checked(self, token_ids: np.ndarray) -> np.ndarray:
-        """Token ids, all of which the model knows."""
-        where = f"tokenizer `{getattr(self.tokenizer, 'spec', None)}`"
-        vocabulary.check_ids({"token_ids": token_ids}, vocabulary.vocab_size(self.model), where)
-        return token_ids
+        return inputs.known_ids(self.model, self.tokenizer, token_ids)
 
     def _target_ids(self, texts: Sequence[str]) -> np.ndarray:
         """int32 [n, L], the decoder's targets: without the start token."""
         token_ids = self._token_ids(texts)
         if self.reads_texts:
-            return _cut(token_ids, self.tokenizer.pad_id)
+            return inputs.cut(token_ids, self.tokenizer.pad_id)
         return token_ids[:, 1:] if (token_ids[:, 0] == self.model.decoder.start_id).all() else token_ids
 
     def _prepare(self, modality: str, string: str, records: list[dict], field: str) -> Any:
@@ -348,7 +377,8 @@ class Pretrained:
         count = len(jax.tree.leaves(rows)[0])
         size = min(self.batch_size, 1 << (count - 1).bit_length())  # few shapes, so few programs to compile
         if self.mesh is not None:
-            size = _round_up(size, math.prod(self.mesh.shape[axis] for axis in sharding.BATCH_AXES))
+            shards = math.prod(self.mesh.shape[axis] for axis in sharding.BATCH_AXES)
+            size = -(-size // shards) * shards
         results = []
         pad = lambda chunk: np.concatenate([chunk, np.repeat(chunk[:1], size - len(chunk), axis=0)])
         for start in range(0, count, size):
@@ -367,24 +397,3 @@ class Pretrained:
         if embeddings.is_fully_addressable:
             return embeddings
         return jax.jit(lambda x: x, out_shardings=sharding.replicated(self.mesh))(embeddings)
-
-
-def read_picture(image: Any) -> Any:
-    """Returns the bytes of the file at a path; anything else as it is."""
-    return Path(image).read_bytes() if isinstance(image, str | os.PathLike) else image
-
-
-def _as_list(values) -> list:
-    return (
-        [values] if isinstance(values, (str, bytes)) or not isinstance(values, (Sequence, np.ndarray)) else list(values)
-    )
-
-
-def _cut(token_ids: np.ndarray, pad_id: int) -> np.ndarray:
-    """Cuts padding common to all rows of int [n, L], to few lengths: padding costs as much as tokens."""
-    longest = int(np.max(np.nonzero(token_ids != pad_id)[1], initial=0)) + 1
-    return token_ids[:, : max(1 << (longest - 1).bit_length(), 8)]
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

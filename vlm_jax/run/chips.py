@@ -1,6 +1,7 @@
 """Accelerators: peak numbers of chips, and device lists of slices for compiling without the hardware."""
 
 import collections
+import math
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -98,6 +99,21 @@ def slice_of(topology: str) -> tuple[list, Chip]:
             f"pip install 'vlm_jax[{extra}]'"
         ) from error
     return devices, chip.shared(_devices_of_a_chip(devices))
+
+
+def here() -> tuple[list, Chip]:
+    """Returns (devices, chip numbers of one device) of this machine; numbers that are unknown are NaN.
+
+    CPU devices share the machine's memory.
+    """
+    import jax
+
+    devices = jax.devices()
+    if (chip := chip_of(devices)) is None:
+        own = (devices[0].memory_stats() or {}).get("bytes_limit")
+        host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(devices)
+        chip = Chip(own or host, math.nan, math.nan, math.nan)
+    return devices, chip
 
 
 def chip_of(devices: Sequence) -> Chip | None:

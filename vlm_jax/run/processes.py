@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -206,6 +206,18 @@ def exchange(value: Any) -> list:
     room = 1 << int(sizes.max()).bit_length()  # a power of two, so that few shapes are compiled
     rows = multihost_utils.process_allgather(np.pad(payload, (0, room - len(payload))))
     return [json.loads(bytes(row[:size])) for row, size in zip(np.asarray(rows), sizes, strict=True)]
+
+
+def check_equal(values: Mapping[str, Any], what: str) -> None:
+    """Raises UserError if the processes have different values, name -> JSON-able value; `what` names them."""
+    seen = exchange(dict(values))
+    for index, other in enumerate(seen):
+        differ = [name for name in seen[0] | other if seen[0].get(name) != other.get(name)]
+        if differ:
+            raise UserError(
+                f"process {index} of {len(seen)} has other {what} than the first process: `{differ[0]}`; give all "
+                "processes the same"
+            )
 
 
 class StopSignal:

@@ -40,6 +40,7 @@ class Program(NamedTuple):
       step: `step(state, batch, frozen) -> (state, metrics, group norms)`.
       abstract_state, abstract_batch, abstract_frozen: shapes, dtypes and shardings.
       trainable: tree like the parameters of bools.
+      groups: parameter name -> its group of the optimizer.
       table: the parameters, their optimizer groups and shardings, to read.
       mesh: the devices.
     """
@@ -52,6 +53,7 @@ class Program(NamedTuple):
     abstract_batch: dict[str, Any]
     abstract_frozen: dict[str, Any]
     trainable: Any
+    groups: dict[str, str]
     table: str
     mesh: Mesh
 
@@ -191,6 +193,7 @@ def build_program(
         abstract_batch=batch,
         abstract_frozen=described(frozen, place_frozen),
         trainable=trainable,
+        groups=groups,
         table=format_table(shapes, groups, param_shardings),
         mesh=mesh,
     )

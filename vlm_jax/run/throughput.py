@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,7 +22,7 @@ class Throughput:
     Args:
       batches: the loader.
       batch_size: examples of a step.
-      step_flops: returns the model FLOPs of a step on all devices; called only if the chip's peak numbers are known.
+      step_flops: model FLOPs of a step on all devices.
       seconds, data_wait: seconds counted before this start.
     """
 
@@ -30,13 +30,13 @@ class Throughput:
         self,
         batches: Loader,
         batch_size: int,
-        step_flops: Callable[[], float],
+        step_flops: float,
         seconds: float = 0.0,
         data_wait: float = 0.0,
     ):
         self._batches, self._batch_size = batches, batch_size
         self._chip = chip_of(jax.devices())
-        self._step_flops = step_flops() if self._chip else 0.0
+        self._step_flops = step_flops
         self._seconds, self._data_wait = seconds, data_wait
         self._start = time.perf_counter()
 

@@ -1,5 +1,6 @@
 """`vlm_jax.load`: a released checkpoint, or a workdir of ours, as a model that is ready to use."""
 
+import dataclasses
 import gc
 import math
 import os
@@ -16,11 +17,12 @@ from jax.sharding import Mesh
 from vlm_jax import models
 from vlm_jax.data import tokenizers
 from vlm_jax.errors import UserError
+from vlm_jax.models import insertion
 from vlm_jax.models.positions import RESAMPLING, resample_posemb
 from vlm_jax.params import sharding
 from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained
-from vlm_jax.zoo import hub, key_map, preprocessing, recognize
+from vlm_jax.zoo import adapters, hub, key_map, preprocessing, recognize
 
 THREADS = 2  # threads that copy tensors
 
@@ -37,6 +39,7 @@ def load(
     mesh: Mesh | None = None,
     partition: Sequence = sharding.RULES,
     dtype: str | None = None,
+    adapter: str | os.PathLike | None = None,
 ) -> Pretrained:
     """Loads a model, without torch and without running code from the file.
 
@@ -49,12 +52,14 @@ def load(
       tokenize: op string from text to tokens, such as "lower | tokenize(64, bos=False)"; defaults likewise.
       activation: for bare CLIP weights, "quick_gelu" or "gelu"; for T5X, "gelu_tanh" or "silu".
       image_size: (height, width) or one int, in pixels; overrides the checkpoint's size. Learned positions of another
-        grid need `resample`. Resizes in `preprocess` follow only if `preprocess` is a key of FAMILIES.
+        grid need `resample`. The files' own `preprocess` follows, see `preprocessing.resized`; an op string that is
+        given does not.
       resample: resampling of learned positions: "linear" (big_vision), "bicubic" (open_clip) or
         "bicubic_sharp" (DINOv2).
       mesh: devices for the parameters, each read straight into its shards; None is one device.
       partition: partition rules of the parameters on the mesh.
       dtype: compute dtype (parameters are float32); defaults to a run's own, and to float32 for released weights.
+      adapter: file of an adapted model, see `adapters.load_adapter`; defaults to the one that a saved folder holds.
 
     Raises:
       UserError: `spec` does not exist or has no known format; a tensor is left over, missing or of another shape; or a
@@ -75,9 +80,7 @@ def load(
         else:
             plan, shapes = released.match(), released.shapes
             params = read_params(plan, shapes, released.tensors, place and named_leaves(place(_tree(shapes))))
-    if size is not None:
-        section["image"] = _resized(section["image"], params, size, resample)
-    return Pretrained(
+    pretrained = Pretrained(
         model=models.build(section),
         params=_tree(params),
         tokenizer=tokenizer.result() if tokenizer else None,
@@ -86,6 +89,9 @@ def load(
         config={**(released.run or {}), "model": section, **settings},
         mesh=mesh,
     )
+    if adapter := adapter or adapters.of_folder(path):
+        pretrained = adapters.load_adapter(adapter, pretrained)
+    return pretrained if size is None else _resized(pretrained, size, resample)
 
 
 def read_params(
@@ -136,7 +142,8 @@ def _settings(released, section, preprocess, tokenizer, tokenize, size) -> dict[
             if known is None:
                 raise UserError(f"preprocess={preprocess!r} needs the size of the pictures; pass image_size= as well")
             preprocess = preprocessing.FAMILIES[preprocess](known)
-        preprocess = preprocess or released.preprocess
+        if preprocess is None and released.preprocess is not None:
+            preprocess = released.preprocess if size is None else preprocessing.resized(released.preprocess, size)
         if preprocess is None:
             families = ", ".join(preprocessing.FAMILIES)
             why = released.hints.get("preprocess") or "the files do not tell how pictures were prepared"
@@ -158,26 +165,31 @@ def _settings(released, section, preprocess, tokenizer, tokenize, size) -> dict[
     }
 
 
-def _resized(section: dict, params: dict, size: tuple[int, int], method: str | None) -> dict:
-    """The image section for pictures of `size`, with `pos_embed` in `params` resampled to it."""
+def _resized(pretrained: Pretrained, size: tuple[int, int], method: str | None) -> Pretrained:
+    """The model for pictures of `size`, with learned positions resampled to it."""
+    section, params = pretrained.config["model"]["image"], named_leaves(pretrained.params)
     table = params.get("image/pos_embed")
-    if table is None:  # positions that are computed, or none
-        return dict(section, image_size=size)
-    patch, first = section["patch"], int(section.get("cls_position", False))
-    new = size[0] // patch, size[1] // patch
-    if not all(new):
-        raise UserError(f"image_size {size} is smaller than a patch of {patch} px")
-    old = _grid(section, table.shape[1] - first, new)
-    if old != new:
-        if method is None:
-            raise UserError(
-                f"the checkpoint has positions for {old[0]} x {old[1]} patches, image_size={size} gives {new[0]} x "
-                f"{new[1]}: pass resample= to resample them, one of {', '.join(RESAMPLING)}"
-            )
-        host = np.asarray(table)
-        rows = resample_posemb(host[:, first:], old, new, method)
-        params["image/pos_embed"] = jax.device_put(np.concatenate([host[:, :first], rows], axis=1), table.sharding)
-    return dict(section, image_size=size)
+    if table is not None:  # else positions are computed, or there are none
+        patch, first = section["patch"], int(section.get("cls_position", False))
+        new = size[0] // patch, size[1] // patch
+        if not all(new):
+            raise UserError(f"image_size {size} is smaller than a patch of {patch} px")
+        old = _grid(section, table.shape[1] - first, new)
+        if old != new:
+            if method is None:
+                raise UserError(
+                    f"the checkpoint has positions for {old[0]} x {old[1]} patches, image_size={size} gives {new[0]} x "
+                    f"{new[1]}: pass resample= to resample them, one of {', '.join(RESAMPLING)}"
+                )
+            host = np.asarray(table)
+            rows = resample_posemb(host[:, first:], old, new, method)
+            params["image/pos_embed"] = jax.device_put(np.concatenate([host[:, :first], rows], axis=1), table.sharding)
+    section = dict(pretrained.config["model"], image=dict(section, image_size=size))
+    model = models.build(section)
+    if own := getattr(pretrained.model, "insertions", ()):
+        model = insertion.inserted(insertion.removed(model), *own)
+    config = pretrained.config | {"model": section}
+    return dataclasses.replace(pretrained, model=model, params=_tree(params), config=config)
 
 
 def _grid(section: Mapping[str, Any], rows: int, new: tuple[int, int]) -> tuple[int, int]:

@@ -111,6 +111,10 @@ def understand(path: str | Path, activation: str | None = None) -> Released:
       UserError: the format is unknown, or the parts do not fit.
     """
     path = Path(path)
+    if not path.exists():
+        hub = re.fullmatch(r"(?:https?:/+)?(?:huggingface\.co/)?([\w.-]+/[\w.-]+)(?:/tree/main)?/?", str(path))
+        hint = f"for the Hugging Face hub, write hf:{hub[1]}" if hub else "check the path"
+        raise UserError(f"there is no file or folder {path}; {hint}")
     with _understanding(path):
         return (_folder if path.is_dir() else _file)(path, activation)
 

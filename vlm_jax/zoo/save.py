@@ -3,8 +3,10 @@
 Every layout is checked before writing: the description read back from the planned tensors must be the model's own.
 """
 
+import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
 import shutil
@@ -21,10 +23,11 @@ from vlm_jax.data.files import naming, write_json
 from vlm_jax.errors import UserError
 from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained
-from vlm_jax.zoo import key_map, preprocessing, recognize, tokenizer_files
+from vlm_jax.zoo import adapters, key_map, preprocessing, recognize, tokenizer_files
 from vlm_jax.zoo.formats import big_vision, open_clip, t5, t5x, transformers
 from vlm_jax.zoo.readers.tensors import Tensor, write_npz, write_safetensors
 
+log = logging.getLogger(__name__)
 # Fields that change how a model runs or starts, not its outputs.
 RUNTIME = ("scan", "remat", "implementation", "dtype", "dropout", "drop_path", "embed_std", "parent", "name")
 
@@ -39,6 +42,7 @@ class Content:
       read: parameter name, index (a slice for each axis) -> float32 array.
       preprocess, tokenizer, tokenize: as in a config; None where unknown.
       licence: of the weights, if known.
+      adapter: writes the adapter's file of an adapted model; only "native" has a place for it.
     """
 
     section: Mapping[str, Any]
@@ -48,6 +52,7 @@ class Content:
     tokenizer: str | None = None
     tokenize: str | None = None
     licence: str | None = None
+    adapter: Callable[[Path], None] | None = None
 
 
 def save_pretrained(pretrained: Pretrained, path: str | os.PathLike, format: str = "native") -> None:
@@ -56,26 +61,47 @@ def save_pretrained(pretrained: Pretrained, path: str | os.PathLike, format: str
     Args:
       pretrained: the model.
       path: a folder to make ("native", "hf", "open_clip", "t5x"), or an .npz file ("big_vision").
-      format: a key of `WRITERS`.
+      format: a key of `FORMATS`.
+
+    The folder of an adapted model in the format "native" holds its adapter, too: `vlm_jax.load` returns it adapted.
+    Other formats have no place for insertions and heads, and none for names of classes, which a warning says.
 
     Raises:
       UserError: the format cannot express the model, or `path` exists.
     """
-    leaves = named_leaves(pretrained.params)
+    base, adapted = pretrained, None
+    if pretrained.classes or pretrained.head or hasattr(pretrained.model, "insertions"):
+        base, adapted = adapters.without(pretrained), pretrained
+        if format != "native":
+            _refuse_adapted(adapted, format)
+    leaves = named_leaves(base.params)
     config = pretrained.config
     write(
         Content(
-            section=config["model"],
+            section={key: value for key, value in config["model"].items() if adapted is None or key != "insertions"},
             shapes=leaves,
             read=lambda name, index: np.asarray(leaves[name][index], np.float32),
             preprocess=pretrained.preprocess,
             tokenizer=config.get("tokenizer"),
-            tokenize=pretrained.tokenize,
+            tokenize=base.tokenize,
             licence=config.get("licence"),
+            adapter=adapted and (lambda file: adapters.save_adapter(file, base, adapted)),
         ),
         path,
         format,
     )
+
+
+def _refuse_adapted(adapted: Pretrained, format: str) -> None:
+    modules = [type(module).__name__ for module in getattr(adapted.model, "insertions", ())]
+    if adapted.head is not None:
+        modules.append(f"the head {type(adapted.head).__name__}")
+    if modules:
+        advice = " (or merge LowRank by `insertion.merge`)" if "LowRank" in modules else ""
+        raise UserError(
+            f"{format} has no place for {', '.join(modules)} of this adapted model: write it as native{advice}"
+        )
+    log.warning("%s has no place for the model's %d classes; give them to `classify`", format, len(adapted.classes))
 
 
 def content_of(released: recognize.Released) -> Content:
@@ -96,35 +122,55 @@ def content_of(released: recognize.Released) -> Content:
 
 def write(content: Content, path: str | os.PathLike, format: str) -> None:
     """Writes `content`; a failure removes the partial files."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.exists():
         raise UserError(f"{path} exists; remove it or write elsewhere")
-    writer = choose(WRITERS, format, "--format")
+    writer = choose(FORMATS, format, "--format")
+    try:
+        writes = writer(content)
+    except UserError as error:
+        raise UserError(f"{error}; it can be written as {', '.join(formats(content))}") from None
     if format == "big_vision":
-        return writer(content, path)
+        return writes(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
         with naming(partial):
-            writer(content, partial)
+            writes(partial)
         os.replace(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _native(content: Content, folder: Path) -> None:
+def formats(content: Content) -> list[str]:
+    """Returns the names of the formats that can express the model."""
+    able = []
+    for format, writer in FORMATS.items():
+        with contextlib.suppress(UserError):
+            writer(content)
+            able.append(format)
+    return able
+
+
+def _native(content: Content) -> Callable[[Path], None]:
     arrays = {
         name: Tensor(tuple(leaf.shape), np.dtype(np.float32), lambda index, name=name: content.read(name, index))
         for name, leaf in content.shapes.items()
     }
-    write_safetensors(folder / recognize.PARAMS, arrays, {"format": "vlm_jax"})
-    tokenizer = tokenizer_files.copy(content.tokenizer, folder) if content.tokenizer else None
-    settings = dict(model=dict(content.section), preprocess=content.preprocess, tokenizer=tokenizer)
-    write_json(folder / "config.json", settings | dict(tokenize=content.tokenize, licence=content.licence))
+
+    def write(folder: Path) -> None:
+        write_safetensors(folder / recognize.PARAMS, arrays, {"format": "vlm_jax"})
+        tokenizer = tokenizer_files.copy(content.tokenizer, folder) if content.tokenizer else None
+        settings = dict(model=dict(content.section), preprocess=content.preprocess, tokenizer=tokenizer)
+        write_json(folder / "config.json", settings | dict(tokenize=content.tokenize, licence=content.licence))
+        if content.adapter:
+            content.adapter(folder / adapters.FILE)
+
+    return write
 
 
-def _transformers(content: Content, folder: Path) -> None:
+def _transformers(content: Content) -> Callable[[Path], None]:
     section, tried = full_section(content), []
     if section["encoder"]:
         outlines = [t5.outline(section)]
@@ -144,27 +190,29 @@ def _transformers(content: Content, folder: Path) -> None:
     else:
         homeless = lambda problems: any(problem.startswith("it has no place") for problem in problems)
         problems, config = min(tried, key=lambda row: (homeless(row[0]), len(row[0])))
-        raise UserError(
-            f"Transformers has no such model; nearest is {config['architectures'][0]}, but {', '.join(problems)}: "
-            "write it as native or big_vision"
-        )
-    if content.preprocess:
-        write_json(folder / "preprocessor_config.json", preprocessing.to_transformers(content.preprocess))
-    if content.tokenizer:
-        tokenizer_files.to_transformers(content.tokenizer, content.tokenize, folder)
-        if "eos_token_id" in config and section["encoder"]:
-            config["eos_token_id"] = tokenizers.build(content.tokenizer).eos_id
-    write_json(folder / "config.json", config)
-    if pooling:
-        _write_sentence_modules(folder, pooling, section["text"]["width"])
-    write_safetensors(folder / "model.safetensors", _their_arrays(content, entries), {"format": "pt"})
+        nearest = config["architectures"][0]
+        raise UserError(f"Transformers has no such model; nearest is {nearest}, but {', '.join(problems)}")
+    preprocess = content.preprocess and preprocessing.to_transformers(content.preprocess)
+
+    def write(folder: Path) -> None:
+        if preprocess:
+            write_json(folder / "preprocessor_config.json", preprocess)
+        if content.tokenizer:
+            tokenizer_files.to_transformers(content.tokenizer, content.tokenize, folder)
+            if "eos_token_id" in config and section["encoder"]:
+                config["eos_token_id"] = tokenizers.build(content.tokenizer).eos_id
+        write_json(folder / "config.json", config)
+        if pooling:
+            _write_sentence_modules(folder, pooling, section["text"]["width"])
+        write_safetensors(folder / "model.safetensors", _their_arrays(content, entries), {"format": "pt"})
+
+    return write
 
 
 def _of_towers(content: Content, format: str) -> dict[str, Any]:
     section = full_section(content)
     if section["decoder"]:
-        others = "native" if section["text"] or not section["image"] else "native or big_vision"
-        raise UserError(f"{format} has no such captioner: write it as {others}")
+        raise UserError(f"{format} has no such captioner")
     return section
 
 
@@ -186,43 +234,48 @@ def _write_sentence_modules(folder: Path, pool: str, width: int) -> None:
     write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": width, f"pooling_mode_{mode}": True})
 
 
-def _open_clip(content: Content, folder: Path) -> None:
+def _open_clip(content: Content) -> Callable[[Path], None]:
     section = _of_towers(content, "open_clip")
     cfg, entries = open_clip.outline(section)
     if problems := _problems(content, entries, lambda tensors: open_clip.describe(tensors, cfg)[0]):
-        raise UserError(f"open_clip has no such model: {', '.join(problems)}: write it as native, hf or big_vision")
+        raise UserError(f"open_clip has no such model: {', '.join(problems)}")
     settings = {"model_cfg": cfg, "preprocess_cfg": {}}
     if content.preprocess:
         settings["preprocess_cfg"] = preprocessing.to_open_clip(content.preprocess)
-    if content.tokenizer and content.tokenizer != "clip":
-        cfg["text_cfg"]["hf_tokenizer_name"] = "."
-        tokenizer_files.to_transformers(content.tokenizer, content.tokenize, folder)
-    write_json(folder / "open_clip_config.json", settings)
-    write_safetensors(folder / "open_clip_model.safetensors", _their_arrays(content, entries), {"format": "pt"})
+
+    def write(folder: Path) -> None:
+        if content.tokenizer and content.tokenizer != "clip":
+            cfg["text_cfg"]["hf_tokenizer_name"] = "."
+            tokenizer_files.to_transformers(content.tokenizer, content.tokenize, folder)
+        write_json(folder / "open_clip_config.json", settings)
+        write_safetensors(folder / "open_clip_model.safetensors", _their_arrays(content, entries), {"format": "pt"})
+
+    return write
 
 
-def _big_vision(content: Content, path: Path) -> None:
+def _big_vision(content: Content) -> Callable[[Path], None]:
     section = full_section(content)
     if section["decoder"] and not section["image"]:
-        raise UserError("big_vision's format is of models with images; this one has none: write it as native")
+        raise UserError("big_vision's format is of models with images; this one has none")
     entries = big_vision.outline(section)
     if problems := _problems(content, entries, lambda tensors: big_vision.describe(tensors)[0]):
-        raise UserError(f"big_vision has no such model: {', '.join(problems)}: write it as native")
+        raise UserError(f"big_vision has no such model: {', '.join(problems)}")
     arrays = _their_arrays(content, entries)
-    write_npz(path, {f"params/{name}": array for name, array in arrays.items()})
+    return lambda path: write_npz(path, {f"params/{name}": array for name, array in arrays.items()})
 
 
-def _t5x(content: Content, folder: Path) -> None:
+def _t5x(content: Content) -> Callable[[Path], None]:
     section = full_section(content)
     if not section["encoder"]:
-        raise UserError("T5X's format is of T5 and UL2, from texts to texts: write it as native")
+        raise UserError("T5X's format is of T5 and UL2, from texts to texts")
     entries, activation = t5x.table(section), section["encoder"]["activation"]
     if problems := _problems(content, entries, lambda tensors: t5x.describe(tensors, activation)[0]):
-        raise UserError(f"T5X has no such model: {', '.join(problems)}: write it as native or hf")
-    t5x.write(folder, _their_arrays(content, entries))
+        raise UserError(f"T5X has no such model: {', '.join(problems)}")
+    return lambda folder: t5x.write(folder, _their_arrays(content, entries))
 
 
-WRITERS = {
+# Each checks that the format can express the content, and returns the function that writes a folder or file.
+FORMATS = {
     "native": _native,
     "hf": _transformers,
     "open_clip": _open_clip,

@@ -152,7 +152,8 @@ def _sentencepiece(path: Path, settings: Mapping[str, Any]) -> tuple:
 def _before(folder: Path, name: str, siglip2: bool, settings: Mapping[str, Any]) -> str:
     """Returns the text ops that the tokenizer's own file lacks."""
     if name == "SiglipTokenizer":
-        return "canonicalize | " if settings.get("do_lower_case", True) else "canonicalize(lower=False) | "
+        options = "" if settings.get("do_lower_case", True) else "lower=False, "
+        return f"canonicalize({options}underscore='drop') | "
     sentence_lower = read_json(folder / "sentence_bert_config.json").get("do_lower_case")
     return "lower | " if siglip2 or sentence_lower else ""
 
@@ -214,7 +215,7 @@ def to_transformers(spec: str, tokenize_ops: str, folder: str | Path) -> None:
     if kind == "sentencepiece" and around[0] is None and around[1] is not None:
         to = (path, Path(folder), tokenizer, options["length"])
         extra = dict(urllib.parse.parse_qsl(query[1:])).get("extra_ids")
-        if canonical is not None:
+        if canonical is not None and canonical.get("underscore") == "drop":
             return _write_sentencepiece(*to, "SiglipTokenizer", {"do_lower_case": canonical.get("lower", True)})
         if extra and set(steps) == {"tokenize"}:
             return _write_sentencepiece(*to, "T5Tokenizer", {"extra_ids": int(extra)})
@@ -225,6 +226,7 @@ def to_transformers(spec: str, tokenize_ops: str, folder: str | Path) -> None:
     normalizers = [hf.normalizers.Lowercase()] if lower else []
     if canonical is not None:
         replace = lambda pattern, by: hf.normalizers.Replace(hf.Regex(pattern), by)
+        normalizers += [replace("_", " ")] if canonical.get("underscore", "space") == "space" else []
         normalizers += [replace(r"[!-/:-@\[-`{-~]", ""), replace(r"\s+", " "), hf.normalizers.Strip()]
     name = "PreTrainedTokenizerFast" if normalizers or None in around else _class(model)
     if normalizers:

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from tests.support.records import encode, picture, run
-from vlm_jax.data import examples
 from vlm_jax.data.ops.geometry import METHODS
+from vlm_jax.data.rows import collate
 from vlm_jax.errors import UserError
 
 
@@ -93,10 +93,10 @@ def test_packed_patches():
     for string in ("to_float | pack_patches(4, 5)", "to_float | pack_patches(5, 99)"):
         with pytest.raises(UserError, match="was given an image of 8x12; put `resize_to_patches"):
             run(string, {"image": image})
-    batch = examples.collate([{"image": packed, "label": 1}, {"image": packed, "label": 2}])
+    batch = collate([{"image": packed, "label": 1}, {"image": packed, "label": 2}])
     assert batch["image"]["patches"].shape == (2, 8, 48) and batch["image"]["grid"].tolist() == [[2, 3]] * 2
     with pytest.raises(UserError, match="`patches` has shapes"):
-        examples.collate([{"image": packed}, {"image": packed | {"patches": np.zeros((3, 48))}}])
+        collate([{"image": packed}, {"image": packed | {"patches": np.zeros((3, 48))}}])
 
 
 def test_crop_to_content():

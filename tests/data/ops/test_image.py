@@ -1,7 +1,12 @@
 """Decoding, and the numbers of a picture."""
 
+import io
+import struct
+import zlib
+
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
 from tests.support.records import encode, picture, run
 from vlm_jax.data.ops.image import STATISTICS
@@ -13,8 +18,8 @@ def test_decode_formats_and_transparency():
     image = picture(16, 16)
     for options in ({"format": "PNG"}, {"format": "WEBP", "lossless": True}):
         np.testing.assert_array_equal(run("decode", {"image": encode(image, **options)})["image"], image)
-    grey = run("decode", {"image": encode(image[..., 0])})["image"]
-    np.testing.assert_array_equal(grey, np.repeat(image[..., :1], 3, -1))
+    single = run("decode", {"image": encode(image[..., 0])})["image"]
+    np.testing.assert_array_equal(single, np.repeat(image[..., :1], 3, -1))
     alpha = np.zeros((16, 16, 1), np.uint8)
     alpha[4:8, 4:8] = 255
     encoded = encode(np.concatenate((image, alpha), -1))
@@ -51,3 +56,69 @@ def test_normalize():
     np.testing.assert_allclose(run("to_float", record)["image"], image / 255, atol=1e-7)
     with pytest.raises(UserError, match="was given an image of float32"):
         run("to_float | normalize", record)
+
+
+def grey(values, mode="I;16", format="PNG"):
+    buffer = io.BytesIO()
+    dtype = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    Image.fromarray(np.asarray(values, dtype)).save(buffer, format)
+    return buffer.getvalue()
+
+
+def test_16_bits_are_scaled():
+    values = np.array([[0, 128, 129, 257, 32768, 65534, 65535]])
+    for format in ("PNG", "TIFF"):
+        image = run("decode", {"image": grey(values, format=format)})["image"]
+        np.testing.assert_array_equal(image[..., 0], np.round(values / 257))
+        assert image.shape == (1, 7, 3) and (image == image[..., :1]).all()
+    for mode, what in (("F", "floats"), ("I", "integers of 32 bits")):
+        with pytest.raises(BadExample, match=f"has {what}, whose range is unknown"):
+            run("decode", {"image": grey(values, mode, "TIFF")})
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["JPEG", "PNG"])
+def test_the_cameras_orientation(orientation, mode):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright = picture(8, 16)
+    data = encode(upright, mode, exif=exif)
+    plain = run("decode", {"image": data})["image"]
+    np.testing.assert_array_equal(plain, run("decode", {"image": encode(upright, mode)})["image"])
+    turned = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    assert (turned.shape == (16, 8, 3)) == (orientation >= 5)
+    for string in ("decode(exif=True)", "decode | decode(exif=True)", "decode(exif=True) | decode(exif=True)"):
+        np.testing.assert_array_equal(run(string, {"image": data})["image"], turned)
+
+
+def test_pictures_of_a_stranger():
+    def png(width, height):
+        chunk = lambda kind, body: (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+        start = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        return b"\x89PNG\r\n\x1a\n" + start + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+    for width, height in ((20_000, 10_000), (1, 80_000_000), (2**31 - 1, 2**31 - 1)):
+        with pytest.raises(BadExample, match=r"more than|exceeds limit"):
+            run("decode", {"image": png(width, height)})
+    with pytest.raises(BadExample, match=r"has 9 x 8 pixels, more than decode\(max_pixels=71\)"):
+        run("decode(max_pixels=71)", {"image": encode(picture(8, 9))})
+    assert run("decode(max_pixels=72)", {"image": encode(picture(8, 9))})["image"].shape == (8, 9, 3)
+    line = {"image": encode(picture(1, 30_000))}
+    for string in ("resize_shortest(256)", "resize_shortest((256, 256))", "crop_to_content"):
+        with pytest.raises(BadExample, match=r"image would have .* pixels, more than 67,108,864"):
+            run(f"decode | {string}", line)
+    assert run("decode | resize_longest(32)", line)["image"].shape == (1, 32, 3)
+    with pytest.raises(BadExample, match="image would have"):
+        run("decode | views('v', 1024, resize(512))", line)
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
+    for value, reason in (
+        (postscript, "cannot identify"),
+        (None, "image is null"),
+        ("a.png", "image is a str"),
+        (7, "is a int"),
+    ):
+        with pytest.raises(BadExample, match=reason) as error:
+            run("decode | resize(8)", {"image": value})
+        assert error.value.kind == "picture"

@@ -1,5 +1,8 @@
 """Text ops, and ops on fields."""
 
+import re
+import string
+
 import numpy as np
 import pytest
 
@@ -36,7 +39,11 @@ def test_captions():
         run('caption("none")', record)
     with pytest.raises(BadExample, match=r"has no field `name/fr` \(there: en\)"):
         run('caption("name/fr")', record)
-    assert run("canonicalize", {"text": " A_photo:  of\tÉ-mail’s!"})["text"] == "aphoto of émail’s"
+    for op, expected in (
+        ("canonicalize", "a photo of émail’s"),
+        ("canonicalize(underscore='drop')", "aphoto of émail’s"),
+    ):
+        assert run(op, {"text": " A_photo:  of\tÉ-mail’s!"})["text"] == expected
     assert run("canonicalize(lower=False)", {"text": "It's A."})["text"] == "Its A"
     text = run('caption("name/en") | template("A photo of a {}.") | lower', record)["text"]
     assert text == "a photo of a red apple."
@@ -57,9 +64,9 @@ def test_several_captions_and_their_tokens():
     drawn = [tuple(run("captions(2, 'name/en', 'keywords/en')", record, seed)["texts"]) for seed in range(30)]
     assert set(drawn) == {("Red apple", "fruit"), ("Red apple", "to eat"), ("fruit", "to eat")}
     assert drawn == [tuple(run("captions(2, 'name/en', 'keywords/en')", record, seed)["texts"]) for seed in range(30)]
-    for string in ("captions(2, 'none', 'name/fr')", "captions(2, 'name/en', ops=template(''))"):
+    for op in ("captions(2, 'none', 'name/fr')", "captions(2, 'name/en', ops=template(''))"):
         with pytest.raises(BadExample, match="are empty"):
-            run(string, record)
+            run(op, record)
     with pytest.raises(UserError, match="was given `keywords/en` of type list; expected a text"):
         run("tokenize(4, key='keywords/en')", record, 0, CountingTokenizer())
 
@@ -76,3 +83,41 @@ def test_tokenize_keep_rename():
     np.testing.assert_array_equal(bare["token_ids"], [3, 5, 0])
     with pytest.raises(BadExample, match="is empty"):
         run("tokenize(3)", {"text": " "}, 0, tokenizer)
+
+
+def big_vision(text):
+    """`canonicalize_text` of big_vision's prompt_engineering.py."""
+    text = text.replace("_", " ").translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\s+", " ", text.lower()).strip()
+
+
+def siglip(text):
+    """`SiglipTokenizer.canonicalize_text` of Transformers, after `do_lower_case`."""
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def test_canonical_texts_are_those_of_their_originals():
+    texts = (
+        "a photo of a Fire_Truck.",
+        "ice_cream-cone",
+        "__init__",
+        " _ ",
+        "A_photo:\tÉ-mail’s!",
+        "İ",
+        "x _ y",
+        "_a_",
+    )
+    for text in texts:
+        assert run("canonicalize", {"text": text})["text"] == big_vision(text)
+        assert run("canonicalize(underscore='drop')", {"text": text})["text"] == siglip(text)
+    assert run("canonicalize", {"text": texts[0]})["text"] == "a photo of a fire truck"
+
+
+@pytest.mark.parametrize("value", [None, 7, 0.5, True, {"a": 1}, [], [None], [["a cat"]], [7], "", " ", b"a"])
+def test_what_is_no_caption_is_a_bad_example(value):
+    for op in ("caption('c')", "random_caption('c')", "captions(2, 'c')"):
+        with pytest.raises(BadExample, match=r"is empty|are empty|expected a text or a list of texts") as error:
+            run(op, {"c": value})
+        assert error.value.kind == "text"
+    assert run("caption('c')", {"c": [None, "a cat"]})["text"] == "a cat"

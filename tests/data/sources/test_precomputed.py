@@ -1,6 +1,8 @@
 """Embeddings computed once: what the tower returns, shards that go on where they stopped, a model that takes them."""
 
 import io
+import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +69,7 @@ def test_it_is_what_the_tower_returns(lit):
     with pytest.raises(BadExample, match="could not be embedded"):
         source[BAD]
     assert "image" not in source.narrow(frozenset({"text"}))[BAD]
+    assert source.label_names("label") == {0: "thing"}
 
 
 def test_it_goes_on_where_it_stopped(lit):
@@ -107,3 +110,48 @@ def test_two_towers_take_either(lit):
     want, got = (run(model, params, given, ids) for given in (images, before))
     np.testing.assert_allclose(got.image, want.image, rtol=1e-6, atol=1e-7)
     np.testing.assert_array_equal(got.text, want.text)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"records": 10**12}, "lacks 125000000000 of 125000000000 shards, embeddings-00000-of-125000000000"),
+        ({"records": 1.5}, "index.json has records 1.5; write it anew"),
+        ({"records": True}, "index.json has records True"),
+        ({"records": -1}, "index.json has records -1"),
+        ({"shard_size": 0}, "index.json has shard_size 0"),
+        ({"shard_size": "8"}, "index.json has shard_size '8'"),
+        ({"uri": None}, "index.json has uri None"),
+        ({"split": 3}, "index.json has split 3"),
+        ({"uri": "precomputed:/x"}, "is of `precomputed:/x`; expected a data set of pictures"),
+        ("[" * 10**5, "is not JSON of an object"),
+        ("[]", "is not JSON of an object"),
+        ("\xff", "is not JSON of an object"),
+    ],
+)
+def test_an_index_of_a_stranger(lit, tmp_path, change, message):
+    folder = lit[3]
+    for path in folder.iterdir():
+        os.symlink(path, tmp_path / path.name)
+    index = json.loads((folder / "index.json").read_text())
+    (tmp_path / "index.json").unlink()
+    text = change if isinstance(change, str) else json.dumps(index | change)
+    (tmp_path / "index.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=message):
+        open_source(f"precomputed:{tmp_path}")
+    (tmp_path / "index.json").write_text(json.dumps({key: value for key, value in index.items() if key != "split"}))
+    assert len(open_source(f"precomputed:{tmp_path}")) == COUNT
+
+
+def test_damaged_shards(lit, tmp_path):
+    folder = lit[3]
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    before = open_source(f"precomputed:{tmp_path}").fingerprint()
+    first = tmp_path / shard_names(COUNT, 8)[0]
+    content = first.read_bytes()
+    first.write_bytes(content[:-700] + b"x" * 700)
+    assert open_source(f"precomputed:{tmp_path}").fingerprint() != before
+    first.write_bytes(b"")
+    with pytest.raises(UserError, match=f"`precomputed:{tmp_path}` cannot be read: ArrayRecord file should be"):
+        open_source(f"precomputed:{tmp_path}")

@@ -146,6 +146,6 @@ def test_chosen_rows_are_mined_for_pairs():
 
 def test_soft_targets_are_no_matches():
     with pytest.raises(
-        UserError, match="matching needs targets that match or do not, such as `identity`, not soft ones"
+        UserError, match="hard pairs need targets that match or do not, such as `identity`, not soft ones"
     ):
         build(targets="cwcl")

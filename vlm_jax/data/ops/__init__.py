@@ -6,7 +6,7 @@ function: ops before `cache` run once per record, ops after `cache` run every ti
 """
 
 from vlm_jax.data.ops import augment, fields, geometry, image, text  # noqa: F401 (registers the ops)
-from vlm_jax.data.ops.pipeline import Pipeline, parse
+from vlm_jax.data.ops.pipeline import Pipeline, Step, parse
 from vlm_jax.data.ops.registry import INJECTED, OPS, SUBJECTS, op
 
-__all__ = ["INJECTED", "OPS", "SUBJECTS", "Pipeline", "op", "parse"]
+__all__ = ["INJECTED", "OPS", "SUBJECTS", "Pipeline", "Step", "op", "parse"]

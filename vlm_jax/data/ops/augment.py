@@ -6,9 +6,9 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax.data.ops.geometry import METHODS, Method
-from vlm_jax.data.ops.image import Picture, array, composite, height_and_width, pil
+from vlm_jax.data.ops.image import Picture, array, check_pixels, composite, height_and_width, pil
 from vlm_jax.data.ops.pipeline import Pipeline
-from vlm_jax.data.ops.registry import op
+from vlm_jax.data.ops.registry import Number, Side, op
 from vlm_jax.data.source import field
 from vlm_jax.errors import UserError
 
@@ -23,7 +23,7 @@ def random_background(image: object, rng: np.random.Generator, p: float = 1.0) -
 
 
 @op
-def random_crop(image: object, rng: np.random.Generator, height: int, width: int | None = None) -> Picture:
+def random_crop(image: object, rng: np.random.Generator, height: Side, width: Side | None = None) -> Picture:
     """Cuts [height, width] out at a uniformly random place. Smaller images raise UserError."""
     image, width = array(image), height if width is None else width
     h, w = image.shape[:2]
@@ -37,7 +37,7 @@ def random_crop(image: object, rng: np.random.Generator, height: int, width: int
 def random_resized_crop(
     image: object,
     rng: np.random.Generator,
-    size: int,
+    size: Side,
     scale: tuple[float, float] = (0.9, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     method: Method = "bicubic",
@@ -141,15 +141,15 @@ def random_grey(image: object, rng: np.random.Generator, p: float = 0.1) -> Pict
 
 
 @op
-def views(example: dict, rng: np.random.Generator, to: str, n: int, ops: Pipeline) -> dict:
+def views(example: dict, rng: np.random.Generator, to: str, n: Number, ops: Pipeline) -> dict:
     """Sets `to` to n views [n, H, W, C] of the picture, each by `ops` with draws of its own; `image` stays as it is.
 
     `decode | views("local", 6, random_resized_crop(96, scale=(0.05, 0.4)) | normalize) | random_resized_crop(224)`: the
     place in the op string says which picture the views show, here the whole one.
     """
-    if n < 1:
-        raise UserError(f"op `views` was given n={n}; expected 1 or more")
     # Loaded first: a crop may ask the decoder of a JPEG for a smaller picture, which other views would then see, too.
     image = pil(field(example, "image"))
-    example[to] = np.stack([array(ops({"image": image}, rng)["image"]) for _ in range(n)])
+    first = array(ops({"image": image}, rng)["image"])
+    check_pixels(n * first.shape[0], first.shape[1])
+    example[to] = np.stack([first, *(array(ops({"image": image}, rng)["image"]) for _ in range(n - 1))])
     return example

@@ -5,9 +5,9 @@ from vlm_jax.data.source import field
 
 
 @op
-def keep(example: dict, *fields: str) -> dict:
-    """Keeps only the fields at `fields`, renamed to the last part of their paths (`name/en`: `en`)."""
-    return {path.rsplit("/", 1)[-1]: field(example, path) for path in fields}
+def keep(example: dict, path: str, *paths: str) -> dict:
+    """Keeps only the fields at `path` and `paths`, renamed to the last part of their paths (`name/en`: `en`)."""
+    return {one.rsplit("/", 1)[-1]: field(example, one) for one in (path, *paths)}
 
 
 @op

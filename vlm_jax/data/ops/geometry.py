@@ -6,8 +6,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageChops
 
-from vlm_jax.data.ops.image import Picture, array, height_and_width, pil
-from vlm_jax.data.ops.registry import op
+from vlm_jax.data.ops.image import Picture, array, check_pixels, height_and_width, pil
+from vlm_jax.data.ops.registry import Length, Side, op
 from vlm_jax.errors import UserError
 
 Method = Literal["nearest", "bilinear", "bicubic", "lanczos", "area", "hamming"]
@@ -49,6 +49,7 @@ def crop_to_content(image: object, tolerance: int = 8, margin: float = 0.0, squa
     side = max(image.size)
     if not square or image.width == image.height:
         return image
+    check_pixels(side, side)
     canvas = Image.new(image.mode, (side, side), corner)
     canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return canvas
@@ -56,7 +57,7 @@ def crop_to_content(image: object, tolerance: int = 8, margin: float = 0.0, squa
 
 @op
 def resize(
-    image: object, height: int, width: int | None = None, method: Method = "bicubic", antialias: bool = True
+    image: object, height: Side, width: Side | None = None, method: Method = "bicubic", antialias: bool = True
 ) -> Picture:
     """Resizes to [height, width], proportions not kept, as `PIL.Image.resize` does; width defaults to height.
 
@@ -88,7 +89,7 @@ def _neighbours(size: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 @op
-def resize_shortest(image: object, size: int | tuple[int, int], method: Method = "bicubic") -> Picture:
+def resize_shortest(image: object, size: Side | tuple[Side, Side], method: Method = "bicubic") -> Picture:
     """Resizes the shorter side to `size`; the longer side is truncated to whole pixels, as in torchvision.
 
     The result covers a size (height, width), proportions kept, sides rounded, as in open_clip.
@@ -97,11 +98,12 @@ def resize_shortest(image: object, size: int | tuple[int, int], method: Method =
     if isinstance(size, tuple):
         return _scaled(image, min(h / size[0], w / size[1]), method)
     new = (size, int(size * w / h)) if h <= w else (int(size * h / w), size)
+    check_pixels(*new)
     return pil(image).resize(new[::-1], METHODS[method])
 
 
 @op
-def resize_longest(image: object, size: int | tuple[int, int], method: Method = "bicubic") -> Picture:
+def resize_longest(image: object, size: Side | tuple[Side, Side], method: Method = "bicubic") -> Picture:
     """Resizes to fit into `size` (a side, or height and width), proportions kept; use `pad` afterwards.
 
     Sides are rounded.
@@ -111,12 +113,13 @@ def resize_longest(image: object, size: int | tuple[int, int], method: Method = 
 
 
 def _scaled(image: Picture, ratio: float, method: Method) -> Image.Image:
-    h, w = height_and_width(image)
-    return pil(image).resize((max(round(w / ratio), 1), max(round(h / ratio), 1)), METHODS[method])
+    h, w = (max(round(side / ratio), 1) for side in height_and_width(image))
+    check_pixels(h, w)
+    return pil(image).resize((w, h), METHODS[method])
 
 
 @op
-def resize_to_patches(image: object, patch: int, max_patches: int, method: Method = "bilinear") -> Picture:
+def resize_to_patches(image: object, patch: Side, max_patches: Length, method: Method = "bilinear") -> Picture:
     """Resizes to at most `max_patches` patches of side `patch`, proportions kept up to whole patches.
 
     SigLIP 2 "NaFlex" (arXiv:2502.14786, section 2.4): sides are rounded up to multiples of `patch` at the largest scale
@@ -133,7 +136,7 @@ def resize_to_patches(image: object, patch: int, max_patches: int, method: Metho
 
 
 @op
-def pack_patches(image: object, patch: int, max_patches: int) -> dict[str, np.ndarray]:
+def pack_patches(image: object, patch: Side, max_patches: Length) -> dict[str, np.ndarray]:
     """Cuts a normalised float [H, W, C] into patches, row by row, for packed towers (SigLIP 2 "NaFlex").
 
     Returns dict(patches=float32 [max_patches, patch * patch * C], zeros at the end; grid=int32 [2], rows and columns).
@@ -151,7 +154,7 @@ def pack_patches(image: object, patch: int, max_patches: int) -> dict[str, np.nd
 
 @op
 def central_crop(
-    image: object, height: int, width: int | None = None, rounding: Literal["even", "down"] = "even"
+    image: object, height: Side, width: Side | None = None, rounding: Literal["even", "down"] = "even"
 ) -> Picture:
     """Cuts [height, width] out of the middle; a smaller image is padded with black first.
 
@@ -165,7 +168,7 @@ def central_crop(
 
 
 @op
-def pad(image: object, height: int, width: int | None = None, value: int = 255) -> Picture:
+def pad(image: object, height: Side, width: Side | None = None, value: int = 255) -> Picture:
     """Pads evenly with `value` up to at least [height, width]."""
     image = array(image)
     rows, columns = height - image.shape[0], (height if width is None else width) - image.shape[1]

@@ -1,11 +1,12 @@
 """Images between ops: types, decoding of bytes, conversion to floats."""
 
+import contextlib
 import functools
 import io
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vlm_jax.data.ops.registry import op
 from vlm_jax.data.source import BadExample
@@ -18,6 +19,13 @@ STATISTICS = {
     "efficientnet_lite": ((127 / 255,) * 3, (128 / 255,) * 3),
 }
 Picture = Image.Image | np.ndarray
+# Formats that are decoded here, where Pillow can: no others, since some run programs (EPS: Ghostscript).
+FORMATS = (
+    "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM", "DIB", "TGA", "PCX",
+)  # fmt: skip
+MAX_PIXELS = 2**26
+MAX_16_BITS = 65535
+EXIF_ORIENTATION = 0x0112
 
 
 def pil(image: Picture) -> Image.Image:
@@ -41,8 +49,24 @@ def _load(image: Image.Image) -> Image.Image:
     try:
         image.load()
     except Exception as error:  # Pillow's decoders raise a dozen types on broken files
-        raise BadExample(f"image cannot be decoded: {error}") from None
+        raise BadExample(f"image cannot be decoded: {error}", "picture") from None
     return image
+
+
+def check_pixels(height: int, width: int, most: int = MAX_PIXELS) -> None:
+    """Raises BadExample if a picture would have more pixels than `most`, before it takes memory."""
+    if height * width > most:
+        raise BadExample(f"image would have {width} x {height} pixels, more than {most:,}", "picture")
+
+
+@functools.lru_cache(1)
+def _formats() -> tuple[str, ...]:
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def height_and_width(image: Picture) -> tuple[int, int]:
@@ -51,31 +75,63 @@ def height_and_width(image: Picture) -> tuple[int, int]:
 
 
 @op
-def decode(image: object, background: tuple[int, ...] | int | None = 255) -> Picture:
+def decode(
+    image: object, background: tuple[int, ...] | int | None = 255, exif: bool = False, max_pixels: int = MAX_PIXELS
+) -> Picture:
     """Decodes JPEG, PNG, WebP, ... bytes into RGB.
 
-    Grey, palette and CMYK become RGB by `PIL.Image.convert`, as in released preprocessing: 16-bit grey is clipped at
-    255, and the camera's orientation (EXIF) is ignored.
+    Grey, palette and CMYK become RGB by `PIL.Image.convert`. 16 bits are scaled to 8, rounded. A picture whose header
+    has more pixels than `max_pixels` is a bad example, before it takes memory.
 
     Args:
       image: encoded bytes; an array or a PIL image passes through.
       background: colour under transparent pixels (grey level or RGB); None keeps the alpha channel: [H, W, 4].
+      exif: turns the picture upright, by the camera's orientation (EXIF). The preprocessing of released models ignores
+        the orientation.
+      max_pixels: the limit; Pillow has its own at 178,956,970.
     """
     if isinstance(image, np.ndarray):
         return image
     if isinstance(image, bytes):
         try:
-            image = Image.open(io.BytesIO(image))
+            image = Image.open(io.BytesIO(image), formats=_formats())
         except Exception as error:
-            raise BadExample(f"image cannot be decoded: {str(error).split(' <')[0]}") from None
+            raise BadExample(f"image cannot be decoded: {str(error).split(' <')[0]}", "picture") from None
+    if not isinstance(image, Image.Image):
+        what = "null" if image is None else f"a {type(image).__name__}"
+        raise BadExample(f"image is {what}; expected the bytes of a picture, or the path of a file", "picture")
+    if image.width * image.height > max_pixels:
+        size = f"{image.width} x {image.height}"
+        raise BadExample(f"image has {size} pixels, more than decode(max_pixels={max_pixels})", "picture")
+    image = _upright(image) if exif else image
     if image.mode == "RGB" and image.format == "JPEG":
         return image  # still undecoded: `random_resized_crop` may ask the decoder for a smaller picture
-    _load(image)
+    image = _eight_bits(_load(image))
     transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
     if not transparent:
         return image if image.mode == "RGB" else image.convert("RGB")
-    image = image.convert("RGBA")
-    return image if background is None else composite(image, background)
+    rgba = image.convert("RGBA")
+    return rgba if background is None else composite(rgba, background)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turned = image.getexif().get(EXIF_ORIENTATION, 1) in range(2, 9)
+    except Exception:  # of damaged EXIF
+        return image
+    return ImageOps.exif_transpose(_load(image)) if turned else image
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit grey, `round(x / 257)`; raises BadExample for modes without a defined range."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        grey = np.asarray(image).astype(np.uint32)
+        scaled = Image.fromarray(((grey * 255 + MAX_16_BITS // 2) // MAX_16_BITS).astype(np.uint8))
+        return _with_exif(scaled, image)
+    if image.mode in ("I", "F"):
+        what = "floats" if image.mode == "F" else "integers of 32 bits"
+        raise BadExample(f"image has {what}, whose range is unknown; save it with 8 or 16 bits", "picture")
+    return image
 
 
 def composite(image: Image.Image, colour: tuple[int, ...] | int) -> Image.Image:
@@ -83,7 +139,14 @@ def composite(image: Image.Image, colour: tuple[int, ...] | int) -> Image.Image:
     colour = (colour,) * 3 if isinstance(colour, int) else tuple(colour)
     canvas = Image.new("RGB", image.size, colour)
     canvas.paste(image, mask=image.getchannel("A"))
-    return canvas
+    return _with_exif(canvas, image)
+
+
+def _with_exif(image: Image.Image, of: Image.Image) -> Image.Image:
+    """Keeps the camera's orientation, for a later `decode(exif=True)`: evaluators decode before the model's ops."""
+    if "exif" in of.info:
+        image.info["exif"] = of.info["exif"]
+    return image
 
 
 @op

@@ -4,9 +4,10 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ from vlm_jax.data.ops.registry import INJECTED, OPS, SUBJECTS
 from vlm_jax.data.source import BadExample
 from vlm_jax.errors import UserError
 
-MAX_STRING = 20_000  # characters of an op string
-MAX_SIDE = 5_000  # pixels, and any other number of an op on pictures: a config from elsewhere does not fill memory
-MAX_LENGTH = 2**20  # tokens, and any other number of other ops
+LONGEST = 2**16  # characters of an op string
+MOST = 500  # ops in an op string
+SHOWN = 500  # characters of an op string in a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,15 +112,21 @@ def parse(string: str, tokenizer: Any = None) -> Pipeline:
     Raises:
       UserError: an op is unknown or its arguments are wrong; the message names the op and its usage.
     """
-    if len(string) > MAX_STRING:
-        raise UserError(f"an op string of {len(string):,} characters, `{string[:60]}...`; expected <= {MAX_STRING:,}")
     # `a | b(1)` is a Python expression. Its tree gives the ops with literal arguments; nothing is executed.
+    if not isinstance(string, str):
+        raise UserError(f"an op string is {string!r:.80}; expected a text such as 'decode | resize(32)'")
+    shown = " ".join(string[:SHOWN].split()) + " ..." * (len(string) > SHOWN)
+    if len(string) > LONGEST:
+        raise UserError(f"op string `{shown}` has {len(string):,} characters; expected at most {LONGEST:,}")
     try:
         tree = ast.parse(string.strip(), mode="eval").body if string.strip() else None
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # NUL, surrogates, deep nesting
-        reason = getattr(error, "msg", None) or error or "nested too deeply"
-        raise UserError(f"op string `{string:.200}` is not ops joined by `|`: {reason}") from None
-    return _pipeline(tree, string, tokenizer)
+        return _pipeline(tree, string, tokenizer)
+    except SyntaxError as error:
+        raise UserError(f"op string `{shown}` is not ops joined by `|`: {error.msg}") from None
+    except (RecursionError, MemoryError):
+        raise UserError(f"op string `{shown}` is nested too deep, or has too many ops") from None
+    except ValueError as error:  # NUL, half a surrogate pair
+        raise error if isinstance(error, UserError) else UserError(f"op string {shown!r}: {error}") from None
 
 
 def _pipeline(tree: ast.expr | None, string: str, tokenizer: Any) -> Pipeline:
@@ -128,11 +135,13 @@ def _pipeline(tree: ast.expr | None, string: str, tokenizer: Any) -> Pipeline:
         is_or = isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.BitOr)
         calls.append(_call(tree.right if is_or else tree, string))
         tree = tree.left if is_or else None
+        if len(calls) > MOST:
+            raise UserError(f"op string `{string[:SHOWN]} ...` has more than {MOST:,} ops")
     calls.reverse()
 
     names = [name for name, _, _ in calls]
     if names.count("cache") > 1:
-        raise UserError(f"op string `{string:.200}` has `cache` {names.count('cache')} times; expected once")
+        raise UserError(f"op string `{string}` has `cache` {names.count('cache')} times; expected once")
     split = names.index("cache") if "cache" in names else -1
     steps = [None if name == "cache" else _step(name, args, kwargs, tokenizer) for name, args, kwargs in calls]
     for step in steps[: max(split, 0)]:
@@ -148,7 +157,7 @@ def _call(node: ast.expr, string: str) -> tuple[str, list, dict]:
         function, arguments, keywords = node.func, node.args, node.keywords
     if not isinstance(function, ast.Name):
         raise UserError(
-            f"op string `{string:.200}` holds `{ast.unparse(node)}`; expected an op such as `flip` or `resize(32)`"
+            f"op string `{string}` holds `{ast.unparse(node)}`; expected an op such as `flip` or `resize(32)`"
         )
     return function.id, [*map(_literal, arguments)], {k.arg: _literal(k.value) for k in keywords}
 
@@ -156,7 +165,7 @@ def _call(node: ast.expr, string: str) -> tuple[str, list, dict]:
 def _literal(node: ast.expr) -> Any:
     try:
         return ast.literal_eval(node)
-    except (ValueError, TypeError, RecursionError, MemoryError):
+    except (ValueError, TypeError):
         return node
 
 
@@ -170,19 +179,19 @@ def _step(name: str, args: list, kwargs: dict, tokenizer: Any) -> Step:
     subject = next(iter(signature.parameters))
     own = [p for p in signature.parameters.values() if p.name not in INJECTED]
     usage = f"{name}({', '.join(map(str, own))})".replace(f"{__name__}.", "")
+    usage = re.sub(r"(?:typing\.)?Annotated\[(\w+), range\([\d, ]+\)\]", r"\1", usage)
     try:
         bound = inspect.Signature(own).bind(*args, **kwargs)
     except TypeError as error:
         raise UserError(f"op `{name}`: {error}; usage: {usage}") from None
-    hints = typing.get_type_hints(function)
+    hints = typing.get_type_hints(function, include_extras=True)
     several = next((p.name for p in own if p.kind is p.VAR_POSITIONAL), None)
     for key, value in bound.arguments.items():
         values = tuple(_inner(name, v, hints[key], tokenizer) for v in (value if key == several else (value,)))
         if not all(_fits(v, hints[key]) for v in values):
-            raise UserError(f"op `{name}` was given {key}={value!r:.200}; usage: {usage}")
-        largest = MAX_SIDE if subject == "image" else MAX_LENGTH
-        if not all(-largest <= number <= largest for number in _numbers(values)):
-            raise UserError(f"op `{name}` was given {key}={value!r:.200}; expected at most {largest:,}")
+            span = _range(value, hints[key])
+            expected = f"expected {span[0]} to {span[-1]}" if span else f"usage: {usage}"
+            raise UserError(f"op `{name}` was given {key}={value!r}; {expected}")
         values = tuple(tuple(v) if isinstance(v, list) else v for v in values)
         bound.arguments[key] = values if key == several else values[0]
     # What stands before `*paths` goes by position, all else by name: `tokenizer` may stand between.
@@ -194,25 +203,25 @@ def _step(name: str, args: list, kwargs: dict, tokenizer: Any) -> Step:
     return Step(name, function, subject, "rng" in signature.parameters, args, kwargs)
 
 
-def _numbers(value: Any) -> Iterator[float]:
-    """Yields the numbers in a literal, at any depth."""
-    if isinstance(value, int | float):
-        yield value
-    for part in value if isinstance(value, tuple | list) else ():
-        yield from _numbers(part)
-
-
 def _inner(name: str, value: Any, hint: Any, tokenizer: Any) -> Any:
     """An argument of op `name`: the literal, or the pipeline if the argument is ops and the op takes them."""
     if not isinstance(value, ast.expr):
         return value
     string = ast.unparse(value)
     if Pipeline not in (hint, *typing.get_args(hint)):
-        raise UserError(f"op `{name}` was given `{string:.200}`, which is not a literal (number, string, tuple)")
+        raise UserError(f"op `{name}` was given `{string}`, which is not a literal (number, string, tuple)")
     pipeline = _pipeline(value, string, tokenizer)
     if pipeline.cached:
-        raise UserError(f"op `{name}` was given `{string:.200}`; `cache` stands outside of other ops")
+        raise UserError(f"op `{name}` was given `{string}`; `cache` stands outside of other ops")
     return pipeline
+
+
+def _range(value: Any, hint: Any) -> range | None:
+    """The range that an integer is outside of."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Annotated:
+        return parts[1] if _fits(value, parts[0]) else None
+    return next(filter(None, (_range(value, part) for part in parts)), None)
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -220,6 +229,8 @@ def _fits(value: Any, hint: Any) -> bool:
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, part) for part in parts)
+    if origin is typing.Annotated:
+        return _fits(value, parts[0]) and value in parts[1]
     if origin is typing.Literal:
         return value in parts
     if origin is tuple:

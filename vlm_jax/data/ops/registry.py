@@ -2,6 +2,12 @@
 
 import inspect
 from collections.abc import Callable
+from typing import Annotated
+
+# Arguments with a range: an op string from a file may ask for no more memory than this.
+Side = Annotated[int, range(1, 4097)]  # of a picture, in pixels
+Length = Annotated[int, range(1, 2**20 + 1)]  # tokens, patches
+Number = Annotated[int, range(1, 1025)]  # views, texts
 
 OPS: dict[str, Callable] = {}
 SUBJECTS = ("image", "text", "example")

@@ -8,24 +8,27 @@ import numpy as np
 
 from vlm_jax.data import spans
 from vlm_jax.data.ops.pipeline import Pipeline
-from vlm_jax.data.ops.registry import op
+from vlm_jax.data.ops.registry import Length, Number, op
 from vlm_jax.data.source import BadExample, field
 from vlm_jax.errors import UserError
 
 
-def _text(value: Any, path: str) -> str:
-    text = value.strip() if isinstance(value, str) else str(value)
+def _text(value: str, path: str) -> str:
+    text = value.strip()
     if not text:
-        raise BadExample(f"caption `{path}` is empty")
+        raise BadExample(f"caption `{path}` is empty", "text")
     return text
 
 
 def _texts(value: Any, path: str) -> list[str]:
     """The non-empty texts of a field: a text or a list of texts."""
-    values = [value] if isinstance(value, str | bytes) else list(value)
+    if not isinstance(value, str | bytes | list | tuple):
+        what = "null" if value is None else f"a {type(value).__name__}"
+        raise BadExample(f"caption `{path}` is {what}; expected a text or a list of texts", "text")
+    values = [value] if isinstance(value, str | bytes) else value
     texts = [v.strip() for v in values if isinstance(v, str) and v.strip()]
     if not texts:
-        raise BadExample(f"caption `{path}` is empty")
+        raise BadExample(f"caption `{path}` is empty", "text")
     return texts
 
 
@@ -48,6 +51,7 @@ def caption(example: dict, path: str, join: str | None = None, max_texts: int | 
 def random_caption(
     example: dict,
     rng: np.random.Generator,
+    path: str,
     *paths: str,
     weights: tuple[float, ...] | None = None,
     join: str | None = None,
@@ -57,10 +61,12 @@ def random_caption(
     Args:
       example: holds the fields: texts, or lists of texts.
       rng: the example's generator.
-      *paths: the fields to draw from; if the drawn field is absent or empty, the first other field with a text counts.
+      path, *paths: the fields to draw from; if the drawn field is absent or empty, the first other field with a text
+        counts.
       weights: probability of each field, up to a factor; equal by default.
       join: separator that joins the texts of a list in random order; None draws one text.
     """
+    paths = (path, *paths)
     if weights is not None and len(weights) != len(paths):
         raise UserError(f"op `random_caption` has {len(paths)} fields and {len(weights)} weights; expected as many")
     u, order = rng.random(), range(len(paths))
@@ -86,7 +92,7 @@ def random_caption(
 def captions(
     example: dict,
     rng: np.random.Generator,
-    n: int,
+    n: Number,
     path: str,
     *paths: str,
     ops: Pipeline | None = None,
@@ -112,7 +118,7 @@ def captions(
     if ops:
         texts = [text for text in (ops({"text": text}, rng)["text"] for text in texts) if text]
     if not texts:
-        raise BadExample(f"captions {', '.join((path, *paths))} are empty")
+        raise BadExample(f"captions {', '.join((path, *paths))} are empty", "text")
     if len(texts) > n:
         texts = [texts[i] for i in sorted(rng.permutation(len(texts))[:n])]
     example[to] = texts + [""] * (n - len(texts))
@@ -121,14 +127,15 @@ def captions(
 
 
 @op
-def template(text: str, *templates: str) -> str:
+def template(text: str, template: str, *templates: str) -> str:
     """Replaces `{}` of the (first) template by the text: `template("a photo of a {}.")`."""
-    return templates[0].replace("{}", text)
+    return template.replace("{}", text)
 
 
 @op
-def random_template(text: str, rng: np.random.Generator, *templates: str) -> str:
+def random_template(text: str, rng: np.random.Generator, template: str, *templates: str) -> str:
     """Replaces `{}` of a template, drawn at random, by the text."""
+    templates = (template, *templates)
     return templates[int(rng.random() * len(templates))].replace("{}", text)
 
 
@@ -142,8 +149,13 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 @op
-def canonicalize(text: str, lower: bool = True) -> str:
-    """Lower-cases, drops ASCII punctuation, makes spaces single: SigLIP's treatment of zero-shot prompts."""
+def canonicalize(text: str, lower: bool = True, underscore: Literal["space", "drop"] = "space") -> str:
+    """Lower-cases, drops ASCII punctuation, makes spaces single: SigLIP's treatment of zero-shot prompts.
+
+    An underscore becomes a space, as in big_vision's `canonicalize_text`: `fire_truck` is two words. With
+    `underscore="drop"` it is dropped with the other punctuation, as in Transformers' `SiglipTokenizer`.
+    """
+    text = text.replace("_", " ") if underscore == "space" else text
     text = (text.lower() if lower else text).translate(_PUNCTUATION)
     return " ".join(text.split())
 
@@ -152,7 +164,7 @@ def canonicalize(text: str, lower: bool = True) -> str:
 def tokenize(
     example: dict,
     tokenizer: Any,
-    length: int,
+    length: Length,
     key: str = "text",
     bos: bool = True,
     eos: bool = True,
@@ -202,8 +214,8 @@ def denoise(
     example: dict,
     rng: np.random.Generator,
     tokenizer: Any,
-    inputs: int,
-    targets: int,
+    inputs: Length,
+    targets: Length,
     vocab_size: int,
     denoisers: str | tuple[tuple, ...] = "ul2",
     modes: Literal["ids", "text"] | None = "ids",
@@ -236,9 +248,9 @@ def denoise(
         )
     token_ids = tokenizer.encode(_text(text, key))
     if not token_ids:
-        raise BadExample(f"text `{key}` has no tokens")
+        raise BadExample(f"text `{key}` has no tokens", "text")
     if tokenizer.eos_id in token_ids:
-        raise BadExample(f"text `{key}` holds the end token")
+        raise BadExample(f"text `{key}` holds the end token", "text")
     last = len(plan.denoisers) - 1
     i = min(int(np.searchsorted(plan.weights, rng.random() * plan.weights[-1], side="right")), last)
     example["input_ids"], example["token_ids"] = spans.corrupt(

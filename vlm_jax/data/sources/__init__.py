@@ -1,5 +1,7 @@
 """Sources by URI: records by index."""
 
+import os
+
 from vlm_jax.data.source import Source, select
 from vlm_jax.data.sources.folder import Folder
 from vlm_jax.data.sources.precomputed import Precomputed
@@ -8,7 +10,7 @@ from vlm_jax.data.sources.tar_shards import TarShards
 from vlm_jax.data.sources.tfds import Tfds
 from vlm_jax.errors import UserError
 
-__all__ = ["Source", "open_source", "select"]
+__all__ = ["Source", "open_source", "select", "train_split_of"]
 
 
 def open_source(uri: str, split: str | None = None) -> Source:
@@ -17,22 +19,39 @@ def open_source(uri: str, split: str | None = None) -> Source:
     Args:
       uri: `tfds:name[/config][:version]` or `tfds:/folder/of/a/prepared/version`, `wds:/path/{000..999}.tar`,
         `jsonl:/path`, `csv:/path`, `folder:/path`, or `precomputed:/path` (see `vlm_jax.precompute`). `tfds:emoji` is
-        the data set in this package.
+        the data set in this package. With `?allow_outside` at its end, pictures may be outside of the folder of the
+        table or of `folder:`.
       split: a TFDS split such as "train" or "train[:90%]"; a sub-folder of `folder:`; the others have none.
 
     Raises:
       UserError: the scheme is unknown, or a file or a split does not exist.
     """
-    scheme, colon, path = uri.partition(":")
+    scheme, colon, path = uri.removesuffix(ALLOW_OUTSIDE).partition(":")
     if not colon or scheme not in SCHEMES:
         raise UserError(
             f"data source `{uri}` has no known scheme; expected one of {', '.join(s + ':' for s in SCHEMES)}"
         )
-    if scheme in WITH_SPLITS:
-        return SCHEMES[scheme](path, split)
-    if split is not None:
+    if "\0" in path:
+        raise UserError(f"data source {uri!r} is no path")
+    path = os.path.expanduser(path)
+    if split is not None and scheme not in WITH_SPLITS:
         raise UserError(f"data source `{uri}` has no splits, got split `{split}`; leave it out")
-    return SCHEMES[scheme](path)
+    outside = uri.endswith(ALLOW_OUTSIDE)
+    if scheme == "precomputed":  # what the folder names has the caller's permission, whatever the folder says
+        inner = lambda uri, split: open_source(uri.removesuffix(ALLOW_OUTSIDE) + ALLOW_OUTSIDE * outside, split)
+        return Precomputed(path, inner)
+    source = SCHEMES[scheme](path, split) if scheme in WITH_SPLITS else SCHEMES[scheme](path)
+    if outside:
+        source.allow_outside = True
+    return source
+
+
+ALLOW_OUTSIDE = "?allow_outside"
+
+
+def train_split_of(uri: str, split: str | None) -> str | None:
+    """Returns `split`, or None in the place of the default "train" if the source has no splits."""
+    return None if split == "train" and uri.partition(":")[0] not in WITH_SPLITS else split
 
 
 SCHEMES = {
@@ -41,6 +60,6 @@ SCHEMES = {
     "jsonl": Jsonl,
     "csv": Csv,
     "folder": Folder,
-    "precomputed": lambda path: Precomputed(path, open_source),
+    "precomputed": Precomputed,
 }
 WITH_SPLITS = ("tfds", "folder")

@@ -7,18 +7,20 @@ one float32 vector for each record of the data set, in order; an empty vector if
 import copy
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from array_record.python import array_record_module
 
+from vlm_jax.data import confined
 from vlm_jax.data.files import naming
 from vlm_jax.data.source import BadExample, Source
 from vlm_jax.errors import UserError
 
 INDEX = "index.json"
+MAX_INDEX_BYTES = 2**24
 
 
 class Precomputed(Source):
@@ -37,24 +39,37 @@ class Precomputed(Source):
         self.path = Path(path)
         if not (self.path / INDEX).is_file():
             raise UserError(f"data source `precomputed:{path}` has no {INDEX}; write it with vlm_jax.precompute")
-        index = json.loads((self.path / INDEX).read_text())
-        shards = [self.path / name for name in shard_names(index["records"], index["shard_size"])]
-        missing = [shard.name for shard in shards if not shard.is_file()]
+        what = f"data source `precomputed:{path}`"
+        index = _read(self.path / INDEX, what)
+        count = -(-index["records"] // index["shard_size"])
+        there = {entry.name for entry in os.scandir(self.path) if entry.is_file()}
+        missing = next((name for name in _names(index["records"], index["shard_size"]) if name not in there), None)
         if missing:
+            lacking = count - sum(name.endswith(f"-of-{count:05d}.array_record") for name in there)
             raise UserError(
-                f"data source `precomputed:{path}` lacks {len(missing)} of {len(shards)} shards, {missing[0]} first; "
+                f"{what} lacks {lacking} of {count} shards, {missing} first; "
                 "run the same vlm_jax.precompute again to write the rest"
             )
+        self.shards = [str(self.path / name) for name in shard_names(index["records"], index["shard_size"])]
+        if index["uri"].startswith("precomputed:"):
+            raise UserError(f"{what} is of `{index['uri']:.80}`; expected a data set of pictures")
         self.source = open_source(index["uri"], index["split"])
-        self.embeddings = ArrayRecordDataSource([str(shard) for shard in shards])
-        if not len(self.source) == len(self.embeddings) == index["records"]:
+        try:
+            self.embeddings = ArrayRecordDataSource(self.shards)
+            found = len(self.embeddings) if self.shards else 0
+        except Exception as error:  # of a damaged shard
+            raise UserError(f"{what} cannot be read: {error}") from None
+        if not len(self.source) == found == index["records"]:
             raise UserError(
-                f"data source `precomputed:{path}` has {len(self.embeddings)} embeddings, {index['uri']} has "
+                f"{what} has {found} embeddings, {index['uri']} has "
                 f"{len(self.source)} records: the data set has changed; write to another folder"
             )
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def label_names(self, path: str) -> dict[int, str] | None:
+        return self.source.label_names(path)
 
     def narrow(self, paths: frozenset[str]) -> Self:
         narrowed = copy.copy(self)
@@ -66,18 +81,41 @@ class Precomputed(Source):
         if self.with_image:
             embedding = np.frombuffer(self.embeddings[i], np.float32)
             if not embedding.size:
-                raise BadExample("the picture could not be embedded")
+                raise BadExample("the picture could not be embedded", "picture")
             record["image"] = embedding
         return record
 
     def key(self, i: int) -> str:
         return self.source.key(i)
 
+    def fingerprint(self) -> str:
+        return f"{confined.fingerprint(self.shards)} of {self.source.fingerprint()}"
+
+
+def _read(path: Path, what: str) -> dict[str, Any]:
+    """Returns the content of an index.json, its types checked; `what` begins messages."""
+    kinds = dict(records=(int,), shard_size=(int,), uri=(str,), split=(str, type(None)))
+    try:
+        index = json.loads(path.read_text("utf-8")) if path.stat().st_size <= MAX_INDEX_BYTES else None
+    except (OSError, ValueError, RecursionError):
+        index = None
+    if not isinstance(index, dict):
+        raise UserError(f"{what}: its {INDEX} is not JSON of an object; write it anew with vlm_jax.precompute")
+    wrong = [name for name, kind in kinds.items() if type(index.get(name)) not in kind]
+    wrong += [name for name in ("records", "shard_size") if name not in wrong and index[name] < (name == "shard_size")]
+    if wrong:
+        raise UserError(f"{what}: its {INDEX} has {wrong[0]} {index.get(wrong[0])!r:.80}; write it anew")
+    return index | {"split": index.get("split")}
+
 
 def shard_names(records: int, shard_size: int) -> list[str]:
     """Returns the file names of the shards of `records` records."""
+    return list(_names(records, shard_size))
+
+
+def _names(records: int, shard_size: int) -> Iterator[str]:
     count = -(-records // shard_size)
-    return [f"embeddings-{k:05d}-of-{count:05d}.array_record" for k in range(count)]
+    return (f"embeddings-{k:05d}-of-{count:05d}.array_record" for k in range(count))
 
 
 def write_shard(path: Path, embeddings: Iterable[np.ndarray | None]) -> None:

@@ -1,12 +1,15 @@
 """`tfds:`: prepared TFDS data sets, read without TensorFlow."""
 
+import contextlib
 import copy
 import os
+import threading
+from collections.abc import Iterator
 from typing import Any, Self
 
 import numpy as np
 
-from vlm_jax.data import emoji
+from vlm_jax.data import confined, emoji
 from vlm_jax.data.source import Source
 from vlm_jax.errors import UserError
 
@@ -18,19 +21,24 @@ class Tfds(Source):
         import tensorflow_datasets as tfds  # imports no TensorFlow; 0.7 s, hence here
 
         try:
-            if name == "emoji":
-                builder = tfds.builder_from_directory(str(emoji.PREPARED))
-            elif name.startswith(("/", ".", "~")):
-                builder = tfds.builder_from_directory(os.path.expanduser(name))
-            else:
-                builder = tfds.builder(name)
+            with _known_features():
+                if name == "emoji":
+                    builder = tfds.builder_from_directory(str(emoji.PREPARED))
+                elif name.startswith(("/", ".", "~")):
+                    builder = tfds.builder_from_directory(os.path.expanduser(name))
+                elif tfds.core.naming.parse_builder_name_kwargs(name)[0].namespace:
+                    raise UserError(f"data source `tfds:{name}` would download and run code; give a prepared folder")
+                else:
+                    builder = tfds.builder(name)
         except ImportError as error:
             raise UserError(
                 f"data source `tfds:{name}`: its builder needs {error.name or 'TensorFlow'}, which is not installed; "
                 "give the prepared folder instead, `tfds:/.../name/version`"
             ) from None
-        except (OSError, tfds.core.registered.DatasetNotFoundError, AssertionError) as error:
-            raise UserError(f"data source `tfds:{name}` cannot be opened: {str(error).splitlines()[0]}") from None
+        except UserError as error:
+            raise UserError(f"data source `tfds:{name}` cannot be opened: {error}") from None
+        except Exception as error:  # of broken or made-up files, dozens of types
+            raise UserError(f"data source `tfds:{name}` cannot be opened: {_first_line(error)}") from None
         self.name = f"tfds:{name}/{split}"
         if not builder.info.splits:
             raise UserError(f"data source `tfds:{name}` is not prepared in {builder.data_dir}; run `tfds build {name}`")
@@ -41,13 +49,26 @@ class Tfds(Source):
             )
         self.features, self.decoders = builder.info.features, {"image": tfds.decode.SkipDecoding()}
         try:
+            self.paths = [str(path) for path in builder.info.splits[split].filepaths]
+            for path in self.paths:
+                confined.regular(f"tfds:{name}", path)
             raw = tfds.decode.DeserializeMethod.RAW_BYTES
             self.source = builder.as_data_source(split, deserialize_method=raw)
-        except (OSError, NotImplementedError, ValueError) as error:
-            raise UserError(f"data source `{self.name}` cannot be read: {str(error).splitlines()[0]}") from None
+            len(self.source)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"data source `{self.name}` cannot be read: {_first_line(error)}") from None
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def label_names(self, path: str) -> dict[int, str] | None:
+        feature = self.features
+        for name in path.split("/"):
+            feature = feature[name] if isinstance(feature, type(self.features)) and name in feature else None
+        named = getattr(feature, "num_classes", None)  # of a ClassLabel, or of a sequence of them
+        return dict(enumerate(feature.names)) if named else None
 
     def narrow(self, paths: frozenset[str]) -> Self:
         narrowed = copy.copy(self)
@@ -60,6 +81,37 @@ class Tfds(Source):
 
     def key(self, i: int) -> str:
         return f"{self.name}[{i}]"
+
+    def fingerprint(self) -> str:
+        return confined.fingerprint(self.paths)
+
+
+_opening = threading.RLock()
+
+
+@contextlib.contextmanager
+def _known_features() -> Iterator[None]:
+    """Allows only TFDS's own feature classes: for any other name in features.json, TFDS imports its module."""
+    from tensorflow_datasets.core.features.feature import FeatureConnector
+
+    find = FeatureConnector.__dict__["cls_from_name"]
+
+    def known(cls: type, name: str) -> type:
+        found = cls._registered_features.get(name)
+        if found is None or not found.__module__.startswith("tensorflow_datasets."):
+            raise UserError(f"its features.json names `{name:.80}`; expected a feature class of TFDS")
+        return found
+
+    with _opening:
+        FeatureConnector.cls_from_name = classmethod(known)
+        try:
+            yield
+        finally:
+            FeatureConnector.cls_from_name = find
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _subset(features: Any, paths: frozenset[str]) -> Any:

@@ -1,33 +1,21 @@
 """Metrics of captions against references, as in the COCO caption server (arXiv:1504.00325, section 3).
 
-All metrics compare tokens (see `tokenize`): `captions` are N lists of tokens; `references` are N lists of at least one
-list of tokens. METEOR and SPICE are left out: they need WordNet and a Java program.
+All metrics compare tokens (see `caption_tokens.tokenize`): `captions` are N lists of tokens; `references` are N lists
+of at least one list of tokens. METEOR and SPICE are left out: they need WordNet and a Java program.
 """
 
 import collections
 import math
-import re
 from collections.abc import Sequence
 
 import numpy as np
 
 from vlm_jax.errors import UserError
+from vlm_jax.evaluators.metrics.caption_tokens import tokenize
+
+__all__ = ["bleu", "cider_d", "exact_match", "rouge_l", "tokenize"]
 
 Tokens = Sequence[str]
-
-_END = r"'(?:s|m|d|re|ve|ll)\b"
-_TOKEN = re.compile(rf"n't\b|{_END}|\d+(?:[.,:]\d+)+|\w+?(?=n't\b)|\w+(?:-\w+|(?!{_END})'\w+)*|[^\w\s]")
-_REMOVED = set("\"'`.?!,:-;()[]{}…–—“”‘")
-
-
-def tokenize(text: str) -> list[str]:
-    """Splits a text into lower-case words, numbers and signs, as the Penn Treebank does.
-
-    "man's" -> "man", "'s"; "don't" -> "do", "n't"; hyphens stay. Brackets and the punctuation on COCO's list are
-    removed. The result equals the Stanford tokenizer's with COCO's list, except for brackets ("-lrb-" there), the
-    points of abbreviations, slashes between words, and words such as "gonna".
-    """
-    return [token for token in _TOKEN.findall(text.lower().replace("’", "'")) if token not in _REMOVED]
 
 
 def bleu(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]], n: int = 4) -> list[float]:

@@ -6,7 +6,7 @@ from vlm_jax.evaluators.metrics.ranking import check, truth_ranks
 
 
 def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, mask: np.ndarray | None = None, k: int = 1) -> float:
-    """Returns the share of examples whose label is among the `k` highest logits.
+    """Returns the share of examples whose label is among the `k` highest logits, see `Ranks.within` for equal logits.
 
     Args:
       logits: float [N, C].
@@ -16,7 +16,7 @@ def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, mask: np.ndarray | No
     """
     mask = np.ones(len(labels), bool) if mask is None else np.asarray(mask, bool)
     check(mask.any(), "at least one example that counts", logits, mask)
-    return float(np.mean(truth_ranks(logits[mask], labels[mask]) < k))
+    return float(np.mean(truth_ranks(logits[mask], labels[mask]).within(k)))
 
 
 def mean_per_class_accuracy(
@@ -25,7 +25,7 @@ def mean_per_class_accuracy(
     """Returns the mean accuracy of the classes, and each accuracy, float [C]; NaN for a class without examples.
 
     Args:
-      correct: bool [N].
+      correct: bool [N], or float [N], the probability of being right where scores are equal.
       labels: int [N].
       num_classes: C.
       mask: bool [N], which examples count; defaults to all.

@@ -1,10 +1,12 @@
-"""Ranks of the right candidate, the best candidates, and recalls: N queries, M candidates.
+"""Ranks of right candidates, the best candidates, and recalls: N queries, M candidates.
 
+Equal scores have no order: a metric is its expected value over random orders of equal scores, see `Ranks.within`.
 Functions that compare all with all take scores block by block, `scores(rows, columns) -> [rows, columns]`; the full
 matrix need not exist: `lambda i, t: similarity(images[i], texts[t])`, or `lambda i, t: matrix[i, t]`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,29 +15,60 @@ ROWS, COLUMNS = 1024, 4096  # of a block: 32 MB in float64
 Scores = Callable[[slice, slice], np.ndarray]
 
 
-def truth_ranks(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Returns how many candidates stand before the true one, int [N]: 0 is right.
+class Ranks(NamedTuple):
+    """Where the best right candidate of each of N queries stands.
 
-    Equal scores are ordered by index, as in a stable sort. A true candidate with score NaN stands last (rank M): a
-    model that has diverged gets nothing right.
+    Attributes:
+      above: int [N], wrong candidates with a higher score; M if the score is NaN.
+      tied: int [N], wrong candidates with the same score.
+      right: int [N], right candidates with this score: 1 or more, or 0 if the score is NaN.
+    """
+
+    above: np.ndarray
+    tied: np.ndarray
+    right: np.ndarray
+
+    def within(self, k: int) -> np.ndarray:
+        """The probability that a right candidate is among the first k, float64 [N].
+
+        Of `tied` + `right` candidates in random order, the first m = k - `above` are all wrong with probability
+        C(tied, m) / C(tied + right, m).
+        """
+        places = np.maximum(k - self.above, 0)
+        missed = np.where((places > self.tied) & (self.right > 0), 0.0, 1.0)
+        for i in np.flatnonzero((places > 0) & (places <= self.tied)):
+            drawn = np.arange(places[i])
+            missed[i] = np.prod((self.tied[i] - drawn) / (self.tied[i] + self.right[i] - drawn))
+        return 1.0 - missed
+
+    @property
+    def ties(self) -> int:
+        """The number of queries whose rank depends on the order of equal scores."""
+        return int(np.count_nonzero(self.tied))
+
+
+def truth_ranks(scores: np.ndarray, truth: np.ndarray) -> Ranks:
+    """Returns where the true candidates stand. A true candidate with score NaN stands last: a model that has diverged
+    gets nothing right.
 
     Args:
       scores: float [N, M], higher is better.
       truth: int [N], index of the true candidate.
     """
     check(scores.ndim == 2 and truth.shape == scores.shape[:1], "scores [N, M] and truth [N]", scores, truth)
-    ranks = np.empty(len(scores), np.int64)
+    ranks = Ranks(*np.zeros((3, len(scores)), np.int64))
     for rows in _slices(len(scores), ROWS):
         own = np.take_along_axis(scores[rows], truth[rows, None], axis=1)
-        before = _before(scores[rows], own, np.arange(scores.shape[1]) < truth[rows, None])
-        ranks[rows] = np.where(np.isnan(own[:, 0]), scores.shape[1], before.sum(axis=1))
+        ranks.right[rows] = ~np.isnan(own[:, 0])
+        ranks.above[rows] = np.where(ranks.right[rows], (scores[rows] > own).sum(axis=1), scores.shape[1])
+        ranks.tied[rows] = (scores[rows] == own).sum(axis=1) - ranks.right[rows]
     return ranks
 
 
 def top_k(scores: Scores, queries: int, candidates: int, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the `k` best candidates of each query, int [N, k], and their scores, float [N, k], best first.
 
-    Equal scores are ordered by index. Memory: one block.
+    Equal scores are ordered by index: to look at, not to count. Memory: one block.
 
     Args:
       scores: the scores, block by block.
@@ -58,45 +91,82 @@ def top_k(scores: Scores, queries: int, candidates: int, k: int) -> tuple[np.nda
     return np.concatenate(index), np.concatenate(best)
 
 
-def retrieval_ranks(scores: Scores, images: int, image_of_text: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns how many candidates stand before the right one: `image_to_text` int [N], `text_to_image` int [M].
+class Pairs:
+    """Which images and texts belong together: an image has one or several texts; equal texts may count as one another.
 
-    An image with several texts has the rank of its best text. Ties and NaN as in `truth_ranks`. Each block of scores
-    is computed once for both directions, blocks with pairs twice. Memory: one block and a few numbers for each row.
+    Args:
+      images: N.
+      image_of_text: int [M], which image a text describes.
+      text_ids: int [M], equal for texts that count as one another; None: each text belongs to its image alone.
+    """
+
+    def __init__(self, images: int, image_of_text: np.ndarray, text_ids: np.ndarray | None = None):
+        captions = np.bincount(image_of_text, minlength=images)
+        check(len(captions) == images and captions.all(), "a caption for each image", captions, image_of_text)
+        self.images, self.image_of_text, self._ids = images, image_of_text, None
+        if text_ids is not None and len(np.unique(text_ids)) < len(text_ids):
+            self._ids = np.unique(text_ids, return_inverse=True)[1]
+            order = np.argsort(image_of_text, kind="stable")
+            nth = np.arange(len(order)) - np.repeat(np.cumsum(captions) - captions, captions)
+            self._own = np.full((images, captions.max()), -1)
+            self._own[image_of_text[order], nth] = self._ids[order]
+
+    def match(self, images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+        """Whether images and texts, int arrays of shapes that broadcast, belong together."""
+        if self._ids is None:
+            return self.image_of_text[texts] == images
+        ids = self._ids[texts]
+        return np.any([own[images] == ids for own in self._own.T], axis=0)
+
+    def block(self, rows: slice, columns: slice) -> np.ndarray:
+        """`match` of some images with some texts, bool [rows, columns]."""
+        return self.match(np.arange(rows.start, rows.stop)[:, None], np.arange(columns.start, columns.stop))
+
+
+def retrieval_ranks(scores: Scores, pairs: Pairs) -> dict[str, Ranks]:
+    """Returns where the right candidates stand, `image_to_text` [N] and `text_to_image` [M].
+
+    An image with several texts has the rank of its best text. NaN as in `truth_ranks`. Each block of scores is computed
+    once for both directions, blocks with pairs twice. Memory: one block and a few numbers for each row.
 
     Args:
       scores: the similarity of images (rows) and texts (columns), block by block.
-      images: N.
-      image_of_text: int [M], which image a text describes.
+      pairs: the right pairs.
     """
-    texts, owner = len(image_of_text), image_of_text
-    captions = np.bincount(owner, minlength=images)
-    check(len(captions) == images and captions.all(), "a caption for each image", captions, owner)
-    own = np.empty(texts)  # the score of each text with its image
+    images, texts = pairs.images, len(pairs.image_of_text)
+    best = np.full(images, -np.inf), np.full(texts, -np.inf)  # the best right score of each row and column; NaN stays
     for rows, columns in _blocks(images, texts):
-        here = np.flatnonzero((owner[columns] >= rows.start) & (owner[columns] < rows.stop))
-        if len(here):
-            own[columns.start + here] = scores(rows, columns)[owner[columns][here] - rows.start, here]
-    order = np.lexsort((-np.where(np.isnan(own), np.inf, own), owner))  # stable: the first of equals
-    best = order[np.unique(owner[order], return_index=True)[1]]  # the most similar of an image's texts, [N]
-    of_image, of_text = np.zeros(images, np.int64), np.zeros(texts, np.int64)
+        if (right := pairs.block(rows, columns)).any():
+            block = np.where(right, scores(rows, columns), -np.inf)
+            best[0][rows] = np.maximum(best[0][rows], block.max(axis=1))
+            best[1][columns] = np.maximum(best[1][columns], block.max(axis=0))
+    found = [Ranks(*np.zeros((3, n), np.int64)) for n in (images, texts)]
     for rows, columns in _blocks(images, texts):
-        block = scores(rows, columns)
-        index = np.arange(columns.start, columns.stop)
-        of_image[rows] += _before(block, own[best[rows], None], index < best[rows, None]).sum(axis=1)
-        index = np.arange(rows.start, rows.stop)[:, None]
-        of_text[columns] += _before(block, own[columns], index < owner[columns]).sum(axis=0)
-    of_image[np.isnan(own[best])], of_text[np.isnan(own)] = texts, images
-    return {"image_to_text": of_image, "text_to_image": of_text}
+        block, right = scores(rows, columns), pairs.block(rows, columns)
+        for ranks, part, own, axis in (
+            (found[0], rows, best[0][rows, None], 1),
+            (found[1], columns, best[1][columns], 0),
+        ):
+            equal = block == own
+            ranks.above[part] += ((block > own) & ~right).sum(axis=axis)
+            ranks.tied[part] += (equal & ~right).sum(axis=axis)
+            ranks.right[part] += (equal & right).sum(axis=axis)
+    for ranks, own, last in zip(found, best, (texts, images), strict=True):
+        ranks.above[np.isnan(own)] = last
+    return {"image_to_text": found[0], "text_to_image": found[1]}
 
 
-def recall(ranks: dict[str, np.ndarray], ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Returns `name/recall@k`, the share of ranks below k (Karpathy & Fei-Fei 2015, arXiv:1412.2306, section 4.1)."""
-    return {f"{name}/recall@{k}": float(np.mean(rank < k)) for name, rank in ranks.items() for k in ks}
+def recall(ranks: dict[str, Ranks], ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """Returns `name/recall@k`, the share of queries with a right candidate among the first k (Karpathy & Fei-Fei 2015,
+    arXiv:1412.2306, section 4.1)."""
+    return {f"{name}/recall@{k}": float(np.mean(rank.within(k))) for name, rank in ranks.items() for k in ks}
 
 
 def retrieval_recall(
-    similarity: np.ndarray, image_of_text: np.ndarray, ks: Sequence[int] = (1, 5, 10)
+    similarity: np.ndarray,
+    image_of_text: np.ndarray,
+    ks: Sequence[int] = (1, 5, 10),
+    text_ids: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Returns `image_to_text/recall@k` and `text_to_image/recall@k` for images with one or several captions.
 
@@ -107,20 +177,18 @@ def retrieval_recall(
       similarity: float [N, M], of N images with M texts.
       image_of_text: int [M], which image a text describes.
       ks: numbers of candidates that may be named.
+      text_ids: int [M], equal for texts that count as one another, see `Pairs`.
     """
     images, texts = similarity.shape
     check(image_of_text.shape == (texts,), "similarity [N, M] and image_of_text [M]", similarity, image_of_text)
-    return recall(retrieval_ranks(lambda i, t: similarity[i, t], images, image_of_text), ks)
+    pairs = Pairs(images, image_of_text, text_ids)
+    return recall(retrieval_ranks(lambda i, t: similarity[i, t], pairs), ks)
 
 
 def check(condition: bool, expected: str, *arrays: np.ndarray) -> None:
     """Raises a ValueError with the shapes of the arrays unless the condition holds."""
     if not condition:
         raise ValueError(f"expected {expected}; got shapes {', '.join(str(a.shape) for a in arrays)}")
-
-
-def _before(scores: np.ndarray, own: np.ndarray, earlier: np.ndarray) -> np.ndarray:
-    return (scores > own) | ((scores == own) & earlier)
 
 
 def _blocks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:

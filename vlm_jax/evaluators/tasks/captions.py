@@ -9,7 +9,9 @@ import numpy as np
 from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators import classes as class_names
+from vlm_jax.evaluators.labels import Classes
 from vlm_jax.evaluators.metrics import captions as caption_metrics
+from vlm_jax.evaluators.metrics import interval
 from vlm_jax.evaluators.one_pass import Batch, Columns, Pass, picture_ops
 from vlm_jax.evaluators.progress import Progress, Table, memory_limit
 from vlm_jax.evaluators.records import texts
@@ -60,13 +62,8 @@ def captions(
       memory_share: share of the free memory for the texts; more texts go to a file.
     """
     fields = [captions] if isinstance(captions, str) else list(captions)
-    index_of = None if classes is None else class_names.index_of(class_names.read(classes))
+    named = None if classes is None else Classes(class_names.read(classes))
     limit = memory_limit(memory_share)
-
-    def about(values: list) -> list[str] | None:
-        if index_of is not None and index_of(values[-1:]) is None:
-            return None
-        return texts(values[: len(fields)]) or None
 
     def evaluate(pretrained: Any, progress: Progress | None = None) -> Result:
         string = picture_ops(ops or pretrained.preprocess, *fields, *([] if classes is None else [label]))
@@ -74,7 +71,13 @@ def captions(
             pretrained, progress, uri=uri, split=split, where=where, ops=string, batch_size=batch_size, memory=limit
         )
         pretrained = data.pretrained
+        look = None if named is None else data.look(named, label)
         data.begin("lines")
+
+        def about(values: list) -> list[str] | None:
+            if look is not None and look(values[-1]) is None:
+                return None
+            return texts(values[: len(fields)]) or None
 
         def rows(batch: Batch) -> Mapping[str, Columns]:
             written = pretrained.caption_batch(batch.inputs, method, **(options or {}))
@@ -90,7 +93,7 @@ def captions(
             return _result(lines, gallery, data.thumbnails)
 
         if not data.run(rows, about):
-            counted = f", or none whose `{label}` is among the classes" if index_of else ""
+            counted = f", or none whose `{label}` is among the classes" if look else ""
             raise UserError(f"{uri} {split or ''}: no picture has a text under {', '.join(fields)}{counted}")
         return data.result(finish, "left_out")
 
@@ -137,4 +140,4 @@ def _result(rows: list[list], gallery: int, pictures: Callable) -> Result:
             "names": [[written[i]] for i in shown],
             "scores": rouge[shown, None],
         }
-    return Result(numbers, artifacts)
+    return Result(numbers, artifacts, {"exact_match": interval(exact)})

@@ -4,7 +4,7 @@ The measure is that of ARO (arXiv:2210.01936) and SugarCrepe (arXiv:2306.14610);
 wrong captions.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from vlm_jax.catalogue import method
 from vlm_jax.config import choose
 from vlm_jax.errors import UserError
+from vlm_jax.evaluators.metrics import interval
 from vlm_jax.evaluators.one_pass import Batch, Columns, Pass, picture_ops
 from vlm_jax.evaluators.progress import Progress, Table, memory_limit
 from vlm_jax.evaluators.records import texts
@@ -44,7 +45,7 @@ def foils(
 
     Metrics: for each kind of foil, under the kind's name, the share of pairs whose right caption scores higher; a tie
     counts half; without pairs the metric is left out. `object_pairs` and so on: the number of pairs. `chance`: 0.5.
-    `examples`. Two towers score a caption by the cosine with its picture. Captioners score a caption by its
+    `ties`. `examples`. Two towers score a caption by the cosine with its picture. Captioners score a caption by its
     log-likelihood, summed over tokens; this includes the language's likelihood, so a model that ignores the picture may
     be above chance, most of all in `order`.
 
@@ -98,6 +99,8 @@ def foils(
 
 def _pairs(records: list[list | None], kinds: Sequence[str]) -> tuple[list, list[list]]:
     """The captions [N], and the foils [N] of each kind; None for a missing caption or foil."""
+    same = lambda value: value if isinstance(value, Hashable) else repr(value)
+    records = [record and [*map(same, record[:2]), *record[2:]] for record in records]
     found = [None if record is None else [texts([value]) for value in record[2:]] for record in records]
     caption = [own[0][0] if own and own[0] else None for own in found]
     named = [i for i, text in enumerate(caption) if text is not None]
@@ -125,13 +128,15 @@ def _scores(pretrained: Any, batch: Batch) -> list[np.ndarray]:
 def _result(table: Table, kinds: Sequence[str], caption: list, foils: list[list]) -> Result:
     kind, right, wrong, position = map(table.read, ("kind", "right", "wrong", "position"))
     share = (right > wrong) + 0.5 * (right == wrong)
-    numbers, pairs = {}, []
+    numbers, intervals, pairs, ties = {}, {}, [], int(np.sum(right == wrong))
     for k, name in enumerate(kinds):
         own = np.flatnonzero(kind == k)
         if len(own):
             numbers[name] = float(share[own].mean())
+            intervals[name] = interval(share[own])
         numbers[f"{name}_pairs"] = float(len(own))
         pairs += [
             (name, int(p), caption[p], foils[k][p], float(s)) for p, s in zip(position[own], share[own], strict=True)
         ]
-    return Result(numbers, {"pairs": pairs})
+    notes = [f"{ties:,} of {len(share):,} pairs have equal scores; each counts half"] if ties else []
+    return Result(numbers | {"ties": float(ties)}, {"pairs": pairs}, intervals, notes)

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.catalogue import method
-from vlm_jax.errors import UserError
 from vlm_jax.evaluators import classes as class_names
 from vlm_jax.evaluators import metrics
+from vlm_jax.evaluators.labels import Classes, fewer
 from vlm_jax.evaluators.one_pass import Batch, Columns, Pass, picture_ops
 from vlm_jax.evaluators.progress import Progress, Table
 from vlm_jax.evaluators.result import Result
@@ -68,7 +68,8 @@ def pixel_neighbour(
 
     Pictures are cropped to the drawing's bounding box and resized to `size`. The five best names are the classes of the
     nearest training pictures, each class once. Metrics: `pixel_top1` and `pixel_top5`, by Euclidean distance;
-    `pixel_standardised_top1` and `pixel_standardised_top5`, the same of standardised pictures; `pixel_examples`.
+    `pixel_standardised_top1` and `pixel_standardised_top5`, the same of standardised pictures; `pixel_examples`. Labels
+    of both splits are found by name, see `labels.Classes`.
 
     Args:
       uri: the data set, as for `sources.open_source`.
@@ -81,7 +82,7 @@ def pixel_neighbour(
       size: side in pixels.
       batch_size: pictures read at a time.
     """
-    named = class_names.read(classes)
+    named = Classes(class_names.read(classes))
     string = picture_ops(f"crop_to_content | resize({size}) | to_float", label)
 
     def evaluate(pretrained: Any = None, progress: Progress | None = None) -> Result:
@@ -91,10 +92,10 @@ def pixel_neighbour(
         train = Pass(None, progress, split=train_split, where=train_where, name="train_", **shared)
         data.begin("examples")
         train.begin("train")
-        for one, table, part in ((data, "examples", split), (train, "train", train_split)):
-            if not one.run(lambda batch, table=table: {table: _pixels(batch)}, about=class_names.index_of(named)):
-                raise UserError(f"{uri} {part or ''}: no picture's `{label}` is among the classes {classes!r:.60}")
-        return data.result(lambda tables: _result(tables["examples"], train.tables["train"], len(named)))
+        for one, table in ((data, "examples"), (train, "train")):
+            look, rows = one.look(named, label), lambda batch, table=table: {table: _pixels(batch)}
+            one.check_any(one.run(rows, about=lambda fields, look=look: look(fields[0])), label, named, look)
+        return data.result(lambda tables: _result(tables["examples"], train.tables["train"], named))
 
     return evaluate
 
@@ -103,12 +104,14 @@ def _pixels(batch: Batch) -> Columns:
     return {"image": batch.inputs[batch.kept].reshape(len(batch.kept), -1), "label": np.array(batch.about)}
 
 
-def _result(examples: Table, train: Table, classes: int) -> Result:
+def _result(examples: Table, train: Table, classes: Classes) -> Result:
     queries, truth = examples.read("image"), examples.read("label")
     pictures, labels = train.read("image"), train.read("label")
-    numbers = {}
+    shares = {}
     for name, prepare in (("pixel", lambda x: x), ("pixel_standardised", standardise)):
-        scores = nearest_by_class(prepare(queries), prepare(pictures), labels, classes)
+        scores = nearest_by_class(prepare(queries), prepare(pictures), labels, len(classes))
         ranks = metrics.truth_ranks(scores, truth)
-        numbers |= {f"{name}_top1": float(np.mean(ranks < 1)), f"{name}_top5": float(np.mean(ranks < 5))}
-    return Result(numbers | {"pixel_examples": float(len(truth))}, {})
+        shares |= {f"{name}_top1": ranks.within(1), f"{name}_top5": ranks.within(5)}
+    numbers = {name: float(np.mean(share)) for name, share in shares.items()}
+    notes = [*fewer(classes.names, labels, None), *classes.notes(truth)]
+    return Result(numbers | {"pixel_examples": float(len(truth))}, {}, metrics.intervals(shares), notes)

@@ -1,5 +1,6 @@
 """Probes: the accuracy of a linear classifier on frozen features, from all or a few pictures of each class."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -7,13 +8,16 @@ import numpy as np
 
 from vlm_jax.catalogue import method
 from vlm_jax.config import choose
+from vlm_jax.data.sources import train_split_of
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators import classes as class_names
 from vlm_jax.evaluators import metrics
+from vlm_jax.evaluators.labels import Classes, fewer, indices, some
 from vlm_jax.evaluators.one_pass import Batch, Columns, Pass, picture_ops
 from vlm_jax.evaluators.progress import Progress, Table, memory_limit
 from vlm_jax.evaluators.result import Result
 from vlm_jax.evaluators.sampling import few_shots
+from vlm_jax.evaluators.tasks.zeroshot import named_right, ties
 from vlm_jax.pretrained.linear import logistic_regression, ridge
 
 SOLVERS = {"ridge": ridge, "lbfgs": logistic_regression}
@@ -29,6 +33,7 @@ def probe(
     *,
     uri: str,
     split: str | None = None,
+    train_uri: str | None = None,
     train_split: str | None = "train",
     label: str,
     classes: str | Sequence[str] | Mapping[int, str] | None = None,
@@ -46,14 +51,16 @@ def probe(
 
     The features are those of `Pretrained.image_feature_batch`, the mean of the image tower's tokens. Each feature is
     shifted and scaled to mean 0 and variance 1 over the training pictures. Metrics: `top1`, `top5` (left out below six
-    classes), `mean_per_class`, `examples`, `left_out` (pictures of another label), `train_examples`.
+    classes), `mean_per_class`, `examples`, `left_out` (pictures of another label), `train_examples`, `ties`.
 
     Args:
       uri: the data set, as for `sources.open_source`.
       split: the split to name.
-      train_split: the split to learn from.
+      train_uri: the data set to learn from; defaults to `uri`.
+      train_split: the split to learn from; a data set without splits has none.
       label: the record's field with the label.
-      classes: the labels that count, see `classes.read`; defaults to the labels of the training pictures.
+      classes: the labels that count, see `classes.read`; defaults to the labels of the training pictures. Labels of
+        both splits are found by name, see `labels.Classes`.
       shots: training pictures drawn of each class; a smaller class gives all its pictures; None takes all.
       solver: "ridge" (least squares, closed form: for few shots) or "lbfgs" (logistic regression), see `linear`.
       l2: weight of the squared weights in the sum over examples.
@@ -72,17 +79,17 @@ def probe(
 
     def evaluate(pretrained: Any, progress: Progress | None = None) -> Result:
         progress = progress or Progress()
-        shared = dict(
-            uri=uri, ops=picture_ops(ops or pretrained.preprocess, label), batch_size=batch_size, memory=limit
-        )
-        train = Pass(pretrained, progress, split=train_split, where=train_where, name="train_", **shared)
-        data = Pass(pretrained, progress, split=split, where=where, **shared)
+        shared = dict(ops=picture_ops(ops or pretrained.preprocess, label), batch_size=batch_size, memory=limit)
+        learn = dict(uri=train_uri or uri, split=train_split_of(train_uri or uri, train_split), where=train_where)
+        train = Pass(pretrained, progress, name="train_", **learn, **shared)
+        data = Pass(pretrained, progress, uri=uri, split=split, where=where, **shared)
         pretrained = data.pretrained
         records = train.fields(label)
-        named = given or {name: str(name) for name in sorted({record[0] for record in records if record})}
-        labels = class_names.indices(records, named)
+        named = Classes(given or _of_records(records, train.source.label_names(label)))
+        look_in_train, look = (one.look(named, label) for one in (train, data))
+        labels = indices(records, look_in_train)
         if not (labels >= 0).any():
-            raise UserError(f"{uri} {train_split or ''}: no training picture's `{label}` is among the classes")
+            raise UserError(f"{train.about}: no training picture's `{label}` is among the classes {some(named.names)}")
         train.only(few_shots(labels, shots, seed))
         train.begin("train")
         data.begin("examples")
@@ -98,17 +105,17 @@ def probe(
             if not data.first:  # only the first host has the classifier
                 return {}
             scores = classify(x)
-            found = {"rank": metrics.truth_ranks(scores, truth), "predicted": scores.argmax(1)}
-            return {"examples": {"position": batch.position, "truth": truth, **found}}
+            ranks = metrics.truth_ranks(scores, truth)._asdict()
+            return {"examples": {"position": batch.position, "truth": truth, "predicted": scores.argmax(1), **ranks}}
 
         def finish(tables: Mapping[str, Table]) -> Result:
-            return _result(tables["examples"], len(train.tables["train"]), named)
+            notes = fewer(named.names, labels, shots)
+            left_out = lambda: data.left_out(label, look)
+            return _result(tables["examples"], len(train.tables["train"]), named, notes, left_out)
 
-        index_of = class_names.index_of(named)
-        train.run(train_rows, about=index_of)
+        train.run(train_rows, about=lambda fields: look_in_train(fields[0]))
         classify = _fitted(train.tables["train"], len(named), solve, l2) if train.first else None
-        if not data.run(rows, about=index_of):
-            raise UserError(f"{uri} {split or ''}: no picture's `{label}` is among the {len(named)} classes")
+        data.check_any(data.run(rows, about=lambda fields: look(fields[0])), label, named, look)
         return data.result(finish, "left_out")
 
     return evaluate
@@ -122,13 +129,24 @@ def _fitted(known: Table, classes: int, solve: Callable, l2: float) -> Callable[
     return lambda features: fitted((features - mean) / scale)
 
 
-def _result(found: Table, train_examples: int, named: Mapping) -> Result:
-    truth, rank = found.read("truth"), found.read("rank")
-    numbers = {"examples": float(len(truth)), "train_examples": float(train_examples)}
-    mean, per_class = metrics.mean_per_class_accuracy(rank == 0, truth, len(named))
-    top = {"top1": float(np.mean(rank == 0))} | ({"top5": float(np.mean(rank < 5))} if len(named) > 5 else {})
+def _of_records(records: Sequence, own: Mapping[int, str] | None) -> dict[int | str, str]:
+    """Label -> name of the labels that records have, in order; own: the data set's own list."""
+    values = {record[0] for record in records if record and isinstance(record[0], int | float | str)} - {""}
+    names = own or {}
+    return {value: names.get(value, str(value)) for value in sorted(values, key=lambda v: (isinstance(v, str), v))}
+
+
+def _result(
+    found: Table, train_examples: int, classes: Classes, notes: Sequence[str], left_out: Callable[[], Counter]
+) -> Result:  # fmt: skip
+    truth = found.read("truth")
+    ranks = metrics.Ranks(*map(found.read, metrics.Ranks._fields))
+    numbers, per_class, intervals = named_right(ranks, truth, len(classes))
     predictions = {
-        "position": found.read("position"), "label": truth, "predicted": found.read("predicted"), "rank_of_label": rank
+        "position": found.read("position"), "label": truth, "predicted": found.read("predicted"),
+        "rank_of_label": ranks.above, "ties_of_label": ranks.tied,
     }  # fmt: skip
-    artifacts = {"classes": list(named.values()), "per_class": per_class, "predictions": predictions}
-    return Result(top | {"mean_per_class": mean} | numbers, artifacts)
+    artifacts = {"classes": classes.names, "per_class": per_class, "predictions": predictions}
+    artifacts["classes_without_picture"] = classes.without_picture(truth)
+    notes = [*notes, *classes.notes(truth, left_out), *ties(ranks, "pictures")]
+    return Result(numbers | {"train_examples": float(train_examples)}, artifacts, intervals, notes)

@@ -1,5 +1,6 @@
 """Image-text retrieval: each picture's captions among all captions, each caption's picture among all pictures."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from vlm_jax.evaluators.progress import Progress, Table, memory_limit
 from vlm_jax.evaluators.records import texts as texts_of
 from vlm_jax.evaluators.result import Result
 from vlm_jax.evaluators.sampling import evenly_spaced
+from vlm_jax.evaluators.tasks.zeroshot import ties
 from vlm_jax.pretrained.similarity import similarity
 
 NAMED = 5  # best captions shown with a picture
@@ -34,6 +36,7 @@ def retrieval(
     captions: str | Sequence[str] = ("caption",),
     template: str = "{}",
     ks: Sequence[int] = (1, 5, 10),
+    strict: bool = False,
     where: Mapping[str, Sequence] | None = None,
     ops: str | None = None,
     batch_size: int = 256,
@@ -42,7 +45,9 @@ def retrieval(
 ) -> Callable[..., Result]:
     """Returns an evaluator `(pretrained, progress=None) -> Result`.
 
-    Metrics: `image_to_text/recall@k`, `text_to_image/recall@k`, `images`, `texts`, `left_out` (pictures without text).
+    Metrics: `image_to_text/recall@k`, `text_to_image/recall@k`, `images`, `texts`, `left_out` (pictures without text),
+    `identical_texts` (texts that stand with another picture, too), `ties` (queries with a wrong candidate of the right
+    one's score, which count with their expected value over random orders).
     Artifacts: the ranks; with a gallery, also the best captions of some pictures, the best pictures of some captions,
     and the embeddings and similarities of some pictures and their captions.
     A picture may have several captions; each counts as right. (The usual Flickr30k and COCO protocol has five for each
@@ -54,6 +59,8 @@ def retrieval(
       captions: the record's fields with captions, each a text or a list of texts; empty texts do not count.
       template: prompt; `{}` stands for the caption.
       ks: numbers of candidates that may be named.
+      strict: only a picture's own captions are right. By default identical texts count as one another: a text that also
+        stands with another picture is right for both pictures, and both pictures are right for it.
       where: field -> values; other records are left out.
       ops: op string from record to `image`; defaults to the model's preprocessing.
       batch_size: pictures at a time; the metrics do not depend on the batch size.
@@ -79,44 +86,67 @@ def retrieval(
             of_texts = pretrained.embed_texts(filled)[: len(prompts)]
             number = np.repeat(np.arange(len(batch.about)), list(map(len, batch.about)))
             nth = np.concatenate([np.arange(len(own)) for own in batch.about])
+            ids = np.array([_id(text) for own in batch.about for text in own])
             return {
-                "texts": {"embedding": of_texts, "image": len(data.tables["images"]) + number, "nth": nth},
+                "texts": {"embedding": of_texts, "image": len(data.tables["images"]) + number, "nth": nth, "id": ids},
                 "images": {"embedding": embedded, "position": batch.position},
             }
 
         def finish(tables: Mapping[str, Table]) -> Result:
-            return _result(data, tables["images"], tables["texts"], ks, gallery, captions)
+            return _result(data, tables["images"], tables["texts"], ks, strict, gallery, captions)
 
         if not data.run(rows, about=lambda fields: texts_of(fields) or None):
-            raise UserError(f"{uri} {split or ''}: no picture has a text under {', '.join(captions)}")
+            raise UserError(f"{data.about}: no picture has a text under {', '.join(captions)}")
         return data.result(finish, "left_out")
 
     return evaluate
 
 
+def _id(text: str) -> np.int64:
+    """The same number for the same text, another for another."""
+    return np.frombuffer(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), np.int64)[0]
+
+
 def _result(
-    data: Pass, images: Table, texts: Table, ks: Sequence[int], gallery: int, fields: Sequence[str]
+    data: Pass, images: Table, texts: Table, ks: Sequence[int], strict: bool, gallery: int, fields: Sequence[str]
 ) -> Result:  # fmt: skip
+    owner, ids = texts.read("image"), texts.read("id")
+    pairs = metrics.Pairs(len(images), owner, None if strict else ids)
     scores = lambda i, t: similarity(images.read("embedding", i), texts.read("embedding", t))
-    ranks = metrics.retrieval_ranks(scores, len(images), texts.read("image"))
+    ranks = metrics.retrieval_ranks(scores, pairs)
     if images.read("embedding", slice(0, 1)).ndim == 3:  # token-wise similarity differs between the directions
         found = lambda i, t: similarity(texts.read("embedding", t), images.read("embedding", i)).T
-        ranks |= {"text_to_image": metrics.retrieval_ranks(found, len(images), texts.read("image"))["text_to_image"]}
+        ranks |= {"text_to_image": metrics.retrieval_ranks(found, pairs)["text_to_image"]}
+    shared = _shared(owner, ids)
     numbers = metrics.recall(ranks, ks) | {"images": float(len(images)), "texts": float(len(texts))}
-    artifacts = {"ranks": ranks}
+    numbers |= {"identical_texts": float(shared.sum()), "ties": float(sum(rank.ties for rank in ranks.values()))}
+    units = {"image_to_text": None, "text_to_image": owner}  # the captions of a picture are drawn together
+    intervals = {
+        f"{name}/recall@{k}": metrics.interval(rank.within(k), units=units[name])
+        for name, rank in ranks.items()
+        for k in ks
+    }
+    notes = [*ties(ranks["image_to_text"], "pictures"), *ties(ranks["text_to_image"], "texts")]
+    if shared.any():
+        how = "only the picture's own text is right (strict)" if strict else "identical texts count as one another"
+        notes.append(f"{shared.sum():,} of {len(texts):,} texts stand with several pictures; {how}")
+    artifacts = {
+        "ranks": {name: rank.above for name, rank in ranks.items()},
+        "ties": {name: rank.tied for name, rank in ranks.items()},
+    }
     position = images.read("position")
     pictures = lambda rows: data.thumbnails(position[rows])
     boxed = f'{field_ops(*fields)} | keep("fields")'
     captions = lambda rows: [texts_of(row["fields"][()]) for row in data.look_up(boxed, position[rows])]
     if gallery:
         shown = evenly_spaced(len(images), gallery)
-        artifacts["gallery"] = _gallery(images, texts, shown, pictures, captions)
-        artifacts["found"] = _found(images, texts, pictures, captions)
+        artifacts["gallery"] = _gallery(images, texts, pairs, shown, pictures, captions)
+        artifacts["found"] = _found(images, texts, pairs, pictures, captions)
         artifacts |= _embedded(images, texts, pictures, captions)
-    return Result(numbers, artifacts)
+    return Result(numbers, artifacts, intervals, notes)
 
 
-def _found(images: Table, texts: Table, pictures: Callable, captions: Callable) -> dict[str, Any]:
+def _found(images: Table, texts: Table, pairs: metrics.Pairs, pictures: Callable, captions: Callable) -> dict[str, Any]:
     """Some captions with their best pictures."""
     asked = evenly_spaced(len(texts), QUERIES)
     queries, owner, nth = _rows(texts, asked), texts.read("image")[asked], texts.read("nth")[asked]
@@ -127,7 +157,7 @@ def _found(images: Table, texts: Table, pictures: Callable, captions: Callable) 
         "queries": [own[n] for own, n in zip(captions(owner), nth, strict=True)],
         "images": pictures(shown)[index.reshape(best.shape)],
         "scores": nearness,
-        "right": best == owner[:, None],
+        "right": pairs.match(best, asked[:, None]),
     }
 
 
@@ -147,17 +177,28 @@ def _rows(table: Table, index: np.ndarray) -> np.ndarray:
     return np.concatenate([table.read("embedding", slice(i, i + 1)) for i in index])
 
 
-def _gallery(images: Table, texts: Table, shown: np.ndarray, pictures: Callable, captions: Callable) -> dict[str, Any]:
-    """Some pictures with their best captions; `truth`: the picture's own caption among the best, else its first."""
+def _gallery(
+    images: Table, texts: Table, pairs: metrics.Pairs, shown: np.ndarray, pictures: Callable, captions: Callable
+) -> dict[str, Any]:
+    """Some pictures with their best captions; `truth`: the first right caption among the best, else the own first."""
     queries = _rows(images, shown)
     scores = lambda i, t: similarity(queries[i], texts.read("embedding", t))
     best, nearness = metrics.top_k(scores, len(shown), len(texts), NAMED)
     owner, nth = texts.read("image"), texts.read("nth")
     wanted = np.union1d(owner[best], shown)
     named = dict(zip(wanted, captions(wanted), strict=True))
-    names = [[named[owner[text]][nth[text]] for text in row] for row in best]
-    truth = []
-    for i, row, texts_of_row in zip(shown, best, names, strict=True):
-        own = np.flatnonzero(owner[row] == i)
-        truth.append(texts_of_row[own[0]] if len(own) else named[i][0])
-    return {"images": pictures(shown), "truth": truth, "names": names, "scores": nearness}
+    right, names, truth = pairs.match(shown[:, None], best), [], []
+    for i, row, right_of_row in zip(shown, best, right, strict=True):
+        found = [named[owner[text]][nth[text]] for text in row]
+        own = np.flatnonzero(right_of_row)
+        truth.append(found[own[0]] if len(own) else named[i][0])
+        same = lambda name, is_right, own=truth[-1]: name == own and not is_right
+        names.append([f"{n} (another's)" if same(n, r) else n for n, r in zip(found, right_of_row, strict=True)])
+    return {"images": pictures(shown), "truth": truth, "names": names, "scores": nearness, "right": right}
+
+
+def _shared(owner: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Whether a text stands with several pictures, bool [M]."""
+    _, group = np.unique(ids, return_inverse=True)
+    pictures = np.bincount(np.unique(np.stack([group, owner]), axis=1)[0])
+    return pictures[group] > 1

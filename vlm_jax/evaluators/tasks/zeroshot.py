@@ -7,6 +7,7 @@ Two towers choose the nearest embedding (arXiv:2103.00020, section 3.1), caption
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,9 +15,9 @@ import numpy as np
 
 from vlm_jax.catalogue import method
 from vlm_jax.data.sources import open_source
-from vlm_jax.errors import UserError
 from vlm_jax.evaluators import classes as class_names
 from vlm_jax.evaluators import metrics
+from vlm_jax.evaluators.labels import Classes
 from vlm_jax.evaluators.one_pass import Batch, Columns, Pass, picture_ops
 from vlm_jax.evaluators.progress import Progress, Table, memory_limit
 from vlm_jax.evaluators.result import Result
@@ -53,7 +54,9 @@ def zeroshot(
 ) -> Callable[..., Result]:
     """Returns an evaluator `(pretrained, progress=None) -> Result`.
 
-    Metrics: `top1`, `top5` (left out below six classes), `mean_per_class`, `examples`, `left_out`. Artifacts: the
+    Metrics: `top1`, `top5` (left out below six classes), `mean_per_class`, `examples`, `left_out`, and `ties`, pictures
+    whose class has the score of another; where scores are equal, a share is its expected value over their random
+    orders. Notes: classes without pictures, labels that are no class, names of several labels. Artifacts: the
     predictions with their confidence (the probability that `Pretrained.classify` gives), confusions, a gallery; and of
     some pictures the embeddings, their names' embeddings, the similarities and maps of the image tower's attention.
 
@@ -62,8 +65,8 @@ def zeroshot(
       split: its split.
       classes: the names to choose among, see `classes.read`; defaults to the data set's own names. Pictures with
         another label are left out and counted.
-      label: the record's field with the label: a number of `classes`, or a class name; defaults to the first field of
-        `classes.LABELS` that the data set has.
+      label: the record's field with the label; `labels.Classes` says which class it means. Defaults to the first field
+        of `classes.LABELS` that the data set has.
       templates: prompts, `{}` stands for the name; or the name of packaged prompts, see `classes.read_templates`.
       where: field -> values; other records are left out.
       ops: op string from record to `image`; defaults to the model's preprocessing.
@@ -75,8 +78,8 @@ def zeroshot(
     if label is None or classes is None:
         source = open_source(uri, split)
         label = label or class_names.find_label(source, about)
-    named = class_names.of_source(source, label, about) if classes is None else class_names.read(classes)
-    names = list(named.values())
+    named = Classes(class_names.of_source(source, label, about) if classes is None else class_names.read(classes))
+    names = named.names
     templates = class_names.read_templates(templates)
     limit = memory_limit(memory_share)
 
@@ -87,10 +90,11 @@ def zeroshot(
             batch_size=batch_size, memory=limit,
         )  # fmt: skip
         pretrained = data.pretrained
-        class_names.check_count(data.source, label, classes, about)
-        prompts_sha256 = hashlib.sha256(json.dumps([list(named.items()), templates]).encode()).hexdigest()
+        look = data.look(named, label)
+        prompts_sha256 = hashlib.sha256(json.dumps([list(named.named.items()), templates]).encode()).hexdigest()
         data.begin("examples", "embeddings", "classes", classes_and_templates=prompts_sha256)
-        by_pairs = getattr(pretrained, "compares_pairs", False)
+        head = getattr(pretrained, "head", None) is not None
+        by_pairs = head or getattr(pretrained, "compares_pairs", False)
         scale = 1.0 if by_pairs else math.exp(float(pretrained.params["logit_scale"]))
         text = None if by_pairs else _text_embeddings(data, names, templates)
         chosen = evenly_spaced(data.num_examples, EMBEDDED)
@@ -98,7 +102,7 @@ def zeroshot(
         def rows(batch: Batch) -> Mapping[str, Columns]:
             position, labels = batch.position, np.array(batch.about)
             if by_pairs:
-                logits = pretrained.class_logits(batch.inputs, names, templates)[batch.kept]
+                logits = pretrained.class_logits(batch.inputs, names, None if head else templates)[batch.kept]
                 return {"examples": {"position": position, **_ranked(logits, labels, scale)}}
             embedded = pretrained.embed_image_batch(batch.inputs)[batch.kept]
             if not data.first:  # only the first host has the classes' embeddings
@@ -110,14 +114,13 @@ def zeroshot(
             }
 
         def finish(tables: Mapping[str, Table]) -> Result:
-            result = _result(tables["examples"], names, data.thumbnails, gallery)
+            result = _result(tables["examples"], named, data.thumbnails, gallery, lambda: data.left_out(label, look))
             if len(tables["embeddings"]):
                 pictures = data.thumbnails if gallery else None
                 result.artifacts.update(_embedded(tables["embeddings"], names, text, pictures))
             return result
 
-        if not data.run(rows, about=class_names.index_of(named)):
-            raise UserError(f"{about}: no picture's `{label}` is among the classes {', '.join(names):.60}")
+        data.check_any(data.run(rows, about=lambda fields: look(fields[0])), label, named, look)
         result = data.result(finish, "left_out")
         if maps := _maps(data, prepare, names, gallery):
             result.artifacts["attention"] = maps
@@ -142,29 +145,30 @@ def _ranked(logits: np.ndarray, truth: np.ndarray, scale: float) -> dict[str, np
     """The row of each picture: its class, the class's rank, the best names and their scores, the class's score, and
     the probability of the best name."""
     best, scores = metrics.top_k(lambda i, c: logits[i, c], *logits.shape, NAMED)
-    ranks = metrics.truth_ranks(logits, truth)
+    rank, tied, _ = metrics.truth_ranks(logits, truth)
     own = np.take_along_axis(logits, truth[:, None], axis=1)[:, 0]
     below = scale * (logits - scores[:, :1]).astype(np.float64)
     confidence = (1 / np.exp(below).sum(axis=1)).astype(np.float32)
     best = best.astype(np.int32)
-    return {"truth": truth, "rank": ranks, "best": best, "scores": scores, "own": own, "confidence": confidence}
+    ranks = {"rank": rank, "tied": tied}
+    return {"truth": truth, **ranks, "best": best, "scores": scores, "own": own, "confidence": confidence}
 
 
-def _result(examples: Table, names: list[str], pictures: Callable, gallery: int) -> Result:
-    labels, ranks, best, scores = map(examples.read, ("truth", "rank", "best", "scores"))
-    mean, per_class = metrics.mean_per_class_accuracy(ranks == 0, labels, len(names))
-    numbers = {"top1": float(np.mean(ranks == 0))}
-    if len(names) > NAMED:
-        numbers["top5"] = float(np.mean(ranks < NAMED))
-    numbers |= {"mean_per_class": mean, "examples": float(len(labels))}
+def _result(
+    examples: Table, classes: Classes, pictures: Callable, gallery: int, left_out: Callable[[], Counter]
+) -> Result:  # fmt: skip
+    names, labels, best, scores = classes.names, *map(examples.read, ("truth", "best", "scores"))
+    ranks = metrics.Ranks(examples.read("rank"), examples.read("tied"), ~np.isnan(examples.read("own")))
+    numbers, per_class, intervals = named_right(ranks, labels, len(names))
 
     position = examples.read("position")
     margins = scores[:, 0] - examples.read("own")
     worst = metrics.confusions(best[:, 0], labels, margins)[:MIXED_UP]
     confusions = [(names[true], names[wrong], count) for true, wrong, count in worst]
-    predictions = {"position": position, "label": labels, "predicted": best[:, 0], "rank_of_label": ranks}
-    predictions["confidence"] = examples.read("confidence")
+    predictions = {"position": position, "label": labels, "predicted": best[:, 0], "rank_of_label": ranks.above}
+    predictions |= {"ties_of_label": ranks.tied, "confidence": examples.read("confidence")}
     artifacts = {"classes": names, "per_class": per_class, "confusions": confusions, "predictions": predictions}
+    artifacts["classes_without_picture"] = classes.without_picture(labels)
     first = dict(zip(*np.unique(labels, return_index=True), strict=True))
     if mixed_up := {names[i]: first[i] for pair in worst for i in pair[:2] if i in first}:
         artifacts["class_pictures"] = {"names": list(mixed_up), "images": pictures(position[list(mixed_up.values())])}
@@ -176,7 +180,31 @@ def _result(examples: Table, names: list[str], pictures: Callable, gallery: int)
             "names": [[names[i] for i in row] for row in best[shown]],
             "scores": scores[shown],
         }
-    return Result(numbers, artifacts)
+    return Result(numbers, artifacts, intervals, [*classes.notes(labels, left_out), *ties(ranks, "pictures")])
+
+
+def named_right(
+    ranks: metrics.Ranks, labels: np.ndarray, classes: int
+) -> tuple[dict[str, float], np.ndarray, dict[str, tuple[float, float]]]:
+    """Returns the metrics of pictures that are named, the accuracy of each class, and the intervals of the shares."""
+    right = ranks.within(1)
+    mean, per_class = metrics.mean_per_class_accuracy(right, labels, classes)
+    shares = {"top1": right} | ({"top5": ranks.within(NAMED)} if classes > NAMED else {})
+    numbers = {name: float(np.mean(share)) for name, share in shares.items()}
+    numbers |= {"mean_per_class": mean, "examples": float(len(labels)), "ties": float(ranks.ties)}
+    intervals = metrics.intervals(shares)
+    intervals["mean_per_class"] = metrics.interval(right, weights=metrics.class_weights(labels))
+    return numbers, per_class, intervals
+
+
+def ties(ranks: metrics.Ranks, queries: str) -> list[str]:
+    """Returns what a result says about equal scores."""
+    if not ranks.ties:
+        return []
+    return [
+        f"{ranks.ties:,} of {len(ranks.tied):,} {queries} have a wrong candidate with the score of the right one; each "
+        "counts with its expected value over random orders"
+    ]
 
 
 def _embedded(embeddings: Table, names: list[str], text: np.ndarray, pictures: Callable | None) -> dict[str, Any]:

@@ -38,10 +38,8 @@ def feature_distillation(
         for name in of:
             own, want = outputs[name], taught[name]
             if own.shape[:-1] != want.shape[:-1]:
-                raise UserError(
-                    f"{WHERE}: `{name}` has the shape {own.shape}, the teacher's {want.shape}; only the last dimension "
-                    "may differ"
-                )
+                seen = f"`{name}` has the shape {own.shape}, the teacher's {want.shape}"
+                raise UserError(f"{WHERE}: {seen}; only the last dimension may differ")
             if own.shape[-1] != want.shape[-1]:
                 own = outputs.part(name, nn.Dense(want.shape[-1], param_dtype=own.dtype), own)
             square = jnp.sum(jnp.square(own - want), axis=-1)

@@ -95,14 +95,10 @@ def queue(*, size: int = 65_536, teacher: str | None = "momentum") -> Negatives:
         return found if teacher is None else jax.lax.stop_gradient(found)
 
     def candidates(features, state):
-        widths = [features[key].shape[-1] for key in ("key_text", "text")]
-        if widths[0] != widths[1]:
-            raise UserError(
-                f"{WHERE}.negatives: the teacher's embeddings have {widths[0]} dimensions, the model's {widths[1]}; "
-                "take a teacher of the same width"
-            )
-        own = jnp.ones(len(features["key_text"]), bool)
-        counts = jnp.concatenate([own, state["filled"]])
+        taught, own = (features[key].shape[-1] for key in ("key_text", "text"))
+        if taught != own:
+            raise UserError(f"{WHERE}.negatives: the teacher's embeddings have {taught} dimensions, the model's {own}")
+        counts = jnp.concatenate([jnp.ones(len(features["key_text"]), bool), state["filled"]])
         with_queue = lambda key: jnp.concatenate([features[key], state[key]])
         return Candidates(with_queue("key_text"), with_queue("key_image"), counts, counts)
 
@@ -116,7 +112,6 @@ def queue(*, size: int = 65_536, teacher: str | None = "momentum") -> Negatives:
         put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, state["next"], axis=0)
         count, rows = len(features["key_text"]), len(state["filled"])
         keys = {key: put(state[key], features[key]) for key in ("key_image", "key_text")}
-        filled = put(state["filled"], jnp.ones(count, bool))
-        return keys | {"filled": filled, "next": (state["next"] + count) % rows}
+        return keys | {"filled": put(state["filled"], jnp.ones(count, bool)), "next": (state["next"] + count) % rows}
 
     return Negatives(features, candidates, init, update)

@@ -9,72 +9,39 @@ from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
 from vlm_jax.models.generate import Special, sample
 from vlm_jax.models.token_loss import token_loss
-from vlm_jax.objectives.outputs import of_model
+from vlm_jax.objectives.outputs import Outputs, of_model
 from vlm_jax.objectives.term import WHERE, Objective, Row, Selection, Term
 
 
-@method(
-    family="terms",
-    paper="arXiv:2409.03025",
-    differs="captions are sampled, and rewarded if a judge finds their picture by them",
-    needs={"model.name": "captioner", "objective.teachers": {"judge": {"spec": "two_tower"}}},
-)
-def self_retrieval(
-    *,
-    model: Any,
-    judge: str = "judge",
-    samples: int = 2,
-    end_id: int = 1,
-    pad_id: int = 0,
-    judged_end: bool = False,
-) -> Objective:
-    """Policy gradient of the self-retrieval reward (REINFORCE; Gaur et al. 2024).
+def captions(outputs: Outputs, count: int, length: int, special: Special) -> jax.Array:
+    """Returns `count` captions of each picture, sampled from the model without a gradient, int [B, count, length]."""
+    params = jax.lax.stop_gradient(of_model(outputs.params))
+    keys = jax.vmap(lambda key: jax.random.split(key, count))(outputs.keys)
+    draw = lambda own: sample(outputs.model, params, outputs["image"], rng=own, length=length, special=special)
+    return jnp.stack([draw(keys[:, j]).token_ids for j in range(count)], axis=1)
 
-    `samples` captions of each picture are drawn from the model. A caption's reward is the log-probability of its own
-    picture among the batch's, by softmax of the judge's scale x cosine. The advantage is the reward minus the mean
-    reward of the picture's other captions. The loss is -mean(advantage x log p(caption | picture)).
+
+def rewarded(token_ids: jax.Array, rewards: jax.Array) -> dict[str, jax.Array | Row]:
+    """Returns rows for `policy_gradient`, one for each of a picture's captions.
+
+    A caption's advantage is its reward minus the mean reward of the picture's other captions.
 
     Args:
-      model: a captioner.
-      judge: name of a teacher with two embeddings and the captioner's token ids, e.g. `dict(spec="runs/clip")`.
-      samples: captions of a picture, 2 or more.
-      end_id, pad_id: of the tokenizer.
-      judged_end: whether the judge's texts keep the end token; otherwise padding stands in its place.
+      token_ids: int [B, n, L], n captions of each picture, 2 or more.
+      rewards: [B, n].
+    """
+    count, n = rewards.shape
+    others = (jnp.sum(rewards, axis=1, keepdims=True) - rewards) / (n - 1)
+    image = Row("image", jnp.repeat(jnp.arange(count), n))
+    flat = {"token_ids": token_ids.reshape(count * n, -1), "reward": rewards.ravel()}
+    return flat | {"image": image, "advantage": (rewards - others).ravel()}
+
+
+def policy_gradient(name: str, pad_id: int, on: str) -> Term:
+    """Returns the term -mean(advantage x log p(caption | picture)) (REINFORCE) on the rows of `rewarded`.
 
     Metrics: `reward`, and `spread`, the standard deviation of the advantages.
     """
-    if samples < 2:
-        raise UserError(
-            f"{WHERE}: self_retrieval compares captions of one picture; samples is {samples}, expected >= 2"
-        )
-    special = Special(start=model.decoder.start_id, end=end_id, pad=pad_id)
-
-    def draw(outputs, ctx):
-        taught = outputs.teacher(judge)
-        params = jax.lax.stop_gradient(of_model(outputs.params))
-        keys = jax.vmap(lambda key: jax.random.split(key, samples))(outputs.keys)
-        found = {"ids": [], "text": []}
-        for j in range(samples):
-            ids = sample(
-                model, params, outputs["image"], rng=keys[:, j], length=model.decoder.length, special=special
-            ).token_ids
-            read = ids if judged_end else jnp.where(ids == end_id, pad_id, ids)
-            found["ids"].append(ids)
-            found["text"].append(taught.apply("__call__", None, read).text)
-        image, scale = taught["image_embedding"], taught["scale"]
-        return {key: jnp.stack(each, 1) for key, each in found.items()} | {"image": scale * image}
-
-    def reward(features, rows, ctx):
-        logits = jnp.einsum("ikd,jd->ikj", features["text"], features["image"])
-        rewards = jnp.diagonal(jax.nn.log_softmax(logits), axis1=0, axis2=2).T  # [B, samples]
-        others = (jnp.sum(rewards, axis=1, keepdims=True) - rewards) / (samples - 1)
-        flat = lambda x: x.reshape(-1, *x.shape[2:])
-        return {
-            "token_ids": flat(features["ids"]),
-            "image": Row("image", jnp.repeat(jnp.arange(len(rewards)), samples)),
-            "reward": flat(rewards),
-            "advantage": flat(rewards - others),
-        }
 
     def features(outputs, ctx):
         hidden, targets = outputs["next_token"]
@@ -85,4 +52,46 @@ def self_retrieval(
         advantage = rows["advantage"]
         return -jnp.mean(advantage * features), {"reward": jnp.mean(rows["reward"]), "spread": jnp.std(advantage)}
 
-    return Objective((Term("self_retrieval", features, loss, on="samples"),), (Selection("samples", draw, reward),))
+    return Term(name, features, loss, on=on)
+
+
+@method(
+    family="terms",
+    paper="arXiv:2409.03025",
+    differs="captions are sampled, and rewarded if a judge finds their picture by them",
+    needs={"model.name": "captioner", "objective.teachers": {"judge": {"spec": "two_tower"}}},
+)
+def self_retrieval(
+    *, model: Any, judge: str = "judge", samples: int = 2, end_id: int = 1, pad_id: int = 0, judged_end: bool = False
+) -> Objective:
+    """Policy gradient of the self-retrieval reward (Gaur et al. 2024), on captions that the model samples.
+
+    A caption's reward is the log-probability of its own picture among the batch's, by the judge's scale x cosine.
+
+    Args:
+      model: a captioner.
+      judge: name of a teacher with two embeddings and the captioner's token ids, e.g. `dict(spec="runs/clip")`.
+      samples: captions of a picture, 2 or more.
+      end_id, pad_id: of the tokenizer.
+      judged_end: whether the judge's texts keep the end token; otherwise padding stands in its place.
+
+    Metrics: see `policy_gradient`.
+    """
+    if samples < 2:
+        raise UserError(
+            f"{WHERE}: self_retrieval compares captions of one picture; samples is {samples}, expected >= 2"
+        )
+    special = Special(start=model.decoder.start_id, end=end_id, pad=pad_id)
+
+    def draw(outputs, ctx):
+        ids, taught = captions(outputs, samples, model.decoder.length, special), outputs.teacher(judge)
+        read = ids if judged_end else jnp.where(ids == end_id, pad_id, ids)
+        text = [taught.apply("__call__", None, read[:, j]).text for j in range(samples)]
+        return {"ids": ids, "text": jnp.stack(text, 1), "image": taught["scale"] * taught["image_embedding"]}
+
+    def reward(features, rows, ctx):
+        logits = jnp.einsum("ikd,jd->ikj", features["text"], features["image"])
+        return rewarded(features["ids"], jnp.diagonal(jax.nn.log_softmax(logits), axis1=0, axis2=2).T)
+
+    term = policy_gradient("self_retrieval", pad_id, on="samples")
+    return Objective((term,), (Selection("samples", draw, reward),))

@@ -15,6 +15,8 @@ def gallery(
 ) -> Picture:
     """Draws pictures, each with its best names, their scores as bars, and a tick at the right name.
 
+    All bars have one scale, from 0 (or the lowest score below) to the highest score of all pictures.
+
     Args:
       images: n pictures.
       names: n lists of k names, best first.
@@ -25,7 +27,7 @@ def gallery(
     truth = [None] * len(images) if truth is None else truth
     counts = (len(images), len(names), len(scores), len(truth))
     style.check(len(set(counts)) == 1, "as many names, scores and truths as images", *map(np.zeros, counts))
-    low = min(scores.min(), 0.0)
+    low, high = min(scores.min(), 0.0), max(scores.max(), 1e-6)
     rows, columns = style.grid(len(images), 3)
     picture = Picture(figsize=(3.6 * columns, 1.28 * rows))
     for i, image in enumerate(images):
@@ -33,15 +35,14 @@ def gallery(
         left, bottom = column / columns, 1 - (row + 1) / rows
         style.show(picture.add_axes((left, bottom + 0.1 / rows, 0.27 / columns, 0.8 / rows)), image)
         axes = picture.add_axes((left + 0.29 / columns, bottom + 0.04 / rows, 0.68 / columns, 0.92 / rows))
-        _names(axes, names[i], truth[i], scores[i] - low, scores[i])
+        _names(axes, names[i], truth[i], (scores[i] - low) / (high - low), scores[i])
     return picture
 
 
 def _names(axes: Any, names: Sequence[str], truth: str | None, lengths: np.ndarray, scores: np.ndarray) -> None:
-    longest = max(lengths.max(), 1e-6)
     for j, (name, length, score) in enumerate(zip(names, lengths, scores, strict=True)):
         right = name == truth
-        axes.barh(-j, length / longest, height=0.82, color=BLUE if right else BAR, hatch="///" if right else None,
+        axes.barh(-j, length, height=0.82, color=BLUE if right else BAR, hatch="///" if right else None,
                   edgecolor="#9dbbd8" if right else BAR, linewidth=0)  # fmt: skip
         weight = "bold" if right else "normal"
         text = f"✓ {short(name)}" if right else short(name)
@@ -152,4 +153,31 @@ def confusion_matrix(truth: Any, predicted: Any, names: Sequence[str], most: int
     axes.spines[:].set_visible(False)
     axes.set_ylabel("right class")
     axes.set_xlabel("taken for (number: pictures, shade: share of the row)")
+    return picture
+
+
+@style.styled()
+def confusion_map(truth: Any, predicted: Any, names: Sequence[str]) -> Picture:
+    """Draws the confusion matrix of all classes that have pictures or were predicted, in their order, without numbers.
+
+    Args: see `confusion_matrix`.
+    """
+    truth, predicted = np.asarray(truth), np.asarray(predicted)
+    shown, place = np.unique(np.concatenate([truth, predicted]), return_inverse=True)
+    counts = np.zeros((len(shown), len(shown)), np.int64)
+    np.add.at(counts, tuple(np.split(place, 2)), 1)
+    picture = Picture(figsize=(6.0, 5.6), layout="constrained")
+    axes = picture.add_subplot()
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    edges = (-0.5, len(shown) - 0.5)
+    fine = np.kron(shares, np.ones((max(1, 800 // len(shown)),) * 2))  # viewers blur pictures that they enlarge
+    axes.imshow(fine, cmap=SHARES, vmin=0, vmax=1, interpolation="none", extent=(*edges, *edges[::-1]))
+    ticks = np.unique(np.linspace(0, len(shown) - 1, 9).round().astype(int))
+    labels = [short(names[shown[i]], 18) for i in ticks]
+    axes.set_xticks(ticks, labels, rotation=45, ha="left", rotation_mode="anchor")
+    axes.set_yticks(ticks, labels)
+    axes.tick_params(length=2, top=True, labeltop=True, bottom=False, labelbottom=False)
+    axes.grid(False)
+    axes.set_ylabel("right class")
+    axes.set_xlabel(f"taken for ({len(shown):,} classes; shade: share of the row, from 0 to 100 %)")
     return picture

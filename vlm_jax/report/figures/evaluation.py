@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlm_jax.report.figures.calibration import calibration
-from vlm_jax.report.figures.classes import confusion_matrix, confusions, gallery
+from vlm_jax.report.figures.classes import confusion_map, confusion_matrix, confusions, gallery
 from vlm_jax.report.figures.pairs import retrieval, similarity
 from vlm_jax.report.figures.patches import maps
 from vlm_jax.report.figures.space import embedding_space
 from vlm_jax.report.figures.style import Picture
+
+NUMBERED, MAPPED = 30, 2000  # classes in a confusion matrix with numbers, in one without
 
 
 class Shown(NamedTuple):
@@ -72,11 +74,18 @@ def pictures_of(artifacts: Mapping[str, Any]) -> Iterator[Shown]:
         yield Shown("confusions", "Worst confusions", about, pairs)
     found = given("predictions", "label", "predicted") if "classes" in artifacts else None
     if found and np.bincount(found[0]).max() > 1:  # with one picture a class, the pairs above are clearer
+        count = len(np.union1d(*found))
         about = (
-            "The classes of the most frequent mistakes: rows are what is right, columns what was said. The number "
-            "counts pictures, the shade is its share of the row."
+            f"{'All classes' if count <= NUMBERED else 'The classes of the most frequent mistakes'}: rows are what is "
+            "right, columns what was said. The number counts pictures, the shade is its share of the row."
         )
-        yield Shown("matrix", "Confusion matrix", about, confusion_matrix(*found, artifacts["classes"]))
+        most = NUMBERED if count <= NUMBERED else 20
+        yield Shown("matrix", "Confusion matrix", about, confusion_matrix(*found, artifacts["classes"], most))
+        if NUMBERED < count <= MAPPED:
+            about = (
+                "All classes in their order; dots beside the diagonal are mistakes. The table below has the numbers."
+            )
+            yield Shown("map", "The whole matrix", about, confusion_map(*found, artifacts["classes"]))
     if found := given("predictions", "confidence", "label", "predicted"):
         confidence, label, predicted = found
         about = (

@@ -43,6 +43,7 @@ def similarity(images: Sequence[Any], texts: Sequence[str], scores: Any) -> Pict
     labels = [style.short(text, 34) for text in texts]
     axes.set_xticks(np.arange(columns) + 0.5, labels, rotation=40, ha="left", rotation_mode="anchor")
     axes.set_yticks([])
+    axes.set_xlabel(f"shade: from {low:z.{decimals}f} to {high:z.{decimals}f}")
     axes.invert_yaxis()
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
     axes.grid(False)

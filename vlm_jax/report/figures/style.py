@@ -4,24 +4,22 @@ import contextlib
 import io
 import os
 import pathlib
-import textwrap
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib import font_manager
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from vlm_jax.data.files import naming
 from vlm_jax.errors import UserError
+from vlm_jax.report import fonts
 
-# The first font has no Chinese, Japanese and Korean glyphs; matplotlib takes them from the next installed font.
-FONTS = ("DejaVu Sans", "Noto Sans CJK JP", "Source Han Sans", "WenQuanYi Micro Hei", "Hiragino Sans", "Yu Gothic",
-         "Microsoft YaHei", "Malgun Gothic", "Arial Unicode MS")  # fmt: skip
 RC = {
-    "font.family": [name for name in FONTS if name in font_manager.get_font_names()],
+    "font.family": fonts.FAMILIES,
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -38,6 +36,7 @@ RC = {
     "text.parse_math": False,  # a class may be called "$"
 }
 INK, GREY, BAR, BLUE = "#1a1a1a", "#666666", "#dcdcdc", "#b9cfe4"
+JOINER = "\u200d"
 SHARES, HEAT = "Blues", "cividis"  # both monotone in luminance: dark is high in "Blues", low in "cividis"
 
 
@@ -63,6 +62,13 @@ class Picture(Figure):
 
     @styled()
     def _repr_png_(self) -> bytes:
+        for axes in self.axes:
+            for axis in (axes.xaxis, axes.yaxis):
+                labels = [label.get_text() for label in axis.get_ticklabels()]
+                if (drawable := list(map(fonts.drawable, labels))) != labels:
+                    axis.set_ticklabels(drawable)
+        for text in self.findobj(Text):
+            text.set_text(fonts.drawable(text.get_text()))
         data = io.BytesIO()
         self.savefig(data, format="png")
         return data.getvalue()
@@ -102,13 +108,53 @@ def show(axes: Any, image: np.ndarray) -> None:
 
 
 def short(text: str, width: int = 29) -> str:
-    """Cuts a text to at most `width` characters."""
-    return text if len(text) <= width else text[: width - 1].rstrip() + "…"
+    """Cuts a text to at most `width` columns, see `columns`."""
+    if columns(text) <= width:
+        return text
+    kept = ""
+    for cluster in _clusters(text):
+        if columns(kept + cluster) > width - 1:
+            break
+        kept += cluster
+    return kept.rstrip() + "…"
 
 
 def wrapped(text: str, width: int, lines: int) -> str:
-    """Wraps a text into at most `lines` lines of `width` characters."""
-    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …")) or text
+    """Wraps a text into at most `lines` lines of `width` columns; breaks between ideographs, and in long words."""
+    rows = [""]
+    for word in text.split():
+        breaks = columns(word) > width or any(_column(letter) == 2 for letter in word)
+        for i, part in enumerate(_clusters(word) if breaks else [word]):
+            longer = f"{rows[-1]} {part}" if i == 0 and rows[-1] else rows[-1] + part
+            if columns(longer) <= width or not rows[-1]:
+                rows[-1] = longer
+            else:
+                rows.append(part)
+    if len(rows) > lines:
+        rows[lines - 1 :] = [short(" ".join(rows[lines - 1 :]), width)]
+    return "\n".join(rows)
+
+
+def columns(text: str) -> int:
+    """Returns the width of a text: 2 for a Chinese, Japanese or Korean letter or an emoji, 0 for a combining mark."""
+    return len(text) if text.isascii() else sum(map(_column, text))
+
+
+def _column(letter: str) -> int:
+    if unicodedata.category(letter) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(letter) in "WF" else 1
+
+
+def _clusters(text: str) -> list[str]:
+    """Splits a text into letters with the marks that belong to them."""
+    found: list[str] = []
+    for letter in text:
+        if found and (unicodedata.category(letter)[0] == "M" or JOINER in (letter, found[-1][-1])):
+            found[-1] += letter
+        else:
+            found.append(letter)
+    return found
 
 
 def ink_on(shade: float) -> str:

@@ -244,7 +244,7 @@ def config(section: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the `model_cfg` of our section, as far as open_clip can express the model."""
     image, text = section["image"], section["text"]
     if not image or not text:
-        raise UserError("open_clip's format is of two towers; this model has one: write it as hf, big_vision or native")
+        raise UserError("open_clip's format is of two towers; this model has one")
     timm = image["pool"] != "tok" or not image.get("pre_norm")
     vision = dict(image_size=image.get("image_size"), width=image["width"], layers=image["depth"])
     vision |= dict(patch_size=image["patch"], head_width=image["width"] // image["heads"])

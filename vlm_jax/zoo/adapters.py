@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -33,14 +34,27 @@ from vlm_jax.zoo.readers.tensors import open_tensors
 from vlm_jax.zoo.shapes import check_sizes, inputs_of, shapes_of
 
 KEY = "vlm_jax.adapter"
+FILE = "adapter.safetensors"  # in the folder of a model that was saved adapted
+
+
+def of_folder(path: Path) -> Path | None:
+    """Returns the adapter's file in the folder of a saved model, or None."""
+    return path / FILE if (path / FILE).is_file() else None
+
+
+def without(adapted: Pretrained) -> Pretrained:
+    """Returns the model without insertions, classes and head; parameters that training changed stay changed."""
+    leaves, new = named_leaves(adapted.params), insertion.new_leaves(adapted.params)
+    own = unflatten_dict({name: leaf for name, leaf in leaves.items() if name not in new}, sep="/")
+    plain = dict(model=insertion.removed(adapted.model), tokenize=adapted.config.get("tokenize", adapted.tokenize))
+    return replace(adapted, params=own, classes=(), templates=("{}",), head=None, **plain)
 
 
 def save_adapter(path: str | os.PathLike, base: Pretrained, adapted: Pretrained) -> None:
     """Writes the difference of `adapted` from `base`; `load_adapter(path, base)` returns `adapted`, bit for bit."""
-    leaves = named_leaves(adapted.params)
     new = insertion.new_leaves(adapted.params)
-    own = unflatten_dict({name: leaf for name, leaf in leaves.items() if name not in new}, sep="/")
-    tensors = {f"params/{name}": leaf for name, leaf in (new | diffs.diff(base.params, own)).items()}
+    changed = diffs.diff(base.params, without(adapted).params)
+    tensors = {f"params/{name}": leaf for name, leaf in (new | changed).items()}
     head = None if adapted.head is None else _pack(adapted.head, "head", tensors)
     about = dict(
         base=params_sha256(base.params),
