@@ -262,11 +262,6 @@ def masks_of(folder):
     masks.trainable(unflatten_dict(towers(), sep="/"), str(folder / "masks.npz"), where="config.mask")
 
 
-def classes_of(folder, name):
-    named = classes.read(str(folder / name))
-    classes.indices([[0], ["cat"], None], named)
-
-
 KINDS = {
     **fuzz_data.KINDS,
     "masks": (of_masks, masks_of),
@@ -306,11 +301,11 @@ KINDS = {
     "duration": typed("3 epochs", lambda text: optim.duration_to_steps(text, 8, 100, 1000)),
     "classes_txt": (
         lambda folder: (folder / "c.txt").write_text("cat\ndog\nred fox\n") and "c.txt",
-        lambda folder: classes_of(folder, "c.txt"),
+        lambda folder: classes.read(str(folder / "c.txt")),
     ),
     "classes_json": (
         lambda folder: (folder / "c.json").write_text('{"0": "cat", "1": "dog"}') and "c.json",
-        lambda folder: classes_of(folder, "c.json"),
+        lambda folder: classes.read(str(folder / "c.json")),
     ),
     "templates": (
         lambda folder: (folder / "t.json").write_text('["a {}", "the {}."]') and "t.json",
