@@ -5,7 +5,6 @@ import difflib
 import re
 import sys
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
@@ -111,7 +110,7 @@ class _Parser(config_flags.config_flags.ConfigFileFlagParser):
         return super().parse(located)
 
 
-class _Neighbours(MetaPathFinder):
+class _Neighbours:
     """Finds `configs` and its modules in `CONFIGS` (not on sys.path): `from configs.embedded import embedded`."""
 
     @staticmethod

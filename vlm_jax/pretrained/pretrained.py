@@ -364,8 +364,11 @@ class Pretrained:
         for i, record in enumerate(records):
             try:
                 rows.append(pipeline(record, np.random.default_rng(0))[field])
-            except BadExample as error:
-                raise UserError(f"{modality} {i} of {len(records)} cannot be used: {error}") from None
+            except UserError:
+                raise
+            except Exception as error:  # Pillow's and numpy's, of odd pictures or of ops that do not fit them
+                kind = "" if isinstance(error, BadExample) else f"{type(error).__name__}: "
+                raise UserError(f"{modality} {i} of {len(records)} cannot be used: {kind}{error}") from error
         return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 
     def _need(self, modality: str) -> None:

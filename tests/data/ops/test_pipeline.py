@@ -89,18 +89,18 @@ def test_an_op_of_ones_own():
 
 
 @pytest.mark.parametrize(
-    ("string", "message"),
+    "string",
     [
-        (" | ".join(["flip"] * 20_000), "an op string of 139,997 characters"),
-        ("resize(60000)", "op `resize` was given height=60000; expected at most 5,000"),
-        ("tokenize(99999999999)", "op `tokenize` was given length=99999999999; expected at most"),
-        ("normalize((1e999, 0, 0), (1, 1, 1))", "expected at most 5,000"),
-        ("flip(" * 3000, "is not ops joined by"),
-        ("flip\0", "is not ops joined by"),
-        ("keep('\ud800')", "is not ops joined by"),
-        ("-" * 9000 + "1", "is not ops joined by"),
+        " | ".join(["flip"] * 20_000),
+        "resize(60000)",
+        "tokenize(99999999999)",
+        "flip(" * 3000,
+        "flip\0",
+        "keep('\ud800')",
+        "-" * 9000 + "1",
     ],
 )
-def test_strings_from_elsewhere_fill_no_memory(string, message):
-    with pytest.raises(UserError, match=message):
+def test_strings_from_elsewhere_fill_no_memory(string):
+    with pytest.raises(UserError, match=r"^op (string )?`?") as error:
         ops.parse(string, tokenizer=lambda *_: None)
+    assert len(str(error.value)) < 4100
