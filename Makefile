@@ -1,6 +1,7 @@
 # make demo   trains and evaluates a small CLIP on the embedded data set; report in runs/demo/report/index.html
 # make test   runs the test suite
 # make parity  compares models in Transformers with the same models here, live (installs torch)
+# make fuzz   damages every kind of input that the package reads, 5,000 times each: hours; MUTATIONS=200 KINDS="tar lock"
 # make docs   runs every command and snippet of README.md and docs/
 # make notebooks  executes colab/ and changes no file; STORE=--store writes the outputs into the files
 # make site   builds README.md, docs/, experiments/ and the API as a site with search, site/index.html
@@ -11,10 +12,12 @@ LOCK ?= requirements.lock
 CONFIG ?= configs/clip.py:tiny
 WORKDIR ?= runs/demo
 TESTS ?= tests
+MUTATIONS ?= 5000
+KINDS ?=
 STORE ?=
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test parity docs notebooks site lint format lock clean
+.PHONY: demo test parity fuzz docs notebooks site lint format lock clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m vlm_jax.train --config=$(CONFIG) --workdir=$(WORKDIR)
@@ -24,6 +27,9 @@ test: $(VENV)/installed-test
 
 parity: $(VENV)/installed-parity
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n 2 --dist worksteal -rs tests/parity
+
+fuzz: $(VENV)/installed-test
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -W ignore -m tests.support.fuzz --mutations=$(MUTATIONS) $(KINDS)
 
 docs: $(VENV)/installed-docs
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n 2 --dist worksteal -rs tests/docs

@@ -273,6 +273,17 @@ def test_interrupted_anywhere_and_continued(task, pretrained, pictures, tmp_path
     same_files(tmp_path / "killed", tmp_path / "whole", task)
 
 
+def test_a_failed_evaluation_does_not_block_its_folder(pretrained, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "write", lambda _: None)
+    section = {**arguments("retrieval", pictures), "batch_size": 7}
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(type(pretrained), "embed_image_batch", None)
+        evaluate(pretrained, "retrieval", tmp_path, **section | {"batch_size": 8})
+    assert evaluate(pretrained, "retrieval", tmp_path, **section)["retrieval/images"] == 32
+    (tmp_path / "results.json").write_text('{"retrieval/images": 3')
+    assert evaluate(pretrained, "retrieval", tmp_path, **section)["retrieval/images"] == 32
+
+
 def test_a_folder_keeps_one_evaluation(pretrained, pictures, tmp_path, monkeypatch):
     section = {**arguments("retrieval", pictures), "batch_size": 7}
     results = evaluate(pretrained, "retrieval", tmp_path / "out", model="tiny", **section)

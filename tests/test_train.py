@@ -12,10 +12,13 @@ import pytest
 from configs import clip
 from tests.support.pictures import write_pictures
 from tests.support.runs import lines, on_pictures, start
+from vlm_jax.config import plain
+from vlm_jax.data.files import write_json
 from vlm_jax.errors import UserError
 from vlm_jax.params import sharding
 from vlm_jax.run.checkpoint import load_params
-from vlm_jax.run.program import build_program
+from vlm_jax.run.folder import locked
+from vlm_jax.run.program import Program, build_program
 from vlm_jax.train import train
 
 
@@ -233,6 +236,33 @@ def test_on_the_command_line_it_is_one_line(tmp_path):
         assert code == 2 and "Traceback" not in errors
         assert len([line for line in errors.splitlines() if line.startswith("error: ")]) == 1
         assert override.split(".")[-1].split("=")[0] in errors
+
+
+def test_a_finished_run_answers_at_once_and_a_run_has_its_folder_alone(tmp_path, monkeypatch, capsys):
+    workdir, results = tmp_path / "run", {"step": 2, "loss/top1": 0.5}
+    (workdir / "checkpoints" / "2").mkdir(parents=True)
+    write_json(workdir / "config.json", plain(smoke()))
+    write_json(workdir / "results.json", results)
+    monkeypatch.setattr("vlm_jax.train._train", None)
+    assert train(smoke(), workdir) == results and (workdir / "report" / "index.html").exists()
+    assert "holds the results of this config; to train again" in capsys.readouterr().out
+    with pytest.raises(TypeError):  # another config trains, or says why not
+        train(smoke().copy_and_resolve_references() | {"seed": 1}, workdir)
+    (workdir / "results.json").write_text('{"step": 2, "lo')
+    with pytest.raises(TypeError):  # evaluates again
+        train(smoke(), workdir)
+    with locked(workdir), pytest.raises(UserError, match=r"run is in use by process \d+"):
+        train(smoke(), workdir)
+
+
+def test_token_ids_beyond_the_vocabulary_are_refused(tmp_path, monkeypatch):
+    """A look-up beyond the table gives NaN."""
+    write_pictures(tmp_path, 20)
+    settings = on_pictures(tmp_path)
+    settings["model"]["text"]["vocab_size"] = 100
+    monkeypatch.setattr(Program, "compile_step", lambda _: None)
+    with pytest.raises(UserError, match=r"config.data: `token_ids` has the id \d{3,}, the model's vocabulary 100 ids"):
+        train(settings, tmp_path / "run")
 
 
 def test_another_config_does_not_touch_a_run(tmp_path):

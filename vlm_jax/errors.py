@@ -2,6 +2,7 @@
 
 import errno
 
+LONGEST = 4000  # characters of a UserError
 CUT = 300  # characters kept of any other error: some errors print the program
 MENDABLE = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EROFS,
@@ -10,7 +11,14 @@ MENDABLE = (
 
 
 class UserError(ValueError):
-    """An error that the user can fix: one line with the thing, what was expected, what came, and the fix."""
+    """An error that the user can fix: one line with the thing, what was expected, what came, and the fix.
+
+    Of a very long message (a value of a file, a pattern of the user's), the middle is left out.
+    """
+
+    def __init__(self, message: object = ""):
+        text = str(message)
+        super().__init__(text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 4 :]}")
 
 
 class DivergedError(UserError):

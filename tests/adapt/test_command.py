@@ -12,6 +12,30 @@ from vlm_jax.command import commands
 from vlm_jax.errors import UserError
 
 
+def test_an_interrupted_adaptation_continues_after_its_last_fit(base, tmp_path, monkeypatch):
+    given = dict(
+        methods=["zero_shot", "gda", "tip_adapter"], seeds=2, uri="tfds:emoji", split="unseen_style[:600]", shots=2,
+        train_split="train[:2000]", label="concept", classes={0: "grinning face", 570: "a"},
+    )  # fmt: skip
+    whole, fits, save = adapt_command.adapt(base, tmp_path / "whole", **given), [], adapt_command.save_adapter
+
+    def interrupted(path, *models):
+        fits.append(path.stem)
+        if len(fits) == 3:
+            raise KeyboardInterrupt
+        save(path, *models)
+
+    monkeypatch.setattr(adapt_command, "save_adapter", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        adapt_command.adapt(base, tmp_path / "out", **given)
+    assert (tmp_path / "out" / "gda_0.safetensors").exists() and not (tmp_path / "out" / "lock").exists()
+    with pytest.raises(UserError, match=r"an adaptation with adapter.shots = 2, not 1; choose another --out or delete"):
+        adapt_command.adapt(base, tmp_path / "out", **given | {"shots": 1})
+    assert adapt_command.adapt(base, tmp_path / "out", **given) == whole
+    assert fits == ["zero_shot_0", "gda_0", "tip_adapter_0", "tip_adapter_0", "zero_shot_1", "gda_1", "tip_adapter_1"]
+    assert not (tmp_path / "out" / "progress").exists()
+
+
 def test_the_command(base, tmp_path, monkeypatch):
     """From flags to a table, results, and a file that `load(...)` takes."""
     monkeypatch.setattr(adapt_command, "load", lambda spec, **_: base)

@@ -24,7 +24,8 @@ CLIP = "pkg:vlm_jax/zoo/clip_tiny"
 
 def vlm_jax_command(*argv, program="from vlm_jax.__main__ import main; main()"):
     """(exit status, stdout, stderr) of `vlm-jax ARGV`, with a last line of stderr if it has imported jax."""
-    look = "import atexit, sys; atexit.register(lambda: 'jax' in sys.modules and print('JAX', file=sys.stderr)); "
+    look = "import atexit, os, sys; look = lambda: 'jax' in sys.modules and print('JAX', file=sys.stderr, flush=True); "
+    look += "leave = os._exit; os._exit = lambda status: (look(), leave(status)); atexit.register(look); "
     given = [sys.executable, "-c", f"{look}sys.argv[0] = 'vlm-jax'; {program}", *map(str, argv)]
     done = subprocess.run(given, cwd=ROOT, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
@@ -174,6 +175,11 @@ command.run("convert", main)
          "'/proc/nothing' (a bug? --debug shows the traceback)"),
         ("raise PermissionError(13, 'Permission denied', 'a')", 2, "error: Permission denied (a)"),
         ("raise KeyboardInterrupt", 130, "error: interrupted"),
+        ("import os; os.kill(os.getpid(), 2); command.time.sleep(9)", 130, "error: interrupted"),
+        ("try: command.os.kill(command.os.getpid(), 2)\n    except BaseException: raise ValueError('a library')",
+         130, "error: interrupted"),
+        ("import weakref as w; ref = w.ref(x := set(), lambda _: command.os.kill(command.os.getpid(), 2)); del x; "
+         "command.time.sleep(9)", 130, "error: interrupted"),
         ("command.tqdm(total=9, desc='x'); raise UnicodeError('y')", 1,
          "error: UnicodeError: y (a bug? --debug shows the traceback)"),
         ("sys.exit('stopped: saved')", 1, "stopped: saved"),
@@ -241,7 +247,7 @@ def test_pictures_outside_are_allowed_by_a_flag(argument, uri, monkeypatch):
     commands.define("evaluate", values)
     monkeypatch.setattr(flags, "FLAGS", values)
     given = ("--model=m", "--task=zeroshot", "--data=jsonl:a", "--out=o", *argument)
-    command._parse("evaluate", ["evaluate", *given])
+    command.parse("evaluate", ["evaluate", *given])
     assert data_uri(values) == uri
 
 

@@ -61,3 +61,23 @@ def test_other_data_is_not_continued(tmp_path):
     first.save(now=True)
     with pytest.raises(UserError, match="progress of an evaluation with examples = 20, now it is 21; choose another"):
         Progress(tmp_path).begin(examples=21)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda record: "{",
+        lambda record: record.replace('"rows": 3', '"rows": 1000000000000'),
+        lambda record: record.replace("<f4", "|O"),
+        lambda record: record.replace('"counts"', '"count"'),
+    ],
+)
+def test_damaged_progress_starts_anew(damage, tmp_path, caplog):
+    progress = Progress(tmp_path / "p")
+    progress.begin(examples=3)
+    progress.table("rows", 1e6).append(x=np.ones((3, 2), np.float32))
+    progress.save(now=True, batches=1)
+    record = tmp_path / "p" / "progress.json"
+    assert Progress(tmp_path / "p").begin(examples=3) == {"batches": 1}
+    record.write_text(damage(record.read_text()))
+    assert Progress(tmp_path / "p").begin(examples=3) == {} and caplog.messages

@@ -160,10 +160,28 @@ def test_processes_with_other_data_are_refused(monkeypatch):
 HOW = "--distributed={} is not `address:port,processes,index`, or `auto` on a TPU"
 
 
-@pytest.mark.parametrize("how", ["localhost", "localhost:1234,two,0"])
+@pytest.mark.parametrize(
+    "how", ["localhost", "localhost:1234,two,0", "localhost,2,0", "localhost:99999,2,0", "localhost:1,2,2", ":1,2,0"]
+)
 def test_how_processes_meet_is_checked(how):
     with pytest.raises(UserError, match=HOW.format(how)):
         processes.start(how)
+
+
+def test_where_processes_meet_is_checked_in_seconds(monkeypatch):
+    """JAX itself waits for five minutes at an address without a first process, and crashes at a port in use."""
+    monkeypatch.setattr(processes, "JOIN_SECONDS", 0.4)
+    with socket.create_server(("localhost", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"cannot listen at port {port} .Address already in use.; end what uses it"):
+            processes.start(f"localhost:{port},2,0")
+        processes.reach(f"localhost:{port}", first=False)
+    for address in (f"localhost:{port}", f"host.invalid:{port}"):
+        with pytest.raises(UserError, match=f"{address} has no first process .*; check address and port"):
+            processes.start(f"{address},2,1")
+    with pytest.raises(UserError, match=r"host.invalid:.* does not lead to this machine, the first process's"):
+        processes.start(f"host.invalid:{port},2,0")
+    processes.reach(f"localhost:{port}", first=True)
 
 
 @pytest.mark.subprocess

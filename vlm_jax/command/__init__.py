@@ -72,7 +72,7 @@ def run(name: str, main: Main | None = None) -> None:
     global interrupts
     interrupts = _Interrupts()
     try:
-        app.run(partial(_answer, name, main), flags_parser=partial(_parse, name))
+        app.run(partial(_answer, name, main), flags_parser=partial(parse, name))
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in sys.argv:  # the flags may not be parsed yet
             traceback.print_exc()
@@ -110,7 +110,8 @@ class _Interrupts:
         if dropped.exc_type is not KeyboardInterrupt:
             return self._dropped(dropped)
         self.came = None
-        threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
+        main = threading.main_thread().ident
+        threading.Timer(0.1, signal.pthread_kill, [main, signal.SIGINT]).start()
 
     def _raise(self, *_):
         if self.came is None:
@@ -224,11 +225,11 @@ def _underscored(argument: str) -> str:
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else argument
 
 
-def _parse(name: str, argv: Sequence[str]) -> Sequence[str]:
-    """Parses the flags and returns the remaining arguments."""
+def parse(name: str, argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> Sequence[str]:
+    """Parses the flags of a command into `values` and returns the remaining arguments; raises UserError."""
     try:
-        left = configs.parse(flags.FLAGS, [_underscored(argument) for argument in argv])
-    except (UserError, flags.Error, TypeError, ValueError, OSError) as error:
+        left = configs.parse(values, [_underscored(argument) for argument in argv])
+    except (UserError, flags.Error, TypeError, ValueError, OSError, RecursionError) as error:
         message = str(error).removeprefix("flag ")
         if isinstance(error, OSError):  # a config file; the last line has the reason
             message = f"--config: {message.splitlines()[-1].strip()}"
@@ -237,7 +238,7 @@ def _parse(name: str, argv: Sequence[str]) -> Sequence[str]:
             message = f"{flag}: {mendable(cause) or f'{type(cause).__name__}: {cause}'}"
         raise UserError(message) from error
     command = COMMANDS[name]
-    missing = [f"--{flag.name}" for flag in command.all() if flag.needed and flags.FLAGS[flag.name].value is None]
+    missing = [f"--{flag.name}" for flag in command.all() if flag.needed and values[flag.name].value is None]
     if missing:
         raise UserError(f"{name} needs {', '.join(missing)}; vlm-jax {name} --help has an example")
     if left[1:] and not command.arguments:

@@ -61,10 +61,9 @@ class Table:
         if not self._columns:
             self._columns = {column: (rows.dtype, rows.shape[1:]) for column, rows in columns.items()}
             self._files = {column: self._open(column) for column in columns}
-        for column, (dtype, shape) in self._columns.items():
+        self._check({column: rows.shape[1:] for column, rows in columns.items()})
+        for column, (dtype, _) in self._columns.items():
             rows = np.ascontiguousarray(columns[column], dtype)
-            if rows.shape[1:] != shape:
-                raise ValueError(f"column `{column}` of `{self._name}` has rows {shape}; got {rows.shape[1:]}")
             with naming(self._folder or tempfile.gettempdir()):
                 self._files[column].seek(self._rows * self._row_bytes(column))
                 self._files[column].write(rows.tobytes())
@@ -74,9 +73,17 @@ class Table:
             for file in self._files.values():
                 file.rollover()
 
+    def _check(self, columns: Mapping[str, tuple[int, ...]]) -> None:
+        own = {column: shape for column, (_, shape) in self._columns.items()}
+        if columns != own:
+            where = f" in {self._folder}; delete it if it was saved by another evaluation" if self._folder else ""
+            raise UserError(f"the table `{self._name}` has rows {own}, not {dict(columns)}{where}")
+
     def read(self, column: str, rows: slice = slice(None)) -> np.ndarray:
         """Returns consecutive rows of a column, [n, ...]; reads only these rows."""
         start, stop, _ = rows.indices(self._rows)
+        if column not in self._columns:
+            raise UserError(f"the table `{self._name}` has no column `{column}`; delete {self._folder} to start anew")
         dtype, shape = self._columns[column]
         self._files[column].seek(start * self._row_bytes(column))
         data = self._files[column].read((stop - start) * self._row_bytes(column))

@@ -5,7 +5,6 @@ A mask is a tree like the parameters. Its leaves are bools, or bool arrays that 
 """
 
 import re
-import zipfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,7 +80,7 @@ def _read(path, where):
     """Returns the rules of a file of masks by name."""
     try:
         return [(re.escape(name), mask) for name, mask in dict(np.load(path, allow_pickle=False)).items()]
-    except (OSError, TypeError, ValueError, EOFError, zipfile.BadZipFile):
+    except Exception:  # numpy, zipfile and zlib raise many kinds
         raise UserError(f"{where} is `{path}`, which cannot be read; expected an .npz file of bools by name") from None
 
 

@@ -264,8 +264,9 @@ def finished(workdir: Path, settings: Mapping[str, Any]) -> dict[str, Any] | Non
     results = None
     if processes.is_first():
         results, before = read_kept(workdir / "results.json"), read_kept(workdir / "config.json")
-        last = workdir / "checkpoints" / str((results or {}).get("step"))
-        if before is None or _changed(before, settings) or not last.is_dir():
+        step = (results or {}).get("step")
+        ended = type(step) is int and (workdir / "checkpoints" / str(step)).is_dir()
+        if not ended or before is None or _changed(before, settings):
             results = None
     return processes.exchange(results)[0]
 

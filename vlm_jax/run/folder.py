@@ -166,7 +166,10 @@ def released_on_failure(folder: Path) -> Iterator[None]:
 
 
 def _told(holder: dict[str, str] | None) -> str:
-    return f"process {holder['pid']} on {holder['host']} (since {holder['since']})" if holder else "another process"
+    if holder is None:
+        return "another process"
+    pid, host, since = (str(holder[key])[:60].encode(errors="replace").decode() for key in ("pid", "host", "since"))
+    return f"process {pid} on {host} (since {since})"
 
 
 def _busy(path: Path, holder: dict[str, str] | None) -> UserError:

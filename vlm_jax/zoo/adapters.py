@@ -4,6 +4,7 @@ Tensors: inserted parameters, changed parameters (of a stack, the changed layers
 the insertions, the classes and their prompts.
 """
 
+import functools
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
@@ -132,13 +134,17 @@ def _check(adapted: Pretrained) -> None:
     if getattr(adapted.model, "insertions", ()):
         check_alike(insertion.new_leaves(shapes_of(adapted.model, positions)), insertion.new_leaves(adapted.params))
     if adapted.head is not None:
-        picture = inputs_of(adapted.model, positions)[0]
-        embedding = jax.eval_shape(
-            lambda params, x: adapted.model.apply({"params": params}, x, None).image, adapted.params, picture
-        )
-        logits = np.asarray(adapted.head(np.zeros(embedding.shape, np.float32)))
+        logits = np.asarray(adapted.head(np.zeros(_embedding(adapted.model, positions), np.float32)))
         if logits.shape != (1, len(adapted.classes)):
             raise UserError(f"an adapter's head gives logits {list(logits.shape)} for {len(adapted.classes)} classes")
+
+
+@functools.lru_cache(maxsize=8)  # tracing takes a while
+def _embedding(model: nn.Module, positions: int | None) -> tuple[int, ...]:
+    """Returns the shape of one picture's embedding, (1, D)."""
+    picture = inputs_of(model, positions)[0]
+    embed = lambda rng, picture: model.init_with_output(rng, picture, None)[0].image
+    return jax.eval_shape(embed, jax.random.key(0), picture).shape
 
 
 def _head_type(name: str) -> type:

@@ -1,15 +1,17 @@
 """Recognises a checkpoint by content: the format, the model, and the table of the tensors."""
 
+import contextlib
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from vlm_jax import models
 from vlm_jax.data.files import inside, read_json
 from vlm_jax.errors import UserError
 from vlm_jax.params.table import named_leaves
@@ -113,11 +115,18 @@ def understand(path: str | Path, activation: str | None = None) -> Released:
         hub = re.fullmatch(r"(?:https?:/+)?(?:huggingface\.co/)?([\w.-]+/[\w.-]+)(?:/tree/main)?/?", str(path))
         hint = f"for the Hugging Face hub, write hf:{hub[1]}" if hub else "check the path"
         raise UserError(f"there is no file or folder {path}; {hint}")
-    try:
+    with _understanding(path):
         return (_folder if path.is_dir() else _file)(path, activation)
+
+
+@contextlib.contextmanager
+def _understanding(path: Path) -> Iterator[None]:
+    """Turns the errors of settings that are no settings of a model into a UserError."""
+    try:
+        yield
     except UserError:
         raise
-    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be understood ({error})"
         raise UserError(f"{path} {what}; it is incomplete or damaged: download it again") from error
 
@@ -267,6 +276,8 @@ def run_of(path: Path) -> Released:
         raise UserError(f"{path} holds checkpoints but no config.json of vlm_jax.train")
     known = _texts_of(settings, path)
     check_sizes(settings["model"])
+    with _understanding(path):
+        models.build(settings["model"])
     return Released("a workdir of vlm_jax.train", path, {}, settings["model"], (), **known, run=settings)
 
 

@@ -86,3 +86,21 @@ def test_an_op_of_ones_own():
         del ops.OPS["invert"]
     with pytest.raises(BadExample, match="has no field `image`, which `flip` needs"):
         run("flip", {"text": "x"})
+
+
+@pytest.mark.parametrize(
+    ("string", "message"),
+    [
+        (" | ".join(["flip"] * 20_000), "an op string of 139,997 characters"),
+        ("resize(60000)", "op `resize` was given height=60000; expected at most 5,000"),
+        ("tokenize(99999999999)", "op `tokenize` was given length=99999999999; expected at most"),
+        ("normalize((1e999, 0, 0), (1, 1, 1))", "expected at most 5,000"),
+        ("flip(" * 3000, "is not ops joined by"),
+        ("flip\0", "is not ops joined by"),
+        ("keep('\ud800')", "is not ops joined by"),
+        ("-" * 9000 + "1", "is not ops joined by"),
+    ],
+)
+def test_strings_from_elsewhere_fill_no_memory(string, message):
+    with pytest.raises(UserError, match=message):
+        ops.parse(string, tokenizer=lambda *_: None)

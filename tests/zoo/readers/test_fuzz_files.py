@@ -5,77 +5,18 @@ kilobytes), so the bound on memory catches sizes that are believed before they a
 """
 
 import io
-import json
 import tracemalloc
 import zipfile
 
-import ml_dtypes
 import numpy as np
 import pytest
 
+from tests.support.fuzz_checkpoints import SEEDS, read_all
 from tests.support.tensor_files import mutate
 from tests.support.torch_pickles import STATE, STORAGES, hostile_pickles
-from tests.support.torch_writer import Call, Object, dumps, legacy_bytes, zip_bytes
-from vlm_jax.errors import UserError
-from vlm_jax.zoo.readers.tensors import open_tensors, write_safetensors
+from tests.support.torch_writer import legacy_bytes, zip_bytes
 
 MUTATIONS = 200  # of each kind of file
-ARRAYS = {
-    "image/kernel": np.arange(60, dtype=np.float32).reshape(3, 4, 5),
-    "image/bias": np.arange(8).astype(ml_dtypes.bfloat16),
-    "ids": np.arange(6).reshape(2, 3),
-    "scale": np.array(2.5, np.float16),
-}
-
-
-def of_safetensors(folder):
-    write_safetensors(folder / "seed", ARRAYS, {"format": "np"})
-    return (folder / "seed").read_bytes()
-
-
-def of_npz(folder, save=np.savez):
-    out = io.BytesIO()
-    save(out, **ARRAYS, fortran=np.asfortranarray(np.ones((3, 4))))
-    return out.getvalue()
-
-
-def of_torch(folder):
-    weights = Call("collections.OrderedDict", ([[name, tensor] for name, tensor in STATE.items()],))
-    return zip_bytes({"epoch": 3, "state_dict": weights, "args": {"lr": 0.1, "betas": (1, 2)}}, STORAGES)
-
-
-def of_torchscript(folder):
-    module = Object("__torch__.Linear", {"training": True, **STATE})
-    return zip_bytes(Object("__torch__.CLIP", {"visual": module}), STORAGES, {"constants.pkl": dumps(())})
-
-
-def of_index(folder):
-    write_safetensors(folder / "shard", ARRAYS)
-    return json.dumps({"metadata": {"a": 1}, "weight_map": dict.fromkeys(ARRAYS, "shard")}).encode()
-
-
-SEEDS = {
-    "safetensors": of_safetensors,
-    "npz": of_npz,
-    "npz_compressed": lambda folder: of_npz(folder, np.savez_compressed),
-    "torch": of_torch,
-    "torchscript": of_torchscript,
-    "torch_legacy": lambda folder: legacy_bytes({"model": STATE, "step": 1}, STORAGES),
-    "index": of_index,
-}
-
-
-def read_all(path) -> bool:
-    """Whether the file is read, every tensor of it; False where a UserError of one line refuses it."""
-    try:
-        for tensor in open_tensors(path).tensors.values():
-            array = tensor.read()
-            assert array.shape == tensor.shape and array.dtype == tensor.dtype
-            tensor.read(tuple(slice(0, None, 2) for _ in tensor.shape))
-    except UserError as error:
-        assert "\n" not in str(error) and len(str(error)) < 1500
-        return False
-    return True
 
 
 @pytest.mark.filterwarnings("error")

@@ -111,6 +111,8 @@ def regular_file(path: str | os.PathLike) -> RegularFile:
     path = Path(path).absolute()
     try:
         info = os.stat(path)
+    except ValueError as error:  # NUL, surrogates
+        raise UserError(f"{str(path)!r:.300} is no path of a file ({error_text(error)})") from None
     except OSError as error:
         reasons = {
             errno.ENOENT: "a symbolic link to a file that is not there" if os.path.islink(path) else "not there",

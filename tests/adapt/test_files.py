@@ -1,0 +1,78 @@
+"""Adapter files from elsewhere: what does not fit the model is one error, at loading."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+import vlm_jax
+from tests.support import few_shot
+from tests.support.fuzz_kinds import adapters
+from vlm_jax.errors import UserError
+from vlm_jax.zoo.adapters import KEY
+from vlm_jax.zoo.readers.tensors import open_tensors, write_safetensors
+
+DOWN = "params/image/blocks/mlp/inserted_down"
+
+
+@pytest.fixture
+def parts(tmp_path, request):
+    """(arrays, metadata, path) of an adapter's file, to change."""
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(adapters()[request.param])
+    file = open_tensors(path)
+    return {name: tensor.read() for name, tensor in file.tensors.items()}, json.loads(file.metadata[KEY]), path
+
+
+def load(parts):
+    arrays, about, path = parts
+    write_safetensors(path, arrays, {KEY: json.dumps(about)})
+    return vlm_jax.load_adapter(path, few_shot.clip_like(scan=True))
+
+
+@pytest.mark.parametrize("parts", ["modules"], indirect=True)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda arrays, about: about["insertions"][0].update(width=10**12), "is 1000000000000; expected at most"),
+        (lambda arrays, about: about["insertions"][0].update(width=3), "inserted_down"),
+        (lambda arrays, about: about["insertions"][0].update(where="(a+)+$"), "regex that may run for hours"),
+        (lambda arrays, about: about["insertions"][0].update(type="Popen"), "Popen"),
+        (lambda arrays, about: about.update(insertions=3), "damaged"),
+        (lambda arrays, about: about.pop("classes"), "damaged"),
+        (lambda arrays, about: about.update(classes=[1, 2, 3]), "not all texts"),
+        (lambda arrays, about: about.update(templates=["no place"]), "no `{}`"),
+        (lambda arrays, about: about.update(tokenize="tokenize(99999999999)"), "expected at most"),
+        (lambda arrays, about: arrays.pop(DOWN), "inserted_down"),
+        (lambda arrays, about: arrays.update({DOWN: arrays[DOWN].astype(np.int32)}), "inserted_down"),
+        (lambda arrays, about: arrays.update({DOWN: arrays[DOWN][:, :3]}), "inserted_down"),
+        (lambda arrays, about: arrays.update({"params/image/stranger": np.ones(2)}), "stranger"),
+    ],
+)
+def test_modules_that_do_not_fit(change, message, parts):
+    assert load(parts).classes == few_shot.NAMES
+    change(*parts[:2])
+    began = time.monotonic()
+    with pytest.raises(UserError, match=message):
+        load(parts)
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("parts", ["head"], indirect=True)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda arrays, about: about["head"].update(type="Popen"),
+        lambda arrays, about: about["head"].pop("bias"),
+        lambda arrays, about: arrays.pop("head/bias"),
+        lambda arrays, about: arrays.update({"head/weights": arrays["head/weights"][:2]}),
+        lambda arrays, about: about.update(classes=["a", "b"]),
+        lambda arrays, about: about.update(head="x"),
+    ],
+)
+def test_heads_that_do_not_fit(change, parts):
+    assert load(parts).head is not None
+    change(*parts[:2])
+    with pytest.raises(UserError, match=r"adapter"):
+        load(parts)
