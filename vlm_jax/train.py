@@ -121,10 +121,8 @@ def _train(
             state, progress = saver.restore(program.abstract_state)
         processes.say(f"continuing from step {int(state.step)} of {total}")
     if progress["data"]:
-        counts = (
-            {} if processes.is_first() else {"read": 0, "bad": 0, "kinds": {}}
-        )  # the first process keeps the counts of all
-        batches.set_state(progress["data"] | counts)
+        others = {"read": 0, "bad": 0, "kinds": {}}  # the first process keeps the counts of all
+        batches.set_state(progress["data"] | ({} if processes.is_first() else others))
     batches.start()  # reads data while the step compiles
     with doing("compiling the train step"):
         train_step, frozen = program.compile_step(), program.frozen()
