@@ -364,11 +364,9 @@ class Pretrained:
         for i, record in enumerate(records):
             try:
                 rows.append(pipeline(record, np.random.default_rng(0))[field])
-            except UserError:
-                raise
-            except Exception as error:  # Pillow's and numpy's, of odd pictures or of ops that do not fit them
-                kind = "" if isinstance(error, BadExample) else f"{type(error).__name__}: "
-                raise UserError(f"{modality} {i} of {len(records)} cannot be used: {kind}{error}") from error
+            except Exception as error:  # also Pillow's and numpy's, of ops that do not fit a picture
+                reason = error if isinstance(error, BadExample | UserError) else f"{type(error).__name__}: {error}"
+                raise UserError(f"{modality} {i} of {len(records)} cannot be used: {reason}") from None
         return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 
     def _need(self, modality: str) -> None:
