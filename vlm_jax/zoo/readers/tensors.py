@@ -97,7 +97,7 @@ def _open_index(file: RegularFile) -> TensorFile:
     for name, shard in places.items():
         if name not in shards[shard].tensors:
             raise UserError(
-                f"{file.path}: tensor `{' '.join(name.split())}` is not in {shard}; the shards are not of this index, "
+                f"{file.path}: tensor `{' '.join(name.split())[:200]}` is not in {shard}; the shards are not of this index, "
                 "download them again"
             )
     tensors = {
