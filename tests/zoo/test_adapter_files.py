@@ -43,7 +43,7 @@ def load(parts):
         (lambda arrays, about: about.pop("classes"), "damaged"),
         (lambda arrays, about: about.update(classes=[1, 2, 3]), "not all texts"),
         (lambda arrays, about: about.update(templates=["no place"]), "no `{}`"),
-        (lambda arrays, about: about.update(tokenize="tokenize(99999999999)"), "expected at most"),
+        (lambda arrays, about: about.update(tokenize="tokenize(99999999999)"), "expected 1 to"),
         (lambda arrays, about: arrays.pop(DOWN), "inserted_down"),
         (lambda arrays, about: arrays.update({DOWN: arrays[DOWN].astype(np.int32)}), "inserted_down"),
         (lambda arrays, about: arrays.update({DOWN: arrays[DOWN][:, :3]}), "inserted_down"),
