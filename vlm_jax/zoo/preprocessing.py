@@ -114,8 +114,8 @@ def _size_of(step: ops.Step) -> np.ndarray:
 
 def _spelled(step: ops.Step, scale: np.ndarray | None = None) -> str:
     """The op as text, with a scale of a scaled size."""
-    own, names = dict(step.kwargs), inspect.signature(step.function).parameters
-    first = next((name for name in names if name in own), "")
+    own, names = dict(step.kwargs), list(inspect.signature(step.function).parameters)[1 + step.random :]
+    first = next((name for name in names[:1] if name in own), "")  # a later argument is a keyword
     args = (own.pop(first),) if first else ()
     if scale is not None:
         new = _sides(np.floor(_size_of(step) * scale + 1e-6).astype(int))
