@@ -239,14 +239,15 @@ def _unknown(name: str, flag: str) -> str:
     return f"{name} has no flag --{flag}; {other}see vlm-jax {name} --help"
 
 
-def _missing_config(error: OSError) -> str | None:
-    """Returns what is said of a config file that is not there."""
-    path = str(error.filename or "")
-    if not isinstance(error, FileNotFoundError) or not path:
-        return None
-    stem = os.path.splitext(os.path.basename(path))[0]
+def _unreadable(message: str) -> str:
+    """Returns what is said of a config file that cannot be read; the last line of ml_collections' message tells why."""
+    reason = message.splitlines()[-1].strip()
+    missing = re.search(r"No such file or directory: '(.*)'", reason)
+    if not missing:
+        return f"--config: {reason}"
+    stem = os.path.splitext(os.path.basename(missing[1]))[0]
     known = f"; the config that comes with the package is --config={stem}" if stem in configs.names() else ""
-    return f"{path}: there is no such file{known}"
+    return f"--config={missing[1]}: there is no such file{known}"
 
 
 def parse(name: str, argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> Sequence[str]:
@@ -259,8 +260,8 @@ def parse(name: str, argv: Sequence[str], values: flags.FlagValues = flags.FLAGS
         message = str(error).removeprefix("flag ")
         for words, expected in NUMBERS:
             message = re.sub(f": {words}.*", f" should be {expected}", message)
-        if isinstance(error, OSError):  # a config file; the last line has the reason
-            message = f"--config={_missing_config(error) or message.splitlines()[-1].strip()}"
+        if isinstance(error, OSError):
+            message = _unreadable(message)
         elif ": Error whilst parsing config file:" in message:  # ml_collections' words and a traceback
             flag, cause = message.split(": Error whilst")[0], error.__context__.__context__
             message = f"{flag}: {mendable(cause) or f'{type(cause).__name__}: {cause}'}"
