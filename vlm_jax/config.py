@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import json
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,7 +35,21 @@ def call(fn: Callable, section: Mapping[str, Any], where: str, **fixed) -> Any:
         named = parameters[name].kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         if required and named and name not in section:
             raise UserError(f"{where} lacks the key `{name}`, which has no default")
+    for key, value in section.items():
+        check_number(parameters.get(key), value, where)
     return fn(**section, **fixed)
+
+
+def check_number(parameter: inspect.Parameter | None, value: Any, where: str) -> None:
+    """Raises a UserError if a parameter declared as a number gets a text, a list, a dict or None."""
+    kinds = {parameter.annotation} if parameter else set()
+    kinds = set(typing.get_args(parameter.annotation)) if kinds and typing.get_args(parameter.annotation) else kinds
+    if not kinds or not kinds <= {int, float, type(None)}:
+        return
+    cut = isinstance(value, float) and float not in kinds and not value.is_integer()
+    if cut or isinstance(value, str | list | tuple | Mapping) or (value is None and type(None) not in kinds):
+        expected = "a number" if float in kinds else "a whole number"
+        raise UserError(f"{where}: {parameter.name}={value!r:.60} should be {expected}")
 
 
 def choose(options: Mapping[str, Any], name: str, where: str) -> Any:

@@ -6,7 +6,7 @@ LONGEST = 4000  # characters of a UserError
 CUT = 300  # characters kept of any other error: some errors print the program
 MENDABLE = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EROFS,
-    errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
+    errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EPERM,
 )  # fmt: skip
 
 

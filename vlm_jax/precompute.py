@@ -1,6 +1,6 @@
 """Embeds the pictures of a data set once, for runs with a locked image tower.
 
-    vlm-jax precompute --config=configs/lit.py:tiny --data=tfds:emoji --split=train --out=runs/lit_images
+    vlm-jax precompute --config=lit:tiny --data=tfds:emoji --split=train --out=runs/lit_images
 
 The tower (LiT, arXiv:2111.07991, section 3.3) is the config's `model.image`. `model_init` names its parameters, and the
 config's `preprocess` prepares the pictures. The run then reads `--config.data.uri=precomputed:runs/lit_images`. After

@@ -1,7 +1,7 @@
 """Trains any model with any objective, or continues a run that was interrupted.
 
-    vlm-jax train --config=configs/clip.py:tiny --workdir=runs/demo
-    vlm-jax train --config=configs/clip.py:smoke --workdir=runs/smoke --config.optimizer.lr=1e-3
+    vlm-jax train --config=clip:tiny --workdir=runs/demo
+    vlm-jax train --config=clip:smoke --workdir=runs/smoke --config.optimizer.lr=1e-3
 
 Top to bottom: read the data, build the program from the config, place the program on the mesh, continue from the newest
 checkpoint, loop, evaluate, report. The same command after any interruption gives the same result, bit for bit. On
@@ -21,6 +21,7 @@ from absl import flags
 from vlm_jax import command, config, evaluators, objectives, report
 from vlm_jax.data import loader, mixture, tokenizers
 from vlm_jax.data.files import write_json
+from vlm_jax.errors import UserError
 from vlm_jax.models import vocabulary
 from vlm_jax.params import optim, sharding
 from vlm_jax.params.table import named_leaves
@@ -92,6 +93,8 @@ def _train(
         )  # fmt: skip
         processes.check_equal(batches.fingerprints, "data")
     total = optim.duration_to_steps(duration, batch_size, batches.num_examples)
+    if not total:
+        raise UserError(f"config.duration is {duration!r}; expected 1 step or more")
     steps = lambda length: optim.duration_to_steps(length, batch_size, batches.num_examples, total)
     with doing("building the model"):
         program = build_program(

@@ -217,6 +217,8 @@ def test_sizes_in_other_strings():
     assert preprocessing.resized("decode | resize(32) | cache | flip | normalize", 64) == (
         "decode | resize(64) | cache | flip | normalize"
     )
+    given = "decode(exif=True) | crop_to_content | random_resized_crop(32) | normalize('clip')"
+    assert preprocessing.resized(given, 64) == given.replace("32", "64")
     for string in ("decode | normalize", "decode | resize_to_patches(16, 256) | normalize | pack_patches(16, 256)"):
         assert preprocessing.augmented(string) == string
         with pytest.raises(UserError, match=r"has no size that can follow image_size=64; pass preprocess= as well"):

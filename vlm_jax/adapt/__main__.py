@@ -24,7 +24,7 @@ from absl import flags
 from vlm_jax import __version__, command, config, evaluators, report
 from vlm_jax.command.commands import LOADING
 from vlm_jax.command.values import data_uri, given
-from vlm_jax.data.files import write_json
+from vlm_jax.data.files import read_kept, write_json
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators.progress import Progress
 from vlm_jax.pretrained import Pretrained
@@ -47,7 +47,7 @@ def adapt(
 ) -> dict[str, Any]:
     """Adapts a model, writes results.json, `METHOD_SEED.safetensors` and a report into `out`, and returns the results.
 
-    After an interruption the same call continues after the last finished fit.
+    After an interruption the same call continues after the last finished fit; after the end it returns the results.
 
     Args:
       pretrained: a two-tower model.
@@ -58,11 +58,9 @@ def adapt(
       **section: the other arguments of `protocol.few_shot`.
 
     Raises:
-      UserError: `out` holds results, or an unfinished adaptation of other settings.
+      UserError: `out` holds an adaptation of other settings, or something else.
     """
     out, bar = Path(out).expanduser(), None
-    if (out / "results.json").exists():
-        raise UserError(f"{out} holds results; give another --out")
 
     def keep(method: str, seed: int, adapted: Pretrained) -> None:
         nonlocal bar
@@ -78,6 +76,8 @@ def adapt(
     with locked(out):
         if mistake := claim(out, config.plain(settings), "adapter"):
             raise UserError(f"{out} holds {mistake}")
+        if (numbers := read_kept(out / "results.json")) is not None:
+            return numbers
         progress = Progress(out / "progress" if processes.is_first() else None, show)
         with released_on_failure(out):
             numbers = evaluator(pretrained, progress=progress).as_results()

@@ -71,10 +71,11 @@ def options_of(names: Collection[str], options: Mapping[str, Any]) -> dict[str, 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
     takers = [catalogue.get(FAMILIES, name, "a method of few_shot"), *([] if is_head(name) else [search_rate])]
     taken = [p for taker in takers for p in inspect.signature(taker).parameters.values()]
-    known = [p.name for p in taken if p.kind is p.KEYWORD_ONLY]
-    for key in options:
+    known = {p.name: p for p in taken if p.kind is p.KEYWORD_ONLY}
+    for key, value in options.items():
         if key not in known:
-            raise UserError(catalogue.unknown(f"the method {name} has no option `{key}`", key, dict.fromkeys(known)))
+            raise UserError(catalogue.unknown(f"the method {name} has no option `{key}`", key, known))
+        config.check_number(known[key], value, f"the method {name}")
 
 
 def fit_head(

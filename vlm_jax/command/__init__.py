@@ -1,11 +1,13 @@
 """Runs a command: flags, progress, the answer as a table or JSON, errors in one line."""
 
 import contextlib
+import difflib
 import importlib
 import json
 import math
 import multiprocessing
 import os
+import re
 import shlex
 import signal
 import sys
@@ -225,20 +227,47 @@ def _underscored(argument: str) -> str:
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else argument
 
 
+NUMBERS = ((r"invalid literal for int\(\)", "a whole number"), ("could not convert string to float", "a number"))
+
+
+def _unknown(name: str, flag: str) -> str:
+    """Returns what is said of a flag that the command does not have."""
+    known = [one.name for one in COMMANDS[name].all()]
+    if close := difflib.get_close_matches(flag, known, n=1):
+        return f"{name} has no flag --{flag}; did you mean --{close[0]}?"
+    other = f"--option={flag}=... sets any other argument; " if "option" in known else ""
+    return f"{name} has no flag --{flag}; {other}see vlm-jax {name} --help"
+
+
+def _unreadable(message: str) -> str:
+    """Returns what is said of a config file that cannot be read; the last line of ml_collections' message tells why."""
+    reason = message.splitlines()[-1].strip()
+    missing = re.search(r"No such file or directory: '(.*)'", reason)
+    if not missing:
+        return f"--config: {reason}"
+    stem = os.path.splitext(os.path.basename(missing[1]))[0]
+    known = f"; the config that comes with the package is --config={stem}" if stem in configs.names() else ""
+    return f"--config={missing[1]}: there is no such file{known}"
+
+
 def parse(name: str, argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> Sequence[str]:
     """Parses the flags of a command into `values` and returns the remaining arguments; raises UserError."""
     try:
         left = configs.parse(values, [_underscored(argument) for argument in argv])
+    except flags.UnrecognizedFlagError as error:  # absl's suggestions are of its own flags, too
+        raise UserError(_unknown(name, error.flagname)) from error
     except (UserError, flags.Error, TypeError, ValueError, OSError, RecursionError) as error:
         message = str(error).removeprefix("flag ")
-        if isinstance(error, OSError):  # a config file; the last line has the reason
-            message = f"--config: {message.splitlines()[-1].strip()}"
+        for words, expected in NUMBERS:
+            message = re.sub(f": {words}.*", f" should be {expected}", message)
+        if isinstance(error, OSError):
+            message = _unreadable(message)
         elif ": Error whilst parsing config file:" in message:  # ml_collections' words and a traceback
             flag, cause = message.split(": Error whilst")[0], error.__context__.__context__
             message = f"{flag}: {mendable(cause) or f'{type(cause).__name__}: {cause}'}"
         raise UserError(message) from error
     command = COMMANDS[name]
-    missing = [f"--{flag.name}" for flag in command.all() if flag.needed and values[flag.name].value is None]
+    missing = [f"--{flag.name}" for flag in command.all() if flag.needed and not values[flag.name].value]
     if missing:
         raise UserError(f"{name} needs {', '.join(missing)}; vlm-jax {name} --help has an example")
     if left[1:] and not command.arguments:

@@ -65,7 +65,7 @@ def read_templates(templates: str | Sequence[str]) -> list[str]:
         "imagenet7", "cifar10", ...); or a .txt or .json file with a list.
     """
     several = [templates] if isinstance(templates, str) else list(templates)
-    if len(several) == 1 and "{}" not in several[0]:
+    if len(several) == 1 and isinstance(several[0], str) and "{}" not in several[0]:
         if several[0] in packaged("templates"):
             return packaged("templates")[several[0]]
         if several[0].endswith((".txt", ".json")) or " " not in several[0]:

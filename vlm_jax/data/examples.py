@@ -14,7 +14,7 @@ from vlm_jax.data import ops as ops_lib
 from vlm_jax.data.confined import digest
 from vlm_jax.data.ops import Pipeline
 from vlm_jax.data.rows import Batch, Fields, check, fields_of, stack
-from vlm_jax.data.source import BadExample, Source, select
+from vlm_jax.data.source import BadExample, Source, check_field, select
 from vlm_jax.data.sources import open_source
 from vlm_jax.errors import CUT, UserError
 
@@ -193,6 +193,9 @@ def open_examples(
     if where:
         unusable = []
         selected = select(source, where, unusable)
+        if not len(selected):
+            for path in where:
+                check_field(source, path, f"data set `{uri}`")
         if unusable:
             left_out[f"without a usable {' or '.join(where)}"] = len(unusable)
         if index is None:

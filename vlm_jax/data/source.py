@@ -1,10 +1,14 @@
 """A source: records by index, fields by path, and the error for an unusable record."""
 
-from collections.abc import Hashable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
+
+from vlm_jax import catalogue
+from vlm_jax.errors import UserError
 
 
 class BadExample(Exception):  # noqa: N818 (it is a property of the data, counted and skipped, not of the program)
@@ -72,6 +76,29 @@ def field(record: Mapping[str, Any], path: str) -> Any:
             raise BadExample(f"has no field `{path}` (there: {known})")
         value = value[name]
     return value
+
+
+TRIED = 100  # records in which a field is looked for
+
+
+def check_field(source: Source, path: str, about: str, whole: Callable[[], Source] | None = None) -> None:
+    """Raises a UserError that lists the fields if none of the source's first records has the field `path`.
+
+    A record that cannot be read may have any field. `whole` opens the records with all their fields, for the message.
+    """
+    narrow = source.narrow(frozenset([path]))
+    for i in range(min(len(source), TRIED)):
+        try:
+            if path.split("/")[0] not in narrow[i]:
+                continue
+        except Exception:  # of any odd record
+            pass
+        return
+    known = ()
+    with contextlib.suppress(Exception):
+        known = tuple(map(str, (whole() if whole else source)[0]))
+    if known:
+        raise UserError(catalogue.unknown(f"{about} has no field `{path}`", path, dict.fromkeys(known)))
 
 
 def select(source: Source, where: Mapping[str, Iterable[Any]], unusable: list[str] | None = None) -> np.ndarray:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vlm_jax import catalogue, config
+from vlm_jax.errors import UserError
 from vlm_jax.evaluators.result import Result
 
 __all__ = ["Result", "build"]
@@ -23,4 +24,7 @@ def build(section: Mapping[str, Any]) -> Callable[..., Result]:
     section = dict(section)
     kind = section.pop("type", None)
     builder = catalogue.get("evaluators", kind, "the type of an evaluator")
-    return config.call(builder, section, f"evaluator `{kind}`")
+    evaluator = config.call(builder, section, f"evaluator `{kind}`")
+    if section.get("gallery", 0) < 0:
+        raise UserError(f"evaluator `{kind}`: gallery={section['gallery']}; expected 0 pictures or more")
+    return evaluator

@@ -6,14 +6,13 @@
 import re
 
 from vlm_jax.data.class_lists import options, packaged, read, read_templates
-from vlm_jax.data.source import BadExample, Source
+from vlm_jax.data.source import TRIED, BadExample, Source, check_field
+from vlm_jax.data.sources.folder import SPLITS
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators.records import read_fields
 
 __all__ = ["find_label", "of_source", "packaged", "read", "read_templates"]
 LABELS = ("label", "cls", "concept")  # of TFDS and folders, of webdatasets, of the embedded data set
-SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
-TRIED = 100  # records in which a field is looked for
 
 
 def of_source(source: Source, label: str, about: str) -> dict[int | str, str]:
@@ -23,6 +22,8 @@ def of_source(source: Source, label: str, about: str) -> dict[int | str, str]:
     """
     own = source.label_names(label) or {name: name for name in _texts(source, label)}
     names = list(own.values())
+    if not names:
+        check_field(source, label, about)
     if not names or all(re.fullmatch(r"\d+|n\d{8}", name) for name in names):
         what = f"has for its `{label}` no names but `{names[0]}`, ..." if names else f"has no names for its `{label}`"
         raise UserError(f"{about} {what}; give --classes: {options('classes', '`emoji:seen`')}")
@@ -47,6 +48,10 @@ def find_label(source: Source, about: str) -> str:
         fields = ", ".join(source[0])
     except (BadExample, OSError):
         fields = f"none in its first record, which cannot be read ({bad})"
+    if fields == "image":
+        raise UserError(
+            f"{about} has pictures without labels; put them in one folder per name, or name them in a table"
+        )
     raise UserError(f"{about} has no field {' or '.join(LABELS)}; give --label, one of: {fields}")
 
 

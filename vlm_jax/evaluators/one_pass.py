@@ -17,7 +17,7 @@ from vlm_jax import command
 from vlm_jax.data import loader
 from vlm_jax.data.examples import Examples
 from vlm_jax.data.ops import parse
-from vlm_jax.data.source import Source
+from vlm_jax.data.source import Source, check_field
 from vlm_jax.data.sources import open_source
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators import ops as evaluation_ops  # noqa: F401 (registers `boxed` and `thumbnail`)
@@ -145,6 +145,7 @@ class Pass:
 
     def look(self, classes: Classes, label: str) -> Look:
         """The function from an example's label to its class, see `Classes.look`."""
+        check_field(self.source, label, self.about, lambda: open_source(*self._data))
         return classes.look(self.source.label_names(label), self.about)
 
     def left_out(self, label: str, look: Look) -> Counter:

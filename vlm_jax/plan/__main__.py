@@ -2,7 +2,7 @@
 
     vlm-jax plan --config=configs/clip.py:L/14 --topology=v5e:16x16 --config.mesh.fsdp=16
     vlm-jax plan --config=configs/clip.py:L/14 --topology=v5e:16x16 --search
-    vlm-jax plan --config=configs/clip.py:smoke
+    vlm-jax plan --config=clip:smoke
 
 Compiles the train step of `vlm_jax.train` for chips that this machine does not have (needs `pip install 'vlm_jax[tpu]'`
 and no TPU; for --topology=h100:1x1x8 'vlm_jax[cuda]' and no GPU), and prints the memory of a chip that the step takes,
@@ -40,7 +40,7 @@ def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer:
         best = search.best(tried)
         results = {"best": best and best.json(), "tried": [one.json() for one in tried]}
         return command.Answer(results, search.text(tried), 0 if best else FITS_NOT)
-    with command.doing(f"compiling the train step for {len(devices)} chips"):
+    with command.doing(f"compiling the train step for {len(devices)} chip{'s'[: len(devices) > 1]}"):
         result = train_step.plan(settings, devices, chip, values.codegen)
     text = train_step.text(result) + (f"\n\n{result.table}" if values.table else "")
     # at once: a compiler's thread may still make machine code

@@ -235,7 +235,10 @@ def text(result: Plan) -> str:
     memory = lambda number: f"{number / 2**power:8.2f} {unit}"
     floats, scale = ("TFLOP", 1e12) if result.flops >= 1e12 else ("GFLOP", 1e9)
     axes = " x ".join(f"{name} {count}" for name, count in result.mesh.items())
-    lines = [f"{result.devices} devices: {axes}; {result.parameters / 1e6:,.1f}M parameters", ""]
+    lines = [
+        f"{result.devices} device{'s'[: result.devices > 1]}: {axes}; {result.parameters / 1e6:,.1f}M parameters",
+        "",
+    ]
     lines += [f"{name:14}{memory(number)}" for name, number in result.memory.items()]
     lines.append(f"{'together':14}{memory(used)} of {result.chip.hbm / 2**30:.0f} GiB: {used / result.chip.hbm:.0%}")
     lines += ["", f"{'model':14}{result.model_flops / scale:8.2f} {floats} a device"]

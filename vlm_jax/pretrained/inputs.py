@@ -102,14 +102,20 @@ def _read(image: Any, name: str) -> Any:
     if isinstance(image, str | os.PathLike):
         return _file(os.fspath(image), name)
     if hasattr(image, "read"):
-        data = image.read()
+        try:
+            data = image.read()
+        except (OSError, ValueError) as error:  # closed, or opened for writing
+            raise UserError(f"{name} is a file that cannot be read: {error}") from None
         if not isinstance(data, bytes):
             raise UserError(f"{name} is a file opened as text; open it with mode 'rb'")
         return data
     if not _is_array(image):
         raise UserError(f"{name} is {_named(image)}; expected {KINDS}")
     try:
-        return _channels_last(np.asarray(image), name)
+        array = np.asarray(image)
+        if array.dtype.name == "bfloat16":
+            array = array.astype(np.float32)
+        return _channels_last(array, name)
     except (RuntimeError, TypeError) as error:  # a torch tensor with gradients or on another device
         raise UserError(f"{name} cannot be read as an array: {error}") from None
 
@@ -118,10 +124,12 @@ def _file(path: str, name: str) -> bytes:
     if path.startswith(("http://", "https://")):
         raise UserError(f"{name} is the URL {path:.80}; download it first: nothing is fetched here")
     try:
-        file = Path(path).expanduser()
+        file = Path(path).expanduser() if path else Path()
         if file.exists() and not file.is_file():  # a pipe would be waited for
             raise UserError(f"{name} is no file: {path:.200}")
         return file.read_bytes()
+    except UserError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:  # a NUL in the path; no home folder
         raise UserError(f"{name} cannot be read: {path:.200}: {getattr(error, 'strerror', None) or error}") from None
 

@@ -127,7 +127,7 @@ class Pretrained:
         if (images is None) == (texts is None):
             raise UserError("features takes pictures or texts: features(images, ...) or features(texts=texts, ...)")
         side = "image" if texts is None else "text"
-        if np.ndim(layers) != 1 or not len(layers):
+        if np.ndim(layers) != 1 or not len(layers) or np.asarray(layers).dtype.kind not in "iu":
             raise UserError(f"layers should be numbers of blocks, such as [3, -1]; got {layers}")
         rows = self._pictures(images) if texts is None else self._texts(texts)
         if not isinstance(tower := getattr(self.model, side), Encoder):

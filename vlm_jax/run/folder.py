@@ -41,14 +41,24 @@ def locked(folder: str | os.PathLike, together: bool = True) -> Iterator[None]:
     exchange = processes.exchange if together else lambda mistake: [mistake]
     if processes.is_first() or not together:
         try:
+            made = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
+            if made:  # what fails at once leaves no empty folder
+                held.callback(_remove_if_empty, folder)
             held.enter_context(_lock(folder / NAME))
         except UserError as error:
             mistake = str(error)
+        except OSError as error:
+            mistake = f"{error.filename or folder} cannot be written ({error.strerror}); give another folder"
     with held:
         if mistake := exchange(mistake)[0]:
             raise UserError(mistake)
         yield
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -73,6 +73,8 @@ def load_adapter(path: str | os.PathLike, base: Pretrained) -> Pretrained:
     Raises:
       UserError: the file is damaged, is no adapter, or belongs to another model.
     """
+    if not isinstance(base, Pretrained):
+        raise UserError(f"load_adapter takes (file, model); got ({type(path).__name__}, {type(base).__name__})")
     file, where = open_tensors(path), os.fspath(path)
     if KEY not in file.metadata:
         raise UserError(f"{where} is no adapter: its metadata has no `{KEY}`; expected a file of adapt")

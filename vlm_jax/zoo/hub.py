@@ -15,6 +15,8 @@ OTHERWISE = ("*.bin", "*.npz")  # for repositories without safetensors
 
 def local(spec: str | os.PathLike) -> Path:
     """Returns the path of a spec: a path itself, the downloaded "hf:org/name", or a package's path."""
+    if not isinstance(spec, str | os.PathLike) or not os.fspath(spec):
+        raise UserError(f"the model is {spec!r:.60}; expected a path, hf:org/name or pkg:package/path")
     spec = os.fspath(spec)
     return download(spec.removeprefix("hf:")) if spec.startswith("hf:") else locate(spec)
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vlm_jax import models
-from vlm_jax.data import tokenizers
+from vlm_jax.data import ops, tokenizers
 from vlm_jax.errors import UserError
 from vlm_jax.models import insertion
 from vlm_jax.models.positions import RESAMPLING, resample_posemb
@@ -38,7 +38,7 @@ def load(
     resample: str | None = None,
     mesh: Mesh | None = None,
     partition: Sequence = sharding.RULES,
-    dtype: str | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
     adapter: str | os.PathLike | None = None,
 ) -> Pretrained:
     """Loads a model, without torch and without running code from the file.
@@ -66,6 +66,7 @@ def load(
         setting is neither in the files nor given.
     """
     path = hub.local(spec)
+    dtype = dtype if dtype is None or isinstance(dtype, str) else np.dtype(dtype).name  # jnp.bfloat16
     released = recognize.run_of(path) if (path / "checkpoints").is_dir() else recognize.understand(path, activation)
     section = dict(released.model) if dtype is None else dict(released.model, dtype=dtype)
     size = _sides(image_size) if image_size is not None else None
@@ -142,6 +143,8 @@ def _settings(released, section, preprocess, tokenizer, tokenize, size) -> dict[
             if known is None:
                 raise UserError(f"preprocess={preprocess!r} needs the size of the pictures; pass image_size= as well")
             preprocess = preprocessing.FAMILIES[preprocess](known)
+        elif preprocess is not None:
+            _check_ops(preprocess)
         if preprocess is None and released.preprocess is not None:
             preprocess = released.preprocess if size is None else preprocessing.resized(released.preprocess, size)
         if preprocess is None:
@@ -163,6 +166,14 @@ def _settings(released, section, preprocess, tokenizer, tokenize, size) -> dict[
         "tokenizer": tokenizer if texts else None,
         "tokenize": tokenize if texts else None,
     }
+
+
+def _check_ops(preprocess: str) -> None:
+    try:
+        ops.parse(preprocess)
+    except UserError as error:
+        families = ", ".join(preprocessing.FAMILIES)
+        raise UserError(f"preprocess= is none of {families}, and no op string: {error}") from None
 
 
 def _resized(pretrained: Pretrained, size: tuple[int, int], method: str | None) -> Pretrained:

@@ -115,8 +115,8 @@ def _size_of(step: ops.Step) -> np.ndarray:
 def _spelled(step: ops.Step, scale: np.ndarray | None = None) -> str:
     """The op as text, with a scale of a scaled size."""
     own, names = dict(step.kwargs), inspect.signature(step.function).parameters
-    first = next((name for name in names if name in own), "")
-    args = (own.pop(first),) if first else ()
+    first = next((name for name in names if name not in ops.INJECTED), "")
+    args = (own.pop(first),) if first in own else ()
     if scale is not None:
         new = _sides(np.floor(_size_of(step) * scale + 1e-6).astype(int))
         args = new if first == "height" or len(new) == 1 else (new,)

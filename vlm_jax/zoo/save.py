@@ -69,6 +69,10 @@ def save_pretrained(pretrained: Pretrained, path: str | os.PathLike, format: str
     Raises:
       UserError: the format cannot express the model, or `path` exists.
     """
+    if not isinstance(pretrained, Pretrained):
+        raise UserError(
+            f"save_pretrained takes (model, path); got ({type(pretrained).__name__}, {type(path).__name__})"
+        )
     base, adapted = pretrained, None
     if pretrained.classes or pretrained.head or hasattr(pretrained.model, "insertions"):
         base, adapted = adapters.without(pretrained), pretrained

@@ -1,9 +1,10 @@
 """Sources by URI: records by index."""
 
+import difflib
 import os
 
 from vlm_jax.data.source import Source, select
-from vlm_jax.data.sources.folder import Folder
+from vlm_jax.data.sources.folder import Folder, holds_splits
 from vlm_jax.data.sources.precomputed import Precomputed
 from vlm_jax.data.sources.table import Csv, Jsonl
 from vlm_jax.data.sources.tar_shards import TarShards
@@ -28,9 +29,10 @@ def open_source(uri: str, split: str | None = None) -> Source:
     """
     scheme, colon, path = uri.removesuffix(ALLOW_OUTSIDE).partition(":")
     if not colon or scheme not in SCHEMES:
-        raise UserError(
-            f"data source `{uri}` has no known scheme; expected one of {', '.join(s + ':' for s in SCHEMES)}"
-        )
+        close = difflib.get_close_matches(scheme, SCHEMES, n=1) if colon else [_scheme_of(uri)]
+        hint = f"; did you mean `{close[0]}:{path or uri}`?" if close and close[0] else ""
+        schemes = ", ".join(f"{known}:" for known in SCHEMES)
+        raise UserError(f"data source `{uri}` has no known scheme; expected one of {schemes}{hint}")
     if "\0" in path:
         raise UserError(f"data source {uri!r} is no path")
     path = os.path.expanduser(path)
@@ -49,9 +51,18 @@ def open_source(uri: str, split: str | None = None) -> Source:
 ALLOW_OUTSIDE = "?allow_outside"
 
 
+def _scheme_of(path: str) -> str | None:
+    """Returns the scheme for a path that stands without one, None if nothing tells."""
+    endings = {".jsonl": "jsonl", ".csv": "csv", ".tsv": "csv", ".tar": "wds"}
+    folder = "folder" if os.path.isdir(os.path.expanduser(path)) else None
+    return endings.get(os.path.splitext(path)[1].lower(), folder)
+
+
 def train_split_of(uri: str, split: str | None) -> str | None:
     """Returns `split`, or None in the place of the default "train" if the source has no splits."""
-    return None if split == "train" and uri.partition(":")[0] not in WITH_SPLITS else split
+    scheme, _, path = uri.removesuffix(ALLOW_OUTSIDE).partition(":")
+    has_splits = holds_splits(path) if scheme == "folder" else scheme in WITH_SPLITS
+    return None if split == "train" and not has_splits else split
 
 
 SCHEMES = {

@@ -29,7 +29,9 @@ class Folder(ImageFiles):
 
     def __init__(self, path: str, split: str | None):
         uri = f"folder:{path}"
-        self.root = existing(uri, os.path.join(path, split) if split else path)
+        self.root = existing(uri, path)
+        if split:
+            self.root = _of_split(uri, self.root, split)
         self.files = sorted(_pictures(self.root), key=lambda file: file.split(os.sep))
         if not self.files:
             raise UserError(f"data source `{uri}` has no pictures ({', '.join(IMAGE_SUFFIXES)}) under `{self.root}`")
@@ -56,6 +58,24 @@ class Folder(ImageFiles):
 
     def fingerprint(self) -> str:
         return digest(*map(os.fsencode, self.files))
+
+
+SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
+
+
+def holds_splits(path: str) -> bool:
+    """Returns whether a folder holds splits: a `train`, or nothing but folders called like splits."""
+    names = {folder.name.lower() for folder in _folders(os.path.expanduser(path), links=True)}
+    return not names or "train" in names or names <= SPLITS
+
+
+def _of_split(uri: str, root: Path, split: str) -> Path:
+    if not (root / split).exists():
+        names = sorted(folder.name for folder in _folders(root, links=True))
+        has = f"it has {', '.join(names[:8])}{', ...' if names[8:] else ''}" if names else "it has no folders"
+        hint = "" if SPLITS & {name.lower() for name in names} else "; leave the split out if it is no split's folder"
+        raise UserError(f"data source `{uri}` has no split `{split}`: there is no `{root / split}`; {has}{hint}")
+    return root / split
 
 
 def _labelled(names: Iterable[str], uri: str) -> dict[int, str]:

@@ -68,6 +68,8 @@ def retrieval(
       memory_share: share of the free memory for the embeddings (half for pictures, half for texts); more go to a file.
     """
     captions = (captions,) if isinstance(captions, str) else tuple(captions)
+    if "{}" not in template:
+        raise UserError(f"template `{template}` has no `{{}}` for the caption")
     limit = memory_limit(memory_share)
 
     def evaluate(pretrained: Any, progress: Progress | None = None) -> Result:
