@@ -104,6 +104,10 @@ def read_kept(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
+
+
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Returns the lines of a metrics file, {"step": n, name: number, ...}; logs how many damaged lines it leaves out.
 
@@ -114,11 +118,7 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
     for line in found:
         with contextlib.suppress(ValueError, RecursionError):
             entry = json.loads(line)
-            if (
-                isinstance(entry, dict)
-                and "step" in entry
-                and all(type(value) in (int, float) for value in entry.values())
-            ):
+            if isinstance(entry, dict) and "step" in entry and all(map(_is_number, entry.values())):
                 lines.append(entry)
     if len(lines) < len(found):
         logging.warning("%s: %d damaged lines of %d are left out", path, len(found) - len(lines), len(found))

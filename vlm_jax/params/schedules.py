@@ -40,9 +40,10 @@ def duration_to_steps(
     if isinstance(duration, int) and not isinstance(duration, bool) and duration >= 0:
         return duration
     match = _DURATION.fullmatch(duration) if isinstance(duration, str) else None
-    if match is None or len(match[1]) > 30:
+    if match is None or not math.isfinite(float(match[1].replace("_", ""))):
         raise UserError(
-            f"a duration is {duration!r:.80}; expected a number of steps, '1000 steps', '10 epochs', '1M examples' or '10%'"
+            f"a duration is {duration!r:.80}; expected a number of steps, '1000 steps', '10 epochs', '1M examples' "
+            "or '10%'"
         )
     number = float(match[1].replace("_", "")) * _MAGNITUDE[match[2].lower()]
     unit = match[3].lower().rstrip("s") or "step"

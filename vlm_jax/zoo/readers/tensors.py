@@ -89,7 +89,7 @@ def _open_index(file: RegularFile) -> TensorFile:
         raise UserError(f'{file.path} is JSON without a "weight_map" of tensors to files; {_EXPECTED}')
     shards = {}
     for shard in sorted(set(places.values())):
-        if not shard.isprintable() or "/" in shard or "\\" in shard or shard in ("", ".", "..") or len(shard) > 255:
+        if not shard.isprintable() or "/" in shard or "\\" in shard or shard in ("", ".", "..") or len(shard) > 1000:
             raise UserError(
                 f"{file.path} names the shard {shard[:200]!r}; expected the name of a file in its own folder"
             )
@@ -97,8 +97,8 @@ def _open_index(file: RegularFile) -> TensorFile:
     for name, shard in places.items():
         if name not in shards[shard].tensors:
             raise UserError(
-                f"{file.path}: tensor `{' '.join(name.split())[:200]}` is not in {shard}; the shards are not of this index, "
-                "download them again"
+                f"{file.path}: tensor `{' '.join(name.split())[:200]}` is not in {shard}; the shards are "
+                "not of this index, download them again"
             )
     tensors = {
         name: tensor
