@@ -61,11 +61,16 @@ def test_flags_mistaken_are_told_before_jax_is_imported(tmp_path):
     )  # fmt: skip
     code, output, errors = vlm_jax_command("x")
     assert (code, output) == (2, "") and errors.startswith("error: vlm-jax has no command `x`; expected one of: train,")
-    missing = f"--config: [Errno 2] No such file or directory: '{tmp_path}/no.py'"
+    missing = f"--config={tmp_path}/no.py: there is no such file"
     (tmp_path / "wrong.py").write_text("def get_config():\n    raise TypeError('a\\nb')\n")
     for argv, message in {
         ("evaluate",): "evaluate needs --model, --task, --data, --out; vlm-jax evaluate --help has an example",
-        ("evaluate", "--modle=a"): "Unknown command line flag 'modle'. Did you mean: model ?",
+        ("evaluate", "--modle=a"): "evaluate has no flag --modle; did you mean --model?",
+        ("evaluate", "--rank=4"): "evaluate has no flag --rank; --option=rank=... sets any other argument; "
+            "see vlm-jax evaluate --help",
+        ("evaluate", "--model=", "--task=a", "--data=a", "--out=b"):
+            "evaluate needs --model; vlm-jax evaluate --help has an example",
+        ("evaluate", "--batch_size=a"): "--batch_size=a should be a whole number",
         ("plan", "--config=configs/clip.py:smoke", "--topology=v5e:2x2", "true"):
             "plan takes flags, --name=value, and not `true`; see vlm-jax plan --help",
         ("train", "--config=configs/clip.py:smoke", "--config.optimizer.lrr=1", "--workdir=a"):
@@ -74,6 +79,8 @@ def test_flags_mistaken_are_told_before_jax_is_imported(tmp_path):
             "--config=configs/clip.py:big: there is no variant `big` of this config; on the embedded data: tiny, "
             "select, smoke",
         ("train", f"--config={tmp_path}/no.py", "--workdir=a"): missing,
+        ("train", f"--config={tmp_path}/clip.py:tiny", "--workdir=a"): f"--config={tmp_path}/clip.py: there is no such "
+            "file; the config that comes with the package is --config=clip",
         ("train", f"--config={tmp_path}/no.py", "--workdir=a", "--config.batch_size=3"): missing,
         ("train", f"--config={tmp_path}/wrong.py", "--workdir=a"): f"--config={tmp_path}/wrong.py: TypeError: a b",
     }.items():  # fmt: skip

@@ -217,6 +217,10 @@ def test_sizes_in_other_strings():
     assert preprocessing.resized("decode | resize(32) | cache | flip | normalize", 64) == (
         "decode | resize(64) | cache | flip | normalize"
     )
+    for first in ("decode(exif=True)", "decode(max_pixels=9)", "decode(0, max_pixels=9)"):
+        assert preprocessing.resized(f"{first} | resize(32, antialias=False)", 64) == (
+            f"{first} | resize(64, antialias=False)"
+        )
     for string in ("decode | normalize", "decode | resize_to_patches(16, 256) | normalize | pack_patches(16, 256)"):
         assert preprocessing.augmented(string) == string
         with pytest.raises(UserError, match=r"has no size that can follow image_size=64; pass preprocess= as well"):

@@ -240,12 +240,12 @@ def _unknown(name: str, flag: str) -> str:
 
 def _missing_config(error: OSError) -> str | None:
     """Returns what is said of a config file that is not there."""
-    path = str(error.filename or "")
-    if not isinstance(error, FileNotFoundError) or not path:
+    found = re.search(r"No such file or directory: '(.+?)'", str(error))
+    if not found:
         return None
-    stem = os.path.splitext(os.path.basename(path))[0]
+    stem = os.path.splitext(os.path.basename(found[1]))[0]
     known = f"; the config that comes with the package is --config={stem}" if stem in configs.names() else ""
-    return f"{path}: there is no such file{known}"
+    return f"{found[1]}: there is no such file{known}"
 
 
 def _parse(name: str, argv: Sequence[str]) -> Sequence[str]:
