@@ -133,7 +133,11 @@ def test_texts():
 
 def test_the_model_as_people_meet_it():
     """Three lines of repr, equality, names of labels."""
-    clip = vlm_jax.load("pkg:vlm_jax/zoo/clip_tiny", image_size=64, resample="bicubic", dtype=jnp.float32)
+    spec = "pkg:vlm_jax/zoo/clip_tiny"
+    large = vlm_jax.load(spec, image_size=64, resample="bicubic", dtype=jnp.bfloat16)
+    assert large.preprocess == "decode(exif=True) | crop_to_content | resize(64) | normalize"
+    assert large.model.image.dtype == "bfloat16"
+    clip = vlm_jax.load(spec)
     about = repr(clip).splitlines()
     assert len(about) == 3 and about[0].startswith("Pretrained TwoTower, 1,283,969 parameters on one device")
     assert about[2] == "  can embed_images, embed_texts, logits, classify"
