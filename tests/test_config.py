@@ -1,3 +1,6 @@
+from collections.abc import Sequence
+
+import numpy as np
 import pytest
 
 from vlm_jax import config
@@ -24,6 +27,17 @@ def test_a_section_is_the_keyword_arguments():
 def test_wrong_keys_are_named(section, message):
     with pytest.raises(UserError, match=message):
         config.call(build, section, "config.model")
+
+
+def test_a_number_is_no_text():
+    def sized(width: int, rate: float | None = None, sides: Sequence[int] = (), name: int | str = 1):
+        return width
+
+    for section in ({"width": 3.0, "rate": 1}, {"width": np.int64(3), "rate": None, "sides": [3], "name": "a"}):
+        assert config.call(sized, section, "config.model") == 3
+    for section, message in (({"width": "a"}, "width='a' should be a whole"), ({"width": 1, "rate": [2]}, "a number")):
+        with pytest.raises(UserError, match=message):
+            config.call(sized, section, "config.model")
 
 
 def test_a_fixed_argument_is_not_the_configs():

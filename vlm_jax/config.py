@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import json
+import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -42,9 +43,9 @@ def call(fn: Callable, section: Mapping[str, Any], where: str, **fixed) -> Any:
 
 def check_number(parameter: inspect.Parameter | None, value: Any, where: str) -> None:
     """Raises a UserError if a parameter declared as a number gets a text, a list, a dict or None."""
-    kinds = {parameter.annotation} if parameter else set()
-    kinds = set(typing.get_args(parameter.annotation)) if kinds and typing.get_args(parameter.annotation) else kinds
-    if not kinds or not kinds <= {int, float, type(None)}:
+    kind = parameter.annotation if parameter else Any
+    kinds = set(typing.get_args(kind)) if isinstance(kind, types.UnionType) else {kind}
+    if not kinds <= {int, float, type(None)}:
         return
     cut = isinstance(value, float) and float not in kinds and not value.is_integer()
     if cut or isinstance(value, str | list | tuple | Mapping) or (value is None and type(None) not in kinds):

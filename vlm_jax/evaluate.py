@@ -57,6 +57,8 @@ def evaluate(
       UserError: the task or an argument is unknown, the data set or the classes cannot be read, or the folder holds
         other results.
     """
+    if not isinstance(pretrained, Pretrained):
+        raise UserError(f"the model is {pretrained!r:.60}; load it first: vlm_jax.load({pretrained!r:.60})")
     section = {"batch_size": pretrained.batch_size} | section
     return _evaluate(pretrained, task, _evaluator(task, section), section, out, model, show)
 

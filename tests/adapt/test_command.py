@@ -66,5 +66,7 @@ def test_the_command(base, tmp_path, monkeypatch):
     assert {"lora/top1", "lora/new/top1", "lora/harmonic_mean", "gda/top1"} <= numbers.keys()
     assert "gda/new/top1" not in numbers
     assert vlm_jax.load_adapter(tmp_path / "o" / "lora_1.safetensors", base).classes == ("grinning face", "a")
-    with pytest.raises(UserError, match="holds results; give another --out"):
+    assert adapt_command.main([], values) == answer  # at once
+    values.seeds = 3
+    with pytest.raises(UserError, match=r"holds an adaptation with adapter\.seeds = 2, not 3; choose another --out"):
         adapt_command.main([], values)

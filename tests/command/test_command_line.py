@@ -67,6 +67,11 @@ def test_flags_mistaken_are_told_before_jax_is_imported(tmp_path):
     for argv, message in {
         ("evaluate",): "evaluate needs --model, --task, --data, --out; vlm-jax evaluate --help has an example",
         ("evaluate", "--modle=a"): "evaluate has no flag --modle; did you mean --model?",
+        ("evaluate", "--rank=4"): "evaluate has no flag --rank; --option=rank=... sets any other argument; "
+            "see vlm-jax evaluate --help",
+        ("evaluate", "--model=", "--task=a", "--data=a", "--out=b"):
+            "evaluate needs --model; vlm-jax evaluate --help has an example",
+        ("evaluate", "--batch_size=a"): "--batch_size=a should be a whole number",
         ("plan", "--config=configs/clip.py:smoke", "--topology=v5e:2x2", "true"):
             "plan takes flags, --name=value, and not `true`; see vlm-jax plan --help",
         ("train", "--config=configs/clip.py:smoke", "--config.optimizer.lrr=1", "--workdir=a"):
@@ -75,6 +80,8 @@ def test_flags_mistaken_are_told_before_jax_is_imported(tmp_path):
             "--config=configs/clip.py:big: there is no variant `big` of this config; on the embedded data: tiny, "
             "select, smoke",
         ("train", f"--config={tmp_path}/no.py", "--workdir=a"): missing,
+        ("train", f"--config={tmp_path}/clip.py:tiny", "--workdir=a"): f"--config={tmp_path}/clip.py: there is no such "
+            "file; the config that comes with the package is --config=clip",
         ("train", f"--config={tmp_path}/no.py", "--workdir=a", "--config.batch_size=3"): missing,
         ("train", f"--config={tmp_path}/wrong.py", "--workdir=a"): f"--config={tmp_path}/wrong.py: TypeError: a b",
     }.items():  # fmt: skip

@@ -280,6 +280,33 @@ def test_a_label_is_found_behind_a_bad_record():
     assert classes.find_label(Odd(), "the data") == "cls"
 
 
+def test_a_field_that_no_record_has_is_named(tmp_path):
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "a.png")
+    (tmp_path / "a.csv").write_text("image,kind\na.png,red\n")
+    (tmp_path / "empty.csv").write_text("image,kind\n")
+    uri, missing = (
+        f"csv:{tmp_path}/a.csv",
+        r"has no field `kin`; expected one of: image, kind \(did you mean `kind`\?\)",
+    )
+    zeroshot = {"type": "zeroshot", "uri": uri, "label": "kin"}
+    with pytest.raises(UserError, match=missing):
+        evaluators.build(zeroshot)
+    with pytest.raises(UserError, match=missing):
+        evaluators.build(zeroshot | {"classes": ["red"]})(ColourModel())
+    with pytest.raises(UserError, match=missing):
+        evaluators.build(zeroshot | {"label": "kind", "where": {"kin": ["red"]}})(ColourModel())
+    with pytest.raises(UserError, match=r"empty\.csv` has no records"):
+        evaluators.build(zeroshot | {"uri": f"csv:{tmp_path}/empty.csv"})
+    with pytest.raises(UserError, match="has pictures without labels; put them in one folder per name"):
+        evaluators.build({"type": "zeroshot", "uri": f"folder:{tmp_path}"})
+    for key, value in (("gallery", -1), ("gallery", "a"), ("batch_size", None), ("gallery", 1.5)):
+        with pytest.raises(UserError, match=f"evaluator `zeroshot`: {key}="):
+            evaluators.build(zeroshot | {"label": "kind", key: value})
+    for key, value in (("template", "a photo"), ("ks", (0, 5)), ("ks", ())):
+        with pytest.raises(UserError, match=key):
+            evaluators.build({"type": "retrieval", "uri": uri, key: value})
+
+
 def test_splits_are_no_classes(tmp_path):
     folders(tmp_path / "train", "red", ["red"], 1)
     folders(tmp_path / "test", "red", ["red"], 1)

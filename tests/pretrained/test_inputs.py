@@ -11,9 +11,12 @@ from PIL import Image
 
 import vlm_jax
 from vlm_jax.errors import UserError
+from vlm_jax.evaluate import evaluate
 from vlm_jax.pretrained import inputs
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+CLOSED = io.BytesIO()
+CLOSED.close()
 
 
 def encoded(image=PIXELS):
@@ -61,6 +64,7 @@ def test_files(tmp_path, monkeypatch):
 
 
 def test_grey_and_transparent():
+    assert np.all(inputs.pictures(jnp.ones((5, 7, 3), jnp.bfloat16))[0] == 255)
     grey, rgba = PIXELS[..., 0], np.concatenate([PIXELS, PIXELS[..., :1]], axis=2)
     for given in (grey, grey[..., None], grey[None]):
         (read,) = inputs.pictures(given)
@@ -91,7 +95,9 @@ def test_floats_of_one_call_have_one_scale(caplog):
         ("https://a.b/c.png", "is the URL https://a.b/c.png; download it first"),
         ("no.png", "picture 0 of 1 cannot be read: no.png: No such file"),
         ("a\0b", "cannot be read: a\0b: embedded null byte"),
-        (os.path.dirname(__file__), "picture 0 of 1 is no file"),
+        (os.path.dirname(__file__), "^picture 0 of 1 is no file"),
+        ("", "^picture 0 of 1 is no file"),
+        (CLOSED, "picture 0 of 1 is a file that cannot be read: .* closed file"),
         (io.StringIO("x"), "is a file opened as text; open it with mode 'rb'"),
         (
             np.float32(PIXELS) / 127.5 - 1,
@@ -127,7 +133,11 @@ def test_texts():
 
 def test_the_model_as_people_meet_it():
     """Three lines of repr, equality, names of labels."""
-    clip = vlm_jax.load("pkg:vlm_jax/zoo/clip_tiny")
+    spec = "pkg:vlm_jax/zoo/clip_tiny"
+    large = vlm_jax.load(spec, image_size=64, resample="bicubic", dtype=jnp.bfloat16)
+    assert large.preprocess == "decode(exif=True) | crop_to_content | resize(64) | normalize"
+    assert large.model.image.dtype == "bfloat16"
+    clip = vlm_jax.load(spec)
     about = repr(clip).splitlines()
     assert len(about) == 3 and about[0].startswith("Pretrained TwoTower, 1,283,969 parameters on one device")
     assert about[2] == "  can embed_images, embed_texts, logits, classify"
@@ -135,6 +145,25 @@ def test_the_model_as_people_meet_it():
     np.testing.assert_array_equal(clip.classify(PIXELS, ["cat", "dog"], "{}"), clip.classify(PIXELS, ["cat", "dog"]))
     assert clip.classify(PIXELS, "cifar10").shape == (1, 10)
     assert clip.classify(PIXELS, ["cat", "dog"], "imagenet7").shape == (1, 2)
+    for templates in ([3], []):
+        with pytest.raises(UserError, match="template"):
+            clip.classify(PIXELS, ["cat"], templates)
+    with pytest.raises(UserError, match="layers should be numbers of blocks"):
+        clip.features(PIXELS, layers=[0.5])
+    for mistake, message in (
+        (lambda: vlm_jax.load(None), "the model is None; expected a path, hf:org/name"),
+        (lambda: vlm_jax.load(""), "the model is ''"),
+        (
+            lambda: vlm_jax.load("pkg:vlm_jax/zoo/clip_tiny", preprocess="opnai"),
+            "preprocess= is none of openai, .* `opnai`",
+        ),
+        (lambda: vlm_jax.load_adapter(clip, "a.safetensors"), r"takes \(file, model\); got \(Pretrained, str\)"),
+        (lambda: vlm_jax.save_pretrained("a", clip), r"takes \(model, path\); got \(str, Pretrained\)"),
+        (lambda: vlm_jax.save_pretrained(clip, f"{__file__}/a"), r"test_inputs\.py/a cannot be written \(Not a dir"),
+        (lambda: evaluate("runs/demo", "zeroshot", uri="a"), r"load it first: vlm_jax\.load\('runs/demo'\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            mistake()
     with pytest.raises(UserError, match=r"labels is the str `cat`; give a list: \['cat', ...\]"):
         clip.classify(PIXELS, "cat")
     assert {"load", "load_adapter", "save_pretrained", "Pretrained"} <= {*dir(vlm_jax)}

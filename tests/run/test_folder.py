@@ -78,3 +78,22 @@ def test_settings_stand_as_long_as_there_is_something_to_lose(tmp_path):
     with pytest.raises(UserError), released_on_failure(tmp_path):
         raise UserError("ks is too large")
     assert claim(tmp_path, one, "evaluator") is None and not (tmp_path / "progress").exists()
+
+
+def test_what_fails_at_once_leaves_no_empty_folder(tmp_path):
+    with pytest.raises(KeyError), locked(tmp_path / "new"):
+        raise KeyError
+    (tmp_path / "mine").mkdir()
+    with locked(tmp_path / "mine"):
+        pass
+    with locked(tmp_path / "kept"):
+        (tmp_path / "kept" / "results.json").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "mine"]
+
+
+@pytest.mark.parametrize("name", ["file", "file/inside"])
+def test_a_place_that_cannot_be_a_folder_is_named(name, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=rf"/{name} cannot be written \(.+\); give another folder"):
+        with locked(tmp_path / name):
+            pass

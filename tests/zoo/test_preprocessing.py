@@ -219,6 +219,10 @@ def test_sizes_in_other_strings():
     )
     given = "decode(exif=True) | crop_to_content | random_resized_crop(32) | normalize('clip')"
     assert preprocessing.resized(given, 64) == given.replace("32", "64")
+    for first in ("decode(exif=True)", "decode(max_pixels=9)", "decode(0, max_pixels=9)"):
+        assert preprocessing.resized(f"{first} | resize(32, antialias=False)", 64) == (
+            f"{first} | resize(64, antialias=False)"
+        )
     for string in ("decode | normalize", "decode | resize_to_patches(16, 256) | normalize | pack_patches(16, 256)"):
         assert preprocessing.augmented(string) == string
         with pytest.raises(UserError, match=r"has no size that can follow image_size=64; pass preprocess= as well"):

@@ -23,7 +23,7 @@ def of_source(source: Source, label: str, about: str) -> dict[int | str, str]:
     own = source.label_names(label) or {name: name for name in _texts(source, label)}
     names = list(own.values())
     if not names:
-        check_field(source, label, about)
+        _check_records(source, label, about)
     if not names or all(re.fullmatch(r"\d+|n\d{8}", name) for name in names):
         what = f"has for its `{label}` no names but `{names[0]}`, ..." if names else f"has no names for its `{label}`"
         raise UserError(f"{about} {what}; give --classes: {options('classes', '`emoji:seen`')}")
@@ -53,6 +53,17 @@ def find_label(source: Source, about: str) -> str:
             f"{about} has pictures without labels; put them in one folder per name, or name them in a table"
         )
     raise UserError(f"{about} has no field {' or '.join(LABELS)}; give --label, one of: {fields}")
+
+
+def _check_records(source: Source, label: str, about: str) -> None:
+    """Raises a UserError if there are no records, the first cannot be read, or none has the label."""
+    if not len(source):
+        raise UserError(f"{about} has no records")
+    try:
+        source.narrow(frozenset([label]))[0]
+    except BadExample as error:
+        raise UserError(f"{about}: {source.key(0)} cannot be read: {error}") from None
+    check_field(source, label, about)
 
 
 def _texts(source: Source, label: str) -> list[str]:

@@ -137,7 +137,10 @@ def write(content: Content, path: str | os.PathLike, format: str) -> None:
     if format == "big_vision":
         return writes(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); give another path") from None
     try:
         with naming(partial):
             writes(partial)

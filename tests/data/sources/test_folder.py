@@ -3,7 +3,7 @@
 import pytest
 
 from tests.support.records import red, red_of
-from vlm_jax.data.sources import open_source
+from vlm_jax.data.sources import open_source, train_split_of
 from vlm_jax.errors import UserError
 
 
@@ -37,6 +37,21 @@ def write(root, *names):
 
 def labels(source):
     return {source[i]["text"]: source[i]["label"] for i in range(len(source))}
+
+
+def test_a_folder_without_splits(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "all" / name).mkdir(parents=True)
+        (tmp_path / "both" / "train" / name).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"has no split `test`: .* it has cat, dog; leave the split out"):
+        open_source(f"folder:{tmp_path}/all", "test")
+    with pytest.raises(UserError, match=r"has no split `test`: there is no `.*/both/test`; it has train$"):
+        open_source(f"folder:{tmp_path}/both", "test")
+    assert train_split_of(f"folder:{tmp_path}/all?allow_outside", "train") is None
+    assert train_split_of(f"folder:{tmp_path}/both", "train") == train_split_of("tfds:emoji", "train") == "train"
+    for uri, meant in ((f"{tmp_path}/all", f"folder:{tmp_path}/all"), ("a.CSV", "csv:a.CSV"), ("foldr:a", "folder:a")):
+        with pytest.raises(UserError, match=f"has no known scheme; .*did you mean `{meant}`"):
+            open_source(uri)
 
 
 def test_numbers_are_labels(tmp_path):

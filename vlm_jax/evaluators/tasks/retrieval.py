@@ -70,6 +70,8 @@ def retrieval(
     captions = (captions,) if isinstance(captions, str) else tuple(captions)
     if "{}" not in template:
         raise UserError(f"template `{template}` has no `{{}}` for the caption")
+    if min(ks, default=0) < 1:
+        raise UserError(f"ks are {list(ks)}; expected ranks of 1 or more, such as 1,5,10")
     limit = memory_limit(memory_share)
 
     def evaluate(pretrained: Any, progress: Progress | None = None) -> Result:
