@@ -118,7 +118,12 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
     for line in found:
         with contextlib.suppress(ValueError, RecursionError):
             entry = json.loads(line)
-            if isinstance(entry, dict) and "step" in entry and all(map(_is_number, entry.values())):
+            if (
+                isinstance(entry, dict)
+                and "step" in entry
+                and all(map(_is_number, entry.values()))
+                and "".join(entry).isprintable()
+            ):
                 lines.append(entry)
     if len(lines) < len(found):
         logging.warning("%s: %d damaged lines of %d are left out", path, len(found) - len(lines), len(found))

@@ -120,7 +120,7 @@ def regular_file(path: str | os.PathLike) -> RegularFile:
         }
         reason = reasons.get(error.errno, f"not readable ({error.strerror})")
         raise UserError(
-            f"{path} is {reason}; expected a file of tensors; download it again or mend the path"
+            f"{str(path)[:1000]} is {reason}; expected a file of tensors; download it again or mend the path"
         ) from error
     if not stat.S_ISREG(info.st_mode):
         kind = _KINDS.get(stat.S_IFMT(info.st_mode), "no regular file")
