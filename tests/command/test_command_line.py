@@ -162,7 +162,8 @@ def convert(*argv):
 
 
 FAILING = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background ignores it
 from vlm_jax import catalogue, command
 def main(argv, values):
     print("on the way")
