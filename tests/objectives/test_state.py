@@ -233,7 +233,9 @@ def test_what_a_model_lacks_is_named():
     captioner, inputs = tiny.tiny("captioner").model, tiny.tiny("captioner").inputs
     objective = objectives.build(dict(name="matching"), captioner)
     batch = dict(zip(("image", "token_ids"), inputs, strict=True))
-    with pytest.raises(UserError, match="`pairs` needs `image_embedding`, which neither the batch nor the model has") as error:
+    with pytest.raises(
+        UserError, match="`pairs` needs `image_embedding`, which neither the batch nor the model has"
+    ) as error:
         jax.eval_shape(
             partial(objectives.make, objective, captioner), tiny.shapes_of("captioner"), batch, jax.random.key(0)
         )

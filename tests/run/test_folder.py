@@ -94,11 +94,5 @@ def test_what_fails_at_once_leaves_no_empty_folder(tmp_path):
 @pytest.mark.parametrize("name", ["file", "file/inside"])
 def test_a_place_that_cannot_be_a_folder_is_named(name, tmp_path):
     (tmp_path / "file").touch()
-<<<<<<< HEAD
     with pytest.raises(UserError, match=rf"/{name} cannot be written \(.+\); give another folder"):
         locked(tmp_path / name).__enter__()
-=======
-    mistake = pytest.raises(UserError, match=rf"/{name} cannot be written \(.+\); give another folder")
-    with mistake, locked(tmp_path / name):
-        pass
->>>>>>> reader22
