@@ -40,6 +40,13 @@ def test_a_number_is_no_text():
             config.call(sized, section, "config.model")
 
 
+def test_the_least_number_is_told():
+    config.check_least(1, "config", depth=1, width=None, mlp="moe")
+    for value in (0, -1.5, float("nan")):
+        with pytest.raises(UserError, match=rf"^config\.depth is {value!r}; expected 1 or more$"):
+            config.check_least(1, "config", width=1, depth=value)
+
+
 def test_a_fixed_argument_is_not_the_configs():
     with pytest.raises(UserError, match="no key `width`"):
         config.call(build, {"width": 1}, "config.model", width=2)

@@ -53,6 +53,13 @@ def check_number(parameter: inspect.Parameter | None, value: Any, where: str) ->
         raise UserError(f"{where}: {parameter.name}={value!r:.60} should be {expected}")
 
 
+def check_least(least: float, where: str, **values: Any) -> None:
+    """Raises a UserError that names the first number below `least`; anything else passes."""
+    for name, value in values.items():
+        if isinstance(value, int | float) and not value >= least:
+            raise UserError(f"{where}.{name} is {value!r}; expected {least} or more")
+
+
 def choose(options: Mapping[str, Any], name: str, where: str) -> Any:
     """Returns `options[name]`; raises a UserError that lists the options if `name` is unknown."""
     if name not in options:

@@ -109,6 +109,8 @@ def _train(
 
     checkpoint, log = {"every": "20%", **(checkpoint or {})}, {"every": "10 steps", **(log or {})}
     save_every, log_every = steps(checkpoint.pop("every")), steps(log.pop("every"))
+    config.check_least(1, "config.checkpoint", every=save_every)
+    config.check_least(1, "config.log", every=log_every)
     saver = config.call(Checkpointer, checkpoint, "config.checkpoint", workdir=workdir)
     tracer = config.call(Profile, profile or {}, "config.profile", workdir=workdir)
     check_same_config(workdir / "config.json", settings)
@@ -228,7 +230,7 @@ class Evaluation:
         section = dict(section)
         every = section.pop("every", None)
         self.name = name
-        self.every = steps(every) if every else None
+        self.every = steps(every) or None if every else None
         self.prefix = section.pop("prefix", name)
         self._evaluator = evaluators.build(section)
 

@@ -208,6 +208,9 @@ def train_loader(
     Raises:
       UserError: the batch is larger than the data set, or the sources of a row set give different fields.
     """
+    config.check_least(0, "config.data", workers=workers, max_bad_fraction=max_bad_fraction)
+    config.check_least(1, "config.data", threads=threads)
+    config.check_least(0, "config", seed=seed)
     one = dict(uri=uri, ops=ops, split=split, where=where, index=index)
     given = {name: value for name, value in one.items() if value is not None}
     if sources is None:

@@ -148,7 +148,9 @@ def tower(kind, section, where, dtype):
     sizes = lookup(section.pop("variant")) if "variant" in section else {}
     if "patch" in sizes and cls is not ViT:
         raise UserError(f"{where}.variant has a patch size, but the tower has none; leave out `/{sizes['patch']}`")
-    return config.call(cls, {**sizes, **section}, where, dtype=dtype)
+    section = {**sizes, **section}
+    config.check_least(1, where, **{key: section.get(key) for key in ("width", "depth", "heads", "mlp_dim", "patch")})
+    return config.call(cls, section, where, dtype=dtype)
 
 
 def count(params) -> int:

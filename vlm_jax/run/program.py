@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from vlm_jax import models, objectives
+from vlm_jax.errors import UserError
 from vlm_jax.params import optim, sharding
 from vlm_jax.params.table import format_table, map_with_name
 from vlm_jax.run.compiler_options import compiler_options
@@ -138,6 +139,8 @@ def build_program(
     `example` [b, ...] gives the examples' shapes and dtypes, `batch_size` the rows, or {row set: rows} of a batch of
     several; `tokenizer` and `load` are for `objectives.build`.
     """
+    if ema is not None and not 0 <= ema < 1:
+        raise UserError(f"config.ema is {ema}; expected a decay from 0 to 1, such as 0.999")
     model = models.build(model)
     objective = objectives.build(objective, model, steps=steps, tokenizer=tokenizer, load=load)
     batch = sharding.abstract_batch(example, batch_size, mesh)

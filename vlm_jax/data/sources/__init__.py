@@ -37,7 +37,7 @@ def open_source(uri: str, split: str | None = None) -> Source:
         raise UserError(f"data source {uri!r} is no path")
     path = os.path.expanduser(path)
     if split is not None and scheme not in WITH_SPLITS:
-        raise UserError(f"data source `{uri}` has no splits, got split `{split}`; leave it out")
+        raise UserError(f"data source `{uri}` has no splits, got split `{split}`; leave it out (split=None)")
     outside = uri.endswith(ALLOW_OUTSIDE)
     if scheme == "precomputed":  # what the folder names has the caller's permission, whatever the folder says
         inner = lambda uri, split: open_source(uri.removesuffix(ALLOW_OUTSIDE) + ALLOW_OUTSIDE * outside, split)
