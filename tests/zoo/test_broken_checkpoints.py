@@ -292,9 +292,9 @@ SECTION = dict(width=8, depth=2, heads=2, mlp_dim=16, patch=4, image_size=8, sca
     [
         ("image", "depth", 10**9, "has 1000000000 blocks of the image tower; the file holds fewer"),
         ("image", "width", 16, "does not fit the model of its config"),
-        ("image", "width", -8, "no model can have its settings|cannot be understood"),
+        ("image", "width", -8, "width is -8; expected 1 or more"),
         ("image", "widht", 8, "has no key `widht`; did you mean `width`"),
-        ("image", "heads", "two", "no model can have its settings|cannot be understood"),
+        ("image", "heads", "two", "heads=.two. should be a whole number"),
         ("model", "name", "three_tower", "is `three_tower`; expected one of: two_tower"),
         (
             None,
