@@ -18,7 +18,6 @@ from vlm_jax.errors import UserError
 @method(
     family="recipes",
     paper="arXiv:2212.00638",
-    where="section 3",
     differs="a released model, trained on with the loss of its pretraining",
 )
 def get_config(variant: str = "pkg:vlm_jax/zoo/clip_tiny") -> ConfigDict:

@@ -14,13 +14,13 @@ __all__ = ["Pretrained", "UserError", "__version__", "load", "load_adapter", "sa
 
 def __getattr__(name):
     """Imports a public name at its first use, so that data workers and `--help` start without jax."""
-    import difflib
     import importlib
+
+    from vlm_jax.errors import near
 
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
-    close = difflib.get_close_matches(name, __all__, n=1)
-    hint = f"did you mean `{close[0]}`?" if close else f"public names: {', '.join(__all__)}"
+    hint = near(name, __all__, f"public names: {', '.join(__all__)}")
     raise AttributeError(f"module `vlm_jax` has no attribute `{name}`; {hint}")
 
 

@@ -1,6 +1,5 @@
 """Config sections: each is the keyword arguments of one function. Unknown and missing keys raise."""
 
-import difflib
 import inspect
 import json
 import types
@@ -8,7 +7,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, near
 
 
 def call(fn: Callable, section: Mapping[str, Any], where: str, **fixed) -> Any:
@@ -28,8 +27,7 @@ def call(fn: Callable, section: Mapping[str, Any], where: str, **fixed) -> Any:
     known = [name for name in parameters if name not in fixed and name not in ("self", "parent")]
     for key in section:
         if key not in known and not open_ended:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean `{close[0]}`?" if close else f"known keys: {', '.join(known)}"
+            hint = near(key, known, f"known keys: {', '.join(known)}")
             raise UserError(f"{where} has no key `{key}`; {hint}")
     for name in known:
         required = parameters[name].default is inspect.Parameter.empty
@@ -63,9 +61,8 @@ def check_least(least: float, where: str, **values: Any) -> None:
 def choose(options: Mapping[str, Any], name: str, where: str) -> Any:
     """Returns `options[name]`; raises a UserError that lists the options if `name` is unknown."""
     if name not in options:
-        close = difflib.get_close_matches(str(name), map(str, options), n=1)
-        hint = f"; did you mean `{close[0]}`?" if close else ""
-        raise UserError(f"{where} is `{name}`; expected one of: {', '.join(map(str, options))}{hint}")
+        hint = near(name, options)
+        raise UserError(f"{where} is `{name}`; expected one of: {', '.join(map(str, options))}{hint and f'; {hint}'}")
     return options[name]
 
 

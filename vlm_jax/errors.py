@@ -1,6 +1,8 @@
 """`UserError`, the error that users read, and the messages of all other errors."""
 
+import difflib
 import errno
+from collections.abc import Iterable
 
 LONGEST = 4000  # characters of a UserError
 CUT = 300  # characters kept of any other error: some errors print the program
@@ -23,6 +25,12 @@ class UserError(ValueError):
 
 class DivergedError(UserError):
     """Raised if the loss of a training is not finite."""
+
+
+def near(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Returns "did you mean `...`?" with the name in `known` that is nearest to a misspelt one, or `otherwise`."""
+    close = difflib.get_close_matches(str(name), list(map(str, known)), n=1)
+    return f"did you mean `{close[0]}`?" if close else otherwise
 
 
 def mendable(error: BaseException) -> str | None:

@@ -100,7 +100,7 @@ def fuzz(kind: str, folder: Path, mutations: int, first: int = 0) -> list[str]:
 
 def _fuzz(kind: str, folder: Path, numbers: range) -> list[str]:
     make, use = fuzz_kinds.KINDS[kind]
-    whole, work, faults = folder / "whole", folder / "work", []
+    whole, work, faults = folder / "whole", folder / "damaged", []
     whole.mkdir()
     name = make(whole)
     seed = (whole / name).read_bytes()

@@ -51,7 +51,7 @@ def of_tar(folder):
 
 def of_precomputed(folder, damage="index.json"):
     write_pictures(folder, 3)
-    index = dict(uri=f"jsonl:{folder.parent}/work/data.jsonl", split=None, records=3, shard_size=4, model={})
+    index = dict(uri=f"jsonl:{folder.parent}/damaged/data.jsonl", split=None, records=3, shard_size=4, model={})
     write_json(folder / "index.json", index)
     (name,) = shard_names(3, 4)
     write_shard(folder / name, [np.ones(5), None, np.ones(5)])

@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from vlm_jax.catalogue import CONFIGS
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, near
 
 KINDS = {bool: "True or False", int: "a whole number", float: "a number"}
 
@@ -33,9 +33,8 @@ def locate(spec: str) -> str:
         return spec
     known = names()
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
         listed = f"known: {', '.join(known)}; a file of your own is given by its path, such as {name}.py"
-        raise UserError(f"there is no config `{name}`; " + (f"did you mean `{close[0]}`?" if close else listed))
+        raise UserError(f"there is no config `{name}`; {near(name, known, listed)}")
     return f"{CONFIGS / name}.py{colon}{variant}"
 
 
@@ -93,9 +92,8 @@ def _value(text: str, before: Any, name: str) -> Any:
     whole = isinstance(value, float) and value.is_integer()
     if (type(before), type(value)) == (float, int) or (type(before) is int and whole):
         value = type(before)(value)
-    other = (
-        value is None or isinstance(value, dict | list | tuple) or (value == text and text[:1].isdigit())
-    )  # a section, "3 epochs"
+    duration = value == text and text[:1].isdigit()  # "3 epochs"
+    other = duration or value is None or isinstance(value, dict | list | tuple)
     if type(before) in KINDS and type(value) is not type(before) and not other:
         raise UserError(f"{name} should be {KINDS[type(before)]}; the config has {before}")
     return value

@@ -3,7 +3,6 @@
 `vlm_jax/data/zeroshot` holds names and prompts of the usual data sets; NOTICE in that folder names the sources.
 """
 
-import difflib
 import functools
 import json
 import os
@@ -14,7 +13,7 @@ from typing import Any
 
 from vlm_jax import config
 from vlm_jax.data.source import is_number
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, near
 
 PACKAGED = pathlib.Path(__file__).parent / "zeroshot"
 
@@ -93,8 +92,7 @@ def _emoji(classes: str) -> dict[int | str, str]:
 def _file(path: str, kind: str, beside: str) -> Any:
     path = os.path.expanduser(path)
     if not os.path.isfile(path):
-        close = difflib.get_close_matches(path, packaged(kind), n=1)
-        hint = f"did you mean `{close[0]}`?" if close else f"expected {options(kind, beside)}"
+        hint = near(path, packaged(kind), f"expected {options(kind, beside)}")
         raise UserError(f"there is no file of {kind} {path}, and no packaged {kind} of that name; {hint}")
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8-sig")

@@ -1,6 +1,5 @@
 """The optimizer: one gradient transformation from a parameter table, schedules and any optax transform."""
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -13,7 +12,7 @@ import numpy as np
 import optax
 
 from vlm_jax import config
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, near
 from vlm_jax.params import schedules, transforms
 from vlm_jax.params.groups import FROZEN, describe, read
 from vlm_jax.params.table import map_with_name, named_leaves
@@ -155,8 +154,7 @@ def _check_options(name: str, factory: Callable, options: Mapping[str, Any]) -> 
     known = set(inspect.signature(factory).parameters) - {"learning_rate"}
     known |= set(inspect.signature(_build).parameters) - {"tree", "make_schedule", "options"}
     for key in options.keys() - known | options.keys() & {"learning_rate"}:
-        close = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean `{close[0]}`?" if close else f"known keys: {', '.join(sorted(known))}"
+        hint = near(key, known, f"known keys: {', '.join(sorted(known))}")
         raise UserError(f"{WHERE} ({name}) has no key `{key}`; {hint}")
 
 

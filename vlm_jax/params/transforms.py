@@ -1,6 +1,5 @@
 """Gradient transformations by name: those of optax, and Adafactor and Muon as vision-language models use them."""
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from vlm_jax import config
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, near
 from vlm_jax.params.table import map_with_name
 
 
@@ -43,8 +42,7 @@ def _choose(own, name, fits, what, kind):
     if fits(getattr(optax, name, None)):
         return getattr(optax, name)
     known = [*own, *(n for n in dir(optax) if not n.startswith("_") and fits(getattr(optax, n)))]
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean `{close[0]}`?" if close else f"expected one of: {', '.join(known)}"
+    hint = near(name, known, f"expected one of: {', '.join(known)}")
     raise UserError(f"{what}, which is no {kind} of optax; {hint}")
 
 

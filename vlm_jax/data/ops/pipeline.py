@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import difflib
 import inspect
 import re
 import types
@@ -16,7 +15,7 @@ from PIL import Image
 from vlm_jax.data.ops.image import array
 from vlm_jax.data.ops.registry import INJECTED, OPS, SUBJECTS
 from vlm_jax.data.source import BadExample
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, near
 
 LONGEST = 2**16  # characters of an op string
 MOST = 500  # ops in an op string
@@ -171,8 +170,8 @@ def _literal(node: ast.expr) -> Any:
 
 def _step(name: str, args: list, kwargs: dict, tokenizer: Any) -> Step:
     if name not in OPS:
-        close = difflib.get_close_matches(name, [*OPS, "cache"], n=1)
-        hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(sorted([*OPS, 'cache']))}"
+        known = sorted([*OPS, "cache"])
+        hint = near(name, known, f"known: {', '.join(known)}")
         raise UserError(f"there is no op `{name}`; {hint}")
     function = OPS[name]
     signature = inspect.signature(function)
