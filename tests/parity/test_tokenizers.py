@@ -13,8 +13,8 @@ import sentencepiece
 import tokenizers as hf
 import transformers
 
+from vlm_jax.data import ops as text_ops
 from vlm_jax.data import tokenizers
-from vlm_jax.data.ops import OPS
 from vlm_jax.data.tokenizers import clip
 from vlm_jax.errors import UserError
 from vlm_jax.zoo import tokenizer_files
@@ -62,10 +62,9 @@ def ids(spec, ops, given=None):
     *before, last = ops.split(" | ")
     length, flags = int(re.search(r"\d+", last)[0]), {key: f"{key}=False" not in last for key in ("bos", "eos")}
     given = given or texts()
-    for step in before:
-        name, _, argument = step.partition("(")
-        options = {"lower": False} if argument else {}
-        given = [OPS[name](text, **options) for text in given]
+    if before:
+        pipeline, rng = text_ops.parse(" | ".join(before), None), np.random.default_rng(0)
+        given = [pipeline({"text": text}, rng)["text"] for text in given]
     return tokenizers.build(spec)(given, length, **flags)
 
 
