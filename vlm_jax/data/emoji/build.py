@@ -6,6 +6,7 @@ fetches missing tarballs with `npm pack`, checks every sha256, renders with resv
 
     *.array_record-*, dataset_info.json, features.json    what tfds.builder_from_directory reads
     concepts.json    id, hexcode, group, subgroup, held_out and names of every concept
+    alpha.npz        the pictures' transparency, see alpha.py
     report.json      pictures by split and style; pictures left out, each with its reason; icons that show no concept
     SHA256SUMS       of the above
 """
@@ -24,7 +25,7 @@ from pathlib import Path
 from absl import flags
 
 from vlm_jax import command
-from vlm_jax.data.emoji import PREPARED, packs, splits
+from vlm_jax.data.emoji import PREPARED, alpha, packs, splits
 from vlm_jax.errors import UserError
 
 
@@ -105,6 +106,8 @@ def build(tarballs: Path, out: Path, *, words=packs.WORDS, pack_tarballs=packs.P
             for c in collected.concepts
         ],
     )
+    held_out = lambda picture: picture.concept.hexcode in collected.held_out
+    alpha.write(out / alpha.FILE, ((p.style, p.concept.id, held_out(p), p.alpha) for p in collected.pictures))
     write_json(out / "report.json", report(collected))
     files = sorted(path for path in out.iterdir() if path.name != "SHA256SUMS")
     sums = "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files)

@@ -20,6 +20,7 @@ class Picture:
     icon: str
     concept: names.Concept
     pixels: np.ndarray
+    alpha: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Collected:
 
 @functools.cache
 def collect(directory: Path, words: packs.Tarball, pack_tarballs: tuple[packs.Tarball, ...]) -> Collected:
-    """Reads, matches and renders all pictures (a minute); cached, because builder and command both call this."""
+    """Reads, matches and renders all pictures (two minutes); cached, because builder and command both call this."""
     concepts = names.read_concepts(packs.read_json(directory, words, names.FILES))
     held_out = splits.held_out(c.hexcode for c in concepts if c.group in splits.HELD_OUT_GROUPS)
     pictures, unmatched = [], {}
@@ -51,10 +52,10 @@ def collect(directory: Path, words: packs.Tarball, pack_tarballs: tuple[packs.Ta
         pack = packs.read_json(directory, tarball, ("icons.json", "chars.json"))
         found = packs.match(pack, concepts, packs.CORRECTIONS.get(tarball.style, {}))
         unmatched[tarball.style] = len(set(pack["icons.json"]["icons"]) - set(found.values()))
-        pictures += [
-            Picture(tarball.style, icon, concepts[concept], render.render(packs.svg(pack, icon)))
-            for concept, icon in sorted(found.items())
-        ]
+        for concept, icon in sorted(found.items()):
+            svg = packs.svg(pack, icon)
+            drawn = render.render(svg), render.transparency(svg)
+            pictures.append(Picture(tarball.style, icon, concepts[concept], *drawn))
     reasons = render.left_out([(p.style, p.concept.id, p.pixels) for p in pictures], tuple(splits.STYLE_SPLITS))
     pictures.sort(key=lambda picture: picture.concept.id)
     key = lambda picture: (picture.style, picture.concept.id)

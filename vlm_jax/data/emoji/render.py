@@ -1,4 +1,4 @@
-"""SVG -> 64 x 64 RGB on white -> WebP, and the pictures that must be left out."""
+"""SVG -> 64 x 64 RGB on white -> WebP, its transparency, and the pictures that must be left out."""
 
 from __future__ import annotations
 
@@ -22,14 +22,23 @@ INK_SHARE = 0.02
 
 def render(svg: str) -> np.ndarray:
     """Returns an SVG document as uint8 [64, 64, 3], composited on white."""
+    return _raster(svg, "RGB", background="#ffffff")
+
+
+def transparency(svg: str) -> np.ndarray:
+    """Returns the alpha channel of an SVG document, uint8 [64, 64]."""
+    return _raster(svg, "RGBA")[..., 3]
+
+
+def _raster(svg: str, mode: str, **options) -> np.ndarray:
     try:
         import resvg_py
     except ImportError as error:
         raise UserError("rendering the emoji needs resvg_py, which is missing; pip install 'vlm_jax[emoji]'") from error
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE, background="#ffffff", skip_system_fonts=True)
-    pixels = np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
-    if pixels.shape != (SIDE, SIDE, 3):
-        raise ValueError(f"rendered {pixels.shape}, expected {(SIDE, SIDE, 3)}")
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE, skip_system_fonts=True, **options)
+    pixels = np.asarray(Image.open(io.BytesIO(bytes(png))).convert(mode))
+    if pixels.shape[:2] != (SIDE, SIDE):
+        raise ValueError(f"rendered {pixels.shape}, expected {(SIDE, SIDE)}")
     return pixels
 
 

@@ -3,6 +3,7 @@
 import difflib
 import os
 
+from vlm_jax.data.scenes.source import Scenes
 from vlm_jax.data.source import Source, select
 from vlm_jax.data.sources.folder import Folder, holds_splits
 from vlm_jax.data.sources.precomputed import Precomputed
@@ -19,10 +20,11 @@ def open_source(uri: str, split: str | None = None) -> Source:
 
     Args:
       uri: `tfds:name[/config][:version]` or `tfds:/folder/of/a/prepared/version`, `wds:/path/{000..999}.tar`,
-        `jsonl:/path`, `csv:/path`, `folder:/path`, or `precomputed:/path` (see `vlm_jax.precompute`). `tfds:emoji` is
-        the data set in this package. With `?allow_outside` at its end, pictures may be outside of the folder of the
-        table or of `folder:`.
-      split: a TFDS split such as "train" or "train[:90%]"; a sub-folder of `folder:`; the others have none.
+        `jsonl:/path`, `csv:/path`, `folder:/path`, or `precomputed:/path` (see `vlm_jax.precompute`). `tfds:emoji`, and
+        `scenes:` composed from it, are the data sets in this package. With `?allow_outside` at its end, pictures may be
+        outside of the folder of the table or of `folder:`.
+      split: a TFDS split such as "train" or "train[:90%]"; a sub-folder of `folder:`; a split of `scenes:`; the others
+        have none.
 
     Raises:
       UserError: the scheme is unknown, or a file or a split does not exist.
@@ -72,5 +74,6 @@ SCHEMES = {
     "csv": Csv,
     "folder": Folder,
     "precomputed": Precomputed,
+    "scenes": Scenes.open,
 }
-WITH_SPLITS = ("tfds", "folder")
+WITH_SPLITS = ("tfds", "folder", "scenes")
