@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import urllib.parse
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -65,6 +66,12 @@ def counts(scene: Scene) -> dict[str, int]:
     return {look.thing.name: n for look, n in zip(scene.looks, scene.counts, strict=True)}
 
 
+def concept(scene: Scene) -> int:
+    """Returns a number below 0, equal for scenes of equal things; the emoji's concepts are not below 0."""
+    shown = sorted(f"{n} {texts.described(look)}" for look, n in zip(scene.looks, scene.counts, strict=True))
+    return -1 - (zlib.crc32("; ".join(shown).encode()) >> 1)
+
+
 def regions(scene: Scene) -> dict[str, Any]:
     """Returns phrases that mean one object each: `text`, `object` (its index), `box`."""
     single = texts.singles(scene)
@@ -76,6 +83,7 @@ def regions(scene: Scene) -> dict[str, Any]:
 FIELDS: dict[str, Callable[[Scene], Any]] = {
     "image": lambda scene: scene.image,
     "style": lambda scene: scene.style,
+    "concept": concept,
     "objects": objects,
     "relations": relations,
     "counts": counts,
