@@ -7,10 +7,11 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from vlm_jax.data.scenes import pictures, words
-from vlm_jax.data.scenes.foils import OTHER_ATTRIBUTE, absent
-from vlm_jax.data.scenes.scene import Look, Object, Scene, overlaps, pick, turned
+from vlm_jax.data.scenes import pictures
+from vlm_jax.data.scenes.foils import ATTRIBUTES, OTHER_ATTRIBUTE, absent, allowed
+from vlm_jax.data.scenes.scene import HARD_TO_SEE, Look, Object, Scene, holds, overlaps, pick, turned
 from vlm_jax.data.scenes.texts import caption, listed, phrase, shuffled, text
+from vlm_jax.data.scenes.words import Thing
 
 TRIES = 20
 
@@ -21,14 +22,20 @@ def edit(scene: Scene) -> dict[str, Any]:
     Keys: `kind` ("replace", "remove", "colour"), `text` ("the same, but with a fox in the place of the cat"), `image`,
     and `caption`, the short caption of the second picture.
     """
+    kind, after, sentence = edited(scene)
+    return {"kind": kind, "text": sentence, "image": after.image, "caption": caption(after)}
+
+
+def edited(scene: Scene) -> tuple[str, Scene, str]:
+    """Returns (kind, second scene, sentence)."""
     rng = scene.random("edit")
     for kind in shuffled(rng, ("replace", "remove", "colour")):
         for _ in range(TRIES):
             group = pick(rng, range(len(scene.looks)))
             after, sentence = EDITS[kind](scene, group, rng)
             if after and fits(after):
-                return {"kind": kind, "text": sentence, "image": after.image, "caption": caption(after)}
-    raise AssertionError(f"scene {scene.key} offers no edit; a colour always fits")
+                return kind, after, sentence
+    raise AssertionError(f"{scene.key} offers no edit; a colour always fits")
 
 
 def minimal_pair(scene: Scene) -> dict[str, Any]:
@@ -37,14 +44,20 @@ def minimal_pair(scene: Scene) -> dict[str, Any]:
     Keys: `kind` ("colour", "turn", "size", "object"), `caption` (true of the first picture only), `image`, `text` (true
     of the second picture only). A scene whose things have no attributes differs in a thing.
     """
+    kind, after = other_of_pair(scene)
+    wording = scene.random("wording").random()  # of both captions
+    said = [_all(one, random.Random(wording)) for one in (scene, after)]
+    return {"kind": kind, "caption": said[0], "image": after.image, "text": said[1]}
+
+
+def other_of_pair(scene: Scene) -> tuple[str, Scene]:
+    """Returns (kind, second scene) of the minimal pair."""
     rng = scene.random("minimal_pair")
     for kind, group, look in _changes(scene, rng):
         after = changed(scene, group, look, rng)
-        if after and fits(after):
-            place = rng.random() * 2**53  # both captions have one wording
-            said = [_all(one, random.Random(place)) for one in (scene, after)]
-            return {"kind": kind, "caption": said[0], "image": after.image, "text": said[1]}
-    raise AssertionError(f"scene {scene.key} has no minimal pair")
+        if fits(after):
+            return kind, after
+    raise AssertionError(f"{scene.key} has no minimal pair; another thing always fits")
 
 
 def _all(scene: Scene, rng: random.Random) -> str:
@@ -55,7 +68,7 @@ def _changes(scene: Scene, rng: random.Random) -> Iterator[tuple[str, int, Look]
     attributes = [
         (role, group, other)
         for group, look in enumerate(scene.looks)
-        for role in ("size", "turn", "colour")
+        for role in ATTRIBUTES
         if getattr(look, role)
         for other in OTHER_ATTRIBUTE[getattr(look, role)]
         if can_have(scene, look, other)
@@ -64,17 +77,20 @@ def _changes(scene: Scene, rng: random.Random) -> Iterator[tuple[str, int, Look]
         yield role, group, scene.looks[group]._replace(**{role: other})
     while True:
         group = pick(rng, range(len(scene.looks)))
-        thing = absent(scene, rng)
-        if all(can_have(scene, Look(thing), a) for a in scene.looks[group].attributes):
+        thing = _other_thing(scene, group, rng)
+        if thing:
             yield "object", group, scene.looks[group]._replace(thing=thing)
+
+
+def _other_thing(scene: Scene, group: int, rng: random.Random) -> Thing | None:
+    attributes = scene.looks[group].attributes
+    return absent(scene, rng, lambda thing: all(can_have(scene, Look(thing), a) for a in attributes))
 
 
 def can_have(scene: Scene, look: Look, attribute: str) -> bool:
     """Returns whether an attribute of the look's thing can be seen, and belongs into the scene's split."""
     seen = pictures.visible(scene.style, look.thing.concept)
-    hard = attribute in ("grey", "tilted", "upside-down")
-    held_out = words.cell_held_out(attribute, look.thing.hexcode)
-    return (not hard or attribute in seen) and (not held_out or scene.split == "unseen_pairs")
+    return (attribute not in HARD_TO_SEE or attribute in seen) and allowed(scene, attribute, look.thing)
 
 
 def changed(scene: Scene, group: int, look: Look, rng: random.Random) -> Scene:
@@ -103,9 +119,11 @@ def fits(scene: Scene) -> bool:
     rectangles = [o.rectangle(pixels) for o, pixels in zip(scene.objects, scene.sprites, strict=True)]
     size = scene.options.width, scene.options.height
     on = all(x0 >= 0 and y0 >= 0 and x1 <= size[0] and y1 <= size[1] for x0, y0, x1, y1 in rectangles)
-    pairs = [(a, b) for i, b in enumerate(rectangles) for a in rectangles[:i]]
-    apart = not any(overlaps(a, b, gap=0) for a, b in pairs)
-    return on and (apart or any(name == "inside" for _, name, _ in scene.relations))
+    for i, b in enumerate(rectangles):
+        for a in rectangles[:i]:
+            if overlaps(a, b, gap=0) and not (scene.inside and holds("inside", b, a)):
+                return False
+    return on
 
 
 def _place(scene: Scene, group: int) -> str:
@@ -114,8 +132,8 @@ def _place(scene: Scene, group: int) -> str:
 
 
 def _replace(scene: Scene, group: int, rng: random.Random) -> tuple[Scene | None, str]:
-    thing = absent(scene, rng)
-    if not all(can_have(scene, Look(thing), a) for a in scene.looks[group].attributes):
+    thing = _other_thing(scene, group, rng)
+    if not thing:
         return None, ""
     after = changed(scene, group, scene.looks[group]._replace(thing=thing), rng)
     new = text(phrase(after, group, rng))
@@ -134,6 +152,8 @@ def _remove(scene: Scene, group: int, rng: random.Random) -> tuple[Scene | None,
 def _colour(scene: Scene, group: int, rng: random.Random) -> tuple[Scene | None, str]:
     look = scene.looks[group]
     free = [c for c in pictures.COLOURS if c != look.colour and can_have(scene, look, c)]
+    if not free:
+        return None, ""
     colour = pick(rng, free)
     be = "is" if scene.counts[group] == 1 else "are"
     after = changed(scene, group, look._replace(colour=colour), rng)

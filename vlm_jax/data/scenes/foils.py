@@ -1,13 +1,13 @@
 """Captions that are false of the picture by one word, and questions with wrong answers to choose from.
 
 A wrong thing is not there, is of another subgroup than all that are, shares no word with them and looks like none of
-them (words.confused).
+them (words.confused). What only `unseen_pairs` shows is not named elsewhere either, so that no training makes it false.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vlm_jax.data.scenes import pictures, words
@@ -24,6 +24,8 @@ from vlm_jax.data.scenes.texts import (
     text,
 )
 
+ATTRIBUTES = ("size", "turn", "colour")
+TRIES = 100
 KINDS = ("object", "attribute", "relation", "count", "order")
 OTHER_RELATION = {
     "left": ("right",), "right": ("left",), "above": ("below",), "below": ("above",), "bigger": ("smaller",),
@@ -35,28 +37,28 @@ OTHER_ATTRIBUTE |= {
 }
 
 
-def absent(scene: Scene, rng: random.Random, like: str = "") -> words.Thing:
-    """Draws a thing that is surely not in the scene.
-
-    Args:
-      scene: the scene.
-      rng: random numbers.
-      like: a name; if given, the thing's name is one word with the same article.
-    """
+def absent(
+    scene: Scene, rng: random.Random, suits: Callable[[words.Thing], bool] = lambda thing: True
+) -> words.Thing | None:
+    """Draws a thing that is surely not in the scene, and that suits; None if that is hard to find."""
     things, confused = words.things(), words.confused()
     there = [look.thing for look in scene.looks]
     (candidates,) = (c for style, c in pool(scene.split, scene.options.styles) if style == scene.style)
-    while True:
+    for _ in range(TRIES):
         i = pick(rng, candidates)
         thing = things[i]
-        if any(confused[i, other.index] for other in there) or any(thing.subgroup == other.subgroup for other in there):
+        if any(confused[i, other.index] or thing.subgroup == other.subgroup for other in there):
             continue
-        if not like or (_is_one_word(thing.name) and words.article(thing.name) == words.article(like)):
+        if scene.split != "unseen_pairs" and any(words.pair_held_out(thing.hexcode, o.hexcode) for o in there):
+            continue
+        if suits(thing):
             return thing
+    return None
 
 
-def _is_one_word(name: str) -> bool:
-    return " " not in name
+def allowed(scene: Scene, attribute: str, thing: words.Thing) -> bool:
+    """Returns whether the scene's split may show an attribute of a thing."""
+    return scene.split == "unseen_pairs" or not words.cell_held_out(attribute, thing.hexcode)
 
 
 def foils(scene: Scene) -> dict[str, str]:
@@ -69,17 +71,18 @@ def foils(scene: Scene) -> dict[str, str]:
     return {kind: text(words) for kind, words in found.items() if words}
 
 
-def _changed(caption: Sequence[Word], rng: random.Random, options: Sequence[tuple[int, str]]) -> list[Word] | None:
-    """The caption with one of (place, other word); articles stay right."""
+def _changed(caption: Sequence[Word], at: int, other: str) -> list[Word]:
+    return [*caption[:at], caption[at]._replace(text=other), *caption[at + 1 :]]
+
+
+def _one_of(caption: Sequence[Word], rng: random.Random, options: Sequence[tuple[int, str]]) -> list[Word] | None:
+    """The caption with one of (place, other word) before which the article stays right."""
     fits = [
         (at, other)
         for at, other in options
         if caption[at - 1].role != "article" or words.article(other) == words.article(caption[at].text)
     ]
-    if not fits:
-        return None
-    at, other = pick(rng, fits)
-    return [*caption[:at], caption[at]._replace(text=other), *caption[at + 1 :]]
+    return _changed(caption, *pick(rng, fits)) if fits else None
 
 
 def _places(caption: Sequence[Word], *roles: str) -> list[tuple[int, Word]]:
@@ -87,41 +90,57 @@ def _places(caption: Sequence[Word], *roles: str) -> list[tuple[int, Word]]:
 
 
 def _object(scene: Scene, rng: random.Random, caption: Sequence[Word]) -> list[Word] | None:
-    options = []
-    for at, word in _places(caption, "name"):
-        if _is_one_word(word.text):
-            thing = absent(scene, rng, like=word.text)
-            options.append((at, thing.name if scene.counts[word.of] == 1 else thing.plural))
-    return _changed(caption, rng, options)
+    one_word = lambda thing: " " not in thing.name
+    places = [(at, word) for at, word in _places(caption, "name") if " " not in word.text]
+    if not places:
+        return None
+    at, word = pick(rng, places)
+    if scene.counts[word.of] > 1:
+        thing = absent(scene, rng, one_word)
+        return thing and _changed(caption, at, thing.plural)
+    same = lambda thing: one_word(thing) and words.article(thing.name) == words.article(word.text)
+    thing = absent(scene, rng, same)
+    return thing and _changed(caption, at, thing.name)
 
 
 def _attribute(scene: Scene, rng: random.Random, caption: Sequence[Word]) -> list[Word] | None:
-    places = _places(caption, "size", "turn", "colour")
-    return _changed(caption, rng, [(at, other) for at, word in places for other in OTHER_ATTRIBUTE[word.text]])
+    options = []
+    for at, word in _places(caption, *ATTRIBUTES):
+        thing = scene.looks[word.of].thing
+        options += [(at, other) for other in OTHER_ATTRIBUTE[word.text] if allowed(scene, other, thing)]
+    return _one_of(caption, rng, options)
 
 
 def _relation(scene: Scene, rng: random.Random, caption: Sequence[Word]) -> list[Word] | None:
     places = _places(caption, "relation")
-    return _changed(caption, rng, [(at, other) for at, word in places for other in OTHER_RELATION[word.text]])
+    return _one_of(caption, rng, [(at, other) for at, word in places for other in OTHER_RELATION[word.text]])
 
 
 def _count(scene: Scene, rng: random.Random, caption: Sequence[Word]) -> list[Word] | None:
     places = _places(caption, "count")
-    return _changed(caption, rng, [(at, other) for at, word in places for other in NUMBERS[2:] if other != word.text])
+    return _one_of(caption, rng, [(at, other) for at, word in places for other in NUMBERS[2:] if other != word.text])
 
 
 def _order(scene: Scene, rng: random.Random, caption: Sequence[Word]) -> list[Word] | None:
-    roles = ("name",) if _places(caption, "relation") else ("size", "turn", "colour", "count")
     options = []
-    for role in roles:
+    for role in ("name",) if _places(caption, "relation") else (*ATTRIBUTES, "count"):
         places = _places(caption, role)
         options += [(a, b) for i, a in enumerate(places) for b in places[:i] if a[1].text != b[1].text]
+    options = [(a, b) for a, b in options if _may_swap(scene, a[1], b[1]) and _may_swap(scene, b[1], a[1])]
     if not options:
         return None
     (at, first), (to, second) = pick(rng, options)
     swapped = list(caption)
     swapped[at], swapped[to] = first._replace(text=second.text), second._replace(text=first.text)
     return swapped
+
+
+def _may_swap(scene: Scene, word: Word, by: Word) -> bool:
+    """Whether the split allows what a caption says of `word`'s look, once `by` stands in its place."""
+    look, other = scene.looks[word.of], scene.looks[by.of]
+    if word.role == "name":
+        return all(allowed(scene, attribute, other.thing) for attribute in look.attributes)
+    return word.role == "count" or allowed(scene, by.text, look.thing)
 
 
 FOILS = {"object": _object, "attribute": _attribute, "relation": _relation, "count": _count, "order": _order}
@@ -162,9 +181,11 @@ def _what_colour(scene: Scene, rng: random.Random) -> tuple | None:
     return _row(rng, "colour", f"What colour {name}?", look.colour, tuple(pictures.COLOURS))
 
 
-def _is_there(scene: Scene, rng: random.Random) -> tuple:
+def _is_there(scene: Scene, rng: random.Random) -> tuple | None:
     yes = rng.random() < 0.5
     thing = pick(rng, scene.looks).thing if yes else absent(scene, rng)
+    if thing is None:
+        return None
     question = pick(rng, ("Is there {}?", "Is there {} in the picture?")).format(
         f"{words.article(thing.name)} {thing.name}"
     )
@@ -194,5 +215,6 @@ def _what_is(scene: Scene, rng: random.Random) -> tuple | None:
     thing = lambda k: scene.looks[scene.objects[k].group].thing.name
     (word, _), form = RELATION[name]
     wrong = [thing(k) for k in singles(scene) if k not in (i, j)]
-    wrong = [*wrong, *(absent(scene, rng).name for _ in range(CHOICES - 1 - min(len(wrong), CHOICES - 1)))]
+    while len({*wrong}) < CHOICES - 1 and (other := absent(scene, rng, lambda thing: thing.name not in wrong)):
+        wrong.append(other.name)
     return _row(rng, "what", f"What is {form.format(word)} the {thing(j)}?", thing(i), wrong)

@@ -11,8 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from vlm_jax.data.emoji import alpha
-from vlm_jax.data.sources.tfds import Tfds
+from vlm_jax.data.emoji import PREPARED, alpha
 
 COLOURS = {
     "red": (220, 40, 40), "yellow": (245, 220, 50), "green": (60, 170, 70), "blue": (60, 100, 230),
@@ -48,8 +47,15 @@ _cache = _Cache(CACHE_BYTES)
 
 
 @functools.cache
-def _records(split: str) -> Tfds:
-    return Tfds("emoji", split).narrow(frozenset(["image"]))
+def _records(split: str) -> Callable[[int], bytes]:
+    """Row -> encoded picture; no other field is decoded."""
+    import tensorflow_datasets as tfds  # 0.7 s, hence here
+
+    builder = tfds.builder_from_directory(str(PREPARED))
+    rows = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+    features = tfds.features.FeaturesDict({"image": builder.info.features["image"]})
+    skip = {"image": tfds.decode.SkipDecoding()}
+    return lambda row: features.deserialize_example_np(rows[row], decoders=skip)["image"]
 
 
 def drawing(style: str, concept: int) -> np.ndarray:
@@ -59,7 +65,7 @@ def drawing(style: str, concept: int) -> np.ndarray:
 
 def _cut_out(style: str, concept: int) -> np.ndarray:
     place = alpha.places()[style, concept]
-    on_white = np.asarray(Image.open(io.BytesIO(_records(place.split)[place.row]["image"])).convert("RGB"))
+    on_white = np.asarray(Image.open(io.BytesIO(_records(place.split)(place.row))).convert("RGB"))
     a = alpha.alpha(place).astype(np.int16)[..., None]
     colour = np.clip(on_white - (255 - a), 0, a)
     return _tight(np.concatenate((colour, a), -1).astype(np.uint8))

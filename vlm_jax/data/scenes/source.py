@@ -31,9 +31,9 @@ OPTIONS = {
 
 def run_lengths(mask: np.ndarray) -> np.ndarray:
     """Returns COCO's uncompressed run lengths of bool [h, w]: columns first, beginning with False; int32."""
-    flat = np.concatenate(([False], mask.ravel(order="F"), [False]))
-    edges = np.flatnonzero(flat[1:] != flat[:-1])
-    return np.diff(np.concatenate(([0], edges, [mask.size]))).astype(np.int32)[: 2 * len(edges) + 1]
+    flat = mask.ravel(order="F")
+    edges = np.flatnonzero(flat != np.concatenate(([False], flat[:-1])))
+    return np.diff(np.concatenate(([0], edges, [mask.size]))).astype(np.int32)
 
 
 def mask_of(counts: np.ndarray, height: int, width: int) -> np.ndarray:
