@@ -44,3 +44,30 @@ def test_foils_of_the_data_by_one_who_knows():
         run("foils", truth, caption="caption", foils="foils", kinds=["size"])
     with pytest.raises(UserError, match="no text under caption has a foil under wrong"):
         run("foils", truth, caption="caption", foils="wrong")
+
+
+@pytest.mark.parametrize("model", [Guess(), Writer()])
+def test_minimal_pairs_by_hand(model):
+    found = []
+    for row in records():
+        pair = row["minimal_pair"]
+        s = [[model.fits(i, c) for c in (pair["caption"], pair["text"])] for i in (row["image"], pair["image"])]
+        text, image = s[0][0] > s[0][1] and s[1][1] > s[1][0], s[0][0] > s[1][0] and s[1][1] > s[0][1]
+        found.append((text, image, text and image))
+    metrics = run("minimal_pairs", model).metrics
+    for name, own in zip(("text", "image", "group"), zip(*found, strict=True), strict=True):
+        assert metrics[name] == share(own) and 0 < sum(own) < 50
+    assert (metrics["examples"], metrics["left_out"], metrics["ties"]) == (50, 0, 0)
+
+
+def test_minimal_pairs_by_one_who_knows():
+    pairs = [(row["image"], row["minimal_pair"]) for row in records()]
+    known = [one for image, pair in pairs for one in ((image, [pair["caption"]]), (pair["image"], [pair["text"]]))]
+    metrics = run("minimal_pairs", Truth(known)).metrics
+    assert [metrics[name] for name in ("text", "image", "group")] == [1.0] * 3
+    same = run("minimal_pairs", Guess(), captions=["minimal_pair/caption"] * 2).metrics
+    assert (same["text"], same["group"], same["ties"]) == (0, 0, 50), "equal scores are wrong"
+    with pytest.raises(UserError, match="images is 'image'; expected two fields"):
+        run("minimal_pairs", Guess(), images="image")
+    with pytest.raises(UserError, match="no picture has texts under unseen and caption"):
+        run("minimal_pairs", Guess(), captions=["unseen", "caption"])
