@@ -1,12 +1,13 @@
 """Evaluators of exact truth: equal to slow counts on fifty scenes, and 1.0 for a model that knows what is true."""
 
+import numpy as np
 import pytest
 
-from tests.support.scenes import URI, Guess, Truth, Writer, records
+from tests.support.scenes import URI, Guess, Truth, Writer, records, seen
 from vlm_jax import evaluators
 from vlm_jax.errors import UserError
 
-LEARNED = Guess()
+GUESS = Guess()
 
 
 def run(kind, model, **section):
@@ -38,7 +39,7 @@ def test_foils_of_the_data_by_one_who_knows():
         run("foils", Truth((row["image"], []) for row in records()), caption="caption", foils="foils").metrics["object"]
         == 0.5
     ), "ties"
-    one = run("foils", LEARNED, caption="minimal_pair/caption", foils="minimal_pair/text", kinds="foil").metrics
+    one = run("foils", GUESS, caption="minimal_pair/caption", foils="minimal_pair/text", kinds="foil").metrics
     assert one["foil_pairs"] == 50 and one["foil_left_out"] == 0
     with pytest.raises(UserError, match="the kind of foils is `size`; expected one of: attribute, count, object"):
         run("foils", truth, caption="caption", foils="foils", kinds=["size"])
@@ -71,3 +72,34 @@ def test_minimal_pairs_by_one_who_knows():
         run("minimal_pairs", Guess(), images="image")
     with pytest.raises(UserError, match="no picture has texts under unseen and caption"):
         run("minimal_pairs", Guess(), captions=["unseen", "caption"])
+
+
+TEXTS = {  # captions, join -> the texts of a picture
+    "caption": (None, lambda row: [row["caption"]]),
+    "sub_captions": (None, lambda row: row["sub_captions"]),
+    "long_caption": (None, lambda row: [row["long_caption"]]),
+    "names/de": (", ", lambda row: [", ".join(row["names"]["de"])]),
+    "names/ja": (", ", lambda row: [", ".join(row["names"]["ja"])]),
+}
+
+
+@pytest.mark.parametrize("field", TEXTS)
+def test_retrieval_by_hand(field):
+    join, of = TEXTS[field]
+    metrics = run("retrieval", GUESS, captions=field, join=join, gallery=3).metrics
+    said = [(i, text) for i, row in enumerate(records()) for text in of(row)]
+    of_text = {text: {i for i, other in said if other == text} for _, text in said}  # identical texts: right for all
+    images = GUESS.embed_image_batch([seen(row["image"]) for row in records()]).astype(np.float64)
+    scores = (images @ GUESS.embed_texts([text for _, text in said]).astype(np.float64).T).astype(np.float32)
+    right = np.array([[i in of_text[text] for _, text in said] for i in range(50)])
+
+    def within(scores, right, k):
+        best = np.max(scores, where=right, initial=-2)
+        return int(np.sum((scores > best) & ~right) < k and not np.any((scores == best) & ~right))
+
+    for k in (1, 5, 10):
+        for name, s, r in (("image_to_text", scores, right), ("text_to_image", scores.T, right.T)):
+            assert metrics[f"{name}/recall@{k}"] == share([within(s[i], r[i], k) for i in range(len(s))])
+    assert (metrics["texts"], metrics["images"], metrics["ties"]) == (len(said), 50, 0)
+    known = run("retrieval", Truth((row["image"], of(row)) for row in records()), captions=field, join=join).metrics
+    assert known["image_to_text/recall@1"] == known["text_to_image/recall@1"] == 1.0
