@@ -22,7 +22,7 @@ GIVEN = dict(  # the slices hold all pictures of the four classes
     ops=TEXTS["ops"], denoisers=TEXTS["denoisers"],
 )  # fmt: skip
 SCENES = dict(uri="scenes:?examples=5", split="train")  # their fields are the defaults
-OF_SCENES = ("minimal_pairs",)
+OF_SCENES = ("minimal_pairs", "composed_retrieval")
 
 
 @functools.cache

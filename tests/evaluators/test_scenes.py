@@ -103,3 +103,33 @@ def test_retrieval_by_hand(field):
     assert (metrics["texts"], metrics["images"], metrics["ties"]) == (len(said), 50, 0)
     known = run("retrieval", Truth((row["image"], of(row)) for row in records()), captions=field, join=join).metrics
     assert known["image_to_text/recall@1"] == known["text_to_image/recall@1"] == 1.0
+
+
+@pytest.mark.parametrize("query", ["sum", "image"])
+def test_composed_retrieval_by_hand(query):
+    result = run("composed_retrieval", GUESS, query=query)
+    first, changed = (
+        GUESS.embed_image_batch([seen(image) for image in images]).astype(np.float64)
+        for images in zip(*((row["image"], row["edit"]["image"]) for row in records()), strict=True)
+    )
+    ranks = []
+    for i, row in enumerate(records()):
+        wanted = first[i] + (GUESS.embed_texts([row["edit"]["text"]])[0].astype(np.float64) if query == "sum" else 0)
+        gallery = [changed[i], *np.delete(changed, i, 0), *np.delete(first, i, 0)]
+        ranks.append(sum(other @ wanted > gallery[0] @ wanted for other in gallery))
+    for k in (1, 5, 10):
+        assert result.metrics[f"recall@{k}"] == share([rank < k for rank in ranks])
+    assert result.artifacts["ranks"]["rank"].tolist() == ranks and len(gallery) == result.metrics["gallery"] == 99
+
+
+def test_composed_retrieval_by_one_who_knows():
+    knows = Truth(
+        one for row in records() for one in ((row["image"], []), (row["edit"]["image"], [row["edit"]["text"]]))
+    )
+    metrics = run("composed_retrieval", knows).metrics
+    assert (metrics["recall@1"], metrics["examples"], metrics["ties"]) == (1.0, 50, 0)
+    assert run("composed_retrieval", knows, query="image").metrics["recall@1"] < 0.1
+    with pytest.raises(UserError, match="the query of composed_retrieval is `both`; expected one of: sum, image, text"):
+        run("composed_retrieval", knows, query="both")
+    with pytest.raises(UserError, match="no picture has a text under unseen"):
+        run("composed_retrieval", knows, text="unseen")
