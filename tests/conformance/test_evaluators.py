@@ -21,8 +21,8 @@ GIVEN = dict(  # the slices hold all pictures of the four classes
     methods=["zero_shot", "tip_adapter"],
     ops=TEXTS["ops"], denoisers=TEXTS["denoisers"],
 )  # fmt: skip
-SCENES = dict(uri="scenes:?examples=5", split="train")  # their fields are the defaults
-OF_SCENES = ("minimal_pairs", "composed_retrieval")
+SCENES = dict(uri="scenes:?examples=8", split="train")  # their fields are the defaults
+OF_SCENES = ("minimal_pairs", "composed_retrieval", "questions", "counting")
 
 
 @functools.cache

@@ -5,6 +5,7 @@ import pytest
 
 from tests.support.scenes import URI, Guess, Truth, Writer, records, seen
 from vlm_jax import evaluators
+from vlm_jax.data.scenes.words import plural
 from vlm_jax.errors import UserError
 
 GUESS = Guess()
@@ -133,3 +134,78 @@ def test_composed_retrieval_by_one_who_knows():
         run("composed_retrieval", knows, query="both")
     with pytest.raises(UserError, match="no picture has a text under unseen"):
         run("composed_retrieval", knows, text="unseen")
+
+
+def said(row):
+    """(kind, texts of the choices, index of the answer) of a scene's questions."""
+    asked = zip(*(row["questions"][name] for name in ("kind", "question", "answer", "choices")), strict=True)
+    return [(kind, [f"{question} {c}" for c in choices], choices.index(a)) for kind, question, a, choices in asked]
+
+
+@pytest.mark.parametrize("model", [Guess(), Writer()])
+def test_questions_by_hand(model):
+    right, chance = {"": []}, {"": []}
+    for row in records():
+        for kind, texts, answer in said(row):
+            scores = [model.fits(row["image"], text) for text in texts]
+            for name in ("", f"/{kind}"):
+                right.setdefault(name, []).append(
+                    all(scores[answer] > s for s in scores[:answer] + scores[answer + 1 :])
+                )
+                chance.setdefault(name, []).append(1 / len(texts))
+    metrics = run("questions", model).metrics
+    assert {name for name in metrics if "/" in name} == {
+        f"{m}{k}" for m in ("exact_match", "chance") for k in right if k
+    }
+    for name, own in right.items():
+        assert metrics[f"exact_match{name}"] == share(own) and metrics[f"chance{name}"] == share(chance[name])
+    assert (metrics["questions"], metrics["examples"], metrics["ties"]) == (len(right[""]), 50, 0)
+    assert metrics["left_out_questions"] == 0 and len(right) == 6
+
+
+def test_questions_by_one_who_knows():
+    known = Truth((row["image"], [texts[answer] for _, texts, answer in said(row)]) for row in records())
+    metrics = run("questions", known).metrics
+    assert metrics["exact_match"] == metrics["exact_match/what"] == 1.0
+    ignorant = run("questions", Truth((row["image"], []) for row in records())).metrics
+    assert ignorant["exact_match"] == pytest.approx(ignorant["chance"]), "all choices are equal"
+    section = {"type": "questions", "uri": URI, "question": "edit/text", "choices": "tags", "kind": None}
+    found = evaluators.build(section | {"answer": "edit/kind"})
+    with pytest.raises(UserError, match="a question under `edit/text` whose `edit/kind` is among its `tags`"):
+        found(known)
+    one = evaluators.build(section | {"question": "style", "answer": "style", "choices": "style"})(known).metrics
+    assert (one["questions"], one["exact_match"], one["chance"]) == (50, 1.0, 1.0), "one choice"
+
+
+WORDS = ("no", "one", "two", "three", "four", "five", "six")
+
+
+@pytest.mark.parametrize("model", [Guess(), Writer()])
+def test_counting_by_hand(model):
+    right, errors, pictures = [], [], set()
+    for i, row in enumerate(records()):
+        for name, count in row["counts"].items():
+            if count > 1:
+                scores = [model.fits(row["image"], f"I see {WORDS[n]} {plural(name)}") for n in (2, 3, 4)]
+                best = 2 + scores.index(max(scores))
+                right.append(best == count)
+                errors.append(abs(best - count))
+                pictures.add(i)
+    metrics = run("counting", model, numbers=[2, 4, 3], template="I see {number} {things}").metrics
+    assert (metrics["accuracy"], metrics["mean_absolute_error"]) == (share(right), share(errors)) and sum(right)
+    assert (metrics["questions"], metrics["examples"]) == (len(right), len(pictures))
+    assert metrics["left_out"] == 50 - len(pictures) and metrics["chance"] == pytest.approx(1 / 3)
+
+
+def test_counting_by_one_who_knows():
+    one = lambda name, n: f"{WORDS[n]} {name if n == 1 else plural(name)}"
+    known = Truth((row["image"], [one(*pair) for pair in row["counts"].items()]) for row in records())
+    for numbers, questions in (((2, 3, 4, 5, 6), None), (range(1, 7), sum(len(row["counts"]) for row in records()))):
+        metrics = run("counting", known, numbers=list(numbers)).metrics
+        assert (metrics["accuracy"], metrics["mean_absolute_error"]) == (1.0, 0.0)
+        assert questions in (None, metrics["questions"])
+    for changes, message in (({"numbers": [2]}, "numbers are"), ({"template": "{number}"}, "no `{things}`")):
+        with pytest.raises(UserError, match=message):
+            run("counting", known, **changes)
+    with pytest.raises(UserError, match="no picture has a thing under `style`"):
+        run("counting", known, counts="style")
