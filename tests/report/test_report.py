@@ -151,6 +151,7 @@ def test_series_ends_at_a_broken_line_and_drops_single_points(workdir):
         ("unseen/top1", 0.61234, "61.2 %"), ("pixel_top5", 0.637, "63.7 %"), ("text_to_image/recall@10", 1, "100.0 %"),
         ("pixel_examples", 732.0, "732"), ("step", 12000, "12,000"), ("train/examples_per_second", 1822.2, "1,822"),
         ("foils/order", 0.9981, "99.8 %"), ("foils/order_pairs", 1017.0, "1,017"), ("exact_match", 0.3, "30.0 %"),
+        ("foils/relation", 0.5, "50.0 %"), ("foils/count_left_out", 38.0, "38"),
         ("loss", 0.123456, "0.1235"), ("loss", float("nan"), "nan"), ("params_sha256", "abc", "abc"),
     ],
 )  # fmt: skip

@@ -61,6 +61,14 @@ def picture_ops(ops: str, *fields: str) -> str:
     return f'decode | {field_ops(*fields)} | {ops} | keep("image", "fields")'
 
 
+def two_pictures_ops(ops: str, pictures: Sequence[str], *fields: str) -> str:
+    """Op string from a record to `first` and `second`, the pictures at two paths after `ops`, and `fields`."""
+    string = field_ops(*fields)
+    for path, name in zip(map(json.dumps, pictures), ("first", "second"), strict=True):
+        string += f' | rename({path}, "image") | decode | {ops} | rename("image", "{name}")'
+    return f'{string} | keep("first", "second", "fields")'
+
+
 def field_ops(*fields: str) -> str:
     """Op that sets `fields` to a list of a record's values at paths."""
     return f'boxed({"".join(f"{json.dumps(path)}, " for path in fields)}to="fields")'

@@ -1,7 +1,7 @@
 """Foils: does a picture fit its caption better than a caption with a wrong word or word order?
 
-The measure is that of ARO (arXiv:2210.01936) and SugarCrepe (arXiv:2306.14610); the rules of `foil_texts` make the
-wrong captions.
+The measure is that of ARO (arXiv:2210.01936) and SugarCrepe (arXiv:2306.14610). The wrong captions are in the data, or
+the rules of `foil_texts` make them.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -12,13 +12,13 @@ import numpy as np
 from vlm_jax.catalogue import method
 from vlm_jax.config import choose
 from vlm_jax.errors import UserError
+from vlm_jax.evaluators import scores
 from vlm_jax.evaluators.metrics import interval
 from vlm_jax.evaluators.one_pass import Batch, Columns, Pass, picture_ops
 from vlm_jax.evaluators.progress import Progress, Table, memory_limit
 from vlm_jax.evaluators.records import texts
 from vlm_jax.evaluators.result import Result
 from vlm_jax.evaluators.tasks import foil_texts
-from vlm_jax.pretrained.similarity import similarity_of_pairs
 
 
 @method(
@@ -35,7 +35,8 @@ def foils(
     label: str = "concept",
     group: str = "subgroup",
     true: Sequence[str] = ("keywords/en",),
-    kinds: Sequence[str] = tuple(foil_texts.KINDS),
+    foils: str | None = None,
+    kinds: Sequence[str] | None = None,
     where: Mapping[str, Sequence] | None = None,
     ops: str | None = None,
     batch_size: int = 256,
@@ -45,9 +46,9 @@ def foils(
 
     Metrics: for each kind of foil, under the kind's name, the share of pairs whose right caption scores higher; a tie
     counts half; without pairs the metric is left out. `object_pairs` and so on: the number of pairs. `chance`: 0.5.
-    `ties`. `examples`. Two towers score a caption by the cosine with its picture. Captioners score a caption by its
-    log-likelihood, summed over tokens; this includes the language's likelihood, so a model that ignores the picture may
-    be above chance, most of all in `order`.
+    `ties`. `examples`. With `foils`, `object_left_out` and so on: pictures without a foil of the kind. Two towers score
+    a caption by the cosine with its picture. Captioners score a caption by its log-likelihood, summed over tokens; this
+    includes the language's likelihood, so a model that ignores the picture may be above chance, most of all in `order`.
 
     Args:
       uri: the data set, as for `sources.open_source`.
@@ -56,14 +57,17 @@ def foils(
       label: a field; pictures of equal label show the same, and their texts are no foils of each other.
       group: a field; captions of equal group name things of one kind, and an object becomes another of its group.
       true: fields with more texts that are true of a picture.
-      kinds: any of "object", "attribute" and "order", see `foil_texts.foil`.
+      foils: the record's field with wrong captions: kind -> text, as `scenes:` has it, or one text, of the kind "foil",
+        as SugarCrepe has it. If given, no rule makes foils, and `label`, `group` and `true` are not read.
+      kinds: some of the kinds; defaults to all. The rules' kinds are "object", "attribute" and "order", see
+        `foil_texts.foil`.
       where: field -> values; other records are left out.
       ops: op string from record to `image`; defaults to the model's preprocessing.
       batch_size: pictures at a time; the metrics do not depend on the batch size.
       memory_share: share of the free memory for the scores; more scores go to a file.
     """
-    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
-    for kind in kinds:
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    for kind in kinds or [] if foils is None else []:
         choose(foil_texts.KINDS, kind, "the kind of foils")
     paths = [label, group, caption, *([true] if isinstance(true, str) else true)]
     limit = memory_limit(memory_share)
@@ -74,22 +78,30 @@ def foils(
             pretrained, progress, uri=uri, split=split, where=where, ops=string, batch_size=batch_size, memory=limit
         )
         pretrained = data.pretrained
-        right, wrong = _pairs(data.fields(*paths), kinds)
+        if foils is None:
+            names = list(kinds or foil_texts.KINDS)
+            right, wrong = _pairs(data.fields(*paths), names)
+        else:
+            names, right, wrong = _given(data.fields(caption, foils), kinds)
         if not any(map(any, wrong)):
-            raise UserError(f"{uri} {split or ''}: no text under {caption} has a foil of the kinds {', '.join(kinds)}")
+            of_kinds = f"of the kinds {', '.join(names)}" if names else f"under {foils}"
+            raise UserError(f"{uri} {split or ''}: no text under {caption} has a foil {of_kinds}")
         data.begin("pairs")
 
         def rows(batch: Batch) -> Mapping[str, Columns]:
-            of_right, *of_wrong = _scores(pretrained, batch)
-            pairs = [(k, row) for k in range(len(kinds)) for row, own in enumerate(batch.about) if own[k + 1]]
+            filled = [[text or own[0] for text in own] for own in batch.about]
+            score = np.stack(scores.of_lists(pretrained, batch, filled))
+            pairs = [(k, row) for k in range(len(names)) for row, own in enumerate(batch.about) if own[k + 1]]
             kind, row = np.array(pairs, np.int64).reshape(-1, 2).T
-            of_wrong = np.stack(of_wrong)[:, batch.kept]
-            scores = {"right": of_right[batch.kept][row], "wrong": of_wrong[kind, row]}
-            return {"pairs": {"kind": kind, **scores, "position": batch.position[row]}}
+            columns = {"right": score[row, 0], "wrong": score[row, kind + 1], "position": batch.position[row]}
+            return {"pairs": {"kind": kind, **columns}}
 
         def finish(tables: Mapping[str, Table]) -> Result:
-            result = _result(tables["pairs"], kinds, right, wrong)
-            return result._replace(metrics=result.metrics | {"examples": float(data.counts["examples"]), "chance": 0.5})
+            result, examples = _result(tables["pairs"], names, right, wrong), data.counts["examples"]
+            more = {"examples": float(examples), "chance": 0.5}
+            if foils is not None:
+                more |= {f"{name}_left_out": examples - result.metrics[f"{name}_pairs"] for name in names}
+            return result._replace(metrics=result.metrics | more)
 
         data.run(rows, about=lambda i: right[i] and [right[i], *(own[i] for own in wrong)], columns=["position"])
         return data.result(finish)
@@ -112,17 +124,22 @@ def _pairs(records: list[list | None], kinds: Sequence[str]) -> tuple[list, list
     return caption, [[None if text is None else foil(k, i) for i, text in enumerate(caption)] for k in kinds]
 
 
-def _scores(pretrained: Any, batch: Batch) -> list[np.ndarray]:
-    """How well each picture fits its caption and each of its foils, float [B] for each.
+def _given(records: list[list | None], kinds: Sequence[str] | None) -> tuple[list[str], list, list[list]]:
+    """The kinds, the captions [N], and the foils [N] of each kind that the records hold; None where one is missing."""
+    rows = [
+        (texts([caption]), {kind: texts([of_kind]) for kind, of_kind in _by_kind(own).items()})
+        for caption, own in (record or ("", {}) for record in records)
+    ]
+    found = sorted({kind for _, own in rows for kind in own})
+    for kind in kinds or []:
+        choose(dict.fromkeys(found), kind, "the kind of foils")
+    names = list(kinds or found)
+    caption = [own[0] if own else None for own, _ in rows]
+    return names, caption, [[own[0] if (own := of_kind.get(kind)) else None for _, of_kind in rows] for kind in names]
 
-    All rows of a batch are scored in place, so that equal texts tie; a row without a text is scored with another text.
-    """
-    filled = [[own[k] or own[0] for own in batch.about] for k in range(len(batch.about[0]))]
-    filled = [batch.spread(own, batch.about[0][0]) for own in filled]
-    if getattr(pretrained, "is_captioner", False):
-        return [pretrained.score_batch(batch.inputs, own)[0] for own in filled]
-    embedded = pretrained.embed_image_batch(batch.inputs)
-    return [similarity_of_pairs(embedded, pretrained.embed_texts(own)) for own in filled]
+
+def _by_kind(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {"foil": value}
 
 
 def _result(table: Table, kinds: Sequence[str], caption: list, foils: list[list]) -> Result:

@@ -35,6 +35,7 @@ def retrieval(
     split: str | None = None,
     captions: str | Sequence[str] = ("caption",),
     template: str = "{}",
+    join: str | None = None,
     ks: Sequence[int] = (1, 5, 10),
     strict: bool = False,
     where: Mapping[str, Sequence] | None = None,
@@ -51,13 +52,15 @@ def retrieval(
     Artifacts: the ranks; with a gallery, also the best captions of some pictures, the best pictures of some captions,
     and the embeddings and similarities of some pictures and their captions.
     A picture may have several captions; each counts as right. (The usual Flickr30k and COCO protocol has five for each
-    picture.) Similarities are computed and ranked in blocks, never as a whole matrix.
+    picture.) Short, long and sub-captions, and names in a language, are `captions` of other fields. Similarities are
+    computed and ranked in blocks, never as a whole matrix.
 
     Args:
       uri: the data set, as for `sources.open_source`.
       split: its split.
       captions: the record's fields with captions, each a text or a list of texts; empty texts do not count.
       template: prompt; `{}` stands for the caption.
+      join: text between the texts of a list, which becomes one caption: ", " for names. By default each is a caption.
       ks: numbers of candidates that may be named.
       strict: only a picture's own captions are right. By default identical texts count as one another: a text that also
         stands with another picture is right for both pictures, and both pictures are right for it.
@@ -72,6 +75,7 @@ def retrieval(
         raise UserError(f"template `{template}` has no `{{}}` for the caption")
     if min(ks, default=0) < 1:
         raise UserError(f"ks are {list(ks)}; expected ranks of 1 or more, such as 1,5,10")
+    own_texts = texts_of if join is None else lambda fields: [join.join(own) for f in fields if (own := texts_of([f]))]
     limit = memory_limit(memory_share)
 
     def evaluate(pretrained: Any, progress: Progress | None = None) -> Result:
@@ -97,9 +101,9 @@ def retrieval(
             }
 
         def finish(tables: Mapping[str, Table]) -> Result:
-            return _result(data, tables["images"], tables["texts"], ks, strict, gallery, captions)
+            return _result(data, tables["images"], tables["texts"], ks, strict, gallery, captions, own_texts)
 
-        if not data.run(rows, about=lambda fields: texts_of(fields) or None):
+        if not data.run(rows, about=lambda fields: own_texts(fields) or None):
             raise UserError(f"{data.about}: no picture has a text under {', '.join(captions)}")
         return data.result(finish, "left_out")
 
@@ -112,7 +116,8 @@ def _id(text: str) -> np.int64:
 
 
 def _result(
-    data: Pass, images: Table, texts: Table, ks: Sequence[int], strict: bool, gallery: int, fields: Sequence[str]
+    data: Pass, images: Table, texts: Table, ks: Sequence[int], strict: bool, gallery: int, fields: Sequence[str],
+    own_texts: Callable,
 ) -> Result:  # fmt: skip
     owner, ids = texts.read("image"), texts.read("id")
     pairs = metrics.Pairs(len(images), owner, None if strict else ids)
@@ -141,7 +146,7 @@ def _result(
     position = images.read("position")
     pictures = lambda rows: data.thumbnails(position[rows])
     boxed = f'{field_ops(*fields)} | keep("fields")'
-    captions = lambda rows: [texts_of(row["fields"][()]) for row in data.look_up(boxed, position[rows])]
+    captions = lambda rows: [own_texts(row["fields"][()]) for row in data.look_up(boxed, position[rows])]
     if gallery:
         shown = evenly_spaced(len(images), gallery)
         artifacts["gallery"] = _gallery(images, texts, pairs, shown, pictures, captions)

@@ -1,0 +1,211 @@
+"""Evaluators of exact truth: equal to slow counts on fifty scenes, and 1.0 for a model that knows what is true."""
+
+import numpy as np
+import pytest
+
+from tests.support.scenes import URI, Guess, Truth, Writer, records, seen
+from vlm_jax import evaluators
+from vlm_jax.data.scenes.words import plural
+from vlm_jax.errors import UserError
+
+GUESS = Guess()
+
+
+def run(kind, model, **section):
+    return evaluators.build({"type": kind, "uri": URI, "split": "train", "batch_size": 16} | section)(model)
+
+
+def share(values):
+    return pytest.approx(sum(values) / len(values), abs=1e-12)
+
+
+@pytest.mark.parametrize("model", [Guess(), Writer()])
+def test_foils_of_the_data_by_hand(model):
+    result = run("foils", model, caption="caption", foils="foils")
+    for kind in ("object", "attribute", "relation", "count", "order"):
+        own = [row for row in records() if kind in row["foils"]]
+        right = [model.fits(row["image"], row["caption"]) > model.fits(row["image"], row["foils"][kind]) for row in own]
+        assert result.metrics[kind] == share(right) and len(own) > 1
+        assert result.metrics[f"{kind}_pairs"] == len(own)
+        assert result.metrics[f"{kind}_left_out"] == 50 - len(own)
+        low, high = result.intervals[kind]
+        assert low <= result.metrics[kind] <= high
+
+
+def test_foils_of_the_data_by_one_who_knows():
+    truth = Truth((row["image"], [row["caption"]]) for row in records())
+    metrics = run("foils", truth, caption="caption", foils="foils").metrics
+    assert [metrics[kind] for kind in ("object", "attribute", "relation", "count", "order")] == [1.0] * 5
+    assert (
+        run("foils", Truth((row["image"], []) for row in records()), caption="caption", foils="foils").metrics["object"]
+        == 0.5
+    ), "ties"
+    one = run("foils", GUESS, caption="minimal_pair/caption", foils="minimal_pair/text", kinds="foil").metrics
+    assert one["foil_pairs"] == 50 and one["foil_left_out"] == 0
+    with pytest.raises(UserError, match="the kind of foils is `size`; expected one of: attribute, count, object"):
+        run("foils", truth, caption="caption", foils="foils", kinds=["size"])
+    with pytest.raises(UserError, match="no text under caption has a foil under wrong"):
+        run("foils", truth, caption="caption", foils="wrong")
+
+
+@pytest.mark.parametrize("model", [Guess(), Writer()])
+def test_minimal_pairs_by_hand(model):
+    found = []
+    for row in records():
+        pair = row["minimal_pair"]
+        s = [[model.fits(i, c) for c in (pair["caption"], pair["text"])] for i in (row["image"], pair["image"])]
+        text, image = s[0][0] > s[0][1] and s[1][1] > s[1][0], s[0][0] > s[1][0] and s[1][1] > s[0][1]
+        found.append((text, image, text and image))
+    metrics = run("minimal_pairs", model).metrics
+    for name, own in zip(("text", "image", "group"), zip(*found, strict=True), strict=True):
+        assert metrics[name] == share(own) and 0 < sum(own) < 50
+    assert (metrics["examples"], metrics["left_out"], metrics["ties"]) == (50, 0, 0)
+
+
+def test_minimal_pairs_by_one_who_knows():
+    pairs = [(row["image"], row["minimal_pair"]) for row in records()]
+    known = [one for image, pair in pairs for one in ((image, [pair["caption"]]), (pair["image"], [pair["text"]]))]
+    metrics = run("minimal_pairs", Truth(known)).metrics
+    assert [metrics[name] for name in ("text", "image", "group")] == [1.0] * 3
+    same = run("minimal_pairs", Guess(), captions=["minimal_pair/caption"] * 2).metrics
+    assert (same["text"], same["group"], same["ties"]) == (0, 0, 50), "equal scores are wrong"
+    with pytest.raises(UserError, match="images is 'image'; expected two fields"):
+        run("minimal_pairs", Guess(), images="image")
+    with pytest.raises(UserError, match="no picture has texts under unseen and caption"):
+        run("minimal_pairs", Guess(), captions=["unseen", "caption"])
+
+
+TEXTS = {  # captions, join -> the texts of a picture
+    "caption": (None, lambda row: [row["caption"]]),
+    "sub_captions": (None, lambda row: row["sub_captions"]),
+    "long_caption": (None, lambda row: [row["long_caption"]]),
+    "names/de": (", ", lambda row: [", ".join(row["names"]["de"])]),
+    "names/ja": (", ", lambda row: [", ".join(row["names"]["ja"])]),
+}
+
+
+@pytest.mark.parametrize("field", TEXTS)
+def test_retrieval_by_hand(field):
+    join, of = TEXTS[field]
+    metrics = run("retrieval", GUESS, captions=field, join=join, gallery=3).metrics
+    said = [(i, text) for i, row in enumerate(records()) for text in of(row)]
+    of_text = {text: {i for i, other in said if other == text} for _, text in said}  # identical texts: right for all
+    images = GUESS.embed_image_batch([seen(row["image"]) for row in records()]).astype(np.float64)
+    scores = (images @ GUESS.embed_texts([text for _, text in said]).astype(np.float64).T).astype(np.float32)
+    right = np.array([[i in of_text[text] for _, text in said] for i in range(50)])
+
+    def within(scores, right, k):
+        best = np.max(scores, where=right, initial=-2)
+        return int(np.sum((scores > best) & ~right) < k and not np.any((scores == best) & ~right))
+
+    for k in (1, 5, 10):
+        for name, s, r in (("image_to_text", scores, right), ("text_to_image", scores.T, right.T)):
+            assert metrics[f"{name}/recall@{k}"] == share([within(s[i], r[i], k) for i in range(len(s))])
+    assert (metrics["texts"], metrics["images"], metrics["ties"]) == (len(said), 50, 0)
+    known = run("retrieval", Truth((row["image"], of(row)) for row in records()), captions=field, join=join).metrics
+    assert known["image_to_text/recall@1"] == known["text_to_image/recall@1"] == 1.0
+
+
+@pytest.mark.parametrize("query", ["sum", "image"])
+def test_composed_retrieval_by_hand(query):
+    result = run("composed_retrieval", GUESS, query=query)
+    first, changed = (
+        GUESS.embed_image_batch([seen(image) for image in images]).astype(np.float64)
+        for images in zip(*((row["image"], row["edit"]["image"]) for row in records()), strict=True)
+    )
+    ranks = []
+    for i, row in enumerate(records()):
+        wanted = first[i] + (GUESS.embed_texts([row["edit"]["text"]])[0].astype(np.float64) if query == "sum" else 0)
+        gallery = [changed[i], *np.delete(changed, i, 0), *np.delete(first, i, 0)]
+        ranks.append(sum(other @ wanted > gallery[0] @ wanted for other in gallery))
+    for k in (1, 5, 10):
+        assert result.metrics[f"recall@{k}"] == share([rank < k for rank in ranks])
+    assert result.artifacts["ranks"]["rank"].tolist() == ranks and len(gallery) == result.metrics["gallery"] == 99
+
+
+def test_composed_retrieval_by_one_who_knows():
+    knows = Truth(
+        one for row in records() for one in ((row["image"], []), (row["edit"]["image"], [row["edit"]["text"]]))
+    )
+    metrics = run("composed_retrieval", knows).metrics
+    assert (metrics["recall@1"], metrics["examples"], metrics["ties"]) == (1.0, 50, 0)
+    assert run("composed_retrieval", knows, query="image").metrics["recall@1"] < 0.1
+    with pytest.raises(UserError, match="the query of composed_retrieval is `both`; expected one of: sum, image, text"):
+        run("composed_retrieval", knows, query="both")
+    with pytest.raises(UserError, match="no picture has a text under unseen"):
+        run("composed_retrieval", knows, text="unseen")
+
+
+def said(row):
+    """(kind, texts of the choices, index of the answer) of a scene's questions."""
+    asked = zip(*(row["questions"][name] for name in ("kind", "question", "answer", "choices")), strict=True)
+    return [(kind, [f"{question} {c}" for c in choices], choices.index(a)) for kind, question, a, choices in asked]
+
+
+@pytest.mark.parametrize("model", [Guess(), Writer()])
+def test_questions_by_hand(model):
+    right, chance = {"": []}, {"": []}
+    for row in records():
+        for kind, texts, answer in said(row):
+            scores = [model.fits(row["image"], text) for text in texts]
+            for name in ("", f"/{kind}"):
+                right.setdefault(name, []).append(
+                    all(scores[answer] > s for s in scores[:answer] + scores[answer + 1 :])
+                )
+                chance.setdefault(name, []).append(1 / len(texts))
+    metrics = run("questions", model).metrics
+    assert {name for name in metrics if "/" in name} == {
+        f"{m}{k}" for m in ("exact_match", "chance") for k in right if k
+    }
+    for name, own in right.items():
+        assert metrics[f"exact_match{name}"] == share(own) and metrics[f"chance{name}"] == share(chance[name])
+    assert (metrics["questions"], metrics["examples"], metrics["ties"]) == (len(right[""]), 50, 0)
+    assert metrics["left_out_questions"] == 0 and len(right) == 6
+
+
+def test_questions_by_one_who_knows():
+    known = Truth((row["image"], [texts[answer] for _, texts, answer in said(row)]) for row in records())
+    metrics = run("questions", known).metrics
+    assert metrics["exact_match"] == metrics["exact_match/what"] == 1.0
+    ignorant = run("questions", Truth((row["image"], []) for row in records())).metrics
+    assert ignorant["exact_match"] == pytest.approx(ignorant["chance"]), "all choices are equal"
+    section = {"type": "questions", "uri": URI, "question": "edit/text", "choices": "tags", "kind": None}
+    found = evaluators.build(section | {"answer": "edit/kind"})
+    with pytest.raises(UserError, match="a question under `edit/text` whose `edit/kind` is among its `tags`"):
+        found(known)
+    one = evaluators.build(section | {"question": "style", "answer": "style", "choices": "style"})(known).metrics
+    assert (one["questions"], one["exact_match"], one["chance"]) == (50, 1.0, 1.0), "one choice"
+
+
+WORDS = ("no", "one", "two", "three", "four", "five", "six")
+
+
+@pytest.mark.parametrize("model", [Guess(), Writer()])
+def test_counting_by_hand(model):
+    right, errors, pictures = [], [], set()
+    for i, row in enumerate(records()):
+        for name, count in row["counts"].items():
+            if count > 1:
+                scores = [model.fits(row["image"], f"I see {WORDS[n]} {plural(name)}") for n in (2, 3, 4)]
+                best = 2 + scores.index(max(scores))
+                right.append(best == count)
+                errors.append(abs(best - count))
+                pictures.add(i)
+    metrics = run("counting", model, numbers=[2, 4, 3], template="I see {number} {things}").metrics
+    assert (metrics["accuracy"], metrics["mean_absolute_error"]) == (share(right), share(errors)) and sum(right)
+    assert (metrics["questions"], metrics["examples"]) == (len(right), len(pictures))
+    assert metrics["left_out"] == 50 - len(pictures) and metrics["chance"] == pytest.approx(1 / 3)
+
+
+def test_counting_by_one_who_knows():
+    one = lambda name, n: f"{WORDS[n]} {name if n == 1 else plural(name)}"
+    known = Truth((row["image"], [one(*pair) for pair in row["counts"].items()]) for row in records())
+    for numbers, questions in (((2, 3, 4, 5, 6), None), (range(1, 7), sum(len(row["counts"]) for row in records()))):
+        metrics = run("counting", known, numbers=list(numbers)).metrics
+        assert (metrics["accuracy"], metrics["mean_absolute_error"]) == (1.0, 0.0)
+        assert questions in (None, metrics["questions"])
+    for changes, message in (({"numbers": [2]}, "numbers are"), ({"template": "{number}"}, "no `{things}`")):
+        with pytest.raises(UserError, match=message):
+            run("counting", known, **changes)
+    with pytest.raises(UserError, match="no picture has a thing under `style`"):
+        run("counting", known, counts="style")
