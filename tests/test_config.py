@@ -29,6 +29,19 @@ def test_wrong_keys_are_named(section, message):
         config.call(build, section, "config.model")
 
 
+def test_a_public_function_names_its_arguments():
+    wide = config.checked(build)
+    assert wide(1, depth=3) == (1, 3)
+    for mistake, message in (
+        (lambda: wide(1, dept=3), r"^`build`: .* unexpected keyword argument `dept`; did you mean `depth`\?$"),
+        (lambda: wide(1, zzz=3), r"^`build`: .* `zzz`; its arguments: width, depth$"),
+        (lambda: wide(), r"^`build`: missing a required argument: `width`"),
+        (lambda: wide(1, 2), r"^`build`: too many positional arguments"),
+    ):
+        with pytest.raises(UserError, match=message):
+            mistake()
+
+
 def test_a_number_is_no_text():
     def sized(width: int, rate: float | None = None, sides: Sequence[int] = (), name: int | str = 1):
         return width

@@ -1,5 +1,6 @@
 """Config sections: each is the keyword arguments of one function. Unknown and missing keys raise."""
 
+import functools
 import inspect
 import json
 import types
@@ -37,6 +38,24 @@ def call(fn: Callable, section: Mapping[str, Any], where: str, **fixed) -> Any:
     for key, value in section.items():
         check_number(parameters.get(key), value, where)
     return fn(**section, **fixed)
+
+
+def checked(function: Callable) -> Callable:
+    """Decorates a public function: arguments that it does not take, or lacks, raise a UserError, not a TypeError."""
+    signature = inspect.signature(function)
+    known = [name for name in signature.parameters if name != "self"]
+
+    @functools.wraps(function)
+    def with_known(*args, **kwargs):
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            hints = (near(name, known) for name in kwargs if name not in known)
+            hint = next(filter(None, hints), f"its arguments: {', '.join(known)}")
+            raise UserError(f"`{function.__name__}`: {error}; {hint}".replace("'", "`")) from None
+        return function(*args, **kwargs)
+
+    return with_known
 
 
 def check_number(parameter: inspect.Parameter | None, value: Any, where: str) -> None:

@@ -165,6 +165,21 @@ def test_intervals_tell_24_pictures_from_732():
     assert 0.99 < low < high == 1.0
 
 
+def test_a_perfect_ranking_of_few_is_no_certainty():
+    """The interval of a perfect mean average precision is that of a share."""
+    for count in (2, 24, 732):
+        relevant = np.eye(2, dtype=bool)[np.arange(count) % 2]
+        empty = np.zeros((1, 2), bool)  # a picture without a class says nothing of the others
+        perfect, relevant = np.concatenate([relevant, empty]) - 1.0, np.concatenate([relevant, empty])
+        found = metrics.percentiles(metrics.resampled_map(perfect, relevant))
+        assert found == pytest.approx(metrics.interval(np.ones(count)), abs=0.02 if count > 2 else 0.2)
+        assert found[0] < 1 == found[1] and found == metrics.percentiles(metrics.resampled_map(perfect, relevant))
+    rng = np.random.default_rng(0)
+    scores, relevant = rng.random((300, 3)), rng.random((300, 3)) < 0.3
+    low, high = metrics.percentiles(metrics.resampled_map(scores, relevant))
+    assert low < metrics.mean_average_precision(scores, relevant)[0] < high and high - low < 0.12
+
+
 def test_intervals_of_weighted_and_coupled_values():
     values, labels = np.arange(200) % 3 == 0, np.arange(200) % 2
     assert metrics.interval(values, weights=metrics.class_weights(labels)) == metrics.interval(values)

@@ -131,6 +131,22 @@ def test_texts():
             inputs.texts(given)
 
 
+@pytest.mark.parametrize("given", ["a.png", ["a.png"], Image.fromarray(PIXELS), encoded(), None, 3, [PIXELS], []])
+def test_methods_of_batches_name_those_of_pictures(given):
+    clip = vlm_jax.load("pkg:vlm_jax/zoo/clip_tiny")
+    for run, other in (
+        (clip.embed_image_batch, "embed_images"),
+        (clip.image_feature_batch, "image_features"),
+        (lambda images: clip.class_logits(images, ["cat"]), "classify"),
+        (lambda images: clip.class_logits(images=images), "classify"),
+        (lambda images: clip.caption_logits(images, ["cat"]), "logits"),
+        (lambda images: clip.caption_batch(images), "caption"),
+        (lambda images: clip.score_batch(images, ["cat"]), "score"),
+    ):
+        with pytest.raises(UserError, match=rf"takes preprocessed arrays .* the pictures are .* go to `{other}`"):
+            run(given)
+
+
 def test_the_model_as_people_meet_it():
     """Three lines of repr, equality, names of labels."""
     spec = "pkg:vlm_jax/zoo/clip_tiny"
@@ -153,6 +169,8 @@ def test_the_model_as_people_meet_it():
     for mistake, message in (
         (lambda: vlm_jax.load(None), "the model is None; expected a path, hf:org/name"),
         (lambda: vlm_jax.load(""), "the model is ''"),
+        (lambda: vlm_jax.load("a", imagesize=64), r"`load`: .* `imagesize`; did you mean `image_size`\?"),
+        (lambda: clip.classify(PIXELS, lables=["cat"]), r"`classify`: .* `lables`; did you mean `labels`\?"),
         (
             lambda: vlm_jax.load("pkg:vlm_jax/zoo/clip_tiny", preprocess="opnai"),
             "preprocess= is none of openai, .* `opnai`",

@@ -184,6 +184,24 @@ def test_where_processes_meet_is_checked_in_seconds(monkeypatch):
     processes.reach(f"localhost:{port}", first=True)
 
 
+def test_a_port_in_use_is_named_where_slurm_gives_it(monkeypatch):
+    job = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes.jax.distributed, "initialize", lambda **_: None)
+    with socket.create_server(("localhost", 0)) as taken:
+        port = taken.getsockname()[1]
+        for setting, value in (("PORT", str(port)), ("ADDRESS", f"localhost:{port}")):
+            monkeypatch.setenv(f"JAX_COORDINATOR_{setting}", value)
+            monkeypatch.setenv("SLURM_PROCID", "0")
+            with pytest.raises(UserError, match=f"listen at port {port} .* or set JAX_COORDINATOR_PORT for all"):
+                processes.start("auto")
+            monkeypatch.setenv("SLURM_PROCID", "1")
+            processes.start("auto")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    processes.start("auto")
+
+
 @pytest.mark.subprocess
 def test_nothing_says_which_processes_there_are():
     program = "from vlm_jax.run import processes; processes.start('auto')"

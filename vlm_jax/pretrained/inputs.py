@@ -1,15 +1,19 @@
 """Pictures and texts as people hold them."""
 
+import functools
+import inspect
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
 import numpy as np
 from PIL import Image
 
+from vlm_jax import config
 from vlm_jax.data import class_lists
 from vlm_jax.errors import UserError
 from vlm_jax.models import vocabulary
@@ -17,6 +21,15 @@ from vlm_jax.models import vocabulary
 log = logging.getLogger(__name__)
 KINDS = "a PIL image, a path, encoded bytes, an open binary file, or an array [H, W], [H, W, C] or [C, H, W]"
 CHANNELS = (1, 3, 4)
+# methods that take preprocessed batches -> the method for pictures (or texts) as people hold them
+OF_BATCHES = {
+    "embed_image_batch": "`embed_images`",
+    "image_feature_batch": "`image_features`",
+    "class_logits": "`classify`",
+    "caption_logits": "`logits`",
+    "caption_batch": "`caption` or `generate`",
+    "score_batch": "`score`",
+}
 
 
 def pictures(images: Any) -> list[Any]:
@@ -64,6 +77,29 @@ def labels(values: Any) -> list[str]:
     if known or values.endswith((".txt", ".json")):
         return list(class_lists.read(values).values())
     raise UserError(f"labels is the str `{values:.60}`; give a list: [{values!r:.60}, ...]")
+
+
+def checked(cls: type) -> type:
+    """Decorates a class: its public methods refuse unknown arguments, those of `OF_BATCHES` what is no batch."""
+    for name, method in list(vars(cls).items()):
+        if inspect.isfunction(method) and not name.startswith("_"):
+            setattr(cls, name, config.checked(_of_batch(method) if name in OF_BATCHES else method))
+    return cls
+
+
+def _of_batch(method: Callable) -> Callable:
+    @functools.wraps(method)
+    def on_arrays(self, images, *args, **kwargs):
+        leaves = jax.tree.leaves(images, is_leaf=lambda x: isinstance(x, list) or x is None)
+        if not leaves or not all(_is_array(x) and np.ndim(x) and len(x) and x.dtype.kind not in "OSU" for x in leaves):
+            seen = f"an array {images.dtype} {list(images.shape)}" if _is_array(images) else _named(images)
+            raise UserError(
+                f"`{method.__name__}` takes preprocessed arrays [B, ...], the pictures are {seen}; "
+                f"paths, PIL images and the like go to {OF_BATCHES[method.__name__]}"
+            )
+        return method(self, images, *args, **kwargs)
+
+    return on_arrays
 
 
 def known_ids(model: nn.Module, tokenizer: Any, token_ids: np.ndarray) -> np.ndarray:

@@ -26,6 +26,7 @@ from vlm_jax.pretrained.embedding import class_embeddings, embed, features, feat
 from vlm_jax.pretrained.similarity import similarity
 
 
+@inputs.checked
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Pretrained:
     """A model ready for use: two towers or one, a captioner, a CoCa, or a text-to-text model.
@@ -100,8 +101,7 @@ class Pretrained:
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> unit-norm float32 [n, D], or with pool "all" [n, L, D], zeros for padding."""
-        token_ids = self._texts(texts)
-        return self._run(lambda model, params, token_ids: embed(model, params, None, token_ids), token_ids)
+        return self._run(lambda model, params, token_ids: embed(model, params, None, token_ids), self._texts(texts))
 
     def embed_image_batch(self, images: Any) -> np.ndarray:
         """Preprocessed images, float [B, H, W, 3] (or packed patches, see `models.ViT`) -> unit-norm float32 [B, D]."""

@@ -82,6 +82,8 @@ def start(how: str, preemptible: bool = False) -> None:
             given = dict(coordinator_address=address, num_processes=count, process_id=index)
             given |= dict(cluster_detection_method="deactivate")
             reach(address, first=index == 0)  # JAX would wait for minutes, or crash
+        elif port := _port_of_first():
+            _listen(port, "set JAX_COORDINATOR_PORT for all processes").close()  # JAX would not name it
         with command.doing("waiting for the other processes"), _at_most(MEET_SECONDS, how):
             jax.distributed.initialize(initialization_timeout=int(MEET_SECONDS + 10), **given, **seconds)
     except UserError:
@@ -134,16 +136,7 @@ def reach(address: str, first: bool) -> None:
     host, port = host.strip("[]"), int(port)
     with contextlib.ExitStack() as opened:
         if first:
-            family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-            try:
-                opened.enter_context(
-                    socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6)
-                )
-            except OSError as error:
-                raise UserError(
-                    f"--distributed: the first process cannot listen at port {port} ({os.strerror(error.errno)}); "
-                    "end what uses it, or give another port"
-                ) from error
+            opened.enter_context(_listen(port, "give another port"))
         deadline = time.monotonic() + (JOIN_SECONDS / 4 if first else JOIN_SECONDS)
         while True:
             try:
@@ -155,6 +148,29 @@ def reach(address: str, first: bool) -> None:
                     reason = error.strerror or str(error)
                     raise UserError(f"--distributed: {address} {what} ({reason}); check address and port") from error
             time.sleep(0.5)
+
+
+def _listen(port: int, otherwise: str) -> socket.socket:
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    try:
+        return socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6)
+    except OSError as error:
+        raise UserError(
+            f"--distributed: the first process cannot listen at port {port} ({os.strerror(error.errno)}); "
+            f"end what uses it, or {otherwise}"
+        ) from error
+
+
+def _port_of_first() -> int | None:
+    """Returns the port at which this process will listen under `auto`; None unless it is the first."""
+    try:
+        from jax._src.clusters import ClusterEnv  # what `initialize` asks; not public, so it may move
+    except ImportError:
+        return None
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    find = ClusterEnv.auto_detect_unset_distributed_params
+    address, _, index, _ = find(address, None, None, None, None, int(MEET_SECONDS))
+    return int(address.rpartition(":")[2]) if address and index == 0 else None
 
 
 def _leave(error: Exception) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from vlm_jax import catalogue
+from vlm_jax.config import checked
 from vlm_jax.data import ops
 from vlm_jax.errors import UserError
 from vlm_jax.models import insertion
@@ -67,6 +68,7 @@ def save_adapter(path: str | os.PathLike, base: Pretrained, adapted: Pretrained)
     write_safetensors(path, {name: np.asarray(leaf) for name, leaf in tensors.items()}, {KEY: json.dumps(about)})
 
 
+@checked
 def load_adapter(path: str | os.PathLike, base: Pretrained) -> Pretrained:
     """Returns the adapted model that `save_adapter` wrote.
 

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vlm_jax import models
+from vlm_jax.config import checked
 from vlm_jax.data import ops, tokenizers
 from vlm_jax.errors import UserError
 from vlm_jax.models import insertion
@@ -27,6 +28,7 @@ from vlm_jax.zoo import adapters, hub, key_map, preprocessing, recognize
 THREADS = 2  # threads that copy tensors
 
 
+@checked
 def load(
     spec: str | os.PathLike,
     *,

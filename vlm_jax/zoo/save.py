@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax import models
-from vlm_jax.config import choose
+from vlm_jax.config import checked, choose
 from vlm_jax.data import tokenizers
 from vlm_jax.data.files import naming, write_json
 from vlm_jax.errors import UserError
@@ -55,6 +55,7 @@ class Content:
     adapter: Callable[[Path], None] | None = None
 
 
+@checked
 def save_pretrained(pretrained: Pretrained, path: str | os.PathLike, format: str = "native") -> None:
     """Writes a model with its preprocessing and tokenizer.
 

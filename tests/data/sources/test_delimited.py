@@ -19,8 +19,10 @@ def rows_of(text, suffixes=(".jpg",)):
 
 def test_as_a_writer_wrote_it():
     rng = random.Random(0)
-    for delimiter in (",", "\t"):
-        letters = "ab\" ,\n'é" + "\t" * (delimiter == ",")  # a tab in a cell of a line that breaks: two rows, see below
+    for delimiter in ",\t;|":
+        letters = "ab\" ,\n'é" + "\t" * (
+            delimiter != "\t"
+        )  # a tab in a cell of a line that breaks: two rows, see below
         cell = lambda letters=letters: "".join(rng.choice(letters) for _ in range(rng.randrange(8)))
         table = [["p", "q", "r"]] + [[cell(), f"{i}", cell()] for i in range(300)]
         for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL):
@@ -40,6 +42,24 @@ def test_marks_that_quote_nothing_swallow_nothing():
     # closed again further down, as if two rows were one cell
     assert len(rows_of('url\ttitle\n0.jpg\t"a\n1.jpg\tb\n2.jpg\tc"\n')[1]) == 3
     assert rows_of('url,title\n0.jpg,"a, b" he said\n')[1] == [["0.jpg", "a, b he said"]]
+
+
+@pytest.mark.parametrize(
+    ("head", "separator", "header"),
+    [
+        ("image;text", ";", ["image", "text"]),
+        ("sep=;\r\nimage;text", ";", ["image", "text"]),
+        ("\n\nimage|text", "|", ["image", "text"]),
+        ('"image";"a, b, c"', ";", ["image", "a, b, c"]),
+        ("image,a;b", ",", ["image", "a;b"]),
+        ("image\ta;b;c", "\t", ["image", "a;b;c"]),
+        ("text", ",", ["text"]),
+    ],
+)
+def test_the_header_tells_the_separator(head, separator, header):
+    row = ["0.jpg", "1,5; 2|\t3"][: len(header)]
+    quoted = separator.join(f'"{cell}"' for cell in row)
+    assert rows_of(f"{head}\n{quoted}\n")[:2] == (header, [row])
 
 
 def test_rows_that_cannot_be_used_are_rows():

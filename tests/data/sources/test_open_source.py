@@ -18,7 +18,10 @@ from vlm_jax.errors import UserError
         ("wds:/no/such.tar", "train", "has no splits"),
         ("tfds:emoji", "test", "has no split `test`; it has"),
         ("tfds:emoji", None, "has no split `None`; it has"),
-        ("tfds:no_such_set_at_all", "train", "cannot be opened"),
+        ("tfds:no_such_set_at_all", "train", "cannot be opened: Dataset no_such_set_at_all not found"),
+        ("tfds:emojis", "train", "cannot be opened: Dataset emojis not found; did you mean `tfds:emoji`?"),
+        ("tfds:Emoji:1.0", "train", "did you mean `tfds:emoji`?"),
+        ("tfds:coco_caption", "train", "did you mean `tfds:coco_captions`?"),
         ("tfds:/no/such", "train", "cannot be opened"),
     ],
 )

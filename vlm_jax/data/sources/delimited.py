@@ -1,4 +1,4 @@
-"""Rows of comma- or tab-separated text, also where quotation marks are not those of a CSV writer.
+"""Rows of text separated by commas, tabs, semicolons or bars, with any quotation marks.
 
 A cell that begins with a quotation mark ends at the next one, as in RFC 4180, if a separator or a line's end follows.
 Else the mark is part of the cell, and the row ends with its line: an apostrophe or an inch mark swallows no rows.
@@ -6,11 +6,13 @@ Else the mark is part of the cell, and the row ends with its line: an apostrophe
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Sequence
 
 from vlm_jax.errors import UserError
 
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+SEPARATORS = ",;|"  # ";" is Excel's where numbers have a decimal comma
 
 
 def read_rows(uri: str, data: bytes, suffixes: tuple[str, ...]) -> tuple[list[str], list[list[str] | str], list[int]]:
@@ -28,7 +30,9 @@ def read_rows(uri: str, data: bytes, suffixes: tuple[str, ...]) -> tuple[list[st
         raise UserError(f"data source `{uri}` is UTF-16; save it as UTF-8")
     csv.field_size_limit(max(csv.field_size_limit(), len(data)))
     lines = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", "surrogateescape", newline="").readlines()
-    delimiter = "\t" if lines and "\t" in lines[0] else ","
+    if lines and re.fullmatch("sep=.\r?\n", lines[0]):  # of Excel, above the header
+        lines[0] = "\n"
+    delimiter = _separator(next((line.rstrip("\r\n") for line in lines if line.strip()), ""))
     every = _records(lines, delimiter, suffixes)
     _, header = next(every, (0, []))
     named = [name for name in header if name]
@@ -45,6 +49,12 @@ def read_rows(uri: str, data: bytes, suffixes: tuple[str, ...]) -> tuple[list[st
         rows.append(cells)
         numbers.append(number)
     return header, rows, numbers
+
+
+def _separator(header: str) -> str:
+    """Returns what separates a table's cells: a tab if the header has one, else the most frequent of `SEPARATORS`."""
+    bare = "".join(header.split('"')[::2])  # outside of quotation marks
+    return "\t" if "\t" in header else max(SEPARATORS, key=bare.count)
 
 
 def _is_text(cell: str) -> bool:

@@ -115,7 +115,7 @@ def parse_json(data: bytes) -> Any:
 
 
 class Csv(Table):
-    """Rows under a header, held in memory; tab-separated if the header has a tab, else comma-separated.
+    """Rows under a header, held in memory; the header tells whether a tab, `,`, `;` or `|` separates cells.
 
     A quotation mark that is never closed, or that other text follows, is part of its cell: see `delimited`.
     """

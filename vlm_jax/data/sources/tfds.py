@@ -3,15 +3,16 @@
 import contextlib
 import copy
 import os
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import numpy as np
 
 from vlm_jax.data import confined, emoji
 from vlm_jax.data.source import Source
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, near
 
 
 class Tfds(Source):
@@ -27,7 +28,7 @@ class Tfds(Source):
                 elif name.startswith(("/", ".", "~")):
                     builder = tfds.builder_from_directory(os.path.expanduser(name))
                 elif tfds.core.naming.parse_builder_name_kwargs(name)[0].namespace:
-                    raise UserError(f"data source `tfds:{name}` would download and run code; give a prepared folder")
+                    raise UserError("it would download and run code; give a prepared folder")
                 else:
                     builder = tfds.builder(name)
         except ImportError as error:
@@ -38,7 +39,10 @@ class Tfds(Source):
         except UserError as error:
             raise UserError(f"data source `tfds:{name}` cannot be opened: {error}") from None
         except Exception as error:  # of broken or made-up files, dozens of types
-            raise UserError(f"data source `tfds:{name}` cannot be opened: {_first_line(error)}") from None
+            reason = _first_line(error).rstrip(".")
+            if not name.startswith(("/", ".", "~")):
+                reason += _nearest(name, ["emoji", *tfds.list_builders(with_community_datasets=False)])
+            raise UserError(f"data source `tfds:{name}` cannot be opened: {reason}") from None
         self.name = f"tfds:{name}/{split}"
         if not builder.info.splits:
             raise UserError(f"data source `tfds:{name}` is not prepared in {builder.data_dir}; run `tfds build {name}`")
@@ -108,6 +112,12 @@ def _known_features() -> Iterator[None]:
             yield
         finally:
             FeatureConnector.cls_from_name = find
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """Returns "; did you mean `tfds:...`?" with the known name nearest to one that may have a config or a version."""
+    hint = near(re.split("[/:]", name.strip().lower())[0], known)
+    return hint and f"; {hint.replace('`', '`tfds:', 1)}"
 
 
 def _first_line(error: Exception) -> str:

@@ -48,7 +48,8 @@ def mean_average_precision(scores: np.ndarray, relevant: np.ndarray) -> tuple[fl
 def resampled_map(scores: np.ndarray, relevant: np.ndarray, seed: int = 0) -> np.ndarray:
     """Returns `mean_average_precision` of resamples of the examples, float64 [R].
 
-    R falls with the size, from 1,000 to 50. Equal scores stand in one random order.
+    R falls with the size, from 1,000 to 50. Equal scores stand in one random order. Two examples of precision 1 and two
+    of precision 0 join those with a class, as in `intervals.resampled`: 24 perfect ones are no certainty.
 
     Args: see `mean_average_precision`; seed: of the draws.
     """
@@ -65,4 +66,6 @@ def resampled_map(scores: np.ndarray, relevant: np.ndarray, seed: int = 0) -> np
         total = hits.sum(axis=0)
         found[i] = np.sum((hits * precision).sum(axis=0) / np.maximum(total, 1)) / max(np.count_nonzero(total), 1)
         drawn[i] = total.any()
-    return found[drawn]
+    found, count = found[drawn], np.count_nonzero(relevant.any(axis=1)) + 4
+    ones, _, real = rng.multinomial(count, [2 / count, 2 / count, 1 - 4 / count], len(found)).T
+    return (ones + real * found) / count
