@@ -237,7 +237,8 @@ def digest(split):
 def test_the_same_example_everywhere():
     assert {split: digest(split) for split in EXPECTED} == EXPECTED
     opened = pickle.loads(pickle.dumps(open_source("scenes:", "train")))
-    pictures._cache.kept.clear()
+    pictures._drawings.kept.clear()
+    pictures._scaled_drawings.kept.clear()
     backwards = [opened[i]["image"] for i in reversed(range(5))]
     for i, image in zip(reversed(range(5)), backwards, strict=True):
         np.testing.assert_array_equal(image, open_source("scenes:", "train").narrow(frozenset(["image"]))[i]["image"])

@@ -18,7 +18,7 @@ COLOURS = {
     "purple": (150, 70, 200), "grey": (170, 170, 170),
 }  # fmt: skip
 MIX = 0.9  # share of the colour; the rest is the drawing's own, which keeps it recognisable
-CACHE_BYTES = 96 << 20
+CACHE_BYTES = 64 << 20  # of drawings, and again of scaled ones
 SEEN = 8  # alpha above which a pixel counts for the crop
 COVERS = 128  # alpha from which a pixel belongs to the object's mask
 
@@ -43,7 +43,12 @@ class _Cache:
         return value
 
 
-_cache = _Cache(CACHE_BYTES)
+_drawings, _scaled_drawings = _Cache(CACHE_BYTES), _Cache(CACHE_BYTES)
+
+
+def cached_bytes() -> int:
+    """Returns the size of the drawings that this process keeps, at most twice CACHE_BYTES."""
+    return _drawings.bytes + _scaled_drawings.bytes
 
 
 @functools.cache
@@ -60,7 +65,7 @@ def _records(split: str) -> Callable[[int], bytes]:
 
 def drawing(style: str, concept: int) -> np.ndarray:
     """Returns an emoji as premultiplied uint8 [h <= 64, w <= 64, 4], cropped to what is drawn. Do not write into it."""
-    return _cache((style, concept), lambda: _cut_out(style, concept))
+    return _drawings((style, concept), lambda: _cut_out(style, concept))
 
 
 def _cut_out(style: str, concept: int) -> np.ndarray:
@@ -113,7 +118,7 @@ def sprite(
       angle: degrees against the clock; 180 is exact.
       mirrored: left and right exchanged, after turning.
     """
-    pixels = _cache((style, concept, side, angle), lambda: _turned(style, concept, side, angle))
+    pixels = _scaled_drawings((style, concept, side, angle), lambda: _turned(style, concept, side, angle))
     pixels = pixels[:, ::-1] if mirrored else pixels
     return _tinted(pixels, COLOURS[colour]) if colour else pixels
 
