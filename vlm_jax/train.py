@@ -35,6 +35,7 @@ from vlm_jax.run.metric_writer import MetricWriter
 from vlm_jax.run.program import build_program
 from vlm_jax.run.summary import summary
 from vlm_jax.run.throughput import Profile, Throughput
+from vlm_jax.zoo import tokenizer_files
 from vlm_jax.zoo.load import load
 from vlm_jax.zoo.model_init import read as read_init
 
@@ -86,7 +87,7 @@ def _train(
     sharding.check_batch_size(sizes, mesh)
     doing = partial(command.doing, seen=processes.is_first())
     with doing("opening the data set"):
-        tokenizer = tokenizers.build(tokenizer)
+        tokenizer = tokenizers.build(tokenizer_files.kept(tokenizer, workdir, missing=True))
         batches = config.call(
             loader.train_loader, data, "config.data", batch_size=batch_size, seed=seed, tokenizer=tokenizer,
             rows=sharding.rows_of_process(mesh, sizes),
@@ -114,6 +115,8 @@ def _train(
     saver = config.call(Checkpointer, checkpoint, "config.checkpoint", workdir=workdir)
     tracer = config.call(Profile, profile or {}, "config.profile", workdir=workdir)
     check_same_config(workdir / "config.json", settings)
+    if processes.is_first():
+        tokenizer_files.keep(settings["tokenizer"], workdir, begun=saver.latest_step() is not None)
     if saver.latest_step() is None:
         with doing("making the parameters"):
             own = named_leaves(objectives.of_model(program.abstract_state.params))

@@ -11,7 +11,7 @@ import tokenizers as hf
 from vlm_jax.data import ops, tokenizers
 from vlm_jax.data.tokenizers import clip
 from vlm_jax.errors import UserError
-from vlm_jax.zoo import tokenizer_files
+from vlm_jax.zoo import recognize, tokenizer_files
 
 TEXTS = ["the red fox", "The foxes, running!", "two red boxes", "zebra"]
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -168,6 +168,35 @@ def test_copy(bert, siglip, tmp_path):
     assert tokenizers.build(f"bpe:{target}/vocab.json")("AB", 4).tolist() == [[3, 2, 4, 4]]
     with pytest.raises(UserError, match="there is no file"):
         tokenizer_files.copy("json:/nowhere/tokenizer.json", target)
+
+
+def test_a_run_keeps_its_tokenizer(bert, two_tower, tmp_path):
+    vocab, workdir = bert / "vocab.txt", tmp_path / "run"
+    (workdir / "checkpoints").mkdir(parents=True)
+    spec = f"wordpiece:{vocab}?cased=true"
+    assert tokenizer_files.kept(spec, workdir) == spec and tokenizer_files.kept("emoji", workdir) == "emoji"
+    tokenizer_files.keep("emoji", workdir, begun=False)
+    assert not (workdir / "tokenizer").exists()
+    vocab.write_text("[PAD]")
+    tokenizer_files.keep(spec, workdir, begun=False)
+    vocab.write_text("\n".join([*SPECIALS, "red"]))
+    for begun in (False, True):  # before the first checkpoint, the file may change
+        tokenizer_files.keep(spec, workdir, begun)
+    assert tokenizer_files.kept(spec, workdir, missing=True) == spec
+    own = tokenizer_files.kept(spec, workdir)
+    assert own == f"wordpiece:{workdir}/tokenizer/vocab.txt?cased=true" and tokenizers.build(own).encode("red") == [5]
+    (workdir / "config.json").write_text(json.dumps(two_tower.config | {"tokenizer": spec}))
+    assert recognize.run_of(workdir).tokenizer == own
+    vocab.write_text("[PAD]")
+    with pytest.raises(UserError, match=r"vocab\.txt has changed since the run began, which used .*run/tokenizer/v"):
+        tokenizer_files.keep(spec, workdir, begun=True)
+    vocab.unlink()
+    tokenizer_files.keep(spec, workdir, begun=True)
+    assert tokenizer_files.kept(spec, workdir, missing=True) == own
+    (workdir / "tokenizer" / "vocab.txt").unlink()
+    (workdir / "tokenizer" / "vocab.txt").symlink_to(__file__)
+    with pytest.raises(UserError, match=r"is a link to .*, outside of the folder"):
+        recognize.run_of(workdir)
 
 
 @pytest.mark.parametrize(

@@ -275,6 +275,8 @@ def run_of(path: Path) -> Released:
     if not isinstance(settings.get("model"), dict):
         raise UserError(f"{path} holds checkpoints but no config.json of vlm_jax.train")
     known = _texts_of(settings, path)
+    if known["tokenizer"]:
+        known["tokenizer"] = tokenizer_files.kept(known["tokenizer"], path)
     check_sizes(settings["model"])
     with _understanding(path):
         models.build(settings["model"])

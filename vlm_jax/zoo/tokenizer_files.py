@@ -3,6 +3,7 @@
 A spec is the argument of `vlm_jax.data.tokenizers.build`; the ops string turns "text" into "token_ids".
 """
 
+import filecmp
 import json
 import shutil
 import urllib.parse
@@ -14,7 +15,7 @@ import sentencepiece
 import tokenizers as hf
 
 from vlm_jax.data import ops, tokenizers
-from vlm_jax.data.files import inside, read_json
+from vlm_jax.data.files import inside, read_json, replacing
 from vlm_jax.data.package_files import locate
 from vlm_jax.data.tokenizers import clip, guard, library, wordpiece
 from vlm_jax.errors import UserError
@@ -27,6 +28,7 @@ FILES = (
     ("bpe", "vocab.json"),
     ("wordpiece", "vocab.txt"),
 )
+KEPT = "tokenizer"  # a folder in a workdir
 FIX = "pass tokenizer= (a spec such as `json:/path/tokenizer.json`)"
 SENTENCEPIECE = ("SiglipTokenizer", "T5Tokenizer")  # their ids are the SentencePiece model's own, with EOS added
 SIGLIP2 = ("GemmaTokenizer", "Siglip2Tokenizer")  # under a SigLIP model: lower-cased, EOS only, padded on the right
@@ -170,11 +172,49 @@ def copy(spec: str, folder: str | Path) -> str:
     kind, path, query = _parts(spec)
     if path is None:
         return spec
-    for file in (path, *((path.with_name("merges.txt"),) if kind == "bpe" else ())):
+    for file in _files(kind, path):
         target = Path(folder) / file.name
         if not (target.exists() and target.samefile(file)):
             shutil.copyfile(file, target)
     return f"{kind}:{path.name}{query}"
+
+
+def _files(kind: str, path: Path) -> list[Path]:
+    return [path, *([path.with_name("merges.txt")] if kind == "bpe" else [])]
+
+
+def keep(spec: str, workdir: Path, begun: bool) -> None:
+    """Copies the files that a run's spec names into its workdir, so that they may move; see `kept`.
+
+    Raises:
+      UserError: the run has begun with other files.
+    """
+    kind, path, _ = _parts(spec)
+    for file in _files(kind, path) if path else ():
+        own = workdir / KEPT / file.name
+        if not file.is_file() or (own.is_file() and filecmp.cmp(file, own, shallow=False)):
+            continue
+        if begun and own.is_file():
+            raise UserError(f"{file} has changed since the run began, which used {own}; give another --workdir")
+        own.parent.mkdir(exist_ok=True)
+        with replacing(own) as out:
+            out.write(file.read_bytes())
+
+
+def kept(spec: str, workdir: Path, missing: bool = False) -> str:
+    """Returns the spec of a run's own copy of a tokenizer's files; `spec` if it names none, or there is no copy.
+
+    Args:
+      spec: of the run's config.
+      workdir: of the run.
+      missing: returns `spec` also if the files that it names are there.
+    """
+    kind, path, query = _parts(spec)
+    files = _files(kind, path) if path else []
+    own = [inside(workdir / KEPT, file.name) for file in files]
+    if not files or not all(map(Path.is_file, own)) or (missing and all(map(Path.is_file, files))):
+        return spec
+    return f"{kind}:{own[0]}{query}"
 
 
 def _parts(spec: str) -> tuple[str, Path | None, str]:
