@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax.data.emoji import alpha
-from vlm_jax.data.sources.tfds import Tfds
+from vlm_jax.data.source import Source
 
 COLOURS = {
     "red": (220, 40, 40), "yellow": (245, 220, 50), "green": (60, 170, 70), "blue": (60, 100, 230),
@@ -48,7 +48,9 @@ _cache = _Cache(CACHE_BYTES)
 
 
 @functools.cache
-def _records(split: str) -> Tfds:
+def _records(split: str) -> Source:
+    from vlm_jax.data.sources.tfds import Tfds  # at first use: `sources` imports this package
+
     return Tfds("emoji", split).narrow(frozenset(["image"]))
 
 
