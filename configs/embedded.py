@@ -81,10 +81,13 @@ def base(variant: str, penalty: str) -> ConfigDict:
     config.update(dict(duration="450k examples", tokenize=tokenize))
     config.preprocess = f"decode(exif=True) | resize({BASE_SIZE}) | normalize"
     config.data = dict(sources=dict(emoji=emoji, scenes=scenes), workers=0)
-    config.model.image = dict(patch=8, depth=6, pool="tok", cls_position=True, image_size=BASE_SIZE, **tower)
-    config.model.text = dict(
-        vocab_size=2985, length=BASE_LENGTH, depth=4, pool="eos", eos_id=2, causal=True, pad_mask=True, **tower
-    )
+    image, text = dict(patch=8, depth=6, image_size=BASE_SIZE), dict(vocab_size=2985, length=BASE_LENGTH, depth=4)
+    if penalty == "sigmoid":  # SigLIP's towers: attention pooling; the last place, whatever it holds
+        image, text = image | dict(pool="map"), text | dict(pool="last")
+    else:  # CLIP's: a class token; causal, read at the end
+        image |= dict(pool="tok", cls_position=True)
+        text |= dict(pool="eos", eos_id=2, causal=True, pad_mask=True)
+    config.model.image, config.model.text = image | tower, text | tower
     config.checkpoint = dict(every="2%", keep=2)
     del config.evals["pixel_neighbour"]
     if held:

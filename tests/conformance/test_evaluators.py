@@ -22,7 +22,10 @@ GIVEN = dict(  # the slices hold all pictures of the four classes
     ops=TEXTS["ops"], denoisers=TEXTS["denoisers"],
 )  # fmt: skip
 SCENES = dict(uri="scenes:?examples=8", split="train")  # their fields are the defaults
-OF_SCENES = ("minimal_pairs", "composed_retrieval", "questions", "counting")
+OF_SCENES = {
+    "minimal_pairs": {}, "composed_retrieval": {}, "questions": {}, "counting": {},
+    "regions": {"ops": "resize(32) | normalize"},
+}  # fmt: skip
 
 
 @functools.cache
@@ -33,8 +36,9 @@ def model(recipe):
 def section(declaration):
     """The arguments that the evaluator takes; op strings only where it has none of its own."""
     taken = inspect.signature(declaration.load()).parameters
-    given = SCENES if declaration.name in OF_SCENES else GIVEN
-    own = {name: value for name, value in given.items() if name in taken}
+    if declaration.name in OF_SCENES:
+        return {"type": declaration.name} | SCENES | OF_SCENES[declaration.name]
+    own = {name: value for name, value in GIVEN.items() if name in taken}
     if "ops" in own and taken["ops"].default is not inspect.Parameter.empty:
         del own["ops"]
     return {"type": declaration.name} | own

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
-from tests.support.scenes import URI, Guess, Truth, Writer, records, seen
+from tests.support.scenes import URI, Guess, Looks, Sees, Truth, Writer, records, seen
 from vlm_jax import evaluators
+from vlm_jax.data.scenes.source import mask_of
 from vlm_jax.data.scenes.words import plural
 from vlm_jax.errors import UserError
+from vlm_jax.pretrained import attention_maps
 
 GUESS = Guess()
 
@@ -209,3 +211,62 @@ def test_counting_by_one_who_knows():
             run("counting", known, **changes)
     with pytest.raises(UserError, match="no picture has a thing under `style`"):
         run("counting", known, counts="style")
+
+
+@pytest.fixture
+def patches(monkeypatch):
+    """Models of the tests give their patches themselves."""
+    monkeypatch.setattr(
+        attention_maps, "patch_embedding_batch", lambda model, images: model.patch_embedding_batch(images)
+    )
+
+
+def test_regions_by_hand(patches):
+    model, pointing, chance, ious = Looks(8), [], [], []
+    for row in records()[:20]:
+        of_patches = model.of_patches(seen(row["image"])).astype(np.float64)
+        for text, box, i in zip(*(row["regions"][name] for name in ("text", "box", "object")), strict=True):
+            scores = of_patches @ model.embed_texts([text])[0].astype(np.float64)
+            inside, predicted = np.zeros((8, 8)), np.zeros((64, 64), bool)
+            for y in range(8):
+                for x in range(8):
+                    inside[y, x] = box[0] <= 8 * x + 4 < box[2] and box[1] <= 8 * y + 4 < box[3]
+                    predicted[8 * y : 8 * y + 8, 8 * x : 8 * x + 8] = scores[y, x] > scores.mean()
+            true = mask_of(row["objects"]["mask"][i], 64, 64)
+            pointing.append(inside[scores == scores.max()].mean())
+            chance.append(inside.mean())
+            ious.append(np.sum(predicted & true) / np.sum(predicted | true))
+    metrics = run("regions", model, uri="scenes:?examples=20").metrics
+    assert (metrics["pointing"], metrics["chance"], metrics["mean_iou"]) == (
+        share(pointing),
+        share(chance),
+        share(ious),
+    )
+    pictures = sum(len(row["regions"]["text"]) > 0 for row in records()[:20])
+    assert (metrics["regions"], metrics["examples"], metrics["left_out_regions"]) == (len(ious), pictures, 0)
+
+
+def test_regions_by_one_who_sees(patches):
+    metrics = run("regions", Sees(records())).metrics
+    assert (metrics["pointing"], metrics["mean_iou"]) == (1.0, 1.0) and metrics["chance"] < 0.3
+    assert metrics["examples"] + metrics["left_out"] == 50 and metrics["regions"] > 60
+
+
+def test_regions_pass_through_the_preprocessing(patches):
+    """Cropped, then on a white margin: what is cut off does not count, and the margin is in no region."""
+    scenes, (kept, lost) = records()[:2], [0, 0]
+    for row in scenes:
+        for i in row["regions"]["object"]:
+            kept += (inside := bool(mask_of(row["objects"]["mask"][i], 64, 64)[24:40, 24:40].any()))
+            lost += not inside
+    ops = "central_crop(16) | pad(48) | to_float"
+    result = run("regions", Looks(48), uri="scenes:?examples=2", ops=ops)  # one patch: it is the highest
+    assert (result.metrics["regions"], result.metrics["left_out_regions"]) == (kept, lost) and lost
+    assert result.metrics["mean_iou"] == 0, "no patch is above the mean of one"
+    boxes = [box for row in scenes for box in row["regions"]["box"]]
+    middle = [b[0] <= 32 < b[2] and b[1] <= 32 < b[3] for b in boxes]
+    assert result.artifacts["regions"]["pointing"].sum() == sum(middle)
+    with pytest.raises(UserError, match="crops by content"):
+        run("regions", Looks(8), ops="crop_to_content | resize(32) | to_float")
+    with pytest.raises(UserError, match="the image tower of this model has none"):
+        run("regions", GUESS)

@@ -3,11 +3,12 @@
 import functools
 import zlib
 from collections import defaultdict
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 
 from tests.support.colours import unit
+from vlm_jax.data.scenes.source import mask_of
 from vlm_jax.data.sources import open_source
 
 URI = "scenes:?examples=50"
@@ -22,6 +23,11 @@ def records(split="train"):
 def seen(image):
     """A picture as the models' `preprocess` gives it."""
     return np.multiply(image, np.float32(1 / 255), dtype=np.float32)
+
+
+def known(image):
+    """What tells pictures apart that a model has seen."""
+    return zlib.crc32(image.tobytes())
 
 
 class Guess:
@@ -69,12 +75,52 @@ class Truth(Guess):
     def __init__(self, pairs):
         self.number, self.true = {}, defaultdict(set)
         for image, texts in pairs:
-            i = self.number.setdefault(seen(image).tobytes(), len(self.number))
+            i = self.number.setdefault(known(seen(image)), len(self.number))
             for text in texts:
                 self.true[text].add(i)
 
     def embed_image_batch(self, images):
-        return np.eye(len(self.number), dtype=np.float32)[[self.number[image.tobytes()] for image in images]]
+        return np.eye(len(self.number), dtype=np.float32)[[self.number[known(image)] for image in images]]
 
     def embed_texts(self, texts):
         return np.array([[i in self.true.get(text, ()) for i in range(len(self.number))] for text in texts], np.float32)
+
+
+class Looks(Guess):
+    """Guesses with a vector for each patch, equal for equal patches."""
+
+    is_captioner = False
+
+    def __init__(self, patch):
+        self.model = SimpleNamespace(image=SimpleNamespace(patch=patch))
+
+    def patch_embedding_batch(self, images):
+        return np.stack([self.of_patches(image) for image in images])
+
+    def of_patches(self, image):
+        """float32 [h, w, 8]."""
+        p, (h, w) = self.model.image.patch, (side // self.model.image.patch for side in image.shape[:2])
+        tile = lambda y, x: image[y * p : (y + 1) * p, x * p : (x + 1) * p]
+        return self.embed_image_batch([tile(y, x) for y in range(h) for x in range(w)]).reshape(h, w, -1)
+
+
+class Sees(Looks, Truth):
+    """Two towers that see the objects of their pictures, pixel by pixel: 1 where a text is true, else 0."""
+
+    def __init__(self, rows):
+        Looks.__init__(self, 1)
+        self.maps = {}
+        self.texts = {
+            text: i for i, text in enumerate(dict.fromkeys(t for row in rows for t in row["regions"]["text"]))
+        }
+        for row in rows:
+            own = np.zeros((*row["image"].shape[:2], len(self.texts)), np.float32)
+            for text, i in zip(row["regions"]["text"], row["regions"]["object"], strict=True):
+                own[..., self.texts[text]] = mask_of(row["objects"]["mask"][i], *row["image"].shape[:2])
+            self.maps[known(seen(row["image"]))] = own
+
+    def of_patches(self, image):
+        return self.maps[known(image)]
+
+    def embed_texts(self, texts):
+        return np.eye(len(self.texts), dtype=np.float32)[[self.texts[text] for text in texts]]

@@ -83,10 +83,15 @@ def word_patch(pretrained: Pretrained, images: Sequence, texts: Sequence[str]) -
     """Returns the cosine of patches and texts, float32 [n, m, h, w]; see `patch_embeddings`."""
     pretrained._need("text")
     patches = patch_embeddings(pretrained, images)
-    words = pretrained.embed_texts(texts)
-    if words.ndim == 3:
-        words = words.sum(axis=1) / np.float32(np.maximum(np.any(words != 0, axis=2).sum(axis=1), 1))[:, None]
+    words = text_vectors(pretrained.embed_texts(texts))
     return np.einsum("nhwd,md->nmhw", patches, words, dtype=np.float32)
+
+
+def text_vectors(embedded: np.ndarray) -> np.ndarray:
+    """Returns one vector for each text, [m, D], of [m, D] or of a vector for every token, [m, L, D]: their mean."""
+    if embedded.ndim == 2:
+        return embedded
+    return embedded.sum(axis=1) / np.float32(np.maximum(np.any(embedded != 0, axis=2).sum(axis=1), 1))[:, None]
 
 
 def patch_embeddings(pretrained: Pretrained, images: Sequence) -> np.ndarray:
@@ -107,15 +112,20 @@ def patch_embeddings(pretrained: Pretrained, images: Sequence) -> np.ndarray:
     Raises:
       UserError: as for `attention`; or the model is a captioner, which has no embeddings, or has pool "none".
     """
+    return patch_embedding_batch(pretrained, pretrained._pictures(images))
+
+
+def patch_embedding_batch(pretrained: Pretrained, images: Any) -> np.ndarray:
+    """Returns `patch_embeddings` of preprocessed images [B, H, W, 3], float32 [B, h, w, D]."""
     if pretrained.is_captioner:
         raise UserError("a captioner embeds no pictures: patches and texts have no joint space")
-    pictures = pretrained._pictures(images)
-    grid = _grid(pretrained, pictures)
+    grid = _grid(pretrained, images)
     if pretrained.model.image.pool == "all":
-        return pretrained.embed_image_batch(pictures).reshape(len(images), *grid, -1)
+        embedded = pretrained.embed_image_batch(images)
+        return embedded.reshape(len(embedded), *grid, -1)
     if not isinstance(pretrained.model, CoCa) and pretrained.model.image.pool == "none":
         raise UserError('the image tower has pool "none": no layer takes its patches into the space of the texts')
-    return pretrained._run(partial(_patch_embeddings, grid=grid), pictures)
+    return pretrained._run(partial(_patch_embeddings, grid=grid), images)
 
 
 def _grid(pretrained: Pretrained, images: Any) -> tuple[int, int]:

@@ -9,11 +9,11 @@ from vlm_jax import command
 
 # Numbers of things, not shares.
 COUNTS = re.compile(
-    r"step|(train_|pixel_|read_|bad_)?examples|(\w+_)?left_out|(identical_)?texts|images|ties|gallery|(\w+_)?questions|\w+_labels|(\w+_)?pairs"
+    r"step|(train_|pixel_|read_|bad_)?examples|(\w+_)?left_out|(identical_)?texts|images|ties|gallery|(\w+_)?questions|(\w+_)?regions|\w+_labels|(\w+_)?pairs"
 )
 SHARES = re.compile(
     r"top\d+|recall@\d+|mean_per_class|accuracy|average_precision|fraction|exact_match|harmonic_mean"
-    r"|(^|/)(object|attribute|relation|count|order|foil|text|image|group|chance|(harmonic_)?spread)$|(^|/)chance/"
+    r"|(^|/)(object|attribute|relation|count|order|foil|text|image|group|pointing|mean_iou|chance|(harmonic_)?spread)$|(^|/)chance/"
 )
 
 
