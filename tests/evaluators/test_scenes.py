@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.support.scenes import URI, Guess, Looks, Sees, Truth, Writer, records, seen
+from tests.support.scenes import URI, Guess, Looks, Says, Sees, Truth, Writer, records, seen
 from vlm_jax import evaluators
 from vlm_jax.data.scenes.source import mask_of
 from vlm_jax.data.scenes.words import plural
@@ -270,3 +270,38 @@ def test_regions_pass_through_the_preprocessing(patches):
         run("regions", Looks(8), ops="crop_to_content | resize(32) | to_float")
     with pytest.raises(UserError, match="the image tower of this model has none"):
         run("regions", GUESS)
+
+
+def test_hallucinated_objects_by_hand():
+    """Captions are those of the next scene: names are found by letters, spaces around them, the longest first."""
+    rows, wrong, there, captions = records(), [], [], []
+    forms = {form: name for row in rows for name in row["names"]["en"] for form in (name, plural(name))}
+    for row, other in zip(rows, [*rows[1:], rows[0]], strict=True):
+        text, found = f" {other['long_caption'].lower().replace('.', '').replace(',', '')} ", set()
+        for form in sorted(forms, key=len, reverse=True):
+            if f" {form.lower()} " in text:
+                text = text.replace(f" {form.lower()} ", " | ")
+                found.add(forms[form])
+        wrong += [name not in row["names"]["en"] for name in found]
+        there += [name in found for name in row["names"]["en"]]
+        captions.append(any(name not in row["names"]["en"] for name in found))
+    says = Says((row["image"], other["long_caption"]) for row, other in zip(rows, [*rows[1:], rows[0]], strict=True))
+    result = run("captions", says, captions="caption", objects="names/en", gallery=0)
+    assert (result.metrics["chair_i"], result.metrics["chair_s"]) == (share(wrong), share(captions))
+    assert result.metrics["object_recall"] == share(there) and len(wrong) > 100
+    assert all(result.intervals[name][0] <= result.metrics[name] for name in ("chair_i", "chair_s", "object_recall"))
+
+
+def test_hallucinated_objects_of_one_who_tells_the_truth():
+    section = {"captions": "caption", "objects": "counts", "gallery": 0}
+    metrics = run("captions", Says((row["image"], row["long_caption"]) for row in records()), **section).metrics
+    assert (metrics["chair_i"], metrics["chair_s"], metrics["object_recall"]) == (0.0, 0.0, 1.0)
+    silent = Says((row["image"], "a thing, or two unicorns") for row in records())
+    metrics = run("captions", silent, **section).metrics
+    assert metrics["object_recall"] == metrics["chair_s"] == 0 and "chair_i" not in metrics
+    metrics = run("captions", silent, **section, vocabulary=["unicorn"]).metrics
+    assert metrics["chair_i"] == metrics["chair_s"] == 1
+    with pytest.raises(UserError, match="vocabulary is given without objects"):
+        run("captions", silent, captions="caption", vocabulary=["unicorn"])
+    with pytest.raises(UserError, match="no picture has names under thing"):
+        run("captions", silent, captions="caption", objects="thing")

@@ -65,6 +65,16 @@ class Writer(Guess):
         return np.sum(embedded * self.embed_texts(texts), axis=1), np.ones(len(texts), int)
 
 
+class Says(Writer):
+    """A captioner that writes what it was given for a picture."""
+
+    def __init__(self, pairs):
+        self.said = {known(seen(image)): text for image, text in pairs}
+
+    def caption_batch(self, images, method):
+        return [self.said[known(image)] for image in images]
+
+
 class Truth(Guess):
     """Two towers that know which texts are true of which pictures: the product of embeddings is 1, else 0.
 
