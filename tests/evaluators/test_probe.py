@@ -11,6 +11,7 @@ from vlm_jax import evaluators
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators.sampling import few_shots
 from vlm_jax.pretrained.linear import logistic_regression, ridge
+from vlm_jax.pretrained.neighbours import knn
 
 X = np.array([[0.0, 1.0], [1.0, 3.0], [2.0, 0.0], [4.0, 1.0], [5.0, 5.0], [3.0, 2.0]])
 Y = np.array([0, 0, 1, 2, 2, 1])
@@ -65,6 +66,18 @@ def test_a_class_without_examples_is_never_named():
     assert ridge(X, Y + (Y > 0), 4, 0.5)(X)[:, 1] == pytest.approx(-1)
 
 
+def test_neighbours_vote_by_hand():
+    known, labels = case(2, 50, 6, 4)
+    asked, _ = case(3, 9, 6, 4)
+    found = knn(known, labels, 4, neighbours=7)(asked)
+    for query, scores in zip(asked, found, strict=True):
+        cosine = [sum(query * x) / (sum(query**2) * sum(x**2)) ** 0.5 for x in known]
+        votes = [0.0] * 4
+        for i in sorted(range(50), key=lambda i: -cosine[i])[:7]:
+            votes[labels[i]] += np.exp(cosine[i] / 0.07)
+        np.testing.assert_allclose(scores, votes, rtol=1e-6)
+
+
 def test_few_shots_are_drawn_by_the_seed():
     labels = np.array([2, 0, 2, -1, 2, 0, 2, 1, 2])
     assert few_shots(labels, None, 0).tolist() == [0, 1, 2, 4, 5, 6, 7, 8]
@@ -107,7 +120,10 @@ def section(pictures):
     return section | {"where": {"part": ["test"]}, "train_where": {"part": ["train"]}}
 
 
-@pytest.mark.parametrize("settings", [{}, {"solver": "lbfgs"}, {"shots": 2}, {"classes": ["red", "green", "blue"]}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"solver": "lbfgs"}, {"shots": 2}, {"classes": ["red", "green", "blue"]}, {"solver": "knn", "neighbours": 3}],
+)
 def test_colours_are_told_apart(section, settings):
     results = [evaluators.build(section | settings | {"batch_size": size})(Colours()) for size in (5, 64)]
     assert results[0].metrics == results[1].metrics
@@ -137,9 +153,23 @@ def test_features_of_untrained_models(captioner, two_tower):
         assert (metrics["train_examples"], metrics["examples"], metrics["left_out"]) == (22, 11, 0)
 
 
+def test_any_layer_is_probed(section, two_tower):
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (40, 40, 3), dtype=np.uint8) for _ in range(2)]
+    expected = two_tower.features(pictures, layers=[0])[0].mean(1)
+    found = two_tower.image_feature_batch(two_tower._pictures(pictures), layer=0)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.abs(found - two_tower.image_features(pictures)).max() > 0.1
+    with pytest.raises(UserError, match="layers asks for block 9 of"):
+        evaluators.build(section | {"layer": 9, "batch_size": 2})(two_tower)
+    metrics = evaluators.build(section | {"layer": 0, "batch_size": 2})(two_tower).metrics
+    assert (metrics["train_examples"], metrics["examples"]) == (24, 6)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"neighbours": 0}, "neighbours is 0; expected 1 or more"),
         ({"solver": "svm"}, "the solver of a probe is `svm`; expected one of: ridge, lbfgs"),
         ({"shots": 0}, "shots is 0; expected a number of training pictures of each class"),
         ({"l2": 0.0}, "l2 is 0.0; expected a number above 0"),

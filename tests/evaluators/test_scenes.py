@@ -1,12 +1,17 @@
 """Evaluators of exact truth: equal to slow counts on fifty scenes, and 1.0 for a model that knows what is true."""
 
+import functools
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
-from tests.support.scenes import URI, Guess, Looks, Sees, Truth, Writer, records, seen
+from tests.support.scenes import URI, Guess, Labels, Looks, Says, Sees, Truth, Writer, records, seen
 from vlm_jax import evaluators
 from vlm_jax.data.scenes.source import mask_of
 from vlm_jax.data.scenes.words import plural
+from vlm_jax.data.sources import open_source, select
 from vlm_jax.errors import UserError
 from vlm_jax.pretrained import attention_maps
 
@@ -270,3 +275,90 @@ def test_regions_pass_through_the_preprocessing(patches):
         run("regions", Looks(8), ops="crop_to_content | resize(32) | to_float")
     with pytest.raises(UserError, match="the image tower of this model has none"):
         run("regions", GUESS)
+
+
+def test_hallucinated_objects_by_hand():
+    """Captions are those of the next scene: names are found by letters, spaces around them, the longest first."""
+    rows, wrong, there, captions = records(), [], [], []
+    forms = {form: name for row in rows for name in row["names"]["en"] for form in (name, plural(name))}
+    for row, other in zip(rows, [*rows[1:], rows[0]], strict=True):
+        text, found = f" {other['long_caption'].lower().replace('.', '').replace(',', '')} ", set()
+        for form in sorted(forms, key=len, reverse=True):
+            if f" {form.lower()} " in text:
+                text = text.replace(f" {form.lower()} ", " | ")
+                found.add(forms[form])
+        wrong += [name not in row["names"]["en"] for name in found]
+        there += [name in found for name in row["names"]["en"]]
+        captions.append(any(name not in row["names"]["en"] for name in found))
+    says = Says((row["image"], other["long_caption"]) for row, other in zip(rows, [*rows[1:], rows[0]], strict=True))
+    result = run("captions", says, captions="caption", objects="names/en", gallery=0)
+    assert (result.metrics["chair_i"], result.metrics["chair_s"]) == (share(wrong), share(captions))
+    assert result.metrics["object_recall"] == share(there) and len(wrong) > 100
+    assert all(result.intervals[name][0] <= result.metrics[name] for name in ("chair_i", "chair_s", "object_recall"))
+
+
+def test_hallucinated_objects_of_one_who_tells_the_truth():
+    section = {"captions": "caption", "objects": "counts", "gallery": 0}
+    metrics = run("captions", Says((row["image"], row["long_caption"]) for row in records()), **section).metrics
+    assert (metrics["chair_i"], metrics["chair_s"], metrics["object_recall"]) == (0.0, 0.0, 1.0)
+    silent = Says((row["image"], "a thing, or two unicorns") for row in records())
+    metrics = run("captions", silent, **section).metrics
+    assert metrics["object_recall"] == metrics["chair_s"] == 0 and "chair_i" not in metrics
+    metrics = run("captions", silent, **section, vocabulary=["unicorn"]).metrics
+    assert metrics["chair_i"] == metrics["chair_s"] == 1
+    with pytest.raises(UserError, match="vocabulary is given without objects"):
+        run("captions", silent, captions="caption", vocabulary=["unicorn"])
+    with pytest.raises(UserError, match="no picture has names under thing"):
+        run("captions", silent, captions="caption", objects="thing")
+
+
+MAMMALS = {"subgroup": ["animal-mammal"]}
+TWO = {"subgroup": ["animal-mammal"], "style": ["twemoji", "fluent-emoji"]}
+
+
+@functools.cache
+def emoji(split, styles=None):
+    """(picture, concept) of the embedded pictures of mammals."""
+    source = open_source("tfds:emoji", split)
+    rows = [source[int(i)] for i in select(source, TWO if styles else MAMMALS)]
+    return [(np.asarray(Image.open(io.BytesIO(row["image"])).convert("RGB")), row["concept"]) for row in rows]
+
+
+def test_image_retrieval_across_styles_by_hand():
+    queries, gallery = emoji("unseen_style"), emoji("train[:2000]", "two")
+    section = {"uri": "tfds:emoji", "split": "unseen_style", "where": MAMMALS}
+    section |= {"gallery_split": "train[:2000]", "gallery_where": TWO}
+    a, b = (GUESS.embed_image_batch([seen(image) for image, _ in rows]).astype(float) for rows in (queries, gallery))
+    ranks = []
+    for query, (_, concept) in zip(a, queries, strict=True):
+        scores = [float(np.float32(query @ other)) for other in b]
+        right = [own == concept for _, own in gallery]
+        if any(right):
+            best = max(score for score, is_right in zip(scores, right, strict=True) if is_right)
+            ranks.append(sum(s > best and not is_right for s, is_right in zip(scores, right, strict=True)))
+    metrics = run("image_retrieval", GUESS, **section).metrics
+    for k in (1, 5, 10):
+        assert metrics[f"recall@{k}"] == share([rank < k for rank in ranks])
+    assert metrics["gallery"] == len(gallery) == 60 and metrics["examples"] == len(ranks) == 30
+    assert metrics["left_out"] == len(queries) - len(ranks)
+    metrics = run("image_retrieval", Labels([*queries, *gallery]), **section).metrics
+    assert (metrics["recall@1"], metrics["ties"]) == (1.0, 0)
+
+
+def test_a_query_is_not_in_its_own_gallery():
+    rows = emoji("train[:2000]", "two")
+    one = TWO | {"style": ["twemoji"]}
+    section = {"uri": "tfds:emoji", "split": "train[:2000]", "where": TWO, "gallery_where": TWO}
+    metrics = run("image_retrieval", Labels(rows), **section).metrics
+    assert metrics["examples"] == metrics["gallery"] == 60 and metrics["recall@1"] == 1.0, "in the other style"
+    a = GUESS.embed_image_batch([seen(image) for image, _ in rows]).astype(float)
+    ranks = []
+    for i, (_, concept) in enumerate(rows):
+        scores = [(float(np.float32(a[i] @ a[j])), rows[j][1] == concept) for j in range(60) if j != i]
+        ((best, _),) = [pair for pair in scores if pair[1]]
+        ranks.append(sum(score > best for score, _ in scores))
+    assert run("image_retrieval", GUESS, **section).metrics["recall@10"] == share([rank < 10 for rank in ranks])
+    with pytest.raises(UserError, match="no picture's `concept` is that of a picture of"):
+        run("image_retrieval", GUESS, **section | {"where": one, "gallery_where": one})
+    with pytest.raises(UserError, match="has no field `colour`"):
+        run("image_retrieval", GUESS, **section, label="colour")

@@ -40,7 +40,7 @@ def ask(data: Pass, asked: Sequence[Sequence[Question]]) -> None:
         return {"answers": dict(zip(names, np.array(found, np.int64).T, strict=True))}
 
     data.begin("answers")
-    data.run(rows, about=lambda i: i if asked[i] else None, columns=["position"])
+    data.run(rows, about=lambda i: int(i) if asked[i] else None, columns=["position"])
 
 
 class Answers(NamedTuple):

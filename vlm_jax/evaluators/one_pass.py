@@ -151,9 +151,18 @@ class Pass:
         """The values at `paths` of every example, read without pictures; None for an example that lacks a field."""
         return read_fields(open_source(*self._data), self._batches.examples.chosen, paths)
 
+    def records(self) -> np.ndarray:
+        """The number of each example's record in the data set, int [num_examples]."""
+        chosen = self._batches.examples.chosen
+        return np.arange(self.num_examples) if chosen is None else chosen
+
+    def check_field(self, path: str) -> None:
+        """Raises a UserError that lists the fields if the first records have no field `path`."""
+        check_field(self.source, path, self.about, lambda: open_source(*self._data))
+
     def look(self, classes: Classes, label: str) -> Look:
         """The function from an example's label to its class, see `Classes.look`."""
-        check_field(self.source, label, self.about, lambda: open_source(*self._data))
+        self.check_field(label)
         return classes.look(self.source.label_names(label), self.about)
 
     def left_out(self, label: str, look: Look) -> Counter:

@@ -11,6 +11,7 @@ import numpy as np
 
 from vlm_jax.errors import UserError
 from vlm_jax.models import insertion, pooling
+from vlm_jax.models.transformer import Encoder
 
 
 @partial(jax.jit, static_argnames="model")
@@ -20,10 +21,16 @@ def embed(model: nn.Module, params: Any, images: jax.Array | None, token_ids: ja
     return embeddings.image if token_ids is None else embeddings.text
 
 
-@partial(jax.jit, static_argnames="model")
-def features(model: nn.Module, params: Any, images: jax.Array) -> jax.Array:
-    """Returns the mean of the image tower's tokens before any head, fp32 [B, D]."""
-    if "embed" not in model.can:
+@partial(jax.jit, static_argnames=("model", "layer"))
+def features(model: nn.Module, params: Any, images: jax.Array, layer: int | None = None) -> jax.Array:
+    """Returns the mean of the image tower's tokens before any head, or of a block's tokens, fp32 [B, D]."""
+    if layer is not None:
+        if not isinstance(model.image, Encoder):
+            raise UserError(f"the image tower, a {type(model.image).__name__}, has no blocks of a transformer")
+        run = lambda model, images: model.image(images, layers=(layer,))
+        encoded = model.apply({"params": params}, images, method=run)
+        tokens, mask = encoded.aux["layers"][0], encoded.mask
+    elif "embed" not in model.can:
         tokens, mask = model.apply({"params": params}, images, method="encode")
     else:
         tokens, mask = model.apply({"params": params}, images, None).image_tokens, None

@@ -139,10 +139,10 @@ class Pretrained:
         """Pictures -> the mean of the image tower's tokens, before any head, float32 [n, D]: for probes."""
         return self.image_feature_batch(self._pictures(images))
 
-    def image_feature_batch(self, images: Any) -> np.ndarray:
-        """Preprocessed images [B, H, W, 3] -> the same as `image_features`, float32 [B, D]."""
+    def image_feature_batch(self, images: Any, layer: int | None = None) -> np.ndarray:
+        """Preprocessed images [B, H, W, 3] -> `image_features`, or the mean of a block's tokens, float32 [B, D]."""
         self._need("image")
-        return self._run(features, images)
+        return self._run(lambda *args: features(*args, layer=layer), images)
 
     def logits(self, images: Any, texts: Sequence[str]) -> np.ndarray:
         """Returns logits of every picture with every text, float32 [n, m].

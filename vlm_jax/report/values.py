@@ -13,7 +13,7 @@ COUNTS = re.compile(
 )
 SHARES = re.compile(
     r"top\d+|recall@\d+|mean_per_class|accuracy|average_precision|fraction|exact_match|harmonic_mean"
-    r"|(^|/)(object|attribute|relation|count|order|foil|text|image|group|pointing|mean_iou|chance|(harmonic_)?spread)$|(^|/)chance/"
+    r"|(^|/)(object|attribute|relation|count|order|foil|text|image|group|pointing|mean_iou|chair_[is]|object_recall|chance|(harmonic_)?spread)$|(^|/)chance/"
 )
 
 

@@ -11,7 +11,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.evaluators import classes as class_names
 from vlm_jax.evaluators.labels import Classes
 from vlm_jax.evaluators.metrics import captions as caption_metrics
-from vlm_jax.evaluators.metrics import interval
+from vlm_jax.evaluators.metrics import hallucination, interval
 from vlm_jax.evaluators.one_pass import Batch, Columns, Pass, picture_ops
 from vlm_jax.evaluators.progress import Progress, Table, memory_limit
 from vlm_jax.evaluators.records import texts
@@ -34,6 +34,8 @@ def captions(
     options: Mapping[str, Any] | None = None,
     classes: str | Sequence[str] | Mapping[int, str] | None = None,
     label: str = "label",
+    objects: str | None = None,
+    vocabulary: str | Sequence[str] | None = None,
     where: Mapping[str, Sequence] | None = None,
     ops: str | None = None,
     batch_size: int = 256,
@@ -45,7 +47,9 @@ def captions(
     Metrics: `exact_match`, `bleu1` to `bleu4`, `rouge_l`, `cider` (CIDEr-D, up to 10), see `metrics.captions`;
     `perplexity` of the references, exp(-(sum of log p) / (number of tokens, ends included)); `examples`, `left_out`
     (pictures without text, or of a class that does not count). BLEU-4 and CIDEr are made for sentences: a name of one
-    or two words has no 4-grams, and a CIDEr of at most 2.5 or 5.
+    or two words has no 4-grams, and a CIDEr of at most 2.5 or 5. With `objects`, also `chair_i` (the share of named
+    objects that are not there), `chair_s` (of captions with such an object) and `object_recall` (the share of objects
+    there that are named), see `metrics.hallucination`: by English names and their plurals, without synonyms.
 
     Args:
       uri: the data set, as for `sources.open_source`.
@@ -55,6 +59,9 @@ def captions(
       options: other arguments of `Pretrained.caption`, such as `beams` and `prefix`.
       classes: if given, only pictures with these labels count, see `classes.read`.
       label: the record's field with the label.
+      objects: the field with the English names of the objects that are there, a list, or a dict with these keys.
+      vocabulary: the names that count as objects, see `classes.read`; defaults to those of all pictures. A name that no
+        picture has is a hallucination only if it is among these.
       where: field -> values; other records are left out.
       ops: op string from record to `image`; defaults to the model's preprocessing.
       batch_size: pictures at a time.
@@ -63,6 +70,9 @@ def captions(
     """
     fields = [captions] if isinstance(captions, str) else list(captions)
     named = None if classes is None else Classes(class_names.read(classes))
+    if vocabulary is not None and objects is None:
+        raise UserError("captions: vocabulary is given without objects, the field with the objects that are there")
+    words = None if vocabulary is None else list(class_names.read(vocabulary).values())
     limit = memory_limit(memory_share)
 
     def evaluate(pretrained: Any, progress: Progress | None = None) -> Result:
@@ -72,6 +82,7 @@ def captions(
         )
         pretrained = data.pretrained
         look = None if named is None else data.look(named, label)
+        there = None if objects is None else _objects(data, objects)
         data.begin("lines")
 
         def about(values: list) -> list[str] | None:
@@ -90,7 +101,13 @@ def captions(
 
         def finish(tables: Mapping[str, Table]) -> Result:
             lines = [json.loads(line) for line in tables["lines"].read("byte").tobytes().splitlines()]
-            return _result(lines, gallery, data.thumbnails)
+            result = _result(lines, gallery, data.thumbnails)
+            if there is None:
+                return result
+            known = hallucination.forms(words or sorted({name for names in there for name in names}))
+            said = [caption_metrics.tokenize(line[1]) for line in lines]
+            numbers, intervals = hallucination.chair(said, [there[line[0]] for line in lines], known)
+            return result._replace(metrics=result.metrics | numbers, intervals=result.intervals | intervals)
 
         if not data.run(rows, about):
             counted = f", or none whose `{label}` is among the classes" if look else ""
@@ -98,6 +115,15 @@ def captions(
         return data.result(finish, "left_out")
 
     return evaluate
+
+
+def _objects(data: Pass, objects: str) -> list[list[str]]:
+    """The names of each picture's objects."""
+    values = [record[0] if record else () for record in data.fields(objects)]
+    there = [texts([list(value) if isinstance(value, Mapping) else value]) for value in values]
+    if not any(there):
+        raise UserError(f"{data.about}: no picture has names under {objects}")
+    return there
 
 
 def _log_likelihood(pretrained: Any, batch: Batch) -> tuple[np.ndarray, np.ndarray]:

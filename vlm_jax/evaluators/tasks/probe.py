@@ -1,4 +1,4 @@
-"""Probes: the accuracy of a linear classifier on frozen features, from all or a few pictures of each class."""
+"""Probes: the accuracy of a linear or nearest-neighbour classifier on frozen features, from all or a few pictures."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,15 +19,16 @@ from vlm_jax.evaluators.result import Result
 from vlm_jax.evaluators.sampling import few_shots
 from vlm_jax.evaluators.tasks.zeroshot import named_right, ties
 from vlm_jax.pretrained.linear import logistic_regression, ridge
+from vlm_jax.pretrained.neighbours import knn
 
-SOLVERS = {"ridge": ridge, "lbfgs": logistic_regression}
+SOLVERS = {"ridge": ridge, "lbfgs": logistic_regression, "knn": knn}
 
 
 @method(
     family="evaluators",
     paper="arXiv:2103.00020",
     where="section 3.2",
-    differs="a linear classifier on the image tower's features, of all or a few pictures",
+    differs="a linear or kNN classifier on the image tower's features, of all or a few pictures",
 )
 def probe(
     *,
@@ -38,8 +39,10 @@ def probe(
     label: str,
     classes: str | Sequence[str] | Mapping[int, str] | None = None,
     shots: int | None = None,
+    layer: int | None = None,
     solver: str = "ridge",
     l2: float = 1.0,
+    neighbours: int = 20,
     seed: int = 0,
     where: Mapping[str, Sequence] | None = None,
     train_where: Mapping[str, Sequence] | None = None,
@@ -49,9 +52,10 @@ def probe(
 ) -> Callable[..., Result]:
     """Returns an evaluator `(pretrained, progress=None) -> Result`.
 
-    The features are those of `Pretrained.image_feature_batch`, the mean of the image tower's tokens. Each feature is
-    shifted and scaled to mean 0 and variance 1 over the training pictures. Metrics: `top1`, `top5` (left out below six
-    classes), `mean_per_class`, `examples`, `left_out` (pictures of another label), `train_examples`, `ties`.
+    The features are those of `Pretrained.image_feature_batch`, the mean of the image tower's tokens or of a block's.
+    Each feature is shifted and scaled to mean 0 and variance 1 over the training pictures, but for "knn". Metrics:
+    `top1`, `top5` (left out below six classes), `mean_per_class`, `examples`, `left_out` (pictures of another label),
+    `train_examples`, `ties`.
 
     Args:
       uri: the data set, as for `sources.open_source`.
@@ -62,8 +66,11 @@ def probe(
       classes: the labels that count, see `classes.read`; defaults to the labels of the training pictures. Labels of
         both splits are found by name, see `labels.Classes`.
       shots: training pictures drawn of each class; a smaller class gives all its pictures; None takes all.
-      solver: "ridge" (least squares, closed form: for few shots) or "lbfgs" (logistic regression), see `linear`.
+      layer: number of a block of the image tower, from 0; negative ones count from the end. None: the tower's output.
+      solver: "ridge" (least squares, closed form: for few shots) or "lbfgs" (logistic regression), see `linear`; or
+        "knn", a weighted vote of the nearest training pictures, see `pretrained.neighbours`.
       l2: weight of the squared weights in the sum over examples.
+      neighbours: number of nearest training pictures that vote, for "knn".
       seed: seed of the draw.
       where: field -> values; other pictures are not named.
       train_where: the same for training pictures.
@@ -72,6 +79,9 @@ def probe(
       memory_share: share of the free memory for the features; more features go to a file.
     """
     solve = choose(SOLVERS, solver, "the solver of a probe")
+    if neighbours < 1:
+        raise UserError(f"neighbours is {neighbours}; expected 1 or more")
+    chosen = {} if layer is None else {"layer": layer}
     if shots is not None and shots < 1:
         raise UserError(f"shots is {shots}; expected a number of training pictures of each class, or None for all")
     given = None if classes is None else class_names.read(classes)
@@ -95,7 +105,7 @@ def probe(
         data.begin("examples")
 
         def features(batch: Batch) -> np.ndarray:
-            return pretrained.image_feature_batch(batch.inputs)[batch.kept]
+            return pretrained.image_feature_batch(batch.inputs, **chosen)[batch.kept]
 
         def train_rows(batch: Batch) -> Mapping[str, Columns]:
             return {"train": {"feature": features(batch), "label": np.array(batch.about)}}
@@ -114,18 +124,21 @@ def probe(
             return _result(tables["examples"], len(train.tables["train"]), named, notes, left_out)
 
         train.run(train_rows, about=lambda fields: look_in_train(fields[0]))
-        classify = _fitted(train.tables["train"], len(named), solve, l2) if train.first else None
+        weight = neighbours if solver == "knn" else l2
+        classify = _fitted(train.tables["train"], len(named), solve, weight) if train.first else None
         data.check_any(data.run(rows, about=lambda fields: look(fields[0])), label, named, look)
         return data.result(finish, "left_out")
 
     return evaluate
 
 
-def _fitted(known: Table, classes: int, solve: Callable, l2: float) -> Callable[[np.ndarray], np.ndarray]:
+def _fitted(known: Table, classes: int, solve: Callable, weight: float) -> Callable[[np.ndarray], np.ndarray]:
     """Features [B, D] -> scores [B, C]."""
     x = known.read("feature").astype(np.float64)
+    if solve is knn:
+        return knn(x, known.read("label"), classes, weight)
     mean, scale = x.mean(0), np.maximum(x.std(0), 1e-6)
-    fitted = solve((x - mean) / scale, known.read("label"), classes, l2)
+    fitted = solve((x - mean) / scale, known.read("label"), classes, weight)
     return lambda features: fitted((features - mean) / scale)
 
 
