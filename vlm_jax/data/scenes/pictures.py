@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax.data.emoji import PREPARED, alpha
+from vlm_jax.data.scenes import words
 
 COLOURS = {
     "red": (220, 40, 40), "yellow": (245, 220, 50), "green": (60, 170, 70), "blue": (60, 100, 230),
@@ -146,6 +147,8 @@ def visible(style: str, concept: int) -> frozenset[str]:
     colour, a = pixels[..., :3], pixels[..., 3]
     chroma = (colour.max(-1) - colour.min(-1)).sum() / max(a.sum() / 255, 1)
     found = ["grey"] if chroma >= GREY_CHROMA else []
+    if concept in words.without_up():
+        return frozenset(found)
     on_grey = colour + 127.5 * (1 - a[..., None] / 255)
     half_turn = np.abs(on_grey - on_grey[::-1, ::-1]).mean()
     y, x = np.nonzero(a >= COVERS)

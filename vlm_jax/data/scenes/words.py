@@ -41,13 +41,20 @@ PLURAL = (
     "chains; bubbles; books; musical notes; maracas; control knobs; Japanese dolls; nesting dolls; admission tickets; "
     "sparkles; linked paperclips; crossed swords; clinking beer mugs; clinking glasses; flower playing cards; woman’s "
     "clothes; card index dividers; bookmark tabs; hammer and pick; hammer and wrench; nut and bolt; bow and arrow; "
-    "couch and lamp"
+    "couch and lamp; headphone"
 )
 MASS = (
     "bread; baguette bread; flatbread; stuffed flatbread; bacon; popcorn; butter; salt; canned food; garlic; ginger "
     "root; broccoli; cooked rice; curry rice; spaghetti; sushi; oden; dango; falafel; fondue; shaved ice; soft ice "
     "cream; ice cream; candy; custard; sake; ice; meat on bone; hot beverage; coral; wood; yarn; thread; soap; dna; "
     "fire; bubble tea; money with wings; seat"
+)
+# Nobody calls them upside-down or tilted, whatever is drawn on them.
+ROUND = (
+    "soccer ball; baseball; softball; basketball; volleyball; pool 8 ball; crystal ball; mirror ball; confetti ball; "
+    "trackball; yo-yo; flying disc; pizza; cookie; doughnut; bagel; pie; moon cake; coin; full moon; sun; wheel; gear; "
+    "compass; optical disk; dvd; computer disk; potato; egg; kiwi fruit; coconut; lemon; lime; tangerine; melon; "
+    "olive; snowflake; rosette; rock; droplet; pill; bullseye; ring buoy; nazar amulet; spider web"
 )
 AWKWARD = re.compile("o’clock$|-thirty$| (with|without|behind|facing|in) ")  # clocks; "a house with garden"
 
@@ -141,6 +148,12 @@ def things() -> tuple[Thing, ...]:
         for i, row in enumerate(rows)
         for name in (row["names"]["en"],)
     )
+
+
+@functools.cache
+def without_up() -> frozenset[int]:
+    """Returns the concepts of round things, which have no right way up."""
+    return frozenset(thing.concept for thing in things() if thing.name in _listed(ROUND))
 
 
 @functools.cache
