@@ -182,7 +182,7 @@ def test_evenly_spaced_goes_from_the_first_to_the_last():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"type": "zeroshots"}, "`zeroshots`; expected one of: few_shot, captions"),
+        ({"type": "zeroshots"}, "`zeroshots` (did you mean `zeroshot`?)"),
         ({"tempaltes": ["{}"]}, "has no key `tempaltes`; did you mean `templates`?"),
         ({"classes": "emoji:sene"}, "is `sene`; expected one of: seen, held_out, subgroups"),
         (
