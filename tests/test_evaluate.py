@@ -323,7 +323,7 @@ def test_embeddings_beyond_the_memory_share_change_nothing(pretrained, pictures,
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("--task=zero", "the task is `zero`; expected one of: few_shot, captions"),
+        ("--task=zero", "the task is `zero` (did you mean `zeroshot`?)"),
         ("--task=retrieval --label=label", "evaluator `retrieval` has no key `label`; known keys: uri, split,"),
         ("--task=zeroshot", "no names for its `label`; give --classes: a .txt or .json file, `emoji:seen`, or one of"),
         ("--task=zeroshot --classes=['a'", "--classes=['a' cannot be read; expected a name, a file, a list"),

@@ -71,6 +71,7 @@ class Answers(NamedTuple):
 
 
 def answers(table: Table, asked: Sequence[Sequence[Question]]) -> Answers:
+    """Returns the answers of a table that `ask` has filled with these questions."""
     example, nth, best = map(table.read, ("example", "nth", "best"))
     ranks = metrics.Ranks(*map(table.read, metrics.Ranks._fields))
     return Answers([asked[i][n] for i, n in zip(example, nth, strict=True)], example, best, ranks)
