@@ -307,3 +307,5 @@ def test_options_of_the_source():
     assert set(TRAIN_STYLES) >= {open_source("scenes:", "unseen_pairs")[i]["style"] for i in range(9)}
     with pytest.raises(IndexError):
         opened[30]
+    tiny = open_source("scenes:?objects=6&size=32", "unseen_style")
+    assert all((tiny[i]["objects"]["box"][:, 2:] > tiny[i]["objects"]["box"][:, :2]).all() for i in (99, 100))

@@ -52,6 +52,11 @@ def cached_bytes() -> int:
     return _drawings.bytes + _scaled_drawings.bytes
 
 
+def covers(pixels: np.ndarray) -> np.ndarray:
+    """Returns bool [h, w]: which pixels of a drawing belong to its mask."""
+    return pixels[..., 3] >= COVERS
+
+
 @functools.cache
 def _records(split: str) -> Callable[[int], bytes]:
     """Row -> encoded picture; no other field is decoded."""

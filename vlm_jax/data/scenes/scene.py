@@ -126,7 +126,7 @@ class Scene:
         owner = np.full((self.options.height, self.options.width), -1, np.int8)
         for i, (o, pixels) in enumerate(zip(self.objects, self.sprites, strict=True)):
             height, width = pixels.shape[:2]
-            owner[o.y : o.y + height, o.x : o.x + width][pixels[..., 3] >= pictures.COVERS] = i
+            owner[o.y : o.y + height, o.x : o.x + width][pictures.covers(pixels)] = i
         return [owner == i for i in range(len(self.objects))]
 
     @functools.cached_property
@@ -134,7 +134,7 @@ class Scene:
         """(x0, y0, x1, y1) of each mask, in pixels, x1 and y1 exclusive."""
         if self.inside:
             return [_box(mask) for mask in self.masks]
-        covers = (pixels[..., 3] >= pictures.COVERS for pixels in self.sprites)
+        covers = map(pictures.covers, self.sprites)
         return [_box(mask, o.x, o.y) for mask, o in zip(covers, self.objects, strict=True)]
 
     @property
@@ -307,7 +307,7 @@ def _place(rng, options: Options, style: str, looks, counts, inside: bool) -> tu
     for o in objects if inside else sorted(objects, key=lambda o: -o.side):
         pixels = pictures.sprite(style, looks[o.group].thing.concept, o.side, angle=o.angle)
         height, width = pixels.shape[:2]
-        if width > options.width or height > options.height:
+        if width > options.width or height > options.height or not pictures.covers(pixels).any():
             return None
         if inside and taken:
             o = _within(rng, taken[0], o, width, height)

@@ -52,6 +52,7 @@ def sentence(words: Sequence[Word]) -> str:
 
 
 def plain(words: str) -> list[Word]:
+    """Returns words that state nothing."""
     return [Word(word) for word in words.split()]
 
 
@@ -141,6 +142,7 @@ def shuffled(rng: random.Random, values: Sequence) -> list:
 
 
 def caption(scene: Scene) -> str:
+    """Returns the short caption, see `caption_words`."""
     return text(caption_words(scene))
 
 
