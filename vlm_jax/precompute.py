@@ -4,7 +4,8 @@
 
 The tower (LiT, arXiv:2111.07991, section 3.3) is the config's `model.image`. `model_init` names its parameters, and the
 config's `preprocess` prepares the pictures. The run then reads `--config.data.uri=precomputed:runs/lit_images`. After
-an interruption the same command continues. Several hosts share the shards.
+an interruption the same command continues: after the last batch if it was Ctrl-C or an error, after the last shard of
+4,096 records if it was a kill. Several hosts share the shards.
 """
 
 import json
@@ -22,7 +23,7 @@ from vlm_jax.command.values import data_uri
 from vlm_jax.data import loader
 from vlm_jax.data.examples import log_bad
 from vlm_jax.data.files import write_json
-from vlm_jax.data.sources.precomputed import INDEX, shard_names, write_shard
+from vlm_jax.data.sources.precomputed import INDEX, read_shard, shard_names, write_shard
 from vlm_jax.errors import UserError
 from vlm_jax.params import sharding
 from vlm_jax.params.table import named_leaves
@@ -80,14 +81,24 @@ def precompute(
     total, left = (sum(len(parts[k]) for k in some) for some in (mine, todo))
     with command.doing("embedding"), command.bar(total=total, initial=total - left, desc="embed", unit="batch") as bar:
         for k in todo:
-            rows: list[np.ndarray | None] = []
-            for number in parts[k]:
-                batch, bad = batches[number]
-                log_bad(bad)
-                embeddings = np.asarray(embed(batch["image"]))
-                rows += [row if real else None for row, real in zip(embeddings, batch["mask"], strict=True)]
-                bar.update()
-            write_shard(out / names[k], rows[: batches.num_examples - k * shard_size])
+            partial = out / f"{names[k]}.partial"  # of an interrupted run
+            rows = read_shard(partial)
+            done = len(rows) // batch_size
+            rows = rows[: done * batch_size]
+            bar.update(done)
+            try:
+                for number in parts[k][done:]:
+                    batch, bad = batches[number]
+                    log_bad(bad)
+                    embeddings = np.asarray(embed(batch["image"]))
+                    rows += [row if real else None for row, real in zip(embeddings, batch["mask"], strict=True)]
+                    bar.update()
+                write_shard(out / names[k], rows[: batches.num_examples - k * shard_size])
+            except BaseException:
+                if len(rows) > done * batch_size:
+                    write_shard(partial, rows)
+                raise
+            partial.unlink(missing_ok=True)
     return index
 
 

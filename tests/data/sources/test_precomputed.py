@@ -15,7 +15,7 @@ from vlm_jax import models, save_pretrained
 from vlm_jax.data import loader
 from vlm_jax.data.source import BadExample
 from vlm_jax.data.sources import open_source
-from vlm_jax.data.sources.precomputed import shard_names
+from vlm_jax.data.sources.precomputed import read_shard, shard_names
 from vlm_jax.errors import UserError
 from vlm_jax.precompute import precompute
 from vlm_jax.pretrained import Pretrained
@@ -83,6 +83,33 @@ def test_it_goes_on_where_it_stopped(lit):
     precompute(settings, folder, uri=uri, batch_size=8, shard_size=8)
     assert second.read_bytes() == before[second][1]
     assert [path.stat().st_mtime_ns for path in (first, third)] == [before[first][0], before[third][0]]
+
+
+def test_an_interrupt_loses_at_most_a_batch(lit, tmp_path, monkeypatch):
+    settings, _, uri, folder = lit
+    get, asked = loader.EvalBatches.__getitem__, []
+
+    def interrupted(self, number):
+        asked.append(number)
+        if asked.count(2) == 1 and number == 2:
+            raise KeyboardInterrupt
+        return get(self, number)
+
+    monkeypatch.setattr(loader.EvalBatches, "__getitem__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        precompute(settings, tmp_path, uri=uri, batch_size=8, shard_size=24)
+    (shard,) = shard_names(COUNT, 24)
+    assert {path.name for path in tmp_path.iterdir()} == {"index.json", f"{shard}.partial"}
+    with pytest.raises(UserError, match="lacks 1 of 1 shards"):
+        open_source(f"precomputed:{tmp_path}")
+    precompute(settings, tmp_path, uri=uri, batch_size=8, shard_size=24)
+    assert asked == [0, 0, 1, 2, 0, 2], "each run opens with batch 0, for the shapes"
+    assert {path.name for path in tmp_path.iterdir()} == {"index.json", shard}
+    rows, before = (open_source(f"precomputed:{path}").embeddings for path in (tmp_path, folder))
+    assert [rows[i] for i in range(COUNT)] == [before[i] for i in range(COUNT)]
+    (tmp_path / shard).rename(tmp_path / "a")
+    (tmp_path / "a").write_bytes(b"x" * 99)
+    assert read_shard(tmp_path / "a") == [] == read_shard(tmp_path / "b")
 
 
 def test_what_does_not_fit_is_named(lit, tmp_path):

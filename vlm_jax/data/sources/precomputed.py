@@ -4,6 +4,7 @@ The folder holds index.json (the data set, image tower, initial parameters and p
 one float32 vector for each record of the data set, in order; an empty vector if the picture could not be used.
 """
 
+import contextlib
 import copy
 import json
 import os
@@ -130,3 +131,15 @@ def write_shard(path: Path, embeddings: Iterable[np.ndarray | None]) -> None:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_shard(path: Path) -> list[np.ndarray | None]:
+    """Returns what `write_shard` wrote; an empty list if there is no such file, or if it is damaged."""
+    if not path.is_file():
+        return []
+    try:
+        with contextlib.closing(array_record_module.ArrayRecordReader(str(path))) as reader:
+            rows = [np.frombuffer(data, np.float32) for data in reader.read_all()]
+    except (ValueError, RuntimeError):
+        return []
+    return [row if row.size else None for row in rows]
