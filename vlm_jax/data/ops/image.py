@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import threading
 from typing import Literal
 
 import numpy as np
@@ -26,6 +27,7 @@ FORMATS = (
 MAX_PIXELS = 2**26
 MAX_16_BITS = 65535
 EXIF_ORIENTATION = 0x0112
+_raising = threading.Lock()
 
 
 def pil(image: Picture) -> Image.Image:
@@ -88,13 +90,18 @@ def decode(
       background: colour under transparent pixels (grey level or RGB); None keeps the alpha channel: [H, W, 4].
       exif: turns the picture upright, by the camera's orientation (EXIF). The preprocessing of released models ignores
         the orientation.
-      max_pixels: the limit; Pillow has its own at 178,956,970.
+      max_pixels: the limit. Above Pillow's own, Pillow's is raised to it for the process: later crops are checked, too.
     """
     if isinstance(image, np.ndarray):
         return image
+    if max_pixels > (Image.MAX_IMAGE_PIXELS or max_pixels):
+        with _raising:
+            Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     if isinstance(image, bytes):
         try:
             image = Image.open(io.BytesIO(image), formats=_formats())
+        except Image.DecompressionBombError:  # above twice Pillow's limit
+            raise BadExample(f"image has more pixels than decode(max_pixels={max_pixels})", "picture") from None
         except Exception as error:
             raise BadExample(f"image cannot be decoded: {str(error).split(' <')[0]}", "picture") from None
     if not isinstance(image, Image.Image):
