@@ -262,7 +262,11 @@ def test_the_cache_forgets_what_was_used_longest_ago():
     [
         ("scenes:", "test", "has no split `test`; it has train, unseen_style"),
         ("scenes:train", None, "options stand behind a question mark"),
-        ("scenes:?siz=64", None, "has no option `siz`; did you mean `size`"),
+        (
+            "scenes:?siz=64",
+            None,
+            "has no option `siz`; expected one of: size, objects, background, styles, examples, seed (did",
+        ),
         ("scenes:?size=8", None, "`size=8`; expected 64"),
         ("scenes:?size=64x64x64", None, "`size=64x64x64`; expected 64"),
         ("scenes:?objects=4-2", None, "`objects=4-2`; expected 1-4"),

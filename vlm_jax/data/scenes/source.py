@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import urllib.parse
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
 
+from vlm_jax import catalogue
 from vlm_jax.data.emoji import splits
 from vlm_jax.data.scenes import edits, foils, texts
 from vlm_jax.data.scenes.scene import SPLITS, TRAIN_STYLES, Options, Scene, draw_scene
@@ -19,13 +19,40 @@ from vlm_jax.errors import UserError
 
 VERSION = 1  # of the scenes: another number, other pictures
 EXAMPLES = {"train": 1_000_000}  # by split; 10,000 elsewhere
-OPTIONS = {
-    "size": "64 (a square) or 96x64 (width x height), each side 32 to 512",
-    "objects": "1-4, within 1-6",
-    "background": "plain, textured or any",
-    "styles": f"some of {', '.join((*TRAIN_STYLES, *splits.STYLE_SPLITS))}",
-    "examples": "the number of examples",
-    "seed": "a whole number",
+
+
+def _number(text: str, least: int, most: int) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 20 and least <= int(text) <= most):
+        raise ValueError(text)
+    return int(text)
+
+
+def _size(text: str) -> dict[str, int]:
+    width, height = (text, text) if "x" not in text else text.split("x")
+    return dict(width=_number(width, 32, 512), height=_number(height, 32, 512))
+
+
+def _objects(text: str) -> dict[str, tuple[int, int]]:
+    fewest, most = (text, text) if "-" not in text else text.split("-")
+    most = _number(most, 1, 6)
+    return dict(objects=(_number(fewest, 1, most), most))
+
+
+def _background(text: str) -> dict[str, str]:
+    if text not in ("plain", "textured", "any"):
+        raise ValueError(text)
+    return dict(background=text)
+
+
+STYLES = (*TRAIN_STYLES, *splits.STYLE_SPLITS)
+# Name -> (text -> fields of Options, or `examples`; raises ValueError), and what it expects.
+OPTIONS: dict[str, tuple[Callable[[str], dict[str, Any]], str]] = {
+    "size": (_size, "64 (a square) or 96x64 (width x height), each side 32 to 512"),
+    "objects": (_objects, "1-4, within 1-6"),
+    "background": (_background, "plain, textured or any"),
+    "styles": (lambda text: dict(styles=tuple(text.split(","))), f"some of {', '.join(STYLES)}"),
+    "examples": (lambda text: dict(examples=_number(text, 1, 2**62)), "the number of examples"),
+    "seed": (lambda text: dict(seed=_number(text, 0, 2**62)), "a whole number"),
 }
 
 
@@ -126,17 +153,16 @@ class Scenes(Source):
         before, _, query = path.partition("?")
         if before:
             raise UserError(f"data source `{uri}`: options stand behind a question mark, `scenes:?size=64`")
-        given = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-        for name in given:
+        parsed: dict[str, Any] = {"examples": EXAMPLES.get(split, 10_000)}
+        for name, text in urllib.parse.parse_qsl(query, keep_blank_values=True):
             if name not in OPTIONS:
-                close = difflib.get_close_matches(name, OPTIONS, n=1)
-                hint = f"; did you mean `{close[0]}`?" if close else f"; it has {', '.join(OPTIONS)}"
-                raise UserError(f"data source `{uri}` has no option `{name}`{hint}")
-        try:
-            options, examples = _options(given), _number(given.get("examples", EXAMPLES.get(split, 10_000)), 1, 2**62)
-        except _WrongValueError as error:
-            name = str(error)
-            raise UserError(f"data source `{uri}`: `{name}={given[name]}`; expected {OPTIONS[name]}") from None
+                raise UserError(catalogue.unknown(f"data source `{uri}` has no option `{name}`", name, OPTIONS))
+            parse, expected = OPTIONS[name]
+            try:
+                parsed |= parse(text)
+            except ValueError:
+                raise UserError(f"data source `{uri}`: `{name}={text}`; expected {expected}") from None
+        examples, options = parsed.pop("examples"), Options(**parsed)
         _check_styles(uri, options.styles, split)
         return cls(options, split, examples)
 
@@ -160,46 +186,12 @@ class Scenes(Source):
         return dataclasses.replace(self, fields=tuple(name for name in FIELDS if name in wanted))
 
 
-class _WrongValueError(ValueError):
-    """The name of an option whose value is none."""
-
-
-def _number(value: Any, least: int, most: int) -> int:
-    if not (str(value).isascii() and str(value).isdecimal() and len(str(value)) < 20 and least <= int(value) <= most):
-        raise ValueError(value)
-    return int(value)
-
-
-def _options(given: Mapping[str, str]) -> Options:
-    """The options of a query; raises _WrongValueError with the name of one that does not parse."""
-    parsed: dict[str, Any] = {}
-    for name, value in given.items():
-        try:
-            if name == "size":
-                sides = [_number(side, 32, 512) for side in value.split("x")]
-                parsed["width"], parsed["height"] = (sides * 2)[:2] if len(sides) < 3 else sides
-            elif name == "objects":
-                ends = [_number(end, 1, 6) for end in value.split("-")]
-                fewest, most = (ends * 2)[:2] if len(ends) < 3 else ends
-                parsed["objects"] = (fewest, most) if fewest <= most else [][0]
-            elif name == "background":
-                parsed["background"] = {"plain": "plain", "textured": "textured", "any": "any"}[value]
-            elif name == "styles":
-                parsed["styles"] = tuple(value.split(","))
-            elif name == "seed":
-                parsed["seed"] = _number(value, 0, 2**62)
-            elif name == "examples":
-                _number(value, 1, 2**62)
-        except (ValueError, LookupError):
-            raise _WrongValueError(name) from None
-    return Options(**parsed)
-
-
 def _check_styles(uri: str, styles: tuple[str, ...], split: str) -> None:
-    known = (*TRAIN_STYLES, *splits.STYLE_SPLITS)
     for style in styles:
-        if style not in known:
-            raise UserError(f"data source `{uri}` has no style `{style}`; it has {', '.join(known)}")
+        if style not in STYLES:
+            raise UserError(
+                catalogue.unknown(f"data source `{uri}` has no style `{style}`", style, dict.fromkeys(STYLES))
+            )
         if split in ("train", "unseen_pairs") and style not in TRAIN_STYLES:
             raise UserError(f"data source `{uri}`: the split `{split}` has no style `{style}`, which is kept for tests")
         if split == "unseen_style" and style in TRAIN_STYLES:
