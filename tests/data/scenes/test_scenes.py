@@ -265,7 +265,7 @@ def test_the_cache_forgets_what_was_used_longest_ago():
         (
             "scenes:?siz=64",
             None,
-            "has no option `siz`; expected one of: size, objects, background, styles, examples, seed (did",
+            "has no option `siz`; expected one of: size, objects",
         ),
         ("scenes:?size=8", None, "`size=8`; expected 64"),
         ("scenes:?size=64x64x64", None, "`size=64x64x64`; expected 64"),
