@@ -28,6 +28,7 @@ from vlm_jax.data import ops, tokenizers
 from vlm_jax.data.examples import Examples
 from vlm_jax.data.files import write_json
 from vlm_jax.data.source import BadExample
+from vlm_jax.data.sources import open_source
 from vlm_jax.evaluators import classes
 from vlm_jax.evaluators.progress import Progress
 from vlm_jax.models import insertion
@@ -233,6 +234,11 @@ def typed(text: str, use: Callable[[str], None]) -> tuple:
     return make, lambda folder: use(text_of(folder / "text"))
 
 
+def read_scenes(text):
+    source = open_source(text, "train")
+    source[len(source) - 1]
+
+
 def parse_ops(text):
     pipeline = ops.parse(text, few_shot.clip_like(scan=True).tokenizer)
     record = {"image": picture(9, 7), "text": "a red fox", "captions": ["a", "b"], "label": 3}
@@ -267,6 +273,7 @@ KINDS = {
     **fuzz_data.KINDS,
     "masks": (of_masks, masks_of),
     "uri": typed("wds:/nowhere/{000..002}.tar", lambda text: fuzz_data.read_source(text)),
+    "scenes": typed("scenes:?size=64x48&objects=1-6&styles=twemoji,fxemoji&examples=3&seed=1", read_scenes),
     "tokenizer_json": (of_tokenizer_json, lambda folder: tokenize(f"json:{folder}/tokenizer.json")),
     "sentencepiece": (of_sentencepiece, lambda folder: tokenize(f"sentencepiece:{folder}/spm.model")),
     "wordpiece": (of_wordpiece, lambda folder: tokenize(f"wordpiece:{folder}/vocab.txt")),
