@@ -10,7 +10,7 @@ B/32, B/16 and L/14 follow the paper's tables 18-20 (batch 32,768, 32 epochs); e
 
 from ml_collections import ConfigDict
 
-from configs.embedded import embedded
+from configs.embedded import two_towers
 from vlm_jax.catalogue import method
 
 TOWERS = {  # image, text, embedding width, peak learning rate (tables 19 and 20)
@@ -28,7 +28,7 @@ TOWERS = {  # image, text, embedding width, peak learning rate (tables 19 and 20
 )
 def get_config(variant: str = "B/32") -> ConfigDict:
     if variant not in TOWERS:
-        return embedded(variant, penalty="softmax")
+        return two_towers(variant, penalty="softmax")
     image, text, width, lr = TOWERS[variant]
     released = dict(activation="quick_gelu", norm_eps=1e-5, out_dim=width, head_bias=False, scan=True, remat="dots")
     return ConfigDict(

@@ -53,6 +53,7 @@ def coca(variant: str) -> ConfigDict:
     return config
 
 
+EMBEDDED, BASE = ("tiny", "select", "smoke"), ("base", "base_select")
 BASE_SIZE = 64
 BASE_LENGTH = 32  # tokens; captions of four things with two attributes each have up to 33
 
@@ -97,11 +98,14 @@ def base(variant: str, penalty: str) -> ConfigDict:
     return config
 
 
-def embedded(variant: str, penalty: str) -> ConfigDict:
-    if variant in ("base", "base_select"):
-        return base(variant, penalty)
-    if variant not in ("tiny", "select", "smoke"):
-        known = "tiny, select, smoke; with two towers, base and base_select"
+def two_towers(variant: str, penalty: str) -> ConfigDict:
+    """`embedded` and `base`."""
+    return base(variant, penalty) if variant in BASE else embedded(variant, penalty, also=BASE)
+
+
+def embedded(variant: str, penalty: str, also: tuple[str, ...] = ()) -> ConfigDict:
+    if variant not in EMBEDDED:
+        known = ", ".join((*EMBEDDED, *also))
         raise UserError(f"there is no variant `{variant}` of this config; on the embedded data: {known}")
     tower = dict(width=128, heads=4, mlp_dim=512, out_dim=128, activation="relu")
     tokenize = f"lower | tokenize({LENGTH}, bos=False, eos=False)"

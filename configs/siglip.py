@@ -10,7 +10,7 @@ B/32, B/16, L/16, L/14 and So400m/14 follow section 4 of the paper: 32k batch, A
 
 from ml_collections import ConfigDict
 
-from configs.embedded import embedded
+from configs.embedded import two_towers
 from vlm_jax.catalogue import method
 
 VARIANTS = ("B/32", "B/16", "L/16", "L/14", "So400m/14")
@@ -24,7 +24,7 @@ VARIANTS = ("B/32", "B/16", "L/16", "L/14", "So400m/14")
 )
 def get_config(variant: str = "B/16") -> ConfigDict:
     if variant not in VARIANTS:
-        return embedded(variant, penalty="sigmoid")
+        return two_towers(variant, penalty="sigmoid")
     size = variant.split("/")[0]
     tower = dict(scan=True, remat="dots")
     remat = "dots" if size == "B" else "full"
