@@ -12,8 +12,8 @@ from vlm_jax.plan.train_step import example_of
 from vlm_jax.run.program import build_program
 
 MILLIONS = {  # parameters, of what its authors released; None of what nobody did
-    "clip": {"B/32": 151.3, "B/16": 149.6, "L/14": 427.6},
-    "siglip": {"B/16": 203.2, "So400m/14": 877.4},
+    "clip": {"B/32": 151.3, "B/16": 149.6, "L/14": 427.6, "base": None},
+    "siglip": {"B/16": 203.2, "So400m/14": 877.4, "base": None},
     "cap": {"B/16": None},
     "cappa": {"L/14": None},
     "filip": {"B/32": None},
@@ -31,10 +31,12 @@ EXPERIMENTS = [
 @pytest.mark.parametrize(("name", "variant", "millions"), EXPERIMENTS)
 def test_builds(name, variant, millions):
     settings = config.plain(RECIPES[name].load()(*filter(None, [variant])))
+    sources = list(settings["data"].get("sources", {"": settings["data"]}).values())
     if settings["tokenizer"] == "emoji":
-        ops.parse(settings["data"]["ops"], tokenizers.build("emoji"))
-    example = example_of(settings["data"]["ops"])
-    if settings["data"]["uri"].startswith("precomputed:"):
+        for source in sources:
+            ops.parse(source["ops"], tokenizers.build("emoji"))
+    example = example_of(sources[0]["ops"])
+    if sources[0]["uri"].startswith("precomputed:"):
         example["image"] = np.zeros((1, 1280), np.float32)
     sections = {key: settings[key] for key in ("model", "objective", "optimizer")}
     steps = lambda length: optim.duration_to_steps(length, 256, 10**6, 10**6)
