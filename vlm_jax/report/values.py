@@ -9,11 +9,13 @@ from vlm_jax import command
 
 # Numbers of things, not shares.
 COUNTS = re.compile(
-    r"step|(train_|pixel_|read_|bad_)?examples|(\w+_)?left_out|(identical_)?texts|images|ties|gallery|(\w+_)?questions|(\w+_)?regions|\w+_labels|(\w+_)?pairs"
+    r"step|(train_|pixel_|read_|bad_)?examples|(\w+_)?left_out|(identical_)?texts|images|ties|gallery"
+    r"|(\w+_)?(questions|regions|pairs)|\w+_labels"
 )
 SHARES = re.compile(
     r"top\d+|recall@\d+|mean_per_class|accuracy|average_precision|fraction|exact_match|harmonic_mean"
-    r"|(^|/)(object|attribute|relation|count|order|foil|text|image|group|pointing|mean_iou|chair_[is]|object_recall|chance|(harmonic_)?spread)$|(^|/)chance/"
+    r"|(^|/)(object|attribute|relation|count|order|foil|text|image|group|pointing|mean_iou|chair_[is]|object_recall)$"
+    r"|(^|/)(chance|(harmonic_)?spread)$|(^|/)chance/"
 )
 
 

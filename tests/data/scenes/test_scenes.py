@@ -13,8 +13,9 @@ import pytest
 
 from tests.support import scene_truth
 from vlm_jax.data.emoji import alpha
+from vlm_jax.data.emoji.splits import TRAIN_STYLES
 from vlm_jax.data.scenes import edits, foils, pictures, source, texts, words
-from vlm_jax.data.scenes.scene import SPLITS, TRAIN_STYLES, Options, draw_scene
+from vlm_jax.data.scenes.scene import SPLITS, Options, draw_scene
 from vlm_jax.data.sources import open_source
 from vlm_jax.errors import UserError
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 
 HELD_OUT_GROUPS = (3, 4, 5, 6, 7)
 HELD_OUT_SHARE = 0.15
+TRAIN_STYLES = ("twemoji", "fluent-emoji", "fluent-emoji-flat", "emojione", "fxemoji")
 STYLE_SPLITS = {"noto": "unseen_style", "noto-v1": "near_style"}
 SPLITS = ("train", "unseen_style", "unseen_concepts", "near_style")
 

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlm_jax.data.emoji import alpha
+from vlm_jax.data.emoji.splits import TRAIN_STYLES
 from vlm_jax.data.scenes import pictures, words
 from vlm_jax.data.scenes.backgrounds import Background
 
-TRAIN_STYLES = ("twemoji", "fluent-emoji", "fluent-emoji-flat", "emojione", "fxemoji")
 SPLITS = ("train", "unseen_style", "unseen_concepts", "unseen_pairs")
 RELATIONS = ("left", "above", "inside", "bigger")
 BIGGER = 1.6  # ratio of the longer sides of two boxes

@@ -11,9 +11,9 @@ from typing import Any, Self
 import numpy as np
 
 from vlm_jax import catalogue
-from vlm_jax.data.emoji import splits
+from vlm_jax.data.emoji.splits import STYLE_SPLITS, TRAIN_STYLES
 from vlm_jax.data.scenes import edits, foils, texts
-from vlm_jax.data.scenes.scene import SPLITS, TRAIN_STYLES, Options, Scene, draw_scene
+from vlm_jax.data.scenes.scene import SPLITS, Options, Scene, draw_scene
 from vlm_jax.data.source import Source
 from vlm_jax.errors import UserError
 
@@ -44,7 +44,7 @@ def _background(text: str) -> dict[str, str]:
     return dict(background=text)
 
 
-STYLES = (*TRAIN_STYLES, *splits.STYLE_SPLITS)
+STYLES = (*TRAIN_STYLES, *STYLE_SPLITS)
 # Name -> (text -> fields of Options, or `examples`; raises ValueError), and what it expects.
 OPTIONS: dict[str, tuple[Callable[[str], dict[str, Any]], str]] = {
     "size": (_size, "64 (a square) or 96x64 (width x height), each side 32 to 512"),
