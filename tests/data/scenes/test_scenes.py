@@ -68,6 +68,15 @@ def test_boxes_masks_relations_and_counts_are_those_of_the_pixels():
         assert source.counts(scene) == {name: record["name"].count(name) for name in record["name"]}
 
 
+def test_four_fifths_of_every_object_can_be_seen():
+    shares = []
+    for scene in scenes(60):
+        for shown in (scene, edits.edited(scene)[1], edits.other_of_pair(scene)[1]):
+            drawn = [pictures.covers(pixels).sum() for pixels in shown.sprites]
+            shares += [mask.sum() / whole for mask, whole in zip(shown.masks, drawn, strict=True)]
+    assert 0.8 <= min(shares) < 0.9, min(shares)
+
+
 def test_run_lengths_begin_with_what_is_not_in_the_mask():
     masks = [np.zeros((3, 2), bool), np.ones((3, 2), bool), np.array([[1, 0], [1, 1], [0, 0]], bool)]
     expected = [[6], [0, 6], [0, 2, 2, 1, 1]]

@@ -9,7 +9,7 @@ from typing import Any
 
 from vlm_jax.data.scenes import pictures
 from vlm_jax.data.scenes.foils import ATTRIBUTES, OTHER_ATTRIBUTE, absent, allowed
-from vlm_jax.data.scenes.scene import HARD_TO_SEE, Look, Object, Scene, holds, overlaps, pick, turned
+from vlm_jax.data.scenes.scene import HARD_TO_SEE, VISIBLE, Look, Object, Scene, holds, overlaps, pick, turned
 from vlm_jax.data.scenes.texts import caption, listed, phrase, shuffled, text
 from vlm_jax.data.scenes.words import Thing
 
@@ -115,7 +115,7 @@ def _middle_kept(scene: Scene, old: Object, new: Object, look: Look) -> Object:
 
 
 def fits(scene: Scene) -> bool:
-    """Returns whether all objects are seen on the canvas, and overlap only as "inside" does."""
+    """Returns whether all objects stand on the canvas, overlap only as "inside" does, and can be seen."""
     rectangles = [o.rectangle(pixels) for o, pixels in zip(scene.objects, scene.sprites, strict=True)]
     size = scene.options.width, scene.options.height
     on = all(x0 >= 0 and y0 >= 0 and x1 <= size[0] and y1 <= size[1] for x0, y0, x1, y1 in rectangles)
@@ -123,7 +123,7 @@ def fits(scene: Scene) -> bool:
         for a in rectangles[:i]:
             if overlaps(a, b, gap=0) and not (scene.inside and holds("inside", b, a)):
                 return False
-    return on and all(pictures.covers(pixels).any() for pixels in scene.sprites)
+    return on and all(pictures.covers(pixels).any() for pixels in scene.sprites) and scene.visible >= VISIBLE
 
 
 def _place(scene: Scene, group: int) -> str:

@@ -30,6 +30,7 @@ ALONE = (24, 48)
 COLOURED, TURNED, SIZED, MIRRORED = 0.4, 0.2, 0.4, 0.3  # shares of things, of scenes for SIZED
 ANGLES = (-45, -40, -35, -30, -25, 25, 30, 35, 40, 45)
 HARD_TO_SEE = ("grey", "upside-down", "tilted")  # on some drawings: pictures.visible
+VISIBLE = 0.8  # least share of an object that nothing in front hides
 TRIES = 30
 
 
@@ -145,6 +146,11 @@ class Scene:
         (a, b), (p, q) = (self.objects[0], self.objects[-1]), (self.sprites[0], self.sprites[-1])
         return overlaps(a.rectangle(p), b.rectangle(q), gap=0)
 
+    @property
+    def visible(self) -> float:
+        """The share of the first object that the last one does not hide; 1.0 unless `inside`."""
+        return float(self.masks[0].sum() / pictures.covers(self.sprites[0]).sum()) if self.inside else 1.0
+
     @functools.cached_property
     def relations(self) -> list[tuple[int, str, int]]:
         """(object, relation, object) for RELATIONS; right, below and smaller are their converses."""
@@ -231,11 +237,14 @@ def draw_scene(options: Options, split: str, index: int) -> Scene:
     style, candidates = pick(rng, pool(split, options.styles))
     counts, inside = _numbers(rng, *options.objects)
     unseen = pick(rng, ("attribute", "pair") if len(counts) > 1 else ("attribute",)) if split == "unseen_pairs" else ""
-    objects = None
-    while not objects:  # until the split's condition holds and all fit
+    while True:  # until the split's condition holds, all fit and all are seen
         looks = _looks(rng, style, candidates, len(counts), inside, unseen)
         objects = looks and _place(rng, options, style, looks, counts, inside)
-    return Scene(key, options, split, style, looks, objects, Background.draw_lots(rng, options.background), unseen)
+        if objects:
+            background = Background.draw_lots(rng, options.background)
+            scene = Scene(key, options, split, style, looks, objects, background, unseen)
+            if scene.visible >= VISIBLE:
+                return scene
 
 
 def _numbers(rng: random.Random, fewest: int, most: int) -> tuple[list[int], bool]:
