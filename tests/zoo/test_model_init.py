@@ -87,6 +87,27 @@ def test_a_tower_of_two():
             np.testing.assert_array_equal(array(entry.ours, found), array(entry.ours, want), err_msg=entry.ours)
 
 
+@pytest.mark.parametrize("pool", ["tok", "mean"])
+def test_positions_of_another_grid_are_resampled(tmp_path, pool, capsys):
+    cls = pool == "tok"
+    image = dict(width=32, depth=1, heads=4, patch=8, pool=pool, cls_position=cls)
+    about = dict(model=dict(image=dict(image, image_size=16), text=None), preprocess="decode | resize(16)")
+    small = models.build(about["model"])
+    params = initial(small, jnp.zeros((1, 16, 16, 3)), None)
+    save_pretrained(Pretrained(small, params, None, about["preprocess"], None, about), tmp_path / "small", "native")
+    shapes = shapes_of(models.build(dict(image=dict(image, image_size=32), text=None)), jnp.zeros((1, 32, 32, 3)), None)
+    found = model_init.read({"image": str(tmp_path / "small")}, shapes)
+    assert found.keys() == shapes.keys() and "positions resampled, 2 x 2 to 4 x 4" in capsys.readouterr().out
+    assert found["image/pos_embed"].sharding == shapes["image/pos_embed"].sharding
+    before, after = np.asarray(params["image"]["pos_embed"])[0], np.asarray(found["image/pos_embed"])[0]
+    np.testing.assert_array_equal(before[:cls], after[:cls])
+    corners, table = before[cls:].reshape(2, 2, 32), after[cls:].reshape(4, 4, 32)
+    for y in range(4):
+        for x in range(4):
+            left, right = corners[0] * (1 - y / 3) + corners[1] * y / 3
+            np.testing.assert_allclose(table[y, x], left * (1 - x / 3) + right * x / 3, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
