@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.scenes import URI, Guess, Labels, Looks, Says, Sees, Truth, Writer, records, seen
+from tests.support.scenes import URI, Guess, Labels, Looks, Says, Sees, Truth, Writer, records, run, seen, share
 from vlm_jax import evaluators
 from vlm_jax.data.scenes.source import mask_of
 from vlm_jax.data.scenes.words import plural
@@ -16,14 +16,6 @@ from vlm_jax.errors import UserError
 from vlm_jax.pretrained import attention_maps
 
 GUESS = Guess()
-
-
-def run(kind, model, **section):
-    return evaluators.build({"type": kind, "uri": URI, "split": "train", "batch_size": 16} | section)(model)
-
-
-def share(values):
-    return pytest.approx(sum(values) / len(values), abs=1e-12)
 
 
 @pytest.mark.parametrize("model", [Guess(), Writer()])

@@ -60,6 +60,16 @@ def test_captions(pretrained, pictures):
     assert all(len(text) < len(whole) for text, whole in zip(short, greedy, strict=True))
 
 
+@pytest.mark.parametrize("method", ["greedy", "beam"])
+def test_a_prefix_for_each_picture(pretrained, pictures, method):
+    prefixes = ["black cat", "cat", "dog"]
+    whole = pretrained.caption(pictures, method, prefix=prefixes)
+    each = [pretrained.caption([x], method, prefix=own)[0] for x, own in zip(pictures, prefixes, strict=True)]
+    assert whole == each
+    rest = pretrained.caption(pictures, method, prefix=prefixes, echo=False)
+    assert [text.removeprefix(own).strip() for text, own in zip(whole, prefixes, strict=True)] == rest
+
+
 def test_features(pretrained, pictures):
     images = jnp.asarray(np.stack(pictures), jnp.float32) / 127.5 - 1
     tokens, _ = run(pretrained.model, pretrained.params, images, method="encode")
@@ -71,6 +81,7 @@ def test_features(pretrained, pictures):
     [
         (lambda p, x: p.caption(x, "magic"), "method of `caption` is `magic`; expected one of: greedy, sample, beam"),
         (lambda p, x: p.caption(x, temprature=2.0), "has no key `temprature`; did you mean `temperature`"),
+        (lambda p, x: p.caption(x, prefix=["cat", "dog"]), "there are 2 prefixes for 3 inputs; give one, or one each"),
         (lambda p, x: p.score(x, ["cat"]), "got 3 pictures, 1 captions"),
         (lambda p, x: p.embed_texts(["cat"]), "this model has no text tower"),
         (lambda p, x: p.embed_images(x), "a captioner embeds no pictures"),

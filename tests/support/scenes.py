@@ -6,8 +6,10 @@ from collections import defaultdict
 from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
+import pytest
 
 from tests.support.colours import unit
+from vlm_jax import evaluators
 from vlm_jax.data.scenes.source import mask_of
 from vlm_jax.data.sources import open_source
 
@@ -18,6 +20,16 @@ URI = "scenes:?examples=50"
 def records(split="train"):
     source = open_source(URI, split)
     return tuple(source[i] for i in range(len(source)))
+
+
+def run(task, model, /, **section):
+    """The result of an evaluator on the fifty scenes."""
+    return evaluators.build({"type": task, "uri": URI, "split": "train", "batch_size": 16} | section)(model)
+
+
+def share(values):
+    """Their mean, up to rounding."""
+    return pytest.approx(sum(values) / len(values), abs=1e-12)
 
 
 def seen(image):
@@ -73,6 +85,21 @@ class Says(Writer):
 
     def caption_batch(self, images, method):
         return [self.said[known(image)] for image in images]
+
+
+class Continues(Writer):
+    """A captioner that writes on after a prefix.
+
+    Args:
+      texts: (picture, prefix, text); other prefixes are followed by nothing.
+    """
+
+    def __init__(self, texts):
+        self.said = {(known(seen(image)), prefix): text for image, prefix, text in texts}
+
+    def caption_batch(self, images, method, prefix, echo, **options):
+        assert (method, echo, options) == ("greedy", False, {"length": 30})
+        return [self.said.get((known(image), own), "") for image, own in zip(images, prefix, strict=True)]
 
 
 class Truth(Guess):

@@ -1,5 +1,7 @@
 """Ops that evaluation adds to a pipeline: a thumbnail to look at, unchanged fields, regions."""
 
+from typing import Any
+
 import numpy as np
 
 from vlm_jax.data.ops import op
@@ -27,9 +29,7 @@ def thumbnail(example: dict, side: int = SIDE) -> dict:
 @op
 def boxed(example: dict, *paths: str, to: str) -> dict:
     """Sets `to` to a list of the fields at `paths`, in an object array of shape (); a batch of them is [B]."""
-    cell = np.empty((), object)
-    cell[()] = [field(example, path) for path in paths]
-    return example | {to: cell}
+    return example | {to: _one_cell([field(example, path) for path in paths])}
 
 
 @op
@@ -39,7 +39,7 @@ def seen_regions(
     """Sets `to` to a list of the regions as `ops` show them: bool [2, H, W], the box and the mask of its object.
 
     The ops change a picture of the box, the mask and black as its three channels: what they cut off is gone, and what
-    they add is in no region. An object array of shape (), as of `boxed`.
+    they add is in no region.
 
     Args:
       example: the record.
@@ -50,14 +50,43 @@ def seen_regions(
       masks: the field with the objects' masks, run lengths.
       to: the new field.
     """
-    height, width = height_and_width(example["image"])
-    found = []
+    size, found = height_and_width(example["image"]), []
     for (x0, y0, x1, y1), index in zip(field(example, boxes), field(example, objects), strict=True):
-        drawn = np.zeros((height, width, 3), np.uint8)
+        drawn = np.zeros((*size, 3), np.uint8)
         drawn[y0:y1, x0:x1, 0] = 255
-        drawn[..., 1] = 255 * mask_of(np.asarray(field(example, masks)[index]), height, width)
-        seen = array(ops({"image": drawn}, rng)["image"]) >= 128
-        found.append(np.moveaxis(seen[..., :2] & ~seen[..., 2:], -1, 0))
+        drawn[..., 1] = 255 * mask_of(np.asarray(field(example, masks)[index]), *size)
+        found.append(_seen(ops, drawn, rng))
+    return example | {to: _one_cell(found)}
+
+
+@op
+def seen_boxes(example: dict, rng: np.random.Generator, ops: Pipeline, boxes: str, to: str) -> dict:
+    """Sets `to` to a list of the boxes (x0, y0, x1, y1) as `ops` show them, shares of width and height; see
+    `seen_regions`. A box that is cut off is ()."""
+    size, found = height_and_width(example["image"]), []
+    for x0, y0, x1, y1 in field(example, boxes):
+        drawn = np.zeros((*size, 3), np.uint8)
+        drawn[y0:y1, x0:x1, 0] = 255
+        inside = _seen(ops, drawn, rng)[0]
+        rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+        height, width = inside.shape
+        edges = (
+            (columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height)
+            if len(rows)
+            else ()
+        )
+        found.append(tuple(map(float, edges)))
+    return example | {to: _one_cell(found)}
+
+
+def _seen(ops: Pipeline, drawn: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Where `ops` show the first two channels of uint8 [h, w, 3], whose third is black: bool [2, H, W]."""
+    seen = array(ops({"image": drawn}, rng)["image"]) >= 128
+    return np.moveaxis(seen[..., :2] & ~seen[..., 2:], -1, 0)
+
+
+def _one_cell(value: Any) -> np.ndarray:
+    """An object array of shape (), so that a batch keeps the value as it is."""
     cell = np.empty((), object)
-    cell[()] = found
-    return example | {to: cell}
+    cell[()] = value
+    return cell

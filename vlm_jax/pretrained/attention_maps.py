@@ -73,6 +73,16 @@ def before_normalize(preprocess: str) -> str:
     return re.sub(r"\|?\s*\b(normalize|to_float)\b.*", "", preprocess, flags=re.DOTALL)
 
 
+def ops_of_places(preprocess: str, task: str) -> str:
+    """Returns the ops that move what is in a picture; raises UserError if they depend on what is in it."""
+    if "crop_to_content" in preprocess:
+        raise UserError(
+            f"{task}: the preprocessing `{preprocess}` crops by content, which boxes and masks cannot follow; give "
+            "other ops, such as `resize(64) | normalize`"
+        )
+    return " | ".join(filter(None, ("decode", before_normalize(preprocess))))
+
+
 def whole_patches(pretrained: Pretrained, images: np.ndarray) -> np.ndarray:
     """Returns [n, H, W, 3] without the rows and columns beyond the last whole patch."""
     h, w = (pretrained.model.image.patch * side for side in _grid(pretrained, images))

@@ -13,15 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vlm_jax.config import call, choose
 from vlm_jax.data import class_lists, ops
 from vlm_jax.data.source import BadExample
 from vlm_jax.errors import UserError
-from vlm_jax.models import generate, insertion
+from vlm_jax.models import insertion
 from vlm_jax.models.generate import log_likelihood, log_likelihoods
 from vlm_jax.models.transformer import Encoder
 from vlm_jax.params import sharding
-from vlm_jax.pretrained import inputs
+from vlm_jax.pretrained import inputs, writing
 from vlm_jax.pretrained.embedding import class_embeddings, embed, features, features_of_layers, pair_logits, prompts_of
 from vlm_jax.pretrained.similarity import similarity
 
@@ -231,13 +230,14 @@ class Pretrained:
         return np.asarray(logits / logits.sum(-1, keepdims=True), np.float32)
 
     def caption(self, images: Any, method: str = "greedy", **options) -> list[str]:
-        """Describes pictures (as for `embed_images`); `method` and options as in `caption_batch`."""
+        """Describes pictures (as for `embed_images`); `method` ("greedy", "sample", "beam") and options: see
+        `writing.write`."""
         return self.caption_batch(self._pictures(images), method, **options)
 
     def generate(
         self, texts: Sequence[str], method: str = "greedy", *, max_length: int | None = None, **options
     ) -> list[str]:
-        """Answers texts, as T5 does; `method` and options as in `caption_batch`.
+        """Answers texts, as T5 does; `see `writing.write`.
 
         Args:
           texts: n input texts.
@@ -249,54 +249,10 @@ class Pretrained:
             raise UserError("this model writes no texts about texts; an EncoderDecoder or a PrefixLM does")
         return self.caption_batch(self._inputs(texts), method, length=max_length, **options)
 
-    def caption_batch(
-        self,
-        images: Any,
-        method: str = "greedy",
-        *,
-        prefix: str = "",
-        length: int | None = None,
-        beams: int = 4,
-        length_penalty: float = 0.6,
-        seed: int = 0,
-        **rules,
-    ) -> list[str]:
-        """Describes preprocessed images, or answers texts.
-
-        Args:
-          images: [B, H, W, 3], or token ids [B, L] of the texts to answer.
-          method: "greedy", "sample" or "beam".
-          prefix: beginning of every caption.
-          length: largest number of tokens; defaults to the decoder's length.
-          beams, length_penalty: for "beam", see `generate.beam_search`.
-          seed: for "sample".
-          **rules: fields of `generate.Rules`: temperature, top_k, top_p, repetition_penalty, no_repeat_ngram.
-        """
+    def caption_batch(self, images: Any, method: str = "greedy", **options) -> list[str]:
+        """Describes preprocessed images [B, H, W, 3], or answers texts, token ids [B, L]; options: `writing.write`."""
         self._need("decoder")
-        choose({"greedy": 0, "sample": 0, "beam": 0}, method, "method of `caption`")
-        rules = call(generate.Rules, rules, "`caption`")
-        most = self.model.decoder.length
-        length = length or most if self.model.decoder.posemb == "none" else min(length or most, most)
-        ids = self.tokenizer
-        end = ids.pad_id if ids.eos_id is None else ids.eos_id
-        special = generate.Special(self.model.decoder.start_id, end, ids.pad_id)
-        forced = None
-        if prefix:
-            forced = self._target_ids([prefix])[0]
-            forced = jnp.asarray(np.where(forced == end, ids.pad_id, forced))
-
-        def write(model, params, images):
-            given = None if forced is None else jnp.broadcast_to(forced, (len(jax.tree.leaves(images)[0]), len(forced)))
-            if method == "beam":
-                texts = generate.beam_search(
-                    model, params, images, given, length=length, beams=beams, length_penalty=length_penalty,
-                    special=special, rules=rules,
-                )  # fmt: skip
-                return texts.token_ids[:, 0]
-            rng, common = jax.random.key(seed), dict(length=length, special=special, rules=rules)
-            return generate.sample(model, params, images, rng, given, greedy=method == "greedy", **common).token_ids
-
-        return [ids.decode(row) for row in self._run(write, self._checked(images) if self.reads_texts else images)]
+        return writing.write(self, self._checked(images) if self.reads_texts else images, method, **options)
 
     def score(self, inputs: Sequence, texts: Sequence[str]) -> np.ndarray:
         """Returns log p(text i | input i), summed over tokens, float32 [n]; inputs are pictures or texts."""

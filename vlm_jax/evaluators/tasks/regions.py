@@ -60,15 +60,10 @@ def regions(
 
     def evaluate(pretrained: Any, progress: Progress | None = None) -> Result:
         prepare = ops or pretrained.preprocess
-        if "crop_to_content" in prepare:
-            raise UserError(
-                f"regions: the preprocessing `{prepare}` crops by content, which boxes and masks cannot follow; give "
-                "other ops, such as `resize(64) | normalize`"
-            )
+        drawn = attention_maps.ops_of_places(prepare, "regions")
         patch = getattr(getattr(pretrained.model, "image", None), "patch", None)
         if patch is None:
             raise UserError("regions needs patches; the image tower of this model has none")
-        drawn = " | ".join(filter(None, ("decode", attention_maps.before_normalize(prepare))))
         paths = ", ".join(map(json.dumps, (box, object, mask)))
         string = f'decode | {field_ops(text)} | seen_regions({drawn}, {paths}, to="seen") | {prepare}'
         data = Pass(
