@@ -31,6 +31,8 @@ def test_decode_formats_and_transparency():
     coloured = run("decode(background=None) | random_background", {"image": encoded})["image"]
     np.testing.assert_array_equal(coloured[4:8, 4:8], image[4:8, 4:8])
     assert len(np.unique(coloured[alpha[..., 0] == 0], axis=0)) == 1
+    with pytest.raises(UserError, match=r"needs a picture with alpha; decode\(background=None\) keeps it"):
+        run("decode | random_background", {"image": encoded})
 
 
 def test_broken_images_are_bad_examples():

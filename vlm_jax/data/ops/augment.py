@@ -18,8 +18,10 @@ GREY = np.array((0.299, 0.587, 0.114))  # ITU-R BT.601 luma, as PIL's "L"
 @op
 def random_background(image: object, rng: np.random.Generator, p: float = 1.0) -> Picture:
     """Puts a picture with alpha on a random colour with probability `p`, else on white."""
-    colour = tuple(rng.integers(256, size=3).tolist()) if rng.random() < p else 255
-    return composite(pil(image), colour)
+    image = pil(image)
+    if "A" not in image.getbands():
+        raise UserError("random_background needs a picture with alpha; decode(background=None) keeps it")
+    return composite(image, tuple(rng.integers(256, size=3).tolist()) if rng.random() < p else 255)
 
 
 @op
