@@ -97,6 +97,40 @@ def test_two_processes_are_one_bit_for_bit(config, whole, tmp_path):
     assert "report: " in first[1] and "report: " not in second[1]  # one speaks and writes
 
 
+SCENES = """
+from configs import {recipe}
+TASKS = {tasks}
+
+def get_config():
+    config = {recipe}.get_config("smoke")
+    scenes = dict(uri="scenes:?examples=12&size=32", split="train", batch_size=8, ops="decode | normalize")
+    config.evals = {{name: dict(type=name, **scenes, **more) for name, more in TASKS.items()}}
+    config.update(dict(duration="1 steps", batch_size=8))
+    return config
+"""
+TASKS = {
+    "clip": {
+        "foils": dict(caption="caption", foils="foils"),
+        "image_retrieval": dict(label="style", gallery_split="train"),
+        "retrieval": dict(captions="long_caption"),
+        **{name: {} for name in ("composed_retrieval", "counting", "minimal_pairs", "questions", "regions")},
+    },
+    "cappa": {"answers": {}, "grounding": {}, "captions": dict(captions="caption", objects="names/en")},
+}
+
+
+@pytest.mark.subprocess
+@pytest.mark.parametrize("recipe", TASKS)
+def test_tasks_on_scenes_are_the_same_on_two_processes(recipe, tmp_path):
+    (tmp_path / "config.py").write_text(SCENES.format(recipe=recipe, tasks=TASKS[recipe]))
+    runs = {count: start(tmp_path / "config.py", tmp_path / str(count), count, 2 // count) for count in (1, 2)}
+    for run in runs.values():
+        for code, _, errors in finish(run):
+            assert code == 0, errors
+    one, two = (results(tmp_path / str(count)) for count in runs)
+    assert one == two and all(any(key.startswith(task) for key in one) for task in TASKS[recipe])
+
+
 def wait_for(run, condition):
     while not condition():
         ended = [process.poll() for process in run]
