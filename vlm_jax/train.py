@@ -11,7 +11,8 @@ several hosts, run the same command on each host with --distributed=auto.
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from functools import partial
+from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ from vlm_jax.params import optim, sharding
 from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained
 from vlm_jax.run import processes
+from vlm_jax.run import stages as staging
 from vlm_jax.run.checkpoint import Checkpointer, check_same_config, finished, params_sha256
 from vlm_jax.run.divergence import check_finite
 from vlm_jax.run.flops import model_flops
 from vlm_jax.run.folder import locked
 from vlm_jax.run.metric_writer import MetricWriter
-from vlm_jax.run.program import build_program
+from vlm_jax.run.program import Program, TrainState, build_program
 from vlm_jax.run.summary import summary
 from vlm_jax.run.throughput import Profile, Throughput
 from vlm_jax.zoo import tokenizer_files
@@ -77,36 +79,51 @@ def _train(
     mesh: Mapping[str, int] | None = None,
     partition: Sequence = sharding.RULES,
     model_init: str | Mapping[str, str] | None = None,
+    stages: Sequence[Mapping[str, Any]] | None = None,
     evals: Mapping[str, Mapping[str, Any]] | None = None,
     checkpoint: Mapping[str, Any] | None = None,
     log: Mapping[str, Any] | None = None,
     profile: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     mesh = config.call(sharding.make_mesh, mesh or {}, "config.mesh")
-    sizes = mixture.sizes(data.get("sources"), batch_size)
-    sharding.check_batch_size(sizes, mesh)
     doing = partial(command.doing, seen=processes.is_first())
+
+    def opened(data: Mapping[str, Any]) -> loader.Loader:
+        sizes = mixture.sizes(data.get("sources"), batch_size)
+        sharding.check_batch_size(sizes, mesh)
+        rows = sharding.rows_of_process(mesh, sizes)
+        fixed = dict(batch_size=batch_size, seed=seed, tokenizer=tokenizer, rows=rows)
+        batches = config.call(loader.train_loader, data, "config.data", **fixed)
+        processes.check_equal(batches.fingerprints, "data")
+        return batches
+
     with doing("opening the data set"):
         tokenizer = tokenizers.build(tokenizer_files.kept(tokenizer, workdir, missing=True))
-        batches = config.call(
-            loader.train_loader, data, "config.data", batch_size=batch_size, seed=seed, tokenizer=tokenizer,
-            rows=sharding.rows_of_process(mesh, sizes),
-        )  # fmt: skip
-        processes.check_equal(batches.fingerprints, "data")
-    total = optim.duration_to_steps(duration, batch_size, batches.num_examples)
+        of_config = opened(data)
+    total = optim.duration_to_steps(duration, batch_size, of_config.num_examples)
     if not total:
         raise UserError(f"config.duration is {duration!r}; expected 1 step or more")
-    steps = lambda length: optim.duration_to_steps(length, batch_size, batches.num_examples, total)
-    with doing("building the model"):
-        program = build_program(
-            batches.example, sizes, mesh, steps, model=model, objective=objective, optimizer=optimizer,
-            partition=partition, accumulate=accumulate, ema=ema, seed=seed, tokenizer=tokenizer, load=load,
-        )  # fmt: skip
+    steps = lambda length: optim.duration_to_steps(length, batch_size, of_config.num_examples, total)
+    parts = staging.read(settings, total)
+
+    @cache
+    def built(stage: staging.Stage) -> tuple[loader.Loader, Program]:
+        own = stage.settings
+        with doing("building the model"):
+            batches = of_config if own["data"] == data else opened(own["data"])
+            return batches, build_program(
+                batches.example, batches.sizes, mesh, steps, model=own["model"], objective=own["objective"],
+                optimizer=own["optimizer"], partition=partition, accumulate=own.get("accumulate", 1), ema=ema,
+                seed=seed, tokenizer=tokenizer, load=load,
+            )  # fmt: skip
+
+    for before, stage in pairwise([parts[0], *parts]):  # finds mistakes in any of them now
+        staging.check(built(before)[1].abstract_state, built(stage)[1].abstract_state, stage)
     evals = [Evaluation(name, section, steps) for name, section in (evals or {}).items()]
-    released = lambda state: objectives.of_model(state.params if state.ema is None else state.ema)
-    pretrained = lambda state: Pretrained(
-        program.model, released(state), tokenizer, preprocess, tokenize, settings, mesh
-    )
+
+    def pretrained(state: TrainState, stage: staging.Stage) -> Pretrained:
+        own, params = stage.settings, objectives.of_model(state.params if state.ema is None else state.ema)
+        return Pretrained(built(stage)[1].model, params, tokenizer, own["preprocess"], own["tokenize"], own, mesh)
 
     checkpoint, log = {"every": "20%", **(checkpoint or {})}, {"every": "10 steps", **(log or {})}
     save_every, log_every = steps(checkpoint.pop("every")), steps(log.pop("every"))
@@ -118,6 +135,7 @@ def _train(
     if processes.is_first():
         tokenizer_files.keep(settings["tokenizer"], workdir, begun=saver.latest_step() is not None)
     if saver.latest_step() is None:
+        batches, program = built(parts[0])
         with doing("making the parameters"):
             own = named_leaves(objectives.of_model(program.abstract_state.params))
             given = read_init(model_init, own) if model_init else {}
@@ -126,59 +144,78 @@ def _train(
         progress = {"seconds": 0.0, "data_wait": 0.0, "data": None}
     else:
         with doing("reading the checkpoint"):
-            state, progress = saver.restore(program.abstract_state)
+            state, progress = saver.restore(lambda step: built(staging.saved_by(parts, step))[1].abstract_state)
         processes.say(f"continuing from step {int(state.step)} of {total}")
+        batches, _ = built(staging.saved_by(parts, int(state.step)))
     if progress["data"]:
         others = {"read": 0, "bad": 0, "kinds": {}}  # the first process keeps the counts of all
         batches.set_state(progress["data"] | ({} if processes.is_first() else others))
-    batches.start()  # reads data while the step compiles
-    with doing("compiling the train step"):
-        train_step, frozen = program.compile_step(), program.frozen()
-    step_flops, every = model_flops(program), {"checkpoints": save_every, "metrics": log_every}
-    name = data.get("uri") or ", ".join(part["uri"] for part in data["sources"].values())
-    processes.say(summary(program, name, batches.num_examples, batch_size, total, step_flops, workdir, every))
 
-    first, known_ids = int(state.step), vocabulary.vocab_size(program.model)
+    first = int(state.step)
     writer = config.call(MetricWriter, log, "config.log", workdir=workdir, start_step=first)
-    clock = Throughput(batches, batch_size, step_flops, progress["seconds"], progress["data_wait"])
     stop = processes.StopSignal()
-    bar = command.bar(total=total, initial=first, desc="train", unit="step", disable=not processes.is_first())
-    before = None
+
+    def take(stage: staging.Stage, state: TrainState, progress: Mapping[str, Any]) -> tuple[TrainState, dict[str, Any]]:
+        """Takes the steps of a stage that are left; returns the state and the counts after them."""
+        batches, program = built(stage)
+        batches.start()  # reads data while the step compiles
+        with doing("compiling the train step"):
+            train_step, frozen = program.compile_step(), program.frozen()
+        step_flops, every = model_flops(program), {"checkpoints": save_every, "metrics": log_every}
+        if len(parts) > 1:
+            processes.say(
+                f"stage {stage.number} of {len(parts)}, {stage.last - stage.first:,} steps to step {stage.last:,}"
+            )
+        processes.say(
+            summary(program, data_name(stage), batches.num_examples, batch_size, total, step_flops, workdir, every)
+        )
+        first, known_ids, before = int(state.step), vocabulary.vocab_size(program.model), None
+        clock = Throughput(batches, batch_size, step_flops, progress["seconds"], progress["data_wait"])
+        bar = command.bar(total=total, initial=first, desc="train", unit="step", disable=not processes.is_first())
+        with closing(batches), closing(bar):
+            for step in range(first + 1, stage.last + 1):
+                with tracer.step(step):
+                    batch = next(batches)
+                    vocabulary.check_ids(batch, known_ids, "config.data")
+                    batch = sharding.to_global(batch, mesh, batches.sizes)
+                    state, metrics, norms = train_step(state, batch, frozen)
+                tracer.after(step, metrics)
+                if before:  # checks the step before, so that the device never waits for the host
+                    check_finite(*before, saver.latest_step())
+                before = step, metrics, norms
+                stopped_by = stop.at(step)
+                save = step % save_every == 0 or step == stage.last or stopped_by
+                if save or step % log_every == 0:
+                    check_finite(*before, saver.latest_step())
+                    speed = clock.metrics(step - first)
+                    shown = f"loss {metrics['loss']:.3f}, {speed['examples_per_second']:,.0f} examples/s"
+                    bar.set_postfix_str(f"{shown}, MFU {speed['mfu']:.0%}" if "mfu" in speed else shown, refresh=False)
+                    writer.write(step, {**metrics, "examples": step * batch_size, **speed})
+                bar.update()
+                if save:
+                    saver.save(step, state, {**clock.progress(), "data": position(batches), "stage": stage.number})
+                if stopped_by:
+                    raise SystemExit(
+                        f"{stopped_by}: saved step {step} of {total}; the same command continues from there"
+                    )
+                for evaluation in evals:
+                    if evaluation.every and step % evaluation.every == 0 and step < total:
+                        bar.set_postfix_str(f"evaluating {evaluation.name}")
+                        with clock.paused(), doing("evaluating"):
+                            writer.write(step, evaluation.metrics(evaluation.run(pretrained(state, stage))))
+        return state, clock.progress()
+
     # however the loop ends, pending checkpoints are written
-    with closing(saver), closing(writer), closing(batches), closing(bar), closing(tracer):
-        for step in range(first + 1, total + 1):
-            with tracer.step(step):
-                batch = next(batches)
-                vocabulary.check_ids(batch, known_ids, "config.data")
-                batch = sharding.to_global(batch, mesh, sizes)
-                state, metrics, norms = train_step(state, batch, frozen)
-            tracer.after(step, metrics)
-            if before:  # checks the step before, so that the device never waits for the host
-                check_finite(*before, saver.latest_step())
-            before = step, metrics, norms
-            stopped_by = stop.at(step)
-            save = step % save_every == 0 or step == total or stopped_by
-            if save or step % log_every == 0:
-                check_finite(*before, saver.latest_step())
-                speed = clock.metrics(step - first)
-                shown = f"loss {metrics['loss']:.3f}, {speed['examples_per_second']:,.0f} examples/s"
-                bar.set_postfix_str(f"{shown}, MFU {speed['mfu']:.0%}" if "mfu" in speed else shown, refresh=False)
-                writer.write(step, {**metrics, "examples": step * batch_size, **speed})
-            bar.update()
-            if save:
-                saver.save(step, state, {**clock.progress(), "data": position(batches)})
-            if stopped_by:
-                raise SystemExit(f"{stopped_by}: saved step {step} of {total}; the same command continues from there")
-            for evaluation in evals:
-                if evaluation.every and step % evaluation.every == 0 and step < total:
-                    bar.set_postfix_str(f"evaluating {evaluation.name}")
-                    with clock.paused(), doing("evaluating"):
-                        writer.write(step, evaluation.metrics(evaluation.run(pretrained(state))))
-        bar.close()
+    with closing(saver), closing(writer), closing(tracer):
+        for stage in staging.left(parts, first):
+            if stage.first == int(state.step) > 0:
+                before, (batches, program) = batches, built(stage)
+                batches.go_on(before.get_state())
+                state = staging.carried(state, program.abstract_state, stage)
+            state, progress = take(stage, state, progress)
         with doing("writing the checkpoint"):
             saver.wait()
         stop.close()
-        progress = clock.progress()
         results = {
             "step": total,
             "params_sha256": params_sha256(state.params),
@@ -189,17 +226,23 @@ def _train(
         }
         for evaluation in evals:
             with doing(f"evaluating {evaluation.name}"):
-                result = evaluation.run(pretrained(state))
+                result = evaluation.run(pretrained(state, parts[-1]))
             if processes.is_first():
                 report.save_artifacts(workdir, evaluation.name, result.artifacts)
             writer.write(total, evaluation.metrics(result))
             results |= result.as_results(evaluation.prefix)
     if processes.is_first():
         write_json(workdir / "results.json", results)
-        report.save_about(workdir, "training", program.model, name, state.params, mesh)
+        report.save_about(workdir, "training", built(parts[-1])[1].model, data_name(parts[-1]), state.params, mesh)
         with doing("writing the report"):
             report.write(workdir)
     return results
+
+
+def data_name(stage: staging.Stage) -> str:
+    """Returns the URIs of a stage's data."""
+    data = stage.settings["data"]
+    return data.get("uri") or ", ".join(part["uri"] for part in data["sources"].values())
 
 
 def position(batches: loader.Loader) -> dict[str, Any]:

@@ -47,6 +47,21 @@ def test_it_fits_or_it_does_not(planned):
     assert not small.fits and "it does not fit" in train_step.text(small)
 
 
+def test_stages_are_planned_one_by_one(planned):
+    """The chip-hours of a run are the sum over its stages."""
+    small = planned._replace(flops=planned.flops / 4, hbm_bytes=planned.hbm_bytes // 4, collectives=[])
+    plans = [(300, small), (100, planned)]
+    hours = 8 * (300 * small.seconds + 100 * planned.seconds) / 3600
+    assert train_step.chip_hours(plans) == pytest.approx(hours) and small.seconds < planned.seconds
+    text = train_step.text_of_stages(plans)
+    assert text.startswith("stage 1: 300 steps\n") and text.endswith(f"at least {hours:,.3g} chip-hours")
+    assert train_step.chip_hours([(300, planned._replace(chip=here()[1]))]) is None
+
+    settings = clip.get_config("smoke").to_dict() | dict(stages=(dict(share="75%"), dict(share="25%", accumulate=2)))
+    (first, whole), (second, halved) = train_step.of_stages(settings, jax.devices()[:2], CHIP)
+    assert (first, second) == (30, 10) and halved.memory["temporaries"] < whole.memory["temporaries"]
+
+
 def test_this_machine(planned):
     """A CPU has memory of a known size, and no known speed."""
     devices, chip = here()

@@ -21,8 +21,10 @@ def noise(step):
 
 
 def abstract(state, mesh):
+    """The target of `restore`, of any step."""
     place = sharding.replicated(mesh)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state)
+    tree = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state)
+    return lambda step: tree
 
 
 def test_the_newest_complete_checkpoint_is_restored(tmp_path):
@@ -126,7 +128,8 @@ def test_a_state_goes_to_any_mesh_and_dtype(dtype, tmp_path):
         mesh = sharding.make_mesh(1, fsdp, tensor, jax.devices()[: fsdp * tensor])
         place = jax.sharding.NamedSharding(mesh, spec)
         if step > 1:
-            state, _ = saver.restore({"kernel": jax.ShapeDtypeStruct(kernel.shape, dtype, sharding=place)})
+            target = {"kernel": jax.ShapeDtypeStruct(kernel.shape, dtype, sharding=place)}
+            state, _ = saver.restore(lambda step, target=target: target)
             assert state["kernel"].sharding == place and state["kernel"].dtype == dtype
             shard = (64 // fsdp, 32 // tensor)
             assert {one.data.shape for one in state["kernel"].addressable_shards} == {shard}

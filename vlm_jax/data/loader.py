@@ -161,6 +161,10 @@ class Loader(Iterator[Batch]):
                     f"the data set `{name}` has changed since the data position was saved; restore it, or start in a "
                     "new workdir"
                 )
+        self.go_on(state)
+
+    def go_on(self, state: Mapping[str, Any]) -> None:
+        """Continues with the batch number and the counts of another loader's position."""
         self.close()
         self._k, self.read, self.bad = state["batch"], state["read"], state["bad"]
         self.kinds = collections.Counter(state.get("kinds", {}))

@@ -105,6 +105,32 @@ def resample_posemb(table, old_grid, new_grid, method="linear"):
     return grid.reshape(1, -1, table.shape[-1]).astype(np.float32)
 
 
+def to_rows(table, rows, method="linear"):
+    """Resamples a learned table of a square grid to another number of rows; a class token's row stays.
+
+    Args:
+      table: [1, n, D], rows of a square grid, perhaps after one row of a class token.
+      rows: the new n, of a square grid with as many rows before it.
+      method: as for `resample_posemb`.
+
+    Returns:
+      float32 numpy array [1, rows, D].
+
+    Raises:
+      UserError: one of the grids is no square.
+    """
+    table = np.asarray(table, np.float32)
+    for first in (0, 1):
+        counts = table.shape[1] - first, rows - first
+        old, new = map(math.isqrt, counts)
+        if (old * old, new * new) == counts:
+            grid = resample_posemb(table[:, first:], (old, old), (new, new), method)
+            return np.concatenate([table[:, :first], grid], axis=1)
+    raise UserError(
+        f"{table.shape[1]} rows of positions cannot become {rows}: expected squares, with a class token in both or none"
+    )
+
+
 def resampled(table, old_grid, grids, length):
     """Resamples a learned table to each picture's grid: bilinear, antialiased (SigLIP 2's NaFlex).
 

@@ -41,10 +41,15 @@ def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer:
         results = {"best": best and best.json(), "tried": [one.json() for one in tried]}
         return command.Answer(results, search.text(tried), 0 if best else FITS_NOT)
     with command.doing(f"compiling the train step for {len(devices)} chip{'s'[: len(devices) > 1]}"):
-        result = train_step.plan(settings, devices, chip, values.codegen)
-    text = train_step.text(result) + (f"\n\n{result.table}" if values.table else "")
+        plans = train_step.of_stages(settings, devices, chip, values.codegen)
+    text = train_step.text_of_stages(plans)
+    if values.table:
+        text += f"\n\n{plans[-1][1].table}"
+    fits = all(result.fits for _, result in plans)
+    hours = train_step.chip_hours(plans)
+    results = plans[0][1].json() if len(plans) == 1 else {"stages": [result.json() for _, result in plans]}
     # at once: a compiler's thread may still make machine code
-    return command.Answer(result.json(), text, 0 if result.fits else FITS_NOT, at_once=True)
+    return command.Answer(results | {"chip_hours": hours}, text, 0 if fits else FITS_NOT, at_once=True)
 
 
 if __name__ == "__main__":

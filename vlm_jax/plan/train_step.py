@@ -21,7 +21,7 @@ from vlm_jax.plan import hlo
 from vlm_jax.plan.collectives import Collective, collectives
 from vlm_jax.plan.replicated import replicated
 from vlm_jax.plan.schedule import in_all, schedule
-from vlm_jax.run import flops
+from vlm_jax.run import flops, stages
 from vlm_jax.run.chips import Chip
 from vlm_jax.run.compiler_options import compiler_options
 from vlm_jax.run.program import Program, build_program
@@ -114,6 +114,22 @@ def plan(settings: Mapping[str, Any], devices: Sequence[jax.Device], chip: Chip,
       UserError: the config does not fit the devices' mesh.
     """
     return compiled(traced(settings, devices), chip, codegen)
+
+
+def of_stages(
+    settings: Mapping[str, Any], devices: Sequence[jax.Device], chip: Chip, codegen: bool = True
+) -> list[tuple[int, Plan]]:
+    """Returns (steps, plan) of each stage of a config; arguments as of `plan`."""
+    settings = config.plain(settings)
+    found = stages.read(settings, _durations(settings)("100%"))
+    return [(stage.last - stage.first, plan(stage.settings, devices, chip, codegen)) for stage in found]
+
+
+def chip_hours(plans: Sequence[tuple[int, Plan]]) -> float | None:
+    """A lower bound on the chip-hours of all stages; None if a stage's time is not known."""
+    if not all(result.compiled and math.isfinite(result.chip.flops) for _, result in plans):
+        return None
+    return sum(steps * result.seconds * result.devices for steps, result in plans) / 3600
 
 
 def traced(settings: Mapping[str, Any], devices: Sequence[jax.Device]) -> Traced:
@@ -252,6 +268,15 @@ def text(result: Plan) -> str:
         lines.append(f"{'best MFU':14}{result.mfu:8.1%}")
     lines += ["", "it fits" if result.fits else "it does not fit: more fsdp, remat, accumulate, or a smaller batch"]
     return "\n".join(lines)
+
+
+def text_of_stages(plans: Sequence[tuple[int, Plan]]) -> str:
+    """The plans of all stages as lines to read, and the chip-hours of the run."""
+    blocks = [text(result) for _, result in plans]
+    if len(plans) > 1:
+        blocks = [f"stage {n}: {plans[n - 1][0]:,} steps\n\n{block}" for n, block in enumerate(blocks, 1)]
+    hours = chip_hours(plans)
+    return "\n\n".join([*blocks, *([f"all steps take at least {hours:,.3g} chip-hours"] if hours else [])])
 
 
 def _traffic(result: Plan) -> list[str]:

@@ -84,19 +84,19 @@ class Checkpointer:
         with self._writing():
             self._manager.save(step, args=args)
 
-    def restore(self, abstract_state: Any) -> tuple[Any, dict]:
+    def restore(self, abstract_state: Callable[[int], Any]) -> tuple[Any, dict]:
         """Returns state and progress of the newest undamaged checkpoint; renames damaged ones.
 
         Args:
-          abstract_state: tree of ShapeDtypeStructs with shardings: the target placement. Every process reads only its
-            own shards. Dtypes may differ from the saved dtypes; the checksum is then not checked.
+          abstract_state: step -> tree of ShapeDtypeStructs with shardings: the target placement. Every process reads
+            only its own shards. Dtypes may differ from the saved dtypes; the checksum is then not checked.
 
         Raises:
           UserError: the checkpoint does not fit the config's model or optimizer, or all checkpoints are damaged.
         """
         damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
-            state, progress, damage = self._read(step, abstract_state)
+            state, progress, damage = self._read(step, abstract_state(step))
             damages = [found for found in processes.exchange(damage) if found]
             saved = progress.pop("checksum", None)
             if not damages and saved is not None and saved != checksum(state):
@@ -119,7 +119,7 @@ class Checkpointer:
             saved = named_leaves(handler.metadata(path / "state"))
             _check_fits(step, saved, named_leaves(abstract_state))
             state = handler.restore(path / "state", args=ocp.args.StandardRestore(abstract_state))
-            progress = json.loads((path / "progress" / "metadata").read_text())
+            progress = _progress(path)
         except (UserError, *NOT_DAMAGE):
             raise
         except Exception as error:  # orbax and tensorstore raise many kinds
@@ -214,19 +214,32 @@ def load_params(workdir: str | os.PathLike, shardings: Callable[[Any], Any] | No
     Raises:
       UserError: the folder holds no finished checkpoint, or the newest one is damaged.
     """
+    params = _of_newest(workdir, lambda folder: _params(folder / "state", shardings))
+    return params if shardings is not None else jax.tree.map(np.asarray, params)
+
+
+def newest_progress(workdir: str | os.PathLike) -> dict[str, Any]:
+    """Returns what the newest checkpoint of a workdir was saved with; raises as `load_params`."""
+    return _of_newest(workdir, _progress)
+
+
+def _progress(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "progress" / "metadata").read_text())
+
+
+def _of_newest(workdir: str | os.PathLike, read: Callable[[Path], Any]) -> Any:
     folder = Path(workdir).absolute() / "checkpoints"
     steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
     if not steps:
         raise UserError(f"{workdir} holds no checkpoint; expected a workdir that `vlm_jax.train` wrote")
     try:
-        params = _params(folder / str(max(steps)) / "state", shardings)
+        return read(folder / str(max(steps)))
     except NOT_DAMAGE:
         raise
     except Exception as error:  # orbax and tensorstore raise many kinds
         raise UserError(
             f"checkpoint {max(steps)} in {folder} cannot be read ({_reason(error)}); move it away to use another"
         ) from error
-    return params if shardings is not None else jax.tree.map(np.asarray, params)
 
 
 def _params(path: Path, shardings: Callable[[Any], Any] | None) -> Any:

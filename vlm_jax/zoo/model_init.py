@@ -9,16 +9,15 @@ that the checkpoint lacks. The image tower's learned positions are resampled fro
 of `positions.resample_posemb`, as big_vision does). All other parameters must fit.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from vlm_jax.errors import UserError
-from vlm_jax.models.positions import resample_posemb
+from vlm_jax.models import positions
+from vlm_jax.params import sharding
 from vlm_jax.zoo import hub, key_map, recognize
 from vlm_jax.zoo.load import read_params
 
@@ -77,34 +76,21 @@ def _read_tower(tower: str, spec: str, own: Mapping[str, jax.ShapeDtypeStruct]) 
     kept = {entry.ours for entry in entries}
     own = {name: leaf for name, leaf in own.items() if not STARTS_ANEW.fullmatch(name) or name in kept}
     tensors = {entry.theirs: released.tensors[entry.theirs] for entry in entries if entry.theirs in released.tensors}
-    grids, ours = _grids(own, released.shapes), own.get(POSITIONS)
-    if grids:
-        everywhere = jax.NamedSharding(ours.sharding.mesh, jax.P())
-        own[POSITIONS] = jax.ShapeDtypeStruct(released.shapes[POSITIONS].shape, ours.dtype, sharding=everywhere)
+    ours, theirs = own.get(POSITIONS), released.shapes.get(POSITIONS)
+    resample = (
+        ours is not None and theirs is not None and ours.shape != theirs.shape and ours.shape[2:] == theirs.shape[2:]
+    )
+    if resample:
+        own[POSITIONS] = jax.ShapeDtypeStruct(
+            theirs.shape, ours.dtype, sharding=sharding.replicated(ours.sharding.mesh)
+        )
     plan = key_map.match(entries, own, tensors, (), f"{WHERE}: {spec}")
     arrays = read_params(plan, own, tensors, {name: leaf.sharding for name, leaf in own.items()})
-    if grids:
-        old, new = grids
-        table, first = np.asarray(arrays[POSITIONS]), ours.shape[1] - math.prod(new)
-        table = np.concatenate([table[:, :first], resample_posemb(table[:, first:], old, new)], axis=1)
+    if resample:
+        table = positions.to_rows(arrays[POSITIONS], ours.shape[1])
         arrays[POSITIONS] = jax.make_array_from_callback(table.shape, ours.sharding, lambda index: table[index])
-        print(f"{WHERE}: positions resampled, {old[0]} x {old[1]} to {new[0]} x {new[1]}")
+        print(f"{WHERE}: positions resampled, from {theirs.shape[1]} to {ours.shape[1]}")
     return arrays
-
-
-def _grids(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """Returns the square grids of their positions and of ours; None if they are equal, or no squares."""
-    if POSITIONS not in own or POSITIONS not in theirs:
-        return None
-    old, new = theirs[POSITIONS].shape, own[POSITIONS].shape
-    if old[1] == new[1] or old[2] != new[2]:
-        return None
-    for first in (0, 1):  # rows before the grid: a class token
-        rows = old[1] - first, new[1] - first
-        a, b = map(math.isqrt, rows)
-        if (a * a, b * b) == rows:
-            return (a, a), (b, b)
-    return None
 
 
 def _fits(entry: key_map.Entry, shapes: Mapping[str, Any], tensors: Mapping[str, Any]) -> bool:

@@ -274,6 +274,10 @@ def run_of(path: Path) -> Released:
     settings = read_json(path / "config.json")
     if not isinstance(settings.get("model"), dict):
         raise UserError(f"{path} holds checkpoints but no config.json of vlm_jax.train")
+    if settings.get("stages"):
+        from vlm_jax.run import checkpoint, stages  # orbax takes a while to import
+
+        settings = stages.changed(settings, checkpoint.newest_progress(path)["stage"])
     known = _texts_of(settings, path)
     if known["tokenizer"]:
         known["tokenizer"] = tokenizer_files.kept(known["tokenizer"], path)

@@ -1,0 +1,141 @@
+"""Stages: a run that changes on its way, such as small pictures first (CLIPA, arXiv:2305.07017, section 4).
+
+    stages=(
+        dict(share="80%", preprocess="decode | resize(112) | normalize", model=dict(image=dict(image_size=112)), ...),
+        dict(share="20%"),  # as the config says
+    )
+
+A stage is the config with changes, which stand in the places that they have in the config. Schedules, seeds, batch
+numbers and the optimizer's state go on from stage to stage.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from vlm_jax.config import choose
+from vlm_jax.errors import UserError, near
+from vlm_jax.models import positions
+from vlm_jax.params import sharding
+from vlm_jax.params.table import map_with_name, named_leaves
+
+WHERE = "config.stages"
+CHANGES = ("accumulate", "data", "model", "objective", "optimizer", "preprocess", "tokenize")
+POSITIONS = "image/pos_embed"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stage:
+    """A part of a run.
+
+    Attributes:
+      number: from 1.
+      first, last: its steps are first + 1 to last.
+      settings: the config with the stage's changes, without `stages`.
+      resample: how learned positions become those of this stage, a key of `positions.RESAMPLING`.
+    """
+
+    number: int
+    first: int
+    last: int
+    settings: dict[str, Any]
+    resample: str = "linear"
+
+
+def read(settings: Mapping[str, Any], total: int) -> list[Stage]:
+    """Returns the stages of a config that takes `total` steps; a config without stages is one.
+
+    Raises:
+      UserError: shares that are not 100 % together, a stage without steps, or a change that no stage can make.
+    """
+    sections = settings.get("stages")
+    if not sections:
+        return [Stage(1, 0, total, dict(settings))]
+    found, percent, first = [], 0.0, 0
+    for number, section in enumerate(sections, 1):
+        share = re.fullmatch(r"(\d+(?:\.\d+)?)%", str(section.get("share")))
+        if not share:
+            raise UserError(f"{WHERE}: stage {number} has share={section.get('share')!r}; expected a share such as 80%")
+        percent += float(share[1])
+        last = round(total * percent / 100)
+        if last <= first:
+            raise UserError(f"{WHERE}: stage {number} has no step: {share[0]} of {total}")
+        resample = section.get("resample", "linear")
+        choose(positions.RESAMPLING, resample, f"{WHERE}: resample")
+        found.append(Stage(number, first, last, changed(settings, number), resample))
+        first = last
+    if not math.isclose(percent, 100):
+        raise UserError(f"{WHERE}: the shares are {percent:g}% together; expected 100%")
+    return found
+
+
+def changed(settings: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """Returns the config of stage `number`, from 1."""
+    section = settings["stages"][number - 1]
+    for key in section.keys() - {"share", "resample"}:
+        if key not in CHANGES:
+            hint = near(key, CHANGES, f"it can change {', '.join(CHANGES)}")
+            raise UserError(f"{WHERE}: stage {number} cannot change `{key}`; {hint}")
+    changes = {key: section[key] for key in CHANGES if key in section}
+    return _merged({key: value for key, value in settings.items() if key != "stages"}, changes)
+
+
+def _merged(old: Any, new: Any) -> Any:
+    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
+        return new
+    return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
+
+
+def saved_by(stages: Sequence[Stage], step: int) -> Stage:
+    """Returns the stage that a checkpoint of this step is of; the last step of a stage is its own."""
+    return next(stage for stage in stages if step <= stage.last)
+
+
+def left(stages: Sequence[Stage], step: int) -> list[Stage]:
+    """Returns the stages with steps after `step`; the last stage if there are none."""
+    return [stage for stage in stages if stage.last > step] or [stages[-1]]
+
+
+def check(before: Any, into: Any, stage: Stage) -> None:
+    """Raises a UserError if a state cannot become that of a stage: only learned positions may change.
+
+    Args:
+      before, into: abstract `TrainState`s, of the stage before and of the new one.
+      stage: the new one.
+    """
+    shapes = [{name: tuple(leaf.shape) for name, leaf in named_leaves(tree).items()} for tree in (before, into)]
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        old, new = (side.get(name, "absent") for side in shapes)
+        if old != new and not name.endswith(POSITIONS):
+            raise UserError(
+                f"{WHERE}: stage {stage.number} changes `{name}`, {old} before, {new} in this stage; only positions of "
+                "pictures may change: declare parameters and terms in all stages, a term's weight may begin late"
+            )
+
+
+def carried(state: Any, into: Any, stage: Stage) -> Any:
+    """Returns the state at the beginning of a stage; learned positions of the picture are resampled everywhere.
+
+    Moments are resampled linearly: other methods could make a second moment negative.
+
+    Args:
+      state: a `TrainState`, at the end of the stage before.
+      into: the stage's abstract state, with shardings, see `check`.
+      stage: the new one.
+    """
+    leaves = named_leaves(state)
+
+    def place(name: str, target: jax.ShapeDtypeStruct) -> jax.Array:
+        leaf = leaves[name]
+        if leaf.shape == target.shape:
+            return leaf
+        method = "linear" if name.startswith("opt_state/") else stage.resample
+        whole = jax.device_put(leaf, sharding.replicated(target.sharding.mesh))
+        table = positions.to_rows(whole, target.shape[1], method).astype(target.dtype)
+        return jax.make_array_from_callback(target.shape, target.sharding, lambda index: table[index])
+
+    return map_with_name(place, into)
