@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from vlm_jax.errors import UserError
@@ -33,6 +34,8 @@ class ViT(Encoder, kw_only=True):
       registers: number of learned tokens after the cls token, without position (Darcet et al. 2023).
       patch_bias: whether the patch projection has a bias.
       pre_norm: whether a norm follows the positions (OpenAI's CLIP).
+      keep: share of each picture's patches that training sees, drawn anew for each picture and step (FLIP: Li et al.
+        2022, arXiv:2212.00794, section 3.1); 1 keeps all. Evaluation sees all patches.
       Others: see `Encoder`.
     """
 
@@ -45,6 +48,7 @@ class ViT(Encoder, kw_only=True):
     registers: int = 0
     patch_bias: bool = True
     pre_norm: bool = False
+    keep: float = 1.0
 
     @nn.compact
     def __call__(self, images, *, context=None, context_mask=None, layers=(), train=False):
@@ -74,6 +78,8 @@ class ViT(Encoder, kw_only=True):
         x = Dense(self.width, use_bias=self.patch_bias, dtype=self.dtype, name="patch_embed")(x)
         table = table.astype(self.dtype)
         x = x + table[:, -x.shape[1] :]
+        if train and self.keep != 1:
+            x, mask = self._kept(x, mask)
         if has_cls:
             cls = self.param("cls", nn.initializers.zeros, (1, 1, self.width)).astype(self.dtype)
             first = [cls + table[:, :1] if covers_cls else cls]
@@ -86,6 +92,21 @@ class ViT(Encoder, kw_only=True):
         options = dict(context=context, context_mask=context_mask, layers=layers, train=train)
         x, _, aux = self.encode(x, mask=mask, **options)
         return self.summarise(x, mask=mask, pool_mask=mask).replace(aux=aux)
+
+    def _kept(self, x, mask):
+        """Returns a random share of the patches [B, N, D], in their order, and their mask."""
+        if not 0 < self.keep < 1 or self.pool == "concat":
+            raise UserError(
+                f"keep is {self.keep} with pool `{self.pool}`; expected above 0, at most 1, and not `concat`"
+            )
+        batch, length = x.shape[:2]
+        count = jnp.full((batch, 1), length) if mask is None else mask.sum(1, keepdims=True)
+        chance = jax.random.uniform(self.make_rng("dropout"), (batch, length))
+        rank = jnp.argsort(jnp.argsort(jnp.where(jnp.arange(length) < count, chance, 2.0)))  # padding comes last
+        kept = jnp.sort(jnp.argsort(rank)[:, : max(round(self.keep * length), 1)])
+        stays = jnp.maximum(jnp.round(self.keep * count), 1)
+        real = jnp.take_along_axis(rank, kept, axis=1) < stays
+        return jnp.take_along_axis(x, kept[..., None], axis=1), None if mask is None else real
 
     def _positions(self, h, w, covers_cls):
         if self.posemb == "learned":
