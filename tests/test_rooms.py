@@ -29,7 +29,7 @@ ROOMS = (  # lowest first; rooms of one line do not import each other
 LEVELS = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 ROOM_OF = {
     **dict.fromkeys(("", "errors", "config", "catalogue", "command"), "ground"),
-    **dict.fromkeys(("train", "evaluate", "convert", "precompute", "compare", "methods"), "commands"),
+    **dict.fromkeys(("train", "evaluate", "convert", "precompute", "compare", "methods", "index"), "commands"),
     "__main__": "package",
 }
 

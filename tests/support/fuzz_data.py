@@ -1,5 +1,6 @@
 """The kinds of data for `fuzz_kinds`: what sources read."""
 
+import functools
 import io
 import json
 import shutil
@@ -9,9 +10,11 @@ import numpy as np
 
 from tests.support.pictures import write_pictures
 from tests.support.records import encode, picture
+from vlm_jax import index
 from vlm_jax.data import emoji, loader
 from vlm_jax.data import index as index_files
 from vlm_jax.data.files import write_json
+from vlm_jax.data.sources import tar_index
 from vlm_jax.data.sources.precomputed import shard_names, write_shard
 
 
@@ -47,6 +50,28 @@ def of_tar(folder):
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     return "a.tar"
+
+
+def of_shards(folder, damage="index.json"):
+    of_tar(folder)
+    index.write(index.place(f"wds:{folder}/a.tar"))
+    return str(next((folder / tar_index.FOLDER).glob(f"*{damage}")).relative_to(folder))
+
+
+def read_shards(folder):
+    """Reads by an index, and writes what it lacks."""
+    uri = f"wds:{folder}/a.tar"
+    try:
+        read_source(uri)
+    finally:
+        shutil.copy(folder / "a.tar", folder / "b.tar")
+        index.write(index.place(f"wds:{folder}/{{a,b}}.tar"))
+
+
+def of_array_record(folder):
+    of_tar(folder)
+    index.copy(index.place(f"wds:{folder}/a.tar"), str(folder))
+    return "a.array_record"
 
 
 def of_precomputed(folder, damage="index.json"):
@@ -86,6 +111,11 @@ KINDS = {
     "png": (of_folder, lambda folder: read_source(f"folder:{folder}", "train")),
     "jpeg": (lambda folder: of_folder(folder, "JPEG"), lambda folder: read_source(f"folder:{folder}", "train")),
     "tar": (of_tar, lambda folder: read_source(f"wds:{folder}/a.tar")),
+    **{
+        f"shards_{damage}": (functools.partial(of_shards, damage=damage), read_shards)
+        for damage in ("index.json", "shards", "bounds", "members")
+    },
+    "array_record": (of_array_record, lambda folder: read_source(f"arrayrecord:{folder}/a.array_record")),
     "precomputed_index": (of_precomputed, lambda folder: read_source(f"precomputed:{folder}", prepared="flip(0.0)")),
     "precomputed_shard": (
         lambda folder: of_precomputed(folder, "shard"),

@@ -1,11 +1,6 @@
 """Computes the elements of a sequence ahead of time, in order, in threads or worker processes (Grain)."""
 
-import contextlib
 import multiprocessing
-import os
-import signal
-import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent import futures
@@ -13,6 +8,8 @@ from typing import Any
 
 import grain
 from absl import flags
+
+from vlm_jax.data import worker
 
 
 class Ahead(Iterator):
@@ -40,7 +37,7 @@ class Ahead(Iterator):
         # Grain starts its workers inside of the first `next`, which a thread calls now.
         running = len(multiprocessing.active_children())
         thread = futures.ThreadPoolExecutor(1)
-        with _main_module_hidden():
+        with worker.main_module_hidden():
             self._first = thread.submit(next, self._iterator)
             while len(multiprocessing.active_children()) < running + workers and not self._first.done():
                 time.sleep(0.01)
@@ -59,27 +56,6 @@ class Ahead(Iterator):
         self._iterator.close()
 
 
-@contextlib.contextmanager
-def _main_module_hidden():
-    """Hides the main module from spawned processes: they do not need this import, which takes seconds."""
-    main = sys.modules["__main__"]
-    hidden = {name: vars(main).pop(name) for name in ("__spec__", "__file__") if name in vars(main)}
-    main.__spec__ = None
-    try:
-        yield
-    finally:
-        vars(main).update(hidden)
-
-
 def _init_worker(index: int, count: int) -> None:
-    """Ignores Ctrl-C, which the parent handles, and exits once the parent has ended."""
     del index, count
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    worker.begin()

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.records import red, red_of
 from vlm_jax.data.source import BadExample
-from vlm_jax.data.sources import open_source, select, tar_shards
+from vlm_jax.data.sources import open_source, select, tar_headers, tar_shards
 from vlm_jax.errors import UserError
 
 
@@ -63,7 +63,7 @@ def test_wds_reads_every_tar_dialect_and_long_names(tmp_path, format):
     assert record["cls"] == 7 and red_of(record["image"]) == 3 and record["seg.png"] == b"mask"
     with tarfile.open(tmp_path / "a.tar") as tar:
         expected = [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
-    assert list(tar_shards.scan(str(tmp_path / "a.tar"))) == expected
+    assert list(tar_headers.scan(str(tmp_path / "a.tar"))) == expected
 
 
 def test_wds_errors_name_the_shard(tmp_path):
@@ -188,6 +188,7 @@ def header(name=b"0.txt", size=b"00000000004\0", kind=b"0", body=b"text"):
         (header(kind=b"L", size=b"00010000001\0", body=b"x" * (2**21 + 512)), "bytes of names"),
         (b"\x80" * 2048, "is not a tar file"),
         (header()[:148] + b"99999999" + header()[156:], "is not a tar file"),
+        (header() * 2 + header(size=b"77777777777\0", name=b"1.txt").replace(b"1.t", b"2.t"), "no header at byte 2048"),
     ],
 )
 def test_headers_of_a_stranger(tmp_path, content, message):

@@ -5,6 +5,7 @@ import os
 
 from vlm_jax.data.scenes.source import Scenes
 from vlm_jax.data.source import Source, select
+from vlm_jax.data.sources.array_records import ArrayRecords
 from vlm_jax.data.sources.folder import Folder, holds_splits
 from vlm_jax.data.sources.precomputed import Precomputed
 from vlm_jax.data.sources.table import Csv, Jsonl
@@ -20,9 +21,10 @@ def open_source(uri: str, split: str | None = None) -> Source:
 
     Args:
       uri: `tfds:name[/config][:version]` or `tfds:/folder/of/a/prepared/version`, `wds:/path/{000..999}.tar`,
-        `jsonl:/path`, `csv:/path`, `folder:/path`, or `precomputed:/path` (see `vlm_jax.precompute`). `tfds:emoji`, and
-        `scenes:` composed from it, are the data sets in this package. With `?allow_outside` at its end, pictures may be
-        outside of the folder of the table or of `folder:`.
+        `arrayrecord:/path/*.array_record`, `jsonl:/path`, `csv:/path`, `folder:/path`, or `precomputed:/path` (see
+        `vlm_jax.precompute`). `tfds:emoji`, and `scenes:` composed from it, are the data sets in this package. With
+        `?allow_outside` at its end, pictures may be outside of the folder of the table or of `folder:`. With
+        `?index=/folder` at the end of `wds:`, the index of the shards is there, else beside them: see `vlm_jax.index`.
       split: a TFDS split such as "train" or "train[:90%]"; a sub-folder of `folder:`; a split of `scenes:`; the others
         have none.
 
@@ -55,7 +57,7 @@ ALLOW_OUTSIDE = "?allow_outside"
 
 def _scheme_of(path: str) -> str | None:
     """Returns the scheme for a path that stands without one, None if nothing tells."""
-    endings = {".jsonl": "jsonl", ".csv": "csv", ".tsv": "csv", ".tar": "wds"}
+    endings = {".jsonl": "jsonl", ".csv": "csv", ".tsv": "csv", ".tar": "wds", ".array_record": "arrayrecord"}
     folder = "folder" if os.path.isdir(os.path.expanduser(path)) else None
     return endings.get(os.path.splitext(path)[1].lower(), folder)
 
@@ -70,6 +72,7 @@ def train_split_of(uri: str, split: str | None) -> str | None:
 SCHEMES = {
     "tfds": Tfds,
     "wds": TarShards,
+    "arrayrecord": ArrayRecords,
     "jsonl": Jsonl,
     "csv": Csv,
     "folder": Folder,

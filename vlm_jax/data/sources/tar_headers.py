@@ -1,21 +1,28 @@
 """The headers of a tar file, read without its contents."""
 
 import logging
-import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
+from vlm_jax.data import storage
 from vlm_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 BLOCK = 512
+WINDOW = 2**13  # bytes read at a time: headers of small members are near each other
+TOGETHER = 512  # headers whose checksums are compared at once
 MAX_FIELDS = 2**20  # bytes of a member's pax records, or of its name
-REGULAR = (b"0", b"\0", b"7")
+REGULAR, FIELDS, IGNORED, FOLDER = map(frozenset, (b"0\x007", b"xL", b"gK", b"5"))  # kinds of members
+BODILESS = frozenset(b"123456")  # links, devices, folders, FIFOs: no content follows, as in `tarfile`
+LONE = re.compile(rb"([0-9]{1,9}) (?!path=|size=)[^=\n]+=[^\n]*\n")  # most pax records: a time alone
 OTHERS = "links, devices and sparse members"
-BODILESS = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, FIFOs: no content follows, as in `tarfile`
+OCTAL = 8 ** np.arange(5, -1, -1, dtype=np.int32)
 
 
-def scan(path: str, headers: Any = None, left_out: dict[str, int] | None = None) -> Iterator[tuple[str, int, int]]:
+def scan(path: str, contents: Any = None, left_out: dict[str, int] | None = None) -> Iterator[tuple[str, int, int]]:
     """Yields (name, offset, size) of a tar file's regular members, reading only headers.
 
     Reads POSIX 1003.1 pax and GNU names. Bytes of a name that are not UTF-8 become surrogates, so that names
@@ -23,57 +30,111 @@ def scan(path: str, headers: Any = None, left_out: dict[str, int] | None = None)
 
     Args:
       path: the file.
-      headers: a hash of hashlib, updated by the headers and the first 512 bytes of regular members.
+      contents: a hash of hashlib, updated by the first 512 bytes of regular members.
       left_out: what is no regular member (links, devices) -> their number, added to.
 
     Raises:
       UserError: the file is compressed, not a tar file, damaged, or cut short.
     """
     left_out = {} if left_out is None else left_out
-    with open(path, "rb", buffering=0) as file:
-        total = os.fstat(file.fileno()).st_size
-        at, override = 0, {}
-        while at < total:
-            block = os.pread(file.fileno(), 2 * BLOCK, at)
-            header = block[:BLOCK]
-            if at == 0 and header[:2] == b"\x1f\x8b":
-                raise UserError(f"shard `{path}` is compressed; unpack it with gunzip, random access needs plain tar")
-            if not header.strip(b"\0"):
-                return
-            if len(header) == BLOCK and not _is_header(header):
-                raise UserError(f"shard `{path}` is not a tar file: no header at byte {at}; fetch it again")
-            kind = header[156:157]
-            try:
-                size = 0 if kind in BODILESS or len(header) < BLOCK else _number(header[124:136])
-                if kind in REGULAR and "size" in override:
-                    size = _decimal(override["size"])
-            except ValueError:
-                raise UserError(
-                    f"shard `{path}` is damaged: no size in the header at byte {at}; fetch it again"
-                ) from None
-            body, at = at + BLOCK, at + BLOCK + -(-size // BLOCK) * BLOCK
-            if at > total:
-                raise UserError(f"shard `{path}` is cut short: it has {total} bytes, expected {at}; fetch it again")
-            if kind in (b"x", b"L"):  # fields of the next member
-                if size > MAX_FIELDS:
+    places, blocks, members, hashed = [], [], [], []  # read since checksums were compared
+    with storage.open_file(path) as file:
+        total = file.stamp.size
+        at, override, window, start = 0, {}, b"", 0
+        try:
+            while at < total:
+                place = at - start
+                if place + 2 * BLOCK > len(window):
+                    window, start, place = file.read(at, WINDOW), at, 0
+                header = window[place : place + BLOCK]
+                if at == 0 and header[:2] == b"\x1f\x8b":
                     raise UserError(
-                        f"shard `{path}` is damaged: {size:,} bytes of names at byte {body}; fetch it again"
+                        f"shard `{path}` is compressed; unpack it with gunzip, random access needs plain tar"
                     )
-                content = os.pread(file.fileno(), size, body)
+                if header < b"\1" and not header.strip(b"\0"):
+                    break
+                if len(header) < BLOCK:
+                    raise _cut(path, total, at + BLOCK)
+                places.append(at)
+                blocks.append(header)
+                kind, digits = header[156], header[124:135]
                 try:
-                    override |= _pax(content) if kind == b"x" else {"path": content.split(b"\0", 1)[0]}
+                    if kind in BODILESS:
+                        size = 0
+                    elif kind in REGULAR and "size" in override:
+                        size = _decimal(override["size"])
+                    elif digits.isdigit() and header[135] in (0, 32):
+                        size = int(digits, 8)
+                    else:
+                        size = _number(header[124:136])
                 except ValueError:
-                    raise UserError(f"shard `{path}` is damaged: pax records at byte {body}; fetch it again") from None
-            elif kind not in (b"g", b"K"):
+                    raise _damaged(path, f"no size in the header at byte {at}") from None
+                body, at = at + BLOCK, at + BLOCK + -(-size // BLOCK) * BLOCK
+                if at > total:
+                    raise _cut(path, total, at)
                 if kind in REGULAR:
                     name = override.get("path") or _name(header)
-                    if headers is not None:
-                        headers.update(name + size.to_bytes(8, "little") + block[: BLOCK + min(size, BLOCK)])
-                    yield name.decode("utf-8", "surrogateescape").removeprefix("./"), body, size
-                elif kind != b"5":
-                    left_out[OTHERS] = left_out.get(OTHERS, 0) + 1
-                override = {}
-    log.warning("shard %s has no end mark: its writer was stopped, or it is cut short between two members", path)
+                    members.append((name.decode("utf-8", "surrogateescape").removeprefix("./"), body, size))
+                    if contents is not None:
+                        hashed.append(window[place + BLOCK : place + BLOCK + min(size, BLOCK)])
+                    override = {}
+                elif kind in FIELDS:  # fields of the next member
+                    if size > MAX_FIELDS:
+                        raise _damaged(path, f"{size:,} bytes of names at byte {body}")
+                    content = window[place + BLOCK : place + BLOCK + size]
+                    content = content if len(content) == size else file.read(body, size)
+                    try:
+                        if kind == ord("L"):
+                            override["path"] = content.split(b"\0", 1)[0]
+                        elif not ((lone := LONE.fullmatch(content)) and int(lone[1]) == size):
+                            override |= _pax(content)
+                    except ValueError:
+                        raise _damaged(path, f"pax records at byte {body}") from None
+                elif kind not in IGNORED:
+                    if kind not in FOLDER:
+                        left_out[OTHERS] = left_out.get(OTHERS, 0) + 1
+                    override = {}
+                if len(blocks) == TOGETHER:
+                    _check(path, places, blocks)
+                    if contents is not None:
+                        contents.update(b"".join(hashed))
+                    yield from members
+                    for read in (places, blocks, members, hashed):
+                        read.clear()
+            else:
+                log.warning(
+                    "shard %s has no end mark: its writer was stopped, or it is cut short between two members", path
+                )
+        finally:
+            _check(path, places, blocks)  # a wrong header comes before the errors that follow from it
+        if contents is not None:
+            contents.update(b"".join(hashed))
+        yield from members
+
+
+def _damaged(path: str, what: str) -> UserError:
+    return UserError(f"shard `{path}` is damaged: {what}; fetch it again")
+
+
+def _cut(path: str, size: int, expected: int) -> UserError:
+    return UserError(f"shard `{path}` is cut short: it has {size} bytes, expected {expected}; fetch it again")
+
+
+def _check(path: str, places: Sequence[int], headers: Sequence[bytes]) -> None:
+    """Raises UserError if the checksum of a header is wrong.
+
+    All are compared at once, as most programs write them: six octal digits, NUL, space. The others follow one by one.
+    """
+    blocks = np.frombuffer(b"".join(headers), np.uint8).reshape(-1, BLOCK)
+    stored = blocks[:, 148:156].astype(np.int32)
+    digits = stored[:, :6] - ord("0")
+    sound = (digits >> 3 == 0).all(1) & (stored[:, 6] == 0) & (stored[:, 7] == ord(" "))
+    sound &= digits @ OCTAL == blocks.sum(1, dtype=np.int32) - stored.sum(1) + 8 * ord(" ")
+    for i in np.flatnonzero(~sound).tolist():
+        if not _is_header(headers[i]):
+            raise UserError(
+                f"shard `{path}` is not a tar file: no header at byte {places[i]}; fetch it again"
+            ) from None
 
 
 def _is_header(header: bytes) -> bool:
@@ -86,8 +147,10 @@ def _is_header(header: bytes) -> bool:
 
 
 def _name(header: bytes) -> bytes:
-    name, prefix = header[:100].split(b"\0", 1)[0], header[345:500].split(b"\0", 1)[0]
-    return prefix + b"/" + name if header[257:263] == b"ustar\0" and prefix else name
+    name = header[:100].split(b"\0", 1)[0]
+    if header[345] and header[257:263] == b"ustar\0":
+        return header[345:500].split(b"\0", 1)[0] + b"/" + name
+    return name
 
 
 def _number(raw: bytes) -> int:
@@ -101,7 +164,7 @@ def _number(raw: bytes) -> int:
 
 def _octal(raw: bytes) -> int:
     digits = raw.strip(b" \0") or b"0"
-    if digits.strip(b"01234567"):
+    if not digits.isdigit():
         raise ValueError("not octal")
     return int(digits, 8)
 
@@ -114,13 +177,14 @@ def _decimal(raw: bytes) -> int:
 
 def _pax(raw: bytes) -> dict[str, bytes]:
     """Path and size of the records `length key=value\\n`; raises ValueError."""
-    fields = {}
-    while raw:
-        length = _decimal(raw.split(b" ", 1)[0])
-        record, raw = raw[:length], raw[length:]
-        key, equals, value = record.partition(b" ")[2].partition(b"=")
-        if len(record) < length or not equals or not value.endswith(b"\n"):
+    fields, at = {}, 0
+    while at < len(raw):
+        space = raw.find(b" ", at)
+        end = at + _decimal(raw[at : max(space, at)])
+        key, _, value = raw[space + 1 : end].partition(b"=")
+        if end > len(raw) or value[-1:] != b"\n":
             raise ValueError("not a pax record")
         if key in (b"path", b"size"):
             fields[key.decode()] = value[:-1]
+        at = end
     return fields

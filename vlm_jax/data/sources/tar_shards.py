@@ -1,32 +1,44 @@
 """`wds:`: tar shards as img2dataset and the `webdataset` package write them, read by index.
 
-Members named `key.ext` that follow each other with the same key are one example. The headers of all shards are
-scanned once; an example is then one read of the bytes between its first and last member.
+Members named `key.ext` that follow each other with the same key are one example. `vlm-jax index` reads the headers of
+all shards once, and every run maps what it wrote; of a small set, every run reads the headers. An example is then one
+read of the bytes between its first and last member.
 """
 
-import collections
+import bisect
+import concurrent.futures
 import glob
-import hashlib
 import itertools
+import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from vlm_jax.data.confined import MAX_BYTES, kind
+from vlm_jax.data.confined import MAX_BYTES, digest, kind
 from vlm_jax.data.source import BadExample, Source
+from vlm_jax.data.sources import tar_index
 from vlm_jax.data.sources.image_files import IMAGE_SUFFIXES
 from vlm_jax.data.sources.table import parse_json
-from vlm_jax.data.sources.tar_headers import scan
+from vlm_jax.data.sources.tar_columns import NO_RECORD, joined, read_shard, starts
+from vlm_jax.data.sources.tar_headers import BLOCK, OTHERS
+from vlm_jax.data.storage import open_file, stamp_of
 from vlm_jax.errors import UserError
 
 MAX_SHARDS = 10**6
 MAX_BRACES = 16
+# Larger sets need an index: reading their headers takes minutes, in every process of every run.
+SCANNED_SHARDS, SCANNED_BYTES = 1000, 10**11
+THREADS = 8
+HELD_READS = 1000  # after as many, the mapped pages of the index are given back: about 200 MB
 IMAGE_EXTENSIONS = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
+OPTION = "?index="
+DIFFERS = "the key comes again with other members; write the shard anew"
 
-
+log = logging.getLogger(__name__)
 RANGE = re.compile(r"\{([0-9]{1,18})\.\.([0-9]{1,18})\}")
 
 
@@ -71,113 +83,166 @@ class TarShards(Source):
     Hidden members, such as `._x.jpg` and `__meta__/info.json`, belong to no record. A key that comes again in its shard
     (`tar -r`) is another record if it has the same members, and else its records are bad: one may be an update of the
     other.
+
+    Args:
+      pattern: the shards, see `expand`; at its end `?index=FOLDER` names their index, which is looked for beside them.
     """
 
     def __init__(self, pattern: str):
-        self.paths = expand(pattern)
-        missing = [p for p in self.paths if not os.path.isfile(p)]
-        if missing or not self.paths:
-            which = "none matches"
-            if missing:
-                no_file = os.path.exists(missing[0])
-                what = f"is a {kind(os.stat(missing[0]).st_mode)}" if no_file else "is missing"
-                which = f"`{missing[0]}` {what} ({len(missing)} of {len(self.paths)} are)"
-            raise UserError(f"data source `wds:{pattern}`: shard {which}; fix the pattern or fetch the shard again")
-        members, firsts, shards = [], [], []
-        self.keys: list[str] = []
-        self.faulty: dict[int, str] = {}
-        self.left_out: Mapping[str, int] = collections.Counter()
-        self.stamps: list[tuple[int, int]] = []
-        headers = hashlib.blake2b(digest_size=8)
-        for number, path in enumerate(self.paths):
-            previous, held = None, set()
-            records: dict[str, list[int]] = {}
-            self.stamps.append(_stamp(os.stat(path)))
-            for name, offset, size in scan(path, headers, self.left_out):
-                if not _is_member(name):
-                    self.left_out["members of no record"] += 1
-                    continue
-                folder, _, base = name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                extension = extension.lower()
-                key = f"{folder}/{stem}" if folder else stem
-                if key != previous or extension in held:
-                    records.setdefault(key, []).append(len(firsts))
-                    firsts.append(len(members))
-                    shards.append(number)
-                    self.keys.append(key)
-                    previous, held = key, set()
-                held.add(extension)
-                members.append((extension, offset, size))
-            if not records:
-                self.left_out["empty shards"] += 1
-            self._compare(records, members, firsts)
-        self.headers = headers.hexdigest()
-        self.firsts = np.asarray([*firsts, len(members)], np.int64)
-        self.shards = np.asarray(shards, np.int32)
-        self.extensions = sorted({extension for extension, _, _ in members})
-        number_of = {extension: n for n, extension in enumerate(self.extensions)}
-        self.members = np.asarray([(number_of[e], o, s) for e, o, s in members], np.int64).reshape(-1, 3)
+        self.uri = f"wds:{pattern}"
+        self.paths, base, self.folder = located(pattern)
+        given = OPTION in pattern
+        found = tar_index.read(self.folder)
+        if given and found is None:
+            raise UserError(f"data source `{self.uri}`: there is no index `{self.folder}`; {self._advice()}")
+        names = [path[len(base) :] for path in self.paths]
+        lacking = None if found is None else next((name for name in names if name not in found.numbers), None)
+        if lacking is not None:
+            why = found.broken.get(lacking, f"index `{self.folder}` lacks shard `{base + lacking}`")
+            if given or len(names) > SCANNED_SHARDS or lacking in found.broken:
+                raise UserError(f"data source `{self.uri}`: {why}; {self._advice()}")
+            log.warning("%s; the headers of all %d shards are read", why, len(names))
+        self.maps, self.reads = (), 0
+        self.generation = None if lacking is not None or found is None else found.generation
+        if self.generation is None:
+            check_there(self.uri, self.paths)
+            self._check_small()
+            with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
+                self.columns = joined(list(threads.map(read_shard, self.paths)))
+            rows = slice(None)
+        else:
+            self.columns, self.maps, rows = found.columns, found.maps, [found.numbers[name] for name in names]
+        first, shards = starts(self.columns.shards), self.columns.shards[rows]
+        self.first = list(zip(*(column[rows].tolist() for column in first), strict=True))
+        self.starts = [0, *np.cumsum(shards["records"]).tolist()]
+        self.stamps = [*zip(shards["size"].tolist(), shards["version"].tolist(), strict=True)]
+        self.digest = digest(*(value.tobytes() for value in shards["digest"]))
+        left_out = {
+            NO_RECORD: shards["no_record"].sum(),
+            "empty shards": (shards["records"] == 0).sum(),
+            OTHERS: shards["others"].sum(),
+        }
+        self.left_out: Mapping[str, int] = {what: int(count) for what, count in left_out.items() if count}
+        self.changed: set[int] = set()
 
-    def _compare(self, records: Mapping[str, list[int]], members: Sequence[tuple], firsts: Sequence[int]) -> None:
-        """Notes the records of one shard that share their key and differ in their members."""
-        bounds = [*firsts, len(members)]
-        for numbers in records.values():
-            if len(numbers) > 1:
-                held = [{e for e, _, _ in members[bounds[i] : bounds[i + 1]]} for i in numbers]
-                if any(one != held[0] for one in held):
-                    self.faulty |= dict.fromkeys(
-                        numbers, "the key comes again with other members; write the shard anew"
-                    )
+    def _advice(self) -> str:
+        return f"write it by: vlm-jax index {shlex.quote(self.uri)}"
+
+    def _check_small(self) -> None:
+        size = sum(stamp_of(path).size for path in self.paths)
+        if len(self.paths) > SCANNED_SHARDS or size > SCANNED_BYTES:
+            raise UserError(
+                f"data source `{self.uri}` has {len(self.paths):,} shards of {size / 1e9:,.0f} GB and no index; "
+                f"without one, at most {SCANNED_SHARDS:,} shards of {SCANNED_BYTES / 1e9:,.0f} GB are read: "
+                f"{self._advice()}"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ if self.generation is None else self.__dict__ | {"columns": None, "maps": None}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.columns is None:
+            found = tar_index.read(self.folder, self.generation)
+            self.columns, self.maps = found.columns, found.maps
 
     def __len__(self) -> int:
-        return len(self.shards)
+        return self.starts[-1]
 
     def key(self, i: int) -> str:
-        return f"{os.path.basename(self.paths[self.shards[i]])}/{self.keys[i]}"
+        shard = bisect.bisect_right(self.starts, i) - 1
+        bounds, _, keys = self.first[shard]
+        at = bounds + i - self.starts[shard]
+        start, stop = self.columns.bounds[at : at + 2, 1].tolist()
+        key = self.columns.keys[keys + start : keys + stop].tobytes().decode("utf-8", "surrogateescape")
+        return f"{os.path.basename(self.paths[shard])}/{key}"
 
     def fingerprint(self) -> str:
-        return self.headers
+        return self.digest
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        if i in self.faulty:
-            raise BadExample(self.faulty[i], "row")
-        members = self.members[self.firsts[i] : self.firsts[i + 1]].tolist()
-        start, stop = members[0][1], members[-1][1] + members[-1][2]
-        if stop - start > MAX_BYTES:
-            raise BadExample(f"has {stop - start:,} bytes, more than {MAX_BYTES:,}", "file")
-        shard = self.shards[i]
+        self.reads += 1
+        if self.reads % HELD_READS == 0:
+            tar_index.release(self.maps)
+        shard = bisect.bisect_right(self.starts, i) - 1
+        bounds, first, _ = self.first[shard]
+        at = bounds + i - self.starts[shard]
+        (start, _, differs), (stop, _, _) = self.columns.bounds[at : at + 2].tolist()
+        if differs:
+            raise BadExample(DIFFERS, "row")
+        members = self.columns.members[first + start : first + stop].tolist()
+        start, size = span(members)
+        if size > MAX_BYTES:
+            raise BadExample(too_large(size), "file")
         try:
-            with open(self.paths[shard], "rb", buffering=0) as file:
-                if _stamp(os.fstat(file.fileno())) != self.stamps[shard]:
-                    raise BadExample("the shard was written to after it was opened; start again", "file")
-                data = os.pread(file.fileno(), stop - start, start)
+            with open_file(self.paths[shard]) as file:
+                if file.stamp != self.stamps[shard]:
+                    raise BadExample(self._changed(shard), "file")
+                data = file.read(start, size)
         except OSError as error:
             raise BadExample(f"{self.paths[shard]}: {error.strerror}", "file") from None
-        record = {}
-        for number, offset, size in members:
-            extension = self.extensions[number]
-            value = data[offset - start : offset - start + size]
-            if extension in IMAGE_EXTENSIONS:
-                record.setdefault("image", value)
-            else:
-                record[extension] = _decode(extension, value)
-        return record
+        return record_of(cut(data, start, members, self.columns.extensions))
+
+    def _changed(self, shard: int) -> str:
+        if self.generation is None:
+            return "the shard was written to after it was opened; start again"
+        if shard not in self.changed:
+            self.changed.add(shard)
+            log.warning("shard %s has changed since its index was written; %s", self.paths[shard], self._advice())
+        return "the shard has changed since its index was written"
 
 
-def _stamp(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns
+def span(members: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """Returns the first byte and the number of bytes from a record's first member to its last, rows of `Columns`."""
+    start = members[0][1] * BLOCK
+    return start, members[-1][1] * BLOCK + members[-1][2] - start
 
 
-def _is_member(name: str) -> bool:
-    """Whether a member belongs to a record: it has an extension, and is no file of an operating system or a tool."""
-    parts = name.split("/")
-    return "." in parts[-1] and parts[-1] not in ("Thumbs.db", "desktop.ini") and not any(map(_is_hidden, parts))
+def too_large(size: int) -> str | None:
+    """Returns what is wrong with a record of so many bytes, None if nothing is."""
+    return f"has {size:,} bytes, more than {MAX_BYTES:,}" if size > MAX_BYTES else None
 
 
-def _is_hidden(part: str) -> bool:
-    dotted = part.startswith(".") and part not in (".", "..")
-    return dotted or part == "__MACOSX" or (part.startswith("__") and part.endswith("__"))
+def cut(
+    data: bytes, start: int, members: Iterable[Sequence[int]], extensions: Sequence[str]
+) -> list[tuple[str, bytes]]:
+    """Returns (extension, bytes) of a record's members, of its bytes, which begin at byte `start` of the shard."""
+    return [(extensions[e], data[block * BLOCK - start : block * BLOCK - start + size]) for e, block, size in members]
+
+
+def record_of(members: Iterable[tuple[str, bytes]]) -> dict[str, Any]:
+    """Returns the record of members, (extension, bytes) each; raises BadExample if one cannot be read."""
+    record = {}
+    for extension, value in members:
+        if extension in IMAGE_EXTENSIONS:
+            record.setdefault("image", value)
+        else:
+            record[extension] = _decode(extension, value)
+    return record
+
+
+def located(pattern: str) -> tuple[list[str], str, str]:
+    """Returns the paths of shards, what they begin with (a folder and "/", or nothing), and the folder of their index.
+
+    Raises:
+      UserError: the pattern names no shard.
+    """
+    shards, _, folder = pattern.partition(OPTION)
+    paths, base = expand(shards), re.match(r"(?:[^{*?\[]*/)?", shards)[0]
+    if not paths:
+        raise UserError(f"data source `wds:{pattern}`: shard none matches; fix the pattern or fetch the shard again")
+    return paths, base, os.path.expanduser(folder) or os.path.join(base, tar_index.FOLDER)
+
+
+def check_there(uri: str, paths: Sequence[str]) -> None:
+    """Raises UserError if there is no file at one of the paths."""
+    if missing := [path for path in paths if not os.path.isfile(path)]:
+        there = os.path.exists(missing[0])
+        what = f"is a {kind(os.stat(missing[0]).st_mode)}" if there else "is missing"
+        raise UserError(
+            f"data source `{uri}`: shard `{missing[0]}` {what} ({len(missing)} of {len(paths)} are); fix the pattern "
+            "or fetch the shard again"
+        )
 
 
 def _decode(extension: str, value: bytes) -> Any:
