@@ -67,6 +67,12 @@ def test_several_captions_and_their_tokens():
     for op in ("captions(2, 'none', 'name/fr')", "captions(2, 'name/en', ops=template(''))"):
         with pytest.raises(BadExample, match="are empty"):
             run(op, record)
+    none = run(
+        "captions(2, 'none', 'name/fr', least=0) | tokenize(3, key='texts', to='k')", record, 0, CountingTokenizer()
+    )
+    assert not none["k"].any() and none["k"].shape == (2, 3) and not none["texts_mask"].any()
+    with pytest.raises(BadExample, match="captions keywords/en hold 2 of 3 texts"):
+        run("captions(4, 'keywords/en', least=3)", record)
     with pytest.raises(UserError, match="was given `keywords/en` of type list; expected a text"):
         run("tokenize(4, key='keywords/en')", record, 0, CountingTokenizer())
 

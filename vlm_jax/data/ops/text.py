@@ -2,7 +2,7 @@
 
 import contextlib
 import string
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -97,6 +97,7 @@ def captions(
     *paths: str,
     ops: Pipeline | None = None,
     to: str = "texts",
+    least: Annotated[int, range(1025)] = 1,
 ) -> dict:
     """Sets `texts` to n texts of the fields at the paths, and `texts_mask` to bool [n]: False where a text is lacking.
 
@@ -110,6 +111,7 @@ def captions(
       path, *paths: the fields; fields that are absent or empty are passed over, unless all are.
       ops: ops on each text: `ops=lower | template("a photo of a {}.")`.
       to: name of the field that is set, and of its mask with `_mask`.
+      least: fewer texts make a bad example; 0 for texts that not every example has, such as hard negatives.
     """
     texts = []
     for place in (path, *paths):
@@ -117,8 +119,9 @@ def captions(
             texts += _texts(field(example, place), place)
     if ops:
         texts = [text for text in (ops({"text": text}, rng)["text"] for text in texts) if text]
-    if not texts:
-        raise BadExample(f"captions {', '.join((path, *paths))} are empty", "text")
+    if len(texts) < least:
+        count = f"hold {len(texts)} of {least} texts" if texts else "are empty"
+        raise BadExample(f"captions {', '.join((path, *paths))} {count}", "text")
     if len(texts) > n:
         texts = [texts[i] for i in sorted(rng.permutation(len(texts))[:n])]
     example[to] = texts + [""] * (n - len(texts))
