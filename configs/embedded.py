@@ -3,12 +3,11 @@
 tiny    the demo: 5 minutes on 2 CPU cores.
 select  the demo with one style (emojione) held out of training; the recipe was chosen on this style.
 smoke   seconds: does everything run?
-base    towers as the field's, in small, on emoji and scenes: 50 examples a second on 2 CPU cores. Not yet trained
-        to the end: it has no numbers. base_select holds emojione out.
 """
 
 from ml_collections import ConfigDict
 
+from configs import base
 from vlm_jax.data.emoji.splits import TRAIN_STYLES
 from vlm_jax.errors import UserError
 
@@ -54,54 +53,12 @@ def coca(variant: str) -> ConfigDict:
     return config
 
 
-EMBEDDED, BASE = ("tiny", "select", "smoke"), ("base", "base_select")
-BASE_SIZE = 64
-BASE_LENGTH = 32  # tokens; captions of four things with two attributes each have up to 33
-
-
-def base(variant: str, penalty: str) -> ConfigDict:
-    """Towers deep enough for layer-wise methods, on single emoji and on scenes of them, in English."""
-    tower = dict(width=192, heads=3, mlp_dim=768, out_dim=192)
-    tokenize = f"lower | tokenize({BASE_LENGTH}, bos=False)"
-    ends = f"{tokenize} | keep('image', 'token_ids', 'concept')"
-    config = embedded("tiny", penalty)
-    held = "emojione" if variant == "base_select" else None
-    styles = [style for style in TRAIN_STYLES if style != held]
-    single = f"decode | resize({BASE_SIZE}) | cache | random_affine(10.0, 0.06, (0.82, 1.22)) | flip"
-    named = "random_caption('name/en', 'keywords/en', join=' ')"
-    emoji = dict(
-        uri="tfds:emoji",
-        split="train",
-        where=dict(style=styles),
-        ops=f"{single} | jitter(0.1, 0.2, 0.4) | normalize | {named} | {ends}",
-    )
-    scenes = dict(
-        uri=f"scenes:?styles={','.join(styles)}",
-        split="train",
-        ops=f"jitter(0.1, 0.2, 0.1) | normalize | random_caption('caption', 'sub_captions', weights=(3, 1)) | {ends}",
-    )
-    config.update(dict(duration="450k examples", tokenize=tokenize))
-    config.preprocess = f"decode(exif=True) | resize({BASE_SIZE}) | normalize"
-    config.data = dict(sources=dict(emoji=emoji, scenes=scenes), workers=0)
-    image, text = dict(patch=8, depth=6, image_size=BASE_SIZE), dict(vocab_size=2985, length=BASE_LENGTH, depth=4)
-    if penalty == "sigmoid":  # SigLIP's towers: attention pooling; the last place, whatever it holds
-        image, text = image | dict(pool="map"), text | dict(pool="last")
-    else:  # CLIP's: a class token; causal, read at the end
-        image |= dict(pool="tok", cls_position=True)
-        text |= dict(pool="eos", eos_id=2, causal=True, pad_mask=True)
-    config.model.image, config.model.text = image | tower, text | tower
-    config.checkpoint = dict(every="2%", keep=2)
-    del config.evals["pixel_neighbour"]
-    if held:
-        only = dict(split="train", where=dict(style=[held]))
-        zeroshot = dict(config.evals.unseen_style, **only)
-        config.evals = dict(emojione=zeroshot)
-    return config
+EMBEDDED = ("tiny", "select", "smoke")
 
 
 def two_towers(variant: str, penalty: str) -> ConfigDict:
-    """`embedded` and `base`."""
-    return base(variant, penalty) if variant in BASE else embedded(variant, penalty, also=BASE)
+    """`embedded` and `base.two_towers`."""
+    return base.two_towers(variant, penalty) if variant in base.VARIANTS else embedded(variant, penalty, base.VARIANTS)
 
 
 def embedded(variant: str, penalty: str, also: tuple[str, ...] = ()) -> ConfigDict:
