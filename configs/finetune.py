@@ -21,7 +21,7 @@ from vlm_jax.errors import UserError
     differs="a released model, trained on with the loss of its pretraining",
 )
 def get_config(variant: str = "pkg:vlm_jax/zoo/clip_tiny") -> ConfigDict:
-    from vlm_jax.zoo import hub, preprocessing, recognize  # these import JAX
+    from vlm_jax.zoo import hub, op_strings, recognize  # these import JAX
 
     path = hub.local(variant)
     released = recognize.run_of(path) if (path / "checkpoints").is_dir() else recognize.understand(path)
@@ -42,7 +42,7 @@ def get_config(variant: str = "pkg:vlm_jax/zoo/clip_tiny") -> ConfigDict:
             duration="10 epochs",
             data=dict(
                 uri="jsonl:pairs.jsonl",
-                ops=f"{preprocessing.augmented(released.preprocess)} | caption('text') | {released.tokenize}"
+                ops=f"{op_strings.augmented(released.preprocess)} | caption('text') | {released.tokenize}"
                 " | keep('image', 'token_ids')",
                 threads=2,
             ),

@@ -23,6 +23,9 @@ from vlm_jax.command.values import given
 from vlm_jax.errors import UserError
 from vlm_jax.zoo import adapters, hub, key_map, recognize, save
 from vlm_jax.zoo.load import load
+from vlm_jax.zoo.released import Released, of_texts
+
+SOURCE = ("activation", "pool", "heads", "weights", "image_size")  # flags that say what the source is
 
 
 def convert(
@@ -34,6 +37,9 @@ def convert(
     tokenizer: str | None = None,
     tokenize: str | None = None,
     activation: str | None = None,
+    pool: str | None = None,
+    heads: int | None = None,
+    weights: str | None = None,
     image_size: Sequence[int] | None = None,
     adapter: str | os.PathLike | None = None,
     show: bool = False,
@@ -44,16 +50,17 @@ def convert(
       source: "hf:org/name", a folder or a file.
       destination: a new folder, or an .npz file for "big_vision".
       format: a key of `zoo.save.FORMATS`.
-      preprocess, tokenizer, tokenize, activation: as for `vlm_jax.load`, for files without this information; without
-        these arguments the result lacks it too.
+      preprocess, tokenizer, tokenize, activation, pool, heads, weights: as for `vlm_jax.load`, for files without this
+        information; without these arguments the result lacks it too.
       image_size: (height, width) in pixels, for files whose position table does not determine it.
       adapter: file of an adapted model; the result is the adapted model, see `save.save_pretrained`.
       show: shows a progress bar.
     """
+    told = dict(activation=activation, pool=pool, heads=heads, weights=weights)
     if adapter or adapters.of_folder(hub.local(source)):
-        own = dict(preprocess=preprocess, tokenizer=tokenizer, tokenize=tokenize, activation=activation)
-        return save.save_pretrained(load(source, adapter=adapter, **own), destination, format)
-    released = _understood(source, activation, image_size)
+        own = dict(preprocess=preprocess, tokenizer=tokenizer, tokenize=tokenize)
+        return save.save_pretrained(load(source, adapter=adapter, **own, **told), destination, format)
+    released = _understood(source, image_size, **told)
     own = dict(preprocess=preprocess, tokenizer=tokenizer, tokenize=tokenize)
     released = dataclasses.replace(released, **{key: value for key, value in own.items() if value is not None})
     content, seen = save.content_of(released), set()
@@ -70,15 +77,13 @@ def convert(
         save.write(dataclasses.replace(content, read=read), destination, format)
 
 
-def describe(
-    source: str | os.PathLike, activation: str | None = None, image_size: Sequence[int] | None = None
-) -> dict[str, Any]:
+def describe(source: str | os.PathLike, image_size: Sequence[int] | None = None, **told: Any) -> dict[str, Any]:
     """Describes a checkpoint: format, model, preprocessing, tokenizer, licence, and where every tensor goes.
 
     The result is JSON-able. Values that are absent or unknown are None. `problem` says why the checkpoint cannot be
-    loaded. Arguments as for `convert`.
+    loaded. Arguments as for `convert`; `told`: activation, pool, heads, weights.
     """
-    released = _understood(source, activation, image_size)
+    released = _understood(source, image_size, **told)
     goes: dict[str, list[str]] = {}
     for entry in released.entries:
         if key_map.array_shape(entry.ours, released.shapes) is not None:
@@ -115,17 +120,15 @@ def describe(
     }
 
 
-def _understood(
-    source: str | os.PathLike, activation: str | None, image_size: Sequence[int] | None
-) -> recognize.Released:
-    released = recognize.understand(hub.local(source), activation)
+def _understood(source: str | os.PathLike, image_size: Sequence[int] | None, **told: Any) -> Released:
+    released = recognize.understand(hub.local(source), **told)
     return released if image_size is None else released.with_image_size(tuple(image_size))
 
 
 def text(about: Mapping[str, Any]) -> str:
     """Returns the result of `describe` as text."""
     model, unknown = about["model"], "unknown: pass {0}= to load"
-    sides = {"preprocess": model.get("image"), **dict.fromkeys(("tokenizer", "tokenize"), recognize.of_texts(model))}
+    sides = {"preprocess": model.get("image"), **dict.fromkeys(("tokenizer", "tokenize"), of_texts(model))}
     parts = {"image": "image tower", "text": "text tower", "encoder": "encoder", "decoder": "decoder"}
     facts = {
         "file": about["file"],
@@ -150,11 +153,11 @@ def _spell(section: Mapping[str, Any] | None) -> str:
 
 
 def main(argv: Sequence[str], values: flags.FlagValues) -> command.Answer:
-    sources = given(values, ("preprocess", "tokenizer", "tokenize", "activation", "image_size", "adapter"))
+    sources = given(values, (*SOURCE, "preprocess", "tokenizer", "tokenize", "adapter"))
     if values.inspect:
         if len(argv) != 2:
             raise UserError("expected one checkpoint: vlm-jax convert --inspect SRC")
-        told = {key: sources.pop(key) for key in ("activation", "image_size") if key in sources}
+        told = {key: sources.pop(key) for key in SOURCE if key in sources}
         if unused := [f"--{key}" for key in (*sources, "format") if values[key].present]:
             raise UserError(f"--inspect only says what SRC is, and takes no {', '.join(unused)}")
         with command.doing(f"reading {argv[1]}"):

@@ -11,6 +11,7 @@ from vlm_jax.zoo import key_map
 from vlm_jax.zoo.formats import big_vision
 from vlm_jax.zoo.load import read_params
 from vlm_jax.zoo.readers.tensors import open_tensors
+from vlm_jax.zoo.released import ANY, Told
 
 SIZES = dict(width=32, depth=2, mlp_dim=128, heads=2)
 IMAGE = dict(**SIZES, patch=16)
@@ -22,7 +23,7 @@ def load(name, model, *inputs):
     args = [None if key is None else arrays[key] for key in inputs]
     like = flax.traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), *args)["params"], sep="/")
     tensors = big_vision.of_today(open_tensors(GOLDEN / f"{name}.npz").tensors)
-    entries = big_vision.describe(tensors)[1]
+    entries = big_vision.describe(tensors, Told(pool=ANY))[1]
     if len(args) == 1:  # the table is of two towers
         entries = [entry._replace(ours=entry.ours.partition("/")[2]) for entry in entries]
     plan = key_map.match(entries, like, tensors, (), name)

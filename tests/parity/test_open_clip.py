@@ -1,12 +1,13 @@
 """open_clip's models at random init: saved there, loaded here, the same embeddings, logits and gradients."""
 
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("open_clip", reason="open_clip_torch needs a torchvision built for this torch", exc_type=Exception)
 
@@ -18,6 +19,8 @@ from tests.support.paths import GOLDEN
 from tests.support.released import by_their_names, loss_and_embeddings, read
 from tests.support.torch_parity import close, gradients_like
 from vlm_jax.errors import UserError
+from vlm_jax.zoo import recognize
+from vlm_jax.zoo import save as zoo_save
 
 CLIP, SIGLIP = references.CLIP, references.SIGLIP
 VISION, WORDS, SIGLIP_WORDS = CLIP["vision_cfg"], CLIP["text_cfg"], SIGLIP["text_cfg"]
@@ -27,6 +30,8 @@ SMALL = {
     "clip_quick_gelu": CLIP,
     "layer_scale": dict(CLIP, vision_cfg=VISION | dict(ls_init_value=0.1), text_cfg=WORDS | dict(ls_init_value=0.1)),
     "not_square": dict(CLIP, vision_cfg=VISION | dict(image_size=[8, 16])),
+    "avg": dict(CLIP, vision_cfg=VISION | dict(pool_type="avg")),
+    "clipa": dict(CLIP, vision_cfg=VISION | dict(pool_type="avg", no_ln_pre=True, final_ln_after_pool=True)),
     "no_ln_pre": dict(CLIP, vision_cfg=VISION | dict(no_ln_pre=True)),
     "custom_text": dict(CUSTOM, vision_cfg=VISION, text_cfg=WORDS | dict(pool_type="eos", eos_id=30)),
     "tanh": dict(CUSTOM, vision_cfg=VISION, text_cfg=SIGLIP_WORDS | dict(act_kwargs=dict(approximate="tanh"))),
@@ -85,6 +90,24 @@ def test_small(name, tmp_path):
     assert gradients.keys() == dict(model.named_parameters()).keys()
     for key, parameter in model.named_parameters():
         close(gradients[key], parameter.grad)
+
+
+@pytest.mark.parametrize("name", SMALL.keys() - {"siglip"})
+def test_exports_load_there(name, tmp_path):
+    """What `save` writes, open_clip builds and loads, strictly, and computes the same."""
+    model, config = new(SMALL[name]), SMALL[name]
+    (tmp_path / "theirs").mkdir()
+    save(model, config, tmp_path / "theirs")
+    content = zoo_save.content_of(recognize.understand(tmp_path / "theirs"))
+    zoo_save.write(dataclasses.replace(content, preprocess=None), tmp_path / "ours", "open_clip")
+    written = json.loads((tmp_path / "ours" / "open_clip_config.json").read_text())["model_cfg"]
+    kind = open_clip.CustomTextCLIP if written.pop("custom_text", False) else open_clip.CLIP
+    again = kind(**written).eval()
+    again.load_state_dict(load_file(tmp_path / "ours" / "open_clip_model.safetensors"))
+    inputs = batch(model)
+    with torch.no_grad():
+        for got, want in zip(theirs(again, *inputs), theirs(model, *inputs), strict=True):
+            close(got.numpy(), want)
 
 
 def test_b32_from_a_folder_and_from_bare_files(tmp_path):

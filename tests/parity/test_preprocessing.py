@@ -164,7 +164,8 @@ def test_pixels_are_those_of_open_clip(open_clip, name):
     assert preprocessing.from_open_clip(json.loads(json.dumps(written))) == string
     compare(run(string, image), open_clip_values(open_clip, written, image))
     if name in preprocessing.FAMILIES:
-        assert preprocessing.FAMILIES[name](24) == string
+        family = preprocessing.FAMILIES[name](24)
+        assert family == string.replace("decode(alpha='drop')", "decode") if name == "siglip" else family == string
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1"])

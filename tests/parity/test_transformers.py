@@ -34,6 +34,7 @@ def clip(**text):
     return T.CLIPConfig(vision_config=IMAGE, text_config=TEXT | SPECIAL | text, projection_dim=24)
 
 
+CLASSIFIED = lambda config: config(vision_config=IMAGE, text_config=TEXT, num_labels=5)
 PAIRS = {
     "clip_eos": lambda: T.CLIPModel(clip()),
     "clip_argmax": lambda: T.CLIPModel(clip(eos_token_id=2, hidden_act="gelu")),
@@ -44,6 +45,9 @@ PAIRS = {
 IMAGES = {
     "clip": lambda: T.CLIPVisionModelWithProjection(T.CLIPVisionConfig(**IMAGE, projection_dim=24)),
     "vit": lambda: T.ViTModel(T.ViTConfig(**IMAGE)),
+    "vit_relu": lambda: T.ViTModel(T.ViTConfig(**IMAGE, pooler_act="relu")),
+    "clip_classifier": lambda: T.CLIPForImageClassification(CLASSIFIED(T.CLIPConfig)),
+    "siglip_classifier": lambda: T.SiglipForImageClassification(CLASSIFIED(T.SiglipConfig)),
     "vit_classifier": lambda: T.ViTForImageClassification(T.ViTConfig(**IMAGE, num_labels=5)),
     "dinov2": lambda: T.Dinov2Model(T.Dinov2Config(**DINO, layerscale_value=0.7)),
     "dinov2_gated": lambda: T.Dinov2Model(T.Dinov2Config(**DINO, use_swiglu_ffn=True)),
@@ -52,6 +56,7 @@ IMAGES = {
 TEXTS = {
     "clip": lambda: T.CLIPTextModelWithProjection(T.CLIPTextConfig(**TEXT | SPECIAL, projection_dim=24)),
     "bert": lambda: T.BertModel(T.BertConfig(**TEXT)),
+    "bert_decoder": lambda: T.BertModel(T.BertConfig(**TEXT, is_decoder=True)),
 }
 
 

@@ -21,9 +21,9 @@ def unpack(name, folder):
     return part("input/"), part("output/")
 
 
-def read(path, activation=None):
+def read(path, activation=None, **told):
     """(what the files are, the model, its parameters)."""
-    released = recognize.understand(path, activation)
+    released = recognize.understand(path, activation, **told)
     params = read_params(released.match(), released.shapes, released.tensors)
     return released, models.build(released.model), flax.traverse_util.unflatten_dict(params, sep="/")
 

@@ -14,7 +14,7 @@ from tests.support.released import unpack
 from tests.support.tensor_files import mutate
 from tests.support.torch_pickles import hostile_pickles
 from vlm_jax.errors import UserError
-from vlm_jax.zoo import recognize
+from vlm_jax.zoo import recognize, released
 from vlm_jax.zoo.readers.tensors import open_tensors, write_safetensors
 
 SAYS = dict(preprocess="decode | resize(8) | normalize", tokenizer="clip", tokenize="tokenize(8)")
@@ -43,7 +43,8 @@ def traced():
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recognize, "param_shapes", param_shapes)
+        for module in (recognize, released):
+            patch.setattr(module, "param_shapes", param_shapes)
         yield
 
 

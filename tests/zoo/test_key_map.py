@@ -6,7 +6,7 @@ import pytest
 
 from vlm_jax.errors import UserError
 from vlm_jax.zoo import key_map
-from vlm_jax.zoo.formats import big_vision, efficientnet, open_clip, t5, transformers_tables
+from vlm_jax.zoo.formats import big_vision, efficientnet, open_clip, open_clip_timm, t5, transformers_tables
 from vlm_jax.zoo.key_map import Entry
 from vlm_jax.zoo.readers.stored import Tensor
 
@@ -117,7 +117,7 @@ TABLES = {
     **{name: rows for name, rows in vars(transformers_tables).items() if isinstance(rows, tuple)},
     "open_clip": open_clip.IMAGE,
     "open_clip_text": (*open_clip.TEXT, *open_clip.TEXT_HEAD),
-    "open_clip_timm": open_clip.TIMM_IMAGE,
+    "open_clip_timm": open_clip_timm.TIMM_IMAGE,
     "big_vision": big_vision.IMAGE,
     "big_vision_text": big_vision.TEXT,
     "big_vision_bert": big_vision.BERT,

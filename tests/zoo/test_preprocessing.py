@@ -9,7 +9,7 @@ import pytest
 from tests.support.paths import GOLDEN
 from vlm_jax.data import ops
 from vlm_jax.errors import UserError
-from vlm_jax.zoo import preprocessing
+from vlm_jax.zoo import op_strings, preprocessing
 
 STORED = np.load(GOLDEN / "preprocessing.npz")
 CONFIGS = {key.removesuffix("/config"): json.loads(str(STORED[key])) for key in STORED if key.endswith("/config")}
@@ -76,13 +76,23 @@ def test_the_processor_file_and_the_model_type_stand_in(tmp_path):
     nested = {"processor_class": "CLIPProcessor", "image_processor": CLIP | {"resample": 2}}
     assert "resize_shortest(224, method='bilinear')" in read(nested, tmp_path, "processor_config.json")
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "ViTProcessor"}')
     assert read({"size": 32}, tmp_path) == "decode | resize(32, method='bilinear') | normalize"
+
+
+def test_a_nested_processor_counts_over_the_file_of_its_own(tmp_path):
+    """As in Transformers 5, `image_processing_base.get_image_processor_dict`."""
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(CLIP | {"resample": 3}))
+    read({"image_processor": CLIP | {"resample": 2}}, tmp_path, "processor_config.json")
+    assert "bilinear" in preprocessing.from_transformers(tmp_path)
 
 
 def test_families():
     """Those that open_clip knows equal its settings; the others are written out."""
-    for name in ("openai", "laion_half", "siglip", "clipa", "mobileclip", "pe"):
+    for name in ("openai", "laion_half", "clipa", "mobileclip", "pe"):
         assert preprocessing.FAMILIES[name](24) == preprocessing.from_open_clip(CONFIGS[f"open_clip/{name}"])
+    siglip = preprocessing.from_open_clip(CONFIGS["open_clip/siglip"])  # Transformers' has a white ground
+    assert preprocessing.FAMILIES["siglip"](24) == siglip.replace("decode(alpha='drop')", "decode")
     expected = {
         "big_vision": "decode | resize(24, method='bilinear', antialias=False) | normalize",
         "imagenet": "decode | resize_shortest(27, method='bilinear') | central_crop(24) | normalize('imagenet')",
@@ -93,7 +103,7 @@ def test_families():
     assert preprocessing.FAMILIES["imagenet"](224).startswith("decode | resize_shortest(256, ")
     assert preprocessing.FAMILIES["siglip"]((32, 48)) == "decode | resize(32, 48) | normalize"
     assert preprocessing.FAMILIES["openai"]((32, 48)).startswith(
-        "decode | resize_shortest((32, 48)) | central_crop(32, 48)"
+        "decode(alpha='drop') | resize_shortest((32, 48)) | central_crop(32, 48)"
     )
     image = STORED["picture/0"]
     for name, family in preprocessing.FAMILIES.items():
@@ -117,7 +127,8 @@ def test_big_vision_resizes_without_antialiasing():
 
 
 def test_size_of_the_tower_counts_over_the_files():
-    assert preprocessing.from_open_clip({"size": 224, "resize_mode": "squash"}, 336).startswith("decode | resize(336)")
+    squashed = preprocessing.from_open_clip({"size": 224, "resize_mode": "squash"}, 336)
+    assert squashed.startswith("decode(alpha='drop') | resize(336)")
     assert preprocessing.from_open_clip({"size": [224, 224]}) == preprocessing.from_open_clip({}, (224, 224))
 
 
@@ -210,22 +221,22 @@ def test_a_crop_that_may_shift_by_a_pixel_is_logged(caplog):
 @pytest.mark.parametrize("size", [336, (256, 128)])
 def test_another_size(family, size):
     """The op string of a family at one size becomes that of the family at another."""
-    assert preprocessing.resized(preprocessing.FAMILIES[family](224), size) == preprocessing.FAMILIES[family](size)
+    assert op_strings.resized(preprocessing.FAMILIES[family](224), size) == preprocessing.FAMILIES[family](size)
 
 
 def test_sizes_in_other_strings():
-    assert preprocessing.resized("decode | resize(32) | cache | flip | normalize", 64) == (
+    assert op_strings.resized("decode | resize(32) | cache | flip | normalize", 64) == (
         "decode | resize(64) | cache | flip | normalize"
     )
     given = "decode(exif=True) | crop_to_content | random_resized_crop(32) | normalize('clip')"
-    assert preprocessing.resized(given, 64) == given.replace("32", "64")
+    assert op_strings.resized(given, 64) == given.replace("32", "64")
     for first in ("decode(exif=True)", "decode(max_pixels=9)", "decode(0, max_pixels=9)"):
-        assert preprocessing.resized(f"{first} | resize(32, antialias=False)", 64) == (
+        assert op_strings.resized(f"{first} | resize(32, antialias=False)", 64) == (
             f"{first} | resize(64, antialias=False)"
         )
     for string in ("decode | normalize", "decode | resize_to_patches(16, 256) | normalize | pack_patches(16, 256)"):
-        assert preprocessing.augmented(string) == string
+        assert op_strings.augmented(string) == string
         with pytest.raises(UserError, match=r"has no size that can follow image_size=64; pass preprocess= as well"):
-            preprocessing.resized(string, 64)
+            op_strings.resized(string, 64)
     clip = preprocessing.FAMILIES["openai"](224)
-    assert preprocessing.augmented(clip) == "decode | random_resized_crop(224) | normalize('clip')"
+    assert op_strings.augmented(clip) == "decode(alpha='drop') | random_resized_crop(224) | normalize('clip')"

@@ -22,7 +22,7 @@ from typing import Any
 from absl import flags
 
 from vlm_jax import __version__, command, config, evaluators, report
-from vlm_jax.command.commands import LOADING
+from vlm_jax.command.commands import ADAPTED
 from vlm_jax.command.values import data_uri, given
 from vlm_jax.data.files import read_kept, write_json
 from vlm_jax.errors import UserError
@@ -127,7 +127,7 @@ def main(_: Sequence[str], values: flags.FlagValues) -> command.Answer:
     section |= {"train_uri": data_uri(values, "train_data")} if values.train_data else {}
     section["options"] = given(values, ["option"]).get("option", {})
     with command.doing(f"loading {values.model}"):
-        pretrained = load(values.model, **given(values, [flag.name for flag in LOADING]))
+        pretrained = load(values.model, **given(values, [flag.name for flag in ADAPTED]))
     pretrained = dataclasses.replace(pretrained, batch_size=values.batch_size)
     with command.doing("adapting"):
         numbers = adapt(pretrained, values.out, model=values.model, show=True, batch_size=values.batch_size, **section)

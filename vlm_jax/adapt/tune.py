@@ -123,8 +123,8 @@ def tune(
         drawn = np.random.default_rng((seed, step)).choice(others.size, batch_size, replace=others.size < batch_size)
         return {"batch": batch, "classes": classes, "pool": {"image": others.of(step, drawn)}}
 
-    pad_id, pairwise = pretrained.tokenizer.pad_id, adapted.compares_pairs
-    tuning = _Tuning(adapted.model, pretrained.model, recipe, steps, weight_decay, pad_id, pairwise)
+    ids, pairwise = pretrained.tokenizer, adapted.compares_pairs
+    tuning = _Tuning(adapted.model, pretrained.model, recipe, steps, weight_decay, ids.pad_id, pairwise, ids.eos_id)
     frozen, loss = {"base": pretrained.params}, 0.0
     state = _begin(tuning, own, leaves, frozen, batch_of(0, order[0]))
     for number, rows in enumerate(tqdm(order[:steps], desc="tune", unit="step", disable=not show)):
@@ -177,6 +177,7 @@ class _Tuning(NamedTuple):
     weight_decay: float
     pad_id: int
     pairwise: bool
+    eos_id: int | None = None
 
     def objective(self, classes: Mapping[str, Any]) -> Objective:
         """Returns the loss of the classes and the recipe's own terms."""
@@ -206,7 +207,7 @@ class _Tuning(NamedTuple):
             params, given = outputs.model.effective(outputs.params), (outputs["image"], classes["token_ids"])
             if "embed" in self.model.can:
                 return insertion.class_logits(self.model, params, *given)
-            return log_likelihoods(self.model, params, *given, pad_id=self.pad_id)
+            return log_likelihoods(self.model, params, *given, pad_id=self.pad_id, eos_id=self.eos_id)
 
         if self.pairwise:
             return Term("classes", pair_by_pair, lambda o, features, rows, ctx: cross_entropy(features, rows["label"]))

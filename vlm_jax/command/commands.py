@@ -86,11 +86,15 @@ LOADING = (  # the arguments of `vlm_jax.load`
     text("tokenizer", "For model files without tokenizer: clip, json:/path, ..."),
     text("tokenize", "For model files without tokenization: e.g. tokenize(77)"),
     text("activation", "For bare CLIP weights (quick_gelu, gelu) and T5X (gelu_tanh, silu)"),
+    whole("heads", "For bare files whose tensors do not tell it: attention heads of the image tower", None),
+    text("pool", "For bare files whose tensors do not tell it: gap, first, last, ..."),
+    text("weights", "ema: the averaged weights of a training checkpoint"),
     listed("image_size", "Another size than the model's: 384 or 384,288; needs --resample"),
     text("resample", "Resampling of learned positions to --image_size: linear, bicubic, bicubic_sharp"),
     text("dtype", "Compute dtype (the run's own, else float32)"),
     ADAPTER,
 )
+ADAPTED = tuple(flag for flag in LOADING if flag.name != "pool")  # `adapt` has a pool of pictures
 
 COMMANDS = {
     "train": Command(
@@ -147,7 +151,7 @@ COMMANDS = {
                 several("option", "Options of the methods: steps=100, learning_rate=1e-3, rank=8; repeatable"),
             ),
             "data": LABELLED,
-            "model": LOADING,
+            "model": ADAPTED,
         },
         families=("heads", "parameters", "modules", "prompts"),
     ),
@@ -157,7 +161,11 @@ COMMANDS = {
                 text("format", "What to write: native, hf, open_clip, big_vision, t5x", "native"),
                 switch("inspect", "Describe SRC and where each tensor goes; convert nothing"),
             ),
-            "model": (*LOADING[:4], listed("image_size", "For positions of unknown grid: 384 or 384,288"), ADAPTER),
+            "model": (
+                *LOADING[:7],
+                listed("image_size", "For positions of unknown grid: 384 or 384,288"),
+                ADAPTER,
+            ),
         },
         arguments="SRC DST",
     ),

@@ -19,6 +19,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.models.decoder import shift_right
 from vlm_jax.models.token_loss import token_loss
 from vlm_jax.models.transformer import Cache
+from vlm_jax.models.vocabulary import is_text
 
 HIDDEN = -1e30
 """Logit of a forbidden token; finite, so that sums of such logits stay finite."""
@@ -211,16 +212,25 @@ def beam_search(
     return Generated(ended_ids, ended_total)
 
 
-@partial(jax.jit, static_argnames=("model", "pad_id"))
-def log_likelihood(model: nn.Module, params: Any, inputs: Any, target_ids: jax.Array, *, pad_id: int = 0) -> jax.Array:
-    """Returns log p(text i | input i), fp32 [B], of target_ids [B, L]; padding does not count."""
+@partial(jax.jit, static_argnames=("model", "pad_id", "eos_id"))
+def log_likelihood(
+    model: nn.Module, params: Any, inputs: Any, target_ids: jax.Array, *, pad_id: int = 0, eos_id: int | None = None
+) -> jax.Array:
+    """Returns log p(text i | input i), fp32 [B], of target_ids [B, L]; padding does not count, see `is_text`."""
     hidden = model.apply({"params": params}, inputs, shift_right(target_ids, model.decoder.start_id), method="hidden")
-    return _total(model, params, hidden, target_ids, pad_id)
+    return _total(model, params, hidden, target_ids, pad_id, eos_id)
 
 
-@partial(jax.jit, static_argnames=("model", "pad_id", "at_a_time"))
+@partial(jax.jit, static_argnames=("model", "pad_id", "eos_id", "at_a_time"))
 def log_likelihoods(
-    model: nn.Module, params: Any, inputs: Any, target_ids: jax.Array, *, pad_id: int = 0, at_a_time: int = 4
+    model: nn.Module,
+    params: Any,
+    inputs: Any,
+    target_ids: jax.Array,
+    *,
+    pad_id: int = 0,
+    eos_id: int | None = None,
+    at_a_time: int = 4,
 ) -> jax.Array:
     """Returns log p(text j | input i), fp32 [B, M], of target_ids [M, L]; encodes the inputs once.
 
@@ -232,7 +242,7 @@ def log_likelihoods(
     def of_text(ids):
         targets = jnp.broadcast_to(ids, (decoding.size, len(ids)))
         hidden = decoding.decode(shift_right(targets, model.decoder.start_id), 0, caches).hidden
-        return _total(model, params, hidden, targets, pad_id)
+        return _total(model, params, hidden, targets, pad_id, eos_id)
 
     return jax.lax.map(of_text, target_ids, batch_size=at_a_time).T
 
@@ -255,10 +265,10 @@ def _draw(rng, t, log_p):
     return jax.vmap(one)(rng, log_p) if jnp.ndim(rng) else one(rng, log_p)
 
 
-def _total(model, params, hidden, targets, pad_id):
+def _total(model, params, hidden, targets, pad_id, eos_id):
     logits = lambda hidden: model.apply({"params": params}, hidden, method="logits")
     log_p = token_loss(logits, hidden, targets).log_likelihood
-    return jnp.sum(jnp.where(targets == pad_id, 0.0, log_p), axis=1)
+    return jnp.sum(log_p, axis=1, where=is_text(targets, pad_id, eos_id))
 
 
 class _Decoding:

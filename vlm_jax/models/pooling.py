@@ -37,7 +37,7 @@ def pool(name, tokens, mask=None, position=None):
     Args:
       name: the pool.
       tokens: [B, L, D].
-      mask: bool [B, L], False leaves a token out of "gap", "mean", "max", "concat", "all"; or None.
+      mask: bool [B, L], False leaves a token out of "gap", "patches", "mean", "max", "concat", "all"; or None.
       position: int [B], index of the token that "eos" and "argmax" return.
 
     Returns:
@@ -87,6 +87,7 @@ def _at(tokens, mask, position):
 
 POOLS: dict[str, Callable] = {
     "gap": _mean,
+    "patches": _mean,
     "mean": _mean,
     "max": _max,
     "concat": _concat,

@@ -16,7 +16,7 @@ from vlm_jax.config import choose
 from vlm_jax.errors import UserError
 from vlm_jax.models import positions
 from vlm_jax.models.fields import Fields, shared
-from vlm_jax.models.layers import Attention, KeyValues, Mlp, Norm
+from vlm_jax.models.layers import ACTIVATIONS, Attention, KeyValues, Mlp, Norm
 from vlm_jax.models.pooling import Encoded, MapPool, pool
 from vlm_jax.params.sharding import split_batch
 
@@ -190,6 +190,7 @@ class Encoder(Fields, kw_only=True):
       remat: a key of `REMAT`: the values that a block keeps for the backward pass ("none": all values).
       pool: the pool: "map" (attention with a learned query), a key of `pooling.POOLS`, or "none".
       rep_dim: width of tanh(dense(pooled)) before the head (ViTs pretrained on ImageNet-21k); None for no such layer.
+      rep_activation: "tanh", or a key of `layers.ACTIVATIONS` in its place.
       out_dim: width of the projection head; None for no head.
       head_bias: whether the head has a bias.
       context_width: Dc, width of the context that cross-attention reads; defaults to width. Only parameters made
@@ -206,6 +207,7 @@ class Encoder(Fields, kw_only=True):
     remat: str = "none"
     pool: str = "gap"
     rep_dim: int | None = None
+    rep_activation: str = "tanh"
     out_dim: int | None = None
     head_bias: bool = True
     context_width: int | None = None
@@ -217,7 +219,7 @@ class Encoder(Fields, kw_only=True):
         """Returns a norm of this encoder's kind."""
         return Norm(self.norm, self.norm_eps, dtype=self.dtype, name=name)
 
-    def encode(self, x, *, mask=None, causal=False, context=None, context_mask=None, layers=(), train=False):
+    def encode(self, x, *, mask=None, causal=False, context=None, context_mask=None, layers=(), train=False, norm=True):
         """Runs dropout, the blocks and the final norm; called from the compact method of a tower.
 
         Args:
@@ -228,6 +230,7 @@ class Encoder(Fields, kw_only=True):
           context_mask: bool [B, Lc], False for padding; or [B, L, Lc], True where token i sees context j; or None.
           layers: numbers of blocks whose outputs are returned, from 0; negative ones count from the end.
           train: whether dropout and drop path are active (they draw from the rng `dropout`).
+          norm: whether the final norm follows.
 
         Returns:
           `Stacked`.
@@ -236,7 +239,7 @@ class Encoder(Fields, kw_only=True):
             raise UserError('the tower got a context, but has no cross-attention; build it with cross="inside"')
         real = mask if self.mlp is not None and mask is not None and mask.ndim == 2 else None
         around = AttentionInputs(over_heads(mask), context, over_heads(context_mask), real=real)
-        return self.stack(x, around, causal=causal, layers=layers, train=train)
+        return self.stack(x, around, causal=causal, layers=layers, train=train, norm=norm)
 
     def stack(self, x, around, *, caches=None, causal=False, layers=(), train=False, norm=True):
         """Like `encode`, with the additional inputs of a decoder.
@@ -297,7 +300,7 @@ class Encoder(Fields, kw_only=True):
         new = lambda: Cache(KeyValues(zeros(), zeros()))
         return new() if self.scan else [new() for _ in range(self.depth)]
 
-    def summarise(self, tokens, *, mask=None, pool_mask=None, position=None):
+    def summarise(self, tokens, *, mask=None, pool_mask=None, position=None, norm=False):
         """Pools and projects encoded tokens; called from the compact method of a tower.
 
         Args:
@@ -305,6 +308,7 @@ class Encoder(Fields, kw_only=True):
           mask: bool [B, L], the mask given to `encode`, or None.
           pool_mask: bool [B, L], False for tokens left out of the pool, or None.
           position: int [B], index of the token for the pools "eos" and "argmax".
+          norm: whether the final norm follows the pool.
 
         Returns:
           `Encoded`.
@@ -317,8 +321,11 @@ class Encoder(Fields, kw_only=True):
             x = MapPool(**shared(self), name="map_pool")(tokens, pool_mask)
         else:
             x = pool(self.pool, tokens, pool_mask, position)
+        if norm:
+            x = self.new_norm("norm")(x)
         if self.rep_dim:
-            x = jnp.tanh(nn.Dense(self.rep_dim, dtype=self.dtype, name="rep")(x))
+            act = choose({"tanh": jnp.tanh, **ACTIVATIONS}, self.rep_activation, "rep_activation")
+            x = act(nn.Dense(self.rep_dim, dtype=self.dtype, name="rep")(x))
         if self.out_dim:
             x = nn.Dense(self.out_dim, use_bias=self.head_bias, dtype=self.dtype, name="head")(x)
         if self.pool == "all":

@@ -27,7 +27,8 @@ class ViT(Encoder, kw_only=True):
       patch: side of a patch in pixels.
       image_size: (height, width) in pixels or one int; other sizes raise. None accepts every size that fits the
         parameters. Packed patches need `image_size`: the position table is resampled from this size to each picture's.
-      pool: "gap" (the mean of all tokens, cls included), "map", "tok", "concat", "max", "all" or "none".
+      pool: "gap" (the mean of all tokens, cls included), "patches" (without cls and registers), "map", "tok", "concat",
+        "max", "all" or "none".
       posemb: "learned", "sincos2d" or "none".
       cls: whether a cls token comes first; None: only if pool is "tok".
       cls_position: whether the first row of the learned positions is for the cls token (OpenAI's CLIP).
@@ -36,6 +37,7 @@ class ViT(Encoder, kw_only=True):
       pre_norm: whether a norm follows the positions (OpenAI's CLIP).
       keep: share of each picture's patches that training sees, drawn anew for each picture and step (FLIP: Li et al.
         2022, arXiv:2212.00794, section 3.1); 1 keeps all. Evaluation sees all patches.
+      final_norm: what the last norm is of: the "tokens"; the "pooled" vector (CLIPA); or "none".
       Others: see `Encoder`.
     """
 
@@ -49,6 +51,7 @@ class ViT(Encoder, kw_only=True):
     patch_bias: bool = True
     pre_norm: bool = False
     keep: float = 1.0
+    final_norm: str = "tokens"
 
     @nn.compact
     def __call__(self, images, *, context=None, context_mask=None, layers=(), train=False):
@@ -89,9 +92,14 @@ class ViT(Encoder, kw_only=True):
             x = jnp.concatenate([*(jnp.broadcast_to(t, (x.shape[0], *t.shape[1:])) for t in first), x], axis=1)
         if self.pre_norm:
             x = self.new_norm("pre_norm")(x)
+        if self.final_norm not in ("tokens", "pooled", "none"):
+            raise UserError(f"final_norm is `{self.final_norm}`; expected one of: tokens, pooled, none")
         options = dict(context=context, context_mask=context_mask, layers=layers, train=train)
-        x, _, aux = self.encode(x, mask=mask, **options)
-        return self.summarise(x, mask=mask, pool_mask=mask).replace(aux=aux)
+        x, _, aux = self.encode(x, mask=mask, norm=self.final_norm == "tokens", **options)
+        pool_mask, pooled = mask, self.final_norm == "pooled"
+        if self.pool == "patches" and has_cls:
+            pool_mask = jnp.broadcast_to(jnp.arange(x.shape[1]) > self.registers, x.shape[:2])
+        return self.summarise(x, mask=mask, pool_mask=pool_mask, norm=pooled).replace(aux=aux)
 
     def _kept(self, x, mask):
         """Returns a random share of the patches [B, N, D], in their order, and their mask."""

@@ -43,6 +43,22 @@ class Context(NamedTuple):
     state: Any = None
     tokenizer: Any = None
 
+    def special(self, pad_id: int | None = None, end_id: int | None = None) -> tuple[int, int | None]:
+        """Returns (id of padding, id of the end token) of the tokenizer; without one, what is given, or (0, None).
+
+        Raises:
+          UserError: an option says otherwise than the tokenizer.
+        """
+        if self.tokenizer is None:
+            return (0 if pad_id is None else pad_id), end_id
+        own = self.tokenizer.pad_id, self.tokenizer.eos_id
+        for name, given, has in (("pad_id", pad_id, own[0]), ("end_id", end_id, own[1])):
+            if given is not None and given != has:
+                raise UserError(
+                    f"{WHERE} has {name}={given}, tokenizer `{self.tokenizer.spec}` {has}; leave {name} out"
+                )
+        return own
+
 
 @dataclasses.dataclass(frozen=True)
 class Term:

@@ -109,9 +109,9 @@ def known_ids(model: nn.Module, tokenizer: Any, token_ids: np.ndarray) -> np.nda
     return token_ids
 
 
-def cut(token_ids: np.ndarray, pad_id: int) -> np.ndarray:
+def cut(token_ids: np.ndarray, is_text: np.ndarray) -> np.ndarray:
     """Returns int [n, L] without the padding common to all rows, of few lengths: padding costs as much as tokens."""
-    longest = int(np.max(np.nonzero(token_ids != pad_id)[1], initial=0)) + 1
+    longest = int(np.max(np.nonzero(is_text)[1], initial=0)) + 1
     return token_ids[:, : max(1 << (longest - 1).bit_length(), 8)]
 
 

@@ -19,6 +19,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.models import insertion
 from vlm_jax.models.generate import log_likelihood, log_likelihoods
 from vlm_jax.models.transformer import Encoder
+from vlm_jax.models.vocabulary import is_text
 from vlm_jax.params import sharding
 from vlm_jax.pretrained import inputs, writing
 from vlm_jax.pretrained.embedding import class_embeddings, embed, features, features_of_layers, pair_logits, prompts_of
@@ -157,15 +158,15 @@ class Pretrained:
     def caption_logits(self, images: Any, texts: Sequence[str]) -> np.ndarray:
         """Returns log p(text | picture) of all preprocessed images [B, H, W, 3] and texts, float32 [B, m]."""
         self._need("decoder")
-        token_ids, pad = self._target_ids(texts), self.tokenizer.pad_id
-        lengths = token_ids.shape[1] - np.argmax((token_ids != pad)[:, ::-1], axis=1)
+        token_ids = self._target_ids(texts)
+        lengths = token_ids.shape[1] - np.argmax(self._is_text(token_ids)[:, ::-1], axis=1)
         room = np.minimum(2 ** np.ceil(np.log2(np.maximum(lengths, 2))).astype(int), token_ids.shape[1])
         few = dataclasses.replace(self, batch_size=min(self.batch_size, 64))  # memory holds the logits of several texts
         logits = np.empty((len(jax.tree.leaves(images)[0]), len(texts)), np.float32)
         for length in np.unique(room):  # short texts together: padding costs as much as tokens
             some = token_ids[room == length][:, :length]
             logits[:, room == length] = few._run(
-                lambda *args, ids=some: log_likelihoods(*args, ids, pad_id=pad), images
+                lambda *args, ids=some: log_likelihoods(*args, ids, **self._ends), images
             )
         return logits
 
@@ -269,20 +270,19 @@ class Pretrained:
             what = ("text", "target") if self.reads_texts else ("picture", "caption")
             seen = f"{count} {what[0]}s, {len(token_ids)} {what[1]}s"
             raise UserError(f"score takes a {what[1]} for each {what[0]}; got {seen}")
-        return self.target_log_likelihood(images, token_ids), np.sum(token_ids != self.tokenizer.pad_id, axis=1)
+        return self.target_log_likelihood(images, token_ids), np.sum(self._is_text(token_ids), axis=1)
 
     def target_log_likelihood(self, inputs: Any, target_ids: np.ndarray) -> np.ndarray:
         """Returns log p(target i | input i) of target ids int [B, L] and the model's inputs, float32 [B]."""
-        pad = self.tokenizer.pad_id
         pairs = (self._checked(inputs) if self.reads_texts else inputs), self._checked(target_ids)
-        run = lambda model, params, pairs: log_likelihood(model, params, *pairs, pad_id=pad)
+        run = lambda model, params, pairs: log_likelihood(model, params, *pairs, **self._ends)
         return self._run(run, pairs)
 
     def _inputs(self, values: Sequence) -> Any:
         """The input of the decoder's context: preprocessed pictures, or texts, int32 [n, L]."""
         if not self.reads_texts:
             return self._pictures(values)
-        return inputs.cut(self._token_ids(values), self.tokenizer.pad_id)
+        return inputs.cut(token_ids := self._token_ids(values), self._is_text(token_ids))
 
     def _pictures(self, images: Any) -> Any:
         """Preprocessed, a tree of arrays [n, ...]."""
@@ -302,6 +302,15 @@ class Pretrained:
         records = [{"text": text} for text in inputs.texts(texts)]
         return self._checked(self._prepare("text", self.tokenize, records, "token_ids"))
 
+    @property
+    def _ends(self) -> dict[str, int | None]:
+        """The ids that end a text, for `generate.log_likelihood`."""
+        return {"pad_id": self.tokenizer.pad_id, "eos_id": self.tokenizer.eos_id}
+
+    def _is_text(self, token_ids: np.ndarray) -> np.ndarray:
+        """bool [n, L], see `vocabulary.is_text`."""
+        return is_text(token_ids, **self._ends)
+
     def _checked(self, token_ids: np.ndarray) -> np.ndarray:
         return inputs.known_ids(self.model, self.tokenizer, token_ids)
 
@@ -309,7 +318,7 @@ class Pretrained:
         """int32 [n, L], the decoder's targets: without the start token."""
         token_ids = self._token_ids(texts)
         if self.reads_texts:
-            return inputs.cut(token_ids, self.tokenizer.pad_id)
+            return inputs.cut(token_ids, self._is_text(token_ids))
         return token_ids[:, 1:] if (token_ids[:, 0] == self.model.decoder.start_id).all() else token_ids
 
     def _prepare(self, modality: str, string: str, records: list[dict], field: str) -> Any:

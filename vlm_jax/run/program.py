@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from vlm_jax import models, objectives
 from vlm_jax.errors import UserError
+from vlm_jax.models import vocabulary
 from vlm_jax.params import optim, sharding
 from vlm_jax.params.table import format_table, map_with_name
 from vlm_jax.run.compiler_options import compiler_options
@@ -142,6 +143,7 @@ def build_program(
     if ema is not None and not 0 <= ema < 1:
         raise UserError(f"config.ema is {ema}; expected a decay from 0 to 1, such as 0.999")
     model = models.build(model)
+    vocabulary.check_padding(model, tokenizer)
     objective = objectives.build(objective, model, steps=steps, tokenizer=tokenizer, load=load)
     batch = sharding.abstract_batch(example, batch_size, mesh)
     frozen = objectives.frozen(objective)

@@ -23,7 +23,8 @@ from vlm_jax.models.positions import RESAMPLING, resample_posemb
 from vlm_jax.params import sharding
 from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained
-from vlm_jax.zoo import adapters, hub, key_map, preprocessing, recognize
+from vlm_jax.zoo import adapters, hub, key_map, op_strings, preprocessing, recognize
+from vlm_jax.zoo.released import of_texts
 
 THREADS = 2  # threads that copy tensors
 
@@ -35,7 +36,10 @@ def load(
     preprocess: str | None = None,
     tokenizer: str | None = None,
     tokenize: str | None = None,
-    activation: str | None = None,
+    activation: str | Mapping[str, str] | None = None,
+    pool: str | Mapping[str, str] | None = None,
+    heads: int | Mapping[str, int] | None = None,
+    weights: str | None = None,
     image_size: int | Sequence[int] | None = None,
     resample: str | None = None,
     mesh: Mesh | None = None,
@@ -52,9 +56,14 @@ def load(
         defaults to the files' own, else required.
       tokenizer: a tokenizer spec (see `vlm_jax.data.tokenizers`); defaults to the files' own, else required.
       tokenize: op string from text to tokens, such as "lower | tokenize(64, bos=False)"; defaults likewise.
-      activation: for bare CLIP weights, "quick_gelu" or "gelu"; for T5X, "gelu_tanh" or "silu".
+      activation: for bare CLIP weights, "quick_gelu", "gelu" or "gelu_tanh"; for T5X, "gelu_tanh" or "silu".
+      pool: for bare files whose tensors do not tell it, such as "gap" or "first", see `models.ViT` and
+        `models.TextTransformer`.
+      heads: for bare files whose tensors do not tell it, the number of attention heads. `activation`, `pool` and
+        `heads` are of both towers, or a dict: `pool=dict(image="gap", text="last")`.
+      weights: "ema" reads the averaged weights of a training checkpoint; None reads the trained ones.
       image_size: (height, width) or one int, in pixels; overrides the checkpoint's size. Learned positions of another
-        grid need `resample`. The files' own `preprocess` follows, see `preprocessing.resized`; an op string that is
+        grid need `resample`. The files' own `preprocess` follows, see `op_strings.resized`; an op string that is
         given does not.
       resample: resampling of learned positions: "linear" (big_vision), "bicubic" (open_clip) or
         "bicubic_sharp" (DINOv2).
@@ -69,7 +78,8 @@ def load(
     """
     path = hub.local(spec)
     dtype = dtype if dtype is None or isinstance(dtype, str) else np.dtype(dtype).name  # jnp.bfloat16
-    released = recognize.run_of(path) if (path / "checkpoints").is_dir() else recognize.understand(path, activation)
+    told = dict(activation=activation, pool=pool, heads=heads, weights=weights)
+    released = recognize.run_of(path) if (path / "checkpoints").is_dir() else recognize.understand(path, **told)
     section = dict(released.model) if dtype is None else dict(released.model, dtype=dtype)
     size = _sides(image_size) if image_size is not None else None
     settings = _settings(released, section, preprocess, tokenizer, tokenize, size)
@@ -148,12 +158,12 @@ def _settings(released, section, preprocess, tokenizer, tokenize, size) -> dict[
         elif preprocess is not None:
             _check_ops(preprocess)
         if preprocess is None and released.preprocess is not None:
-            preprocess = released.preprocess if size is None else preprocessing.resized(released.preprocess, size)
+            preprocess = released.preprocess if size is None else op_strings.resized(released.preprocess, size)
         if preprocess is None:
             families = ", ".join(preprocessing.FAMILIES)
             why = released.hints.get("preprocess") or "the files do not tell how pictures were prepared"
             missing.append(f"{why}: pass preprocess= (one of {families}, or an op string)")
-    texts = recognize.of_texts(section)
+    texts = of_texts(section)
     if texts:
         tokenizer, tokenize = tokenizer or released.tokenizer, tokenize or released.tokenize
         if tokenizer is None:

@@ -20,6 +20,7 @@ from vlm_jax.models import positions
 from vlm_jax.params import sharding
 from vlm_jax.zoo import hub, key_map, recognize
 from vlm_jax.zoo.load import read_params
+from vlm_jax.zoo.released import ANY
 
 PARTS = ("image", "text", "encoder")
 WHERE = "config.model_init"
@@ -58,7 +59,7 @@ def _read_tower(tower: str, spec: str, own: Mapping[str, jax.ShapeDtypeStruct]) 
     path, _, part = spec.rpartition(":")
     if part not in PARTS:
         path, part = spec, tower
-    released = recognize.understand(hub.local(path))
+    released = recognize.understand(hub.local(path), pool=ANY)
     prefixes = {f"{part}/": f"{tower}/"} if part else {"": ""}
     if part == "encoder":
         prefixes["decoder/token_embed/"] = f"{tower}/token_embed/"

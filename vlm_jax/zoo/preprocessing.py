@@ -17,9 +17,10 @@ import numpy as np
 from vlm_jax.data import ops
 from vlm_jax.data.ops.image import STATISTICS
 from vlm_jax.errors import UserError
+from vlm_jax.zoo.op_strings import Size, call, sides
 
 log = logging.getLogger(__name__)
-Size = int | tuple[int, int]  # a side, or (height, width)
+DROP = "alpha='drop'"  # OpenAI's and open_clip's `convert("RGB")`; Transformers composites on white
 FIX = "pass preprocess='decode | ...', an op string"
 METHODS = ("nearest", "lanczos", "bilinear", "bicubic", "area", "hamming")  # by PIL's number: `resample` in the files
 # The op strings that another project's file can express.
@@ -28,41 +29,27 @@ EXPRESSIBLE = re.compile(r"decode( resize\w*)?( central_crop| pad)?( normalize| 
 # --- known families -------------------------------------------------------------------------------------------------
 
 
-def _call(name: str, *args, **kwargs) -> str:
-    """Returns `name(args, key=value)`, without default values."""
-    defaults = inspect.signature(ops.OPS[name]).parameters
-    stated = [f"{key}={value!r}" for key, value in kwargs.items() if value != defaults[key].default]
-    arguments = [*map(repr, args), *stated]
-    return f"{name}({', '.join(arguments)})" if arguments else name
+def _squash(size: Size, normalize: str, decode: str = "decode", **options) -> str:
+    return f"{decode} | {call('resize', *sides(size), **options)} | {normalize}"
 
 
-def _sides(size: Size) -> tuple[int, ...]:
-    """(side,) of a square, else (height, width)."""
-    height, width = np.broadcast_to(size, 2).tolist()
-    return (height,) if height == width else (height, width)
-
-
-def _squash(size: Size, normalize: str, **options) -> str:
-    return f"decode | {_call('resize', *_sides(size), **options)} | {normalize}"
-
-
-def _crop(size: Size, normalize: str, share: float = 1.0, **options) -> str:
+def _crop(size: Size, normalize: str, share: float = 1.0, decode: str = "decode", **options) -> str:
     """The central `size` of a picture whose shortest side is `size / share`."""
-    sides = _sides(size)
-    larger = tuple(math.floor(side / share) for side in sides)
-    resize = _call("resize_shortest", larger if len(sides) == 2 else larger[0], **options)
-    return f"decode | {resize} | {_call('central_crop', *sides)} | {normalize}"
+    own = sides(size)
+    larger = tuple(math.floor(side / share) for side in own)
+    resize = call("resize_shortest", larger if len(own) == 2 else larger[0], **options)
+    return f"{decode} | {resize} | {call('central_crop', *own)} | {normalize}"
 
 
 # Family of weights -> their publisher's preprocessing, for a tower of a given size.
 FAMILIES: dict[str, Callable[[Size], str]] = {
-    "openai": lambda size: _crop(size, "normalize('clip')"),
-    "laion_half": lambda size: _crop(size, "normalize"),  # LAION-2B L/14
+    "openai": lambda size: _crop(size, "normalize('clip')", decode=f"decode({DROP})"),
+    "laion_half": lambda size: _crop(size, "normalize", decode=f"decode({DROP})"),  # LAION-2B L/14
     "siglip": lambda size: _squash(size, "normalize"),  # as Transformers and open_clip ship it
     "big_vision": lambda size: _squash(size, "normalize", method="bilinear", antialias=False),  # SigLIP (2), LiT
-    "clipa": lambda size: _squash(size, "normalize('imagenet')", method="bilinear"),
-    "mobileclip": lambda size: _crop(size, "to_float", method="bilinear"),
-    "pe": lambda size: _squash(size, "normalize", method="bilinear"),  # Perception Encoder
+    "clipa": lambda size: _squash(size, "normalize('imagenet')", f"decode({DROP})", method="bilinear"),
+    "mobileclip": lambda size: _crop(size, "to_float", decode=f"decode({DROP})", method="bilinear"),
+    "pe": lambda size: _squash(size, "normalize", f"decode({DROP})", method="bilinear"),  # Perception Encoder
     "dinov2": lambda size: _crop(size, "normalize('imagenet')", 0.875),
     "imagenet": lambda size: _crop(size, "normalize('imagenet')", 0.875, method="bilinear"),  # torchvision classifiers
     "efficientnet_lite": lambda size: _crop(size, "normalize('efficientnet_lite')", 0.875),
@@ -81,63 +68,7 @@ def _normalize(mean: Any, std: Any) -> str:
     if close(0.5, 0.5):
         return "normalize"
     name = next((name for name, values in STATISTICS.items() if close(*values)), None)
-    return _call("normalize", *((name,) if name else (tuple(mean.tolist()), tuple(std.tolist()))))
-
-
-def resized(string: str, size: Size) -> str:
-    """Returns the op string with its sizes scaled, so that pictures come out at `size`.
-
-    The last op with a size tells the old one: with size=112, "resize_shortest(256) | central_crop(224)" becomes
-    "resize_shortest(128) | central_crop(112)". Sides are rounded down.
-
-    Raises:
-      UserError: no op has a size, or one has a budget of patches.
-    """
-    pipeline = ops.parse(string)
-    steps = [*pipeline.before, *pipeline.after]
-    sized = [step for step in steps if {"size", "height"} & {*step.kwargs}]
-    if not sized or any(step.name == "pack_patches" for step in steps):
-        raise UserError(
-            f"preprocess `{string}` has no size that can follow image_size={size}; pass preprocess= as well"
-        )
-    scale = np.divide(size, _size_of(sized[-1]))
-    spelled = [_spelled(step, scale if step in sized else None) for step in steps]
-    spelled[len(pipeline.before) : len(pipeline.before)] = ["cache"] * pipeline.cached
-    return " | ".join(spelled)
-
-
-def _size_of(step: ops.Step) -> np.ndarray:
-    """(height, width) of an op with a size."""
-    size, height, width = map(step.kwargs.get, ("size", "height", "width"))
-    return np.broadcast_to(size or (height, width or height), 2)
-
-
-def _spelled(step: ops.Step, scale: np.ndarray | None = None) -> str:
-    """The op as text, with a scale of a scaled size."""
-    own, names = dict(step.kwargs), inspect.signature(step.function).parameters
-    first = next((name for name in names if name not in ops.INJECTED), "")
-    args = (own.pop(first),) if first in own else ()
-    if scale is not None:
-        new = _sides(np.floor(_size_of(step) * scale + 1e-6).astype(int))
-        args = new if first == "height" or len(new) == 1 else (new,)
-        own.pop("width", None)
-    return _call(step.name, *args, **own)
-
-
-def augmented(string: str) -> str:
-    """Returns the op string with a random crop in the place of its resizes and crops, for training.
-
-    Packed patches and sizes that are no squares stay as they are.
-    """
-    pipeline = ops.parse(string)
-    steps = [*pipeline.before, *pipeline.after]
-    sized = [step for step in steps if {"size", "height"} & {*step.kwargs}]
-    side = _sides(_size_of(sized[-1])) if sized else ()
-    if len(side) != 1 or any(step.name == "pack_patches" for step in steps):
-        return string
-    crop = _call("random_resized_crop", *side)
-    kept = [step for step in steps if step is sized[-1] or step not in sized]
-    return " | ".join(crop if step is sized[-1] else _spelled(step) for step in kept)
+    return call("normalize", *((name,) if name else (tuple(mean.tolist()), tuple(std.tolist()))))
 
 
 # --- Transformers ---------------------------------------------------------------------------------------------------
@@ -190,7 +121,7 @@ def from_transformers(folder: str | Path) -> str:
     steps = ["decode"]
     if kind == "Siglip2":
         budget = settings["patch_size"], settings["max_num_patches"]
-        steps += [_call("resize_to_patches", *budget, method=method), normalize, _call("pack_patches", *budget)]
+        steps += [call("resize_to_patches", *budget, method=method), normalize, call("pack_patches", *budget)]
         if not settings["do_resize"]:
             raise UserError(f"{path} has do_resize False; packed patches need it: {FIX}")
         return _parsed(steps, path)
@@ -199,31 +130,38 @@ def from_transformers(folder: str | Path) -> str:
         size = {"shortest_edge": size}
     shortest = isinstance(size, dict) and {k for k, v in size.items() if v is not None} == {"shortest_edge"}
     if settings["do_resize"] and shortest:
-        steps.append(_call("resize_shortest", size["shortest_edge"], method=method))
+        steps.append(call("resize_shortest", size["shortest_edge"], method=method))
     elif settings["do_resize"]:
-        steps.append(_call("resize", *_height_and_width(size, "size", path), method=method))
+        steps.append(call("resize", *_height_and_width(size, "size", path), method=method))
     if settings["do_center_crop"]:
-        sides = _height_and_width(settings["crop_size"], "crop_size", path)
-        steps.append(_call("central_crop", *sides, rounding="down"))
+        window = _height_and_width(settings["crop_size"], "crop_size", path)
+        steps.append(call("central_crop", *window, rounding="down"))
     elif shortest or not settings["do_resize"]:
         raise UserError(f"{path} leaves pictures of different sizes (no crop); {FIX}")
     return _parsed([*steps, normalize], path)
 
 
 def _read(folder: Path) -> tuple[Path, dict[str, Any]]:
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            settings = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path} is not JSON: {error}") from None
-        settings = settings.get("image_processor", settings) if isinstance(settings, dict) else None
+    own, nested = folder / "preprocessor_config.json", folder / "processor_config.json"
+    found = {path: _json(path) for path in (own, nested) if path.is_file()}
+    if "image_processor" in found.get(nested, {}):  # Transformers reads it over the other file
+        found = {nested: found[nested]}
+    for path, settings in found.items():
+        settings = settings.get("image_processor", settings)
         if not isinstance(settings, dict):
             raise UserError(f"{path} does not hold the settings of an image processor; {FIX}")
         return path, settings
     raise UserError(f"{folder} has no preprocessor_config.json, which says how pictures are prepared; {FIX}")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} does not hold the settings of an image processor; {FIX}")
+    return settings
 
 
 def _kind(path: Path, settings: dict[str, Any]) -> str:
@@ -244,7 +182,7 @@ def _height_and_width(size: Any, key: str, path: Path) -> tuple[int, ...]:
         return (size,)
     if not isinstance(size, dict) or {k for k, v in size.items() if v is not None} != {"height", "width"}:
         raise UserError(f"{path} has {key} {size!r}; expected a number, shortest_edge, or height and width: {FIX}")
-    return _sides((size["height"], size["width"]))
+    return sides((size["height"], size["width"]))
 
 
 def _parsed(steps: list[str], path: Path) -> str:
@@ -308,6 +246,10 @@ def _steps(string: str, project: str) -> tuple[dict[str, dict[str, Any]], list[f
         _refuse(string, "the order of the ops", project)
     if steps["decode"]["background"] != 255:
         _refuse(string, "decode(background=...)", project)
+    theirs = "drop" if project == "open_clip" else "composite"
+    if steps["decode"]["alpha"] != theirs:
+        what = {"drop": "drops alpha", "composite": "composites on white"}[theirs]
+        log.warning("decode: %s %s, so transparent pictures come out different", project, what)
     given = steps.get("normalize", dict(mean=0.0, std=1.0))
     mean, std = STATISTICS.get(given["mean"], (given["mean"], 0.5))
     mean, std = (np.broadcast_to(v, 3).tolist() for v in (mean, std if given["std"] is None else given["std"]))
@@ -358,13 +300,13 @@ def from_open_clip(preprocess_cfg: Mapping[str, Any], size: Size | None = None) 
             raise UserError(f"preprocess_cfg has {key} {value!r}; expected {' or '.join(OPEN_CLIP_VALUES[key])}: {FIX}")
     normalize = _normalize(settings["mean"], settings["std"])
     method = "bilinear" if settings["interpolation"] == "bilinear" else "bicubic"
-    sides = _sides(settings["size"])
+    own, dropped = sides(settings["size"]), f"decode({DROP})"
     if settings["resize_mode"] == "squash":
-        return _squash(sides, normalize, method=method)
+        return _squash(own, normalize, dropped, method=method)
     if settings["resize_mode"] == "shortest":  # open_clip forgets the method where the size is not square
-        return _crop(sides, normalize, method=method if len(sides) == 1 else "bicubic")
-    resize = _call("resize_longest", sides if len(sides) == 2 else sides[0], method=method)
-    return f"decode | {resize} | {_call('pad', *sides, value=settings['fill_color'])} | {normalize}"
+        return _crop(own, normalize, decode=dropped, method=method if len(own) == 1 else "bicubic")
+    resize = call("resize_longest", own if len(own) == 2 else own[0], method=method)
+    return f"{dropped} | {resize} | {call('pad', *own, value=settings['fill_color'])} | {normalize}"
 
 
 def to_open_clip(string: str) -> dict[str, Any]:
@@ -385,7 +327,7 @@ def to_open_clip(string: str) -> dict[str, Any]:
         refuse(" | ".join(names) or "no resizing")
     options, window = steps[names[0]], _height_width(steps[names[-1]])
     size = (window["height"], window["width"])
-    shortest = names[0] == "resize_shortest" and len(_sides(size)) == 2
+    shortest = names[0] == "resize_shortest" and len(sides(size)) == 2
     if options["method"] not in ("bicubic", "bilinear") or (shortest and options["method"] != "bicubic"):
         refuse(f"{names[0]}(method={options['method']!r})")
     if not options.get("antialias", True):
@@ -395,6 +337,6 @@ def to_open_clip(string: str) -> dict[str, Any]:
     if "central_crop" in steps:
         _warn_of_rounding(steps["central_crop"], "even", "open_clip")
     fill = steps["pad"]["value"] if "pad" in steps else 0
-    size = size if len(_sides(size)) == 2 else size[0]
+    size = size if len(sides(size)) == 2 else size[0]
     values = dict(interpolation=options["method"], resize_mode=modes[names], fill_color=fill)
     return dict(size=size, mode="RGB", mean=mean, std=std) | values

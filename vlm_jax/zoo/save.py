@@ -23,9 +23,10 @@ from vlm_jax.data.files import naming, write_json
 from vlm_jax.errors import UserError
 from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained
-from vlm_jax.zoo import adapters, key_map, preprocessing, recognize, tokenizer_files
+from vlm_jax.zoo import adapters, key_map, open_clip_tokenizers, preprocessing, recognize, tokenizer_files
 from vlm_jax.zoo.formats import big_vision, open_clip, t5, t5x, transformers
 from vlm_jax.zoo.readers.tensors import Tensor, write_npz, write_safetensors
+from vlm_jax.zoo.released import SIDES, Released, Told
 
 log = logging.getLogger(__name__)
 # Fields that change how a model runs or starts, not its outputs.
@@ -109,7 +110,7 @@ def _refuse_adapted(adapted: Pretrained, format: str) -> None:
     log.warning("%s has no place for the model's %d classes; give them to `classify`", format, len(adapted.classes))
 
 
-def content_of(released: recognize.Released) -> Content:
+def content_of(released: Released) -> Content:
     """Returns the content of a checkpoint, with unread tensors."""
     plan = released.match()
     return Content(
@@ -254,6 +255,8 @@ def _open_clip(content: Content) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         if content.tokenizer and content.tokenizer != "clip":
             cfg["text_cfg"]["hf_tokenizer_name"] = "."
+            clean = open_clip_tokenizers.cleaning(content.tokenize, tokenizers.build(content.tokenizer))
+            cfg["text_cfg"]["tokenizer_kwargs"] = {"clean": clean}
             tokenizer_files.to_transformers(content.tokenizer, content.tokenize, folder)
         write_json(folder / "open_clip_config.json", settings)
         write_safetensors(folder / "open_clip_model.safetensors", _their_arrays(content, entries), {"format": "pt"})
@@ -266,10 +269,21 @@ def _big_vision(content: Content) -> Callable[[Path], None]:
     if section["decoder"] and not section["image"]:
         raise UserError("big_vision's format is of models with images; this one has none")
     entries = big_vision.outline(section)
-    if problems := _problems(content, entries, lambda tensors: big_vision.describe(tensors)[0]):
+    if problems := _problems(content, entries, lambda tensors: big_vision.describe(tensors, _pools(section))[0]):
         raise UserError(f"big_vision has no such model: {', '.join(problems)}")
     arrays = _their_arrays(content, entries)
     return lambda path: write_npz(path, {f"params/{name}": array for name, array in arrays.items()})
+
+
+def _pools(section: Mapping[str, Any]) -> Told:
+    """The pools, which an npz does not hold."""
+    pools = {side: section[side]["pool"] for side in ("image", "text") if section[side]}
+    for side, pool in pools.items():
+        if pool not in ("map", "tok", "none"):
+            log.info(
+                "an npz does not hold the %s tower's pool; `load` needs pool=%r, unless its name tells", side, pool
+            )
+    return Told(pool=pools)
 
 
 def _t5x(content: Content) -> Callable[[Path], None]:
@@ -295,7 +309,7 @@ FORMATS = {
 def full_section(content: Content) -> dict[str, Any]:
     """Returns the section with all fields of its towers, and an image size if the positions are a square."""
     model = models.build(content.section)
-    section = {side: _fields(getattr(model, side, None)) for side in recognize.SIDES}
+    section = {side: _fields(getattr(model, side, None)) for side in SIDES}
     section |= {key: getattr(model, key, None) for key in ("bias_init", "pad_id")}
     table = content.shapes.get("image/pos_embed")
     if section["image"] and table is not None and section["image"].get("image_size") is None:
@@ -324,7 +338,7 @@ def _problems(content: Content, entries: list[key_map.Entry], describe: Callable
     except (UserError, LookupError, TypeError, ValueError, ArithmeticError) as error:
         return [str(error)]
     wanted = full_section(content)
-    for side in recognize.SIDES:
+    for side in SIDES:
         got = _fields(getattr(read_back, side, None)) or {}
         want = wanted[side] or {}
         for key in want.keys() - set(RUNTIME):

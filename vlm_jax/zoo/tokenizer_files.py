@@ -7,7 +7,7 @@ import filecmp
 import json
 import shutil
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,9 @@ CLASSES |= {
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def from_transformers(folder: str | Path, length: int, model_type: str) -> tuple[str, str]:
+def from_transformers(
+    folder: str | Path, length: int, model_type: str, *, clean: Sequence[str] = (), strip_sep: bool = False
+) -> tuple[str, str]:
     """Returns (tokenizer spec, ops) of a Transformers or sentence-transformers folder.
 
     Args:
@@ -54,6 +56,8 @@ def from_transformers(folder: str | Path, length: int, model_type: str) -> tuple
         settings: tokenizer_config.json, special_tokens_map.json.
       length: the text tower's.
       model_type: the model's, from config.json: "clip", "siglip", "siglip2", "bert", ...
+      clean: text ops before the tokenizer; "canonicalize" leaves the tokenizer's own ops nothing to do.
+      strip_sep: whether id 0 replaces the separator at the end (open_clip's `strip_sep_token`).
 
     Raises:
       UserError: there is no tokenizer, or a setting of the tokenizer is unknown.
@@ -78,11 +82,17 @@ def from_transformers(folder: str | Path, length: int, model_type: str) -> tuple
     wanted = {"pad_id": ids["pad_id"] if pad is None else pad, "bos_id": added[0], "eos_id": added[1]}
     if siglip2:
         wanted |= {"bos_id": None, "eos_id": find(_content(settings.get("eos_token")) or "<eos>")}
+    if strip_sep:
+        separator = find(_content(settings.get("sep_token")) or ("[SEP]" if name == "BertTokenizer" else None))
+        if separator is None or wanted["eos_id"] != separator:
+            raise UserError(f"{folder}: strip_sep_token is set, but the tokenizer ends no text with a separator; {FIX}")
+        wanted["eos_id"] = 0
     options = "&".join(f"{key}={i}" for key, i in wanted.items() if i is not None and i != ids[key])
     if options:
         spec += ("&" if "?" in spec else "?") + options
     absent = "".join(f", {key}=False" for key in ("bos", "eos") if wanted[f"{key}_id"] is None)
-    return spec, f"{_before(folder, name, siglip2, settings)}tokenize({length}{absent})"
+    own = [] if "canonicalize" in clean else _before(folder, name, siglip2, settings)
+    return spec, " | ".join([*dict.fromkeys([*clean, *own]), f"tokenize({length}{absent})"])
 
 
 def _transformer_folder(folder: Path) -> Path:
@@ -151,13 +161,13 @@ def _sentencepiece(path: Path, settings: Mapping[str, Any]) -> tuple:
     return ids, pieces.get, (bos, ids["eos_id"])
 
 
-def _before(folder: Path, name: str, siglip2: bool, settings: Mapping[str, Any]) -> str:
+def _before(folder: Path, name: str, siglip2: bool, settings: Mapping[str, Any]) -> list[str]:
     """Returns the text ops that the tokenizer's own file lacks."""
     if name == "SiglipTokenizer":
         options = "" if settings.get("do_lower_case", True) else "lower=False, "
-        return f"canonicalize({options}underscore='drop') | "
+        return [f"canonicalize({options}underscore='drop')"]
     sentence_lower = read_json(folder / "sentence_bert_config.json").get("do_lower_case")
-    return "lower | " if siglip2 or sentence_lower else ""
+    return ["lower"] if siglip2 or sentence_lower else []
 
 
 # --- copying --------------------------------------------------------------------------------------------------------
@@ -229,8 +239,9 @@ def _parts(spec: str) -> tuple[str, Path | None, str]:
 def to_transformers(spec: str, tokenize_ops: str, folder: str | Path) -> None:
     """Writes AutoTokenizer's files into `folder`: tokenizer.json (SigLIP, T5: spiece.model) and settings.
 
-    The ids are the same, with two exceptions for the packaged `clip`: Transformers pads with <|endoftext|> where OpenAI
-    has 0 (no embedding depends on the padding), and Transformers neither unescapes HTML nor repairs encodings.
+    The ids are the same, with two exceptions. For the packaged `clip`, Transformers pads with <|endoftext|>, and OpenAI
+    with 0; no embedding depends on it. For it and for `clean`, Transformers neither unescapes HTML nor makes
+    characters plain.
 
     Args:
       spec: of the tokenizer.
@@ -243,8 +254,8 @@ def to_transformers(spec: str, tokenize_ops: str, folder: str | Path) -> None:
     tokenizer = tokenizers.build(spec)
     pipeline = ops.parse(tokenize_ops, tokenizer)
     steps = {step.name: step.kwargs for step in (*pipeline.before, *pipeline.after)}
-    if "tokenize" not in steps or not set(steps) <= {"lower", "canonicalize", "tokenize"}:
-        expected = "`tokenize(...)`, before it `lower` or `canonicalize`"
+    if "tokenize" not in steps or not set(steps) <= {"clean", "lower", "canonicalize", "tokenize"}:
+        expected = "`tokenize(...)`, before it `clean`, `lower` or `canonicalize`"
         raise UserError(f"tokenize `{tokenize_ops}` has no equivalent in Transformers; expected {expected}")
     kind, path, query = _parts(spec)
     options, canonical = steps["tokenize"], steps.get("canonicalize")
@@ -255,7 +266,7 @@ def to_transformers(spec: str, tokenize_ops: str, folder: str | Path) -> None:
     if kind == "sentencepiece" and around[0] is None and around[1] is not None:
         to = (path, Path(folder), tokenizer, options["length"])
         extra = dict(urllib.parse.parse_qsl(query[1:])).get("extra_ids")
-        if canonical is not None and canonical.get("underscore") == "drop":
+        if set(steps) == {"canonicalize", "tokenize"} and canonical.get("underscore") == "drop":
             return _write_sentencepiece(*to, "SiglipTokenizer", {"do_lower_case": canonical.get("lower", True)})
         if extra and set(steps) == {"tokenize"}:
             return _write_sentencepiece(*to, "T5Tokenizer", {"extra_ids": int(extra)})
@@ -263,9 +274,11 @@ def to_transformers(spec: str, tokenize_ops: str, folder: str | Path) -> None:
     lower = (
         "lower" in steps or "lower=true" in query.lower() or (canonical is not None and canonical.get("lower", True))
     )
+    replace = lambda pattern, by: hf.normalizers.Replace(hf.Regex(pattern), by)
     normalizers = [hf.normalizers.Lowercase()] if lower else []
+    if "clean" in steps:
+        normalizers = [replace(r"\s+", " "), hf.normalizers.Strip(), *normalizers]
     if canonical is not None:
-        replace = lambda pattern, by: hf.normalizers.Replace(hf.Regex(pattern), by)
         normalizers += [replace("_", " ")] if canonical.get("underscore", "space") == "space" else []
         normalizers += [replace(r"[!-/:-@\[-`{-~]", ""), replace(r"\s+", " "), hf.normalizers.Strip()]
     name = "PreTrainedTokenizerFast" if normalizers or None in around else _class(model)

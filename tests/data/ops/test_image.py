@@ -35,6 +35,18 @@ def test_decode_formats_and_transparency():
         run("decode | random_background", {"image": encoded})
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "1", "L", "CMYK", "RGB"])
+def test_alpha_can_be_dropped_as_openai_does(mode):
+    """The colours are those of `PIL.Image.convert("RGB")`, in which no alpha has a part."""
+    alpha = np.full((16, 16, 1), 7, np.uint8)
+    image = Image.fromarray(np.concatenate((picture(16, 16), alpha), -1))
+    image = image.convert("RGB").convert(mode) if mode in ("P", "1", "CMYK") else image.convert(mode)
+    out = io.BytesIO()
+    image.save(out, "TIFF" if mode == "CMYK" else "PNG", **({"transparency": 3} if mode == "P" else {}))
+    want = np.asarray(Image.open(out).convert("RGB"))
+    np.testing.assert_array_equal(run("decode(alpha='drop')", {"image": out.getvalue()})["image"], want)
+
+
 def test_broken_images_are_bad_examples():
     jpeg = encode(picture(), "JPEG")
     for data, reason in (

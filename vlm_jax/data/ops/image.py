@@ -78,7 +78,11 @@ def height_and_width(image: Picture) -> tuple[int, int]:
 
 @op
 def decode(
-    image: object, background: tuple[int, ...] | int | None = 255, exif: bool = False, max_pixels: int = MAX_PIXELS
+    image: object,
+    background: tuple[int, ...] | int | None = 255,
+    exif: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    alpha: Literal["composite", "drop"] = "composite",
 ) -> Picture:
     """Decodes JPEG, PNG, WebP, ... bytes into RGB.
 
@@ -90,6 +94,9 @@ def decode(
       background: colour under transparent pixels (grey level or RGB); None keeps the alpha channel: [H, W, 4].
       exif: turns the picture upright, by the camera's orientation (EXIF). The preprocessing of released models ignores
         the orientation.
+      alpha: "drop" shows the colours under transparent pixels as they are (`PIL.Image.convert("RGB")`), as OpenAI's and
+        open_clip's preprocessing does; "composite" puts transparent pictures on `background`, as Transformers does on
+        white.
       max_pixels: the limit. Above Pillow's own, Pillow's is raised to it for the process: later crops are checked, too.
     """
     if isinstance(image, np.ndarray):
@@ -115,7 +122,7 @@ def decode(
         return image  # still undecoded: `random_resized_crop` may ask the decoder for a smaller picture
     image = _eight_bits(_load(image))
     transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
-    if not transparent:
+    if not transparent or alpha == "drop":
         return image if image.mode == "RGB" else image.convert("RGB")
     rgba = image.convert("RGBA")
     return rgba if background is None else composite(rgba, background)

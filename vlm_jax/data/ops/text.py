@@ -10,6 +10,7 @@ from vlm_jax.data import spans
 from vlm_jax.data.ops.pipeline import Pipeline
 from vlm_jax.data.ops.registry import Length, Number, op
 from vlm_jax.data.source import BadExample, field
+from vlm_jax.data.tokenizers import clip
 from vlm_jax.errors import UserError
 
 
@@ -146,6 +147,15 @@ def random_template(text: str, rng: np.random.Generator, template: str, *templat
 def lower(text: str) -> str:
     """Lower-cases the text."""
     return text.lower()
+
+
+@op
+def clean(text: str) -> str:
+    """Unescapes HTML, makes quotes and ligatures plain and spaces single, as open_clip does before every tokenizer.
+
+    Mis-decoded text ("CafÃ©") is not repaired.
+    """
+    return clip.repaired(text)
 
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)

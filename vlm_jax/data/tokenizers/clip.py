@@ -27,11 +27,16 @@ _PLAIN |= dict.fromkeys(range(0x201C, 0x2020), '"')
 
 
 def clean(text: str) -> str:
-    """Returns `text` as CLIP's byte pairs expect it: unescaped, plain characters, single spaces, lower case."""
+    """Returns `text` as CLIP's byte pairs expect it: `repaired`, in lower case."""
+    return repaired(text).lower()
+
+
+def repaired(text: str) -> str:
+    """Returns `text` with HTML unescaped, plain characters and single spaces."""
     text = _CONTROL.sub("", html.unescape(html.unescape(text)))
     if not text.isascii():
         text = unicodedata.normalize("NFC", text.translate(_PLAIN))
-    return " ".join(text.split()).lower()
+    return " ".join(text.split())
 
 
 def _byte_alphabet() -> list[str]:

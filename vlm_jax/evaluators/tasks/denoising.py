@@ -10,6 +10,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.evaluators.one_pass import Batch, Columns, Pass
 from vlm_jax.evaluators.progress import Progress, Table
 from vlm_jax.evaluators.result import Result
+from vlm_jax.models.vocabulary import is_text
 
 
 @method(
@@ -49,11 +50,11 @@ def denoising(
             pretrained, progress, uri=uri, split=split, where=where, ops=ops, batch_size=batch_size,
             inputs=("input_ids", "token_ids"),
         )  # fmt: skip
-        pad_id = pretrained.tokenizer.pad_id
+        pad_id, eos_id = pretrained.tokenizer.pad_id, pretrained.tokenizer.eos_id
         data.begin("texts")
 
         def about(denoiser: int, token_ids: np.ndarray) -> tuple[int, int]:
-            return int(denoiser), int(np.sum(token_ids != pad_id))
+            return int(denoiser), int(np.sum(is_text(token_ids, pad_id, eos_id)))
 
         def rows(batch: Batch) -> Mapping[str, Columns]:
             denoiser, tokens = np.array(batch.about).T

@@ -10,6 +10,7 @@ import optax
 from vlm_jax import config
 from vlm_jax.catalogue import method
 from vlm_jax.models.transformer import AttentionInputs, Encoder, over_heads
+from vlm_jax.models.vocabulary import is_text
 from vlm_jax.objectives.selections import hard_pairs
 from vlm_jax.objectives.term import WHERE, Objective, Term
 
@@ -37,7 +38,7 @@ def matching(
     fusion: Mapping[str, Any] | None = None,
     targets: str | Mapping[str, Any] = "identity",
     groups: int = 1,
-    pad_id: int = 0,
+    pad_id: int | None = None,
 ) -> Objective:
     """Image-text matching with contrastive hard negatives (ALBEF, Li et al. 2021), on the pairs of `hard_pairs`.
 
@@ -45,7 +46,7 @@ def matching(
       model: linen module with the outputs that `hard_pairs` reads.
       fusion: fields of `Fusion`, such as dict(width=128, depth=2, heads=4); its parameters belong to the term.
       targets, groups: see `hard_pairs`.
-      pad_id: id of padding.
+      pad_id: id of padding; the tokenizer's, which is the default.
 
     Metrics: `accuracy`.
     """
@@ -53,7 +54,7 @@ def matching(
     fusion = config.call(Fusion, given, f"{WHERE}.fusion")
 
     def features(outputs, ctx):
-        mask = outputs["token_ids"] != pad_id
+        mask = is_text(outputs["token_ids"], *ctx.special(pad_id))
         return outputs.part("fusion", fusion, outputs["text_tokens"], outputs["image_tokens"], mask)
 
     def loss(outputs, features, rows, ctx):

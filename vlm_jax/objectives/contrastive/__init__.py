@@ -76,7 +76,7 @@ def contrastive(
         return {
             **parts.similarity.features(outputs),
             **parts.targets.features(outputs),
-            **parts.negatives.features(outputs),
+            **parts.negatives.features(outputs, ctx),
         }
 
     def loss(outputs, features, rows, ctx):

@@ -30,7 +30,7 @@ class Negatives(NamedTuple):
     """Negatives besides the pairs of the batch.
 
     Attributes:
-      features: (outputs) -> dict of arrays [B, ...], with other keys than "image" and "text".
+      features: (outputs, ctx) -> dict of arrays [B, ...], with other keys than "image" and "text".
       candidates: (features, state) -> `Candidates`; features has "image" and "text", [B, D], as well.
       init, update: of a memory, as for `Term`.
     """
@@ -46,7 +46,7 @@ class Negatives(NamedTuple):
 )
 def in_batch() -> Negatives:
     """The batch alone."""
-    return Negatives(lambda outputs: {}, lambda features, state: Candidates(features["text"]))
+    return Negatives(lambda outputs, ctx: {}, lambda features, state: Candidates(features["text"]))
 
 
 @method(
@@ -56,16 +56,16 @@ def in_batch() -> Negatives:
     differs="texts that are wrong by a word stand beside the batch's",
     needs={"objective.negatives.key": "texts"},
 )
-def texts(*, key: str = "texts", pad_id: int = 0) -> Negatives:
+def texts(*, key: str = "texts", pad_id: int | None = None) -> Negatives:
     """More texts of the batch, `key` int [B, K, L]: wrong for every image, candidates for every image.
 
     For hard negatives: texts that are wrong by a word or by the order of words. Texts of padding alone do not count.
     """
 
-    def features(outputs):
+    def features(outputs, ctx):
         ids = outputs[key]
         embedded = outputs.apply("__call__", None, ids.reshape(-1, ids.shape[-1])).text
-        return {"texts": embedded.reshape(*ids.shape[:2], -1), "given": jnp.any(ids != pad_id, axis=-1)}
+        return {"texts": embedded.reshape(*ids.shape[:2], -1), "given": jnp.any(ids != ctx.special(pad_id)[0], axis=-1)}
 
     def candidates(features, state):
         more, size = features["texts"], len(features["text"])
@@ -89,7 +89,7 @@ def queue(*, size: int = 65_536, teacher: str | None = "momentum") -> Negatives:
     model itself embeds the candidates. The queue is empty at first. `size` is rounded up to whole batches.
     """
 
-    def features(outputs):
+    def features(outputs, ctx):
         given = outputs.teacher(teacher) if teacher else outputs
         found = {"key_image": given["image_embedding"], "key_text": given["text_embedding"]}
         return found if teacher is None else jax.lax.stop_gradient(found)

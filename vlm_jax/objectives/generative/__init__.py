@@ -14,6 +14,7 @@ from vlm_jax import catalogue
 from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
 from vlm_jax.models.token_loss import token_loss
+from vlm_jax.models.vocabulary import is_text
 from vlm_jax.objectives.generative.losses import caption_loss, of_captions, token_metrics
 from vlm_jax.objectives.term import WHERE, Term
 
@@ -33,7 +34,7 @@ def captioning(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     mean: str = "caption",
-    pad_id: int = 0,
+    pad_id: int | None = None,
     chunk: int = 8,
 ) -> Term:
     """Returns the term of a model that writes: `Captioner`, `CoCa`, `EncoderDecoder`, `PrefixLM`.
@@ -46,7 +47,7 @@ def captioning(
         batch["denoiser"] holds their numbers.
       label_smoothing, z_loss, chunk: arguments of `token_loss`.
       mean: "caption": the mean over captions of the mean over a caption's tokens (Cap); "token": over all tokens (T5).
-      pad_id: id of padding; these targets never count.
+      pad_id: id of padding, whose targets never count; the tokenizer's, which is the default.
 
     Metrics: `token_accuracy`, and `perplexity`: exp of the mean cross-entropy of the tokens that count, without label
     smoothing and z-loss. Both also for each part of a mixture, e.g. `R/perplexity`; NaN if the batch has no such text.
@@ -62,18 +63,21 @@ def captioning(
 
     def features(outputs, ctx):
         counts = kind = None
+        special = ctx.special(pad_id)
         if corrupt is None:
             hidden, targets = outputs["next_token"]
         else:
             targets = outputs["token_ids"]
             keys = outputs.keys if ctx.train else None
-            inputs, two_way, counts, kind = corrupt(targets, jnp.sum(targets != pad_id, 1), model.decoder, keys)
+            inputs, two_way, counts, kind = corrupt(
+                targets, jnp.sum(is_text(targets, *special), 1), model.decoder, keys
+            )
             context, mask = outputs["context"]
             options = dict(context_mask=mask, bidirectional=two_way)
             hidden = outputs.apply("decode", inputs, context, **options).hidden
         logits = lambda hidden: outputs.apply("logits", hidden)
         losses = token_loss(logits, hidden, targets, label_smoothing=label_smoothing, z_loss=z_loss, chunk=chunk)
-        real = targets != pad_id
+        real = is_text(targets, *special)
         sums = of_captions(losses, real if counts is None else real & counts)
         return sums | ({"kind": outputs["denoiser"] if denoisers else kind} if kinds else {})
 
@@ -102,7 +106,7 @@ def denoising(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     mean: str = "caption",
-    pad_id: int = 0,
+    pad_id: int | None = None,
     chunk: int = 8,
 ) -> Term:
     """Returns the `captioning` term with texts as inputs; arguments and metrics as for `captioning`."""

@@ -9,6 +9,7 @@ from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
 from vlm_jax.models.generate import Special, sample
 from vlm_jax.models.token_loss import token_loss
+from vlm_jax.models.vocabulary import is_text
 from vlm_jax.objectives.outputs import Outputs, of_model
 from vlm_jax.objectives.term import WHERE, Objective, Row, Selection, Term
 
@@ -37,7 +38,7 @@ def rewarded(token_ids: jax.Array, rewards: jax.Array) -> dict[str, jax.Array | 
     return flat | {"image": image, "advantage": (rewards - others).ravel()}
 
 
-def policy_gradient(name: str, pad_id: int, on: str) -> Term:
+def policy_gradient(name: str, on: str, pad_id: int | None = None, end_id: int | None = None) -> Term:
     """Returns the term -mean(advantage x log p(caption | picture)) (REINFORCE) on the rows of `rewarded`.
 
     Metrics: `reward`, and `spread`, the standard deviation of the advantages.
@@ -46,7 +47,7 @@ def policy_gradient(name: str, pad_id: int, on: str) -> Term:
     def features(outputs, ctx):
         hidden, targets = outputs["next_token"]
         log_p = token_loss(lambda hidden: outputs.apply("logits", hidden), hidden, targets).log_likelihood
-        return jnp.sum(jnp.where(targets == pad_id, 0.0, log_p), axis=1)
+        return jnp.sum(log_p, axis=1, where=is_text(targets, *ctx.special(pad_id, end_id)))
 
     def loss(outputs, features, rows, ctx):
         advantage = rows["advantage"]
@@ -62,7 +63,13 @@ def policy_gradient(name: str, pad_id: int, on: str) -> Term:
     needs={"model.name": "captioner", "objective.teachers": {"judge": {"spec": "two_tower"}}},
 )
 def self_retrieval(
-    *, model: Any, judge: str = "judge", samples: int = 2, end_id: int = 1, pad_id: int = 0, judged_end: bool = False
+    *,
+    model: Any,
+    judge: str = "judge",
+    samples: int = 2,
+    end_id: int | None = None,
+    pad_id: int | None = None,
+    judged_end: bool = False,
 ) -> Objective:
     """Policy gradient of the self-retrieval reward (Gaur et al. 2024), on captions that the model samples.
 
@@ -72,7 +79,7 @@ def self_retrieval(
       model: a captioner.
       judge: name of a teacher with two embeddings and the captioner's token ids, e.g. `dict(spec="runs/clip")`.
       samples: captions of a picture, 2 or more.
-      end_id, pad_id: of the tokenizer.
+      end_id, pad_id: of the tokenizer, which are the default; without one, 1 and 0.
       judged_end: whether the judge's texts keep the end token; otherwise padding stands in its place.
 
     Metrics: see `policy_gradient`.
@@ -81,11 +88,13 @@ def self_retrieval(
         raise UserError(
             f"{WHERE}: self_retrieval compares captions of one picture; samples is {samples}, expected >= 2"
         )
-    special = Special(start=model.decoder.start_id, end=end_id, pad=pad_id)
 
     def draw(outputs, ctx):
+        pad, end = ctx.special(pad_id, end_id)
+        end = 1 if ctx.tokenizer is None and end is None else pad if end is None else end
+        special = Special(start=model.decoder.start_id, end=end, pad=pad)
         ids, taught = captions(outputs, samples, model.decoder.length, special), outputs.teacher(judge)
-        read = ids if judged_end else jnp.where(ids == end_id, pad_id, ids)
+        read = ids if judged_end else jnp.where(ids == end, pad, ids)
         text = [taught.apply("__call__", None, read[:, j]).text for j in range(samples)]
         return {"ids": ids, "text": jnp.stack(text, 1), "image": taught["scale"] * taught["image_embedding"]}
 
@@ -93,5 +102,5 @@ def self_retrieval(
         logits = jnp.einsum("ikd,jd->ikj", features["text"], features["image"])
         return rewarded(features["ids"], jnp.diagonal(jax.nn.log_softmax(logits), axis1=0, axis2=2).T)
 
-    term = policy_gradient("self_retrieval", pad_id, on="samples")
+    term = policy_gradient("self_retrieval", "samples", pad_id, end_id)
     return Objective((term,), (Selection("samples", draw, reward),))

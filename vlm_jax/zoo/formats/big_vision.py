@@ -10,6 +10,7 @@ from typing import Any
 
 from vlm_jax.errors import UserError
 from vlm_jax.zoo.key_map import expand
+from vlm_jax.zoo.released import NOTHING, Told
 
 ROOTS = ("params/", "opt/target/")  # of the parameters, in files that hold more
 OLD_NAMES = (  # (pattern, today's name): submodules were numbered over all classes, positions lived elsewhere
@@ -84,6 +85,7 @@ DECODER_BLOCK = (  # {block}: "EncDecBlock{i}", or "EncDecBlock*1": stacked on t
 )
 DECODER = (("decoder/token_embed", "EmbedTargets", "flax"), ("decoder/norm", "LayerNorm", "flax"))
 CAPTIONER = (("decoder/pos_embed", "pos_embedding_decoder", "same"),)
+TEXT_POOLS = ("last", "first", "mean", "max")  # of text_transformer, that have no parameters
 SCALES = (("logit_scale", "t", "one"), ("logit_bias", "b", "one"))
 
 
@@ -107,11 +109,12 @@ def recognise(names) -> bool:
     return any(re.search(r"(^|/)(Transformer/encoder|Encoder_0/encoder|BertEncoder_0/)", name) for name in names)
 
 
-def describe(tensors: Mapping[str, Any]) -> tuple[dict, list]:
-    """Returns the model of these arrays, from shapes alone.
+def describe(tensors: Mapping[str, Any], told: Told = NOTHING) -> tuple[dict, list]:
+    """Returns the model of these arrays, from shapes.
 
     Args:
       tensors: what `of_today` returned, name -> `tensors.Tensor`.
+      told: the pools that shapes do not tell; big_vision's "0", the first patch, is "first".
 
     Returns:
       (config section of our model, entries of its key table)
@@ -119,6 +122,8 @@ def describe(tensors: Mapping[str, Any]) -> tuple[dict, list]:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if any(name.startswith("decoder/") for name in shapes):
         return _captioner(shapes)
+    # SigLIP's, which has a bias beside the scale: its texts pool their last token.
+    told = told.with_pool("text", "last") if "b" in shapes else told
     two = any(name.startswith(("img/", "txt/")) for name in shapes)
     section, entries = {"name": "two_tower", "image": None, "text": None}, []
     for side, prefix in (("image", "img/"), ("text", "txt/")):
@@ -129,9 +134,9 @@ def describe(tensors: Mapping[str, Any]) -> tuple[dict, list]:
         if (side == "image" and not is_image) or (side == "text" and not is_text):
             continue
         if side == "image":
-            section[side], rows = _image(below), PACKED_IMAGE if len(below["embedding/kernel"]) == 2 else IMAGE
+            section[side], rows = _image(below, told), PACKED_IMAGE if len(below["embedding/kernel"]) == 2 else IMAGE
         elif "Embed_0/embedding" in below:
-            section[side], rows = _text(below), TEXT
+            section[side], rows = _text(below, told), TEXT
         else:
             section[side], rows = _bert(below), BERT
         entries += tower_entries(rows, side, prefix, section[side], stacked="encoderblock" in _blocks(below))
@@ -168,7 +173,7 @@ def captioner_entries(image: Mapping, decoder: Mapping, stacked_image: bool, sta
 
 def _captioner(shapes: Mapping[str, tuple]) -> tuple[dict, list]:
     below = {name.removeprefix("encoder/"): shape for name, shape in shapes.items() if name.startswith("encoder/")}
-    image = _image(below) | {"pool": "none"}
+    image = _image(below, Told(pool="gap")) | {"pool": "none"}
     stacked = "decoder/EncDecBlock/LayerNorm1/scale" in shapes
     first = f"decoder/EncDecBlock{'' if stacked else 0}"
     blocks = {match[1] for name in shapes if (match := re.match(r"decoder/EncDecBlock(\d+)/", name))}
@@ -220,7 +225,7 @@ def _head(shapes):
     return dict(out_dim=shapes["head/kernel"][-1], head_bias="head/bias" in shapes)
 
 
-def _image(shapes):
+def _image(shapes, told):
     fields = _encoder_fields(shapes, "Transformer/")
     kernel, table = shapes["embedding/kernel"], shapes.get("pos_embedding")
     if len(kernel) == 2:  # NaFlex: patches come flat, the table is a grid
@@ -235,13 +240,14 @@ def _image(shapes):
         covers = table is not None and math.isqrt(table[1] - 1) ** 2 == table[1] - 1
         fields |= dict(pool="tok", cls_position=covers)
     else:
-        fields["pool"] = "gap"
+        fields["pool"] = told.ask_pool("image", ("gap", "first"), "the arrays do not tell the image tower's pool")
     return fields
 
 
-def _text(shapes):
+def _text(shapes, told):
     vocab_size, _ = shapes["Embed_0/embedding"]
-    pool = "map" if "MAPHead_0/probe" in shapes else "last"
+    mapped = "MAPHead_0/probe" in shapes
+    pool = "map" if mapped else told.ask_pool("text", TEXT_POOLS, "the arrays do not tell the text tower's pool")
     fields = dict(vocab_size=vocab_size, length=shapes["pos_embedding"][1], pool=pool)
     return _encoder_fields(shapes, "Encoder_0/") | fields
 

@@ -1,17 +1,21 @@
 """Checkpoints of open_clip (a folder with open_clip_config.json, or bare weights) and OpenAI's own CLIP files.
 
-CLIP, CustomTextCLIP and SigLIP (a timm ViT as image tower). Shapes give the sizes. `model_cfg` gives heads, activation,
-pool and epsilon; bare weights take the values of OpenAI's models.
+CLIP, CustomTextCLIP and SigLIP (a timm ViT as image tower, see `open_clip_timm`). Shapes give the sizes. `model_cfg`
+gives heads, activation, pool and epsilon; bare weights take the values of OpenAI's models if they are as these.
 """
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
+from vlm_jax.config import choose
 from vlm_jax.errors import UserError
-from vlm_jax.models.variants import VARIANTS
+from vlm_jax.zoo import families
+from vlm_jax.zoo.formats import open_clip_timm
+from vlm_jax.zoo.formats.head_counts import HEAD_WIDTH, heads_of
+from vlm_jax.zoo.formats.settings import check, neutral
 from vlm_jax.zoo.key_map import expand
+from vlm_jax.zoo.released import NOTHING, Told
 
 # Buffers, and what OpenAI's archives keep beside the weights.
 IGNORED = ("*attn_mask", "input_resolution", "context_length", "vocab_size")
@@ -37,33 +41,6 @@ IMAGE = (
     ("norm", "ln_post", "norm"),
     ("head/kernel", "proj", "same"),
 )
-TIMM_IMAGE = (
-    ("patch_embed", "trunk.patch_embed.proj", "conv"),
-    ("cls", "trunk.cls_token", "same"),
-    ("registers", "trunk.reg_token", "same"),
-    ("pos_embed", "trunk.pos_embed", "same"),
-    ("pre_norm", "trunk.norm_pre", "norm"),
-    ("blocks_{i}/norm1", "trunk.blocks.{i}.norm1", "norm"),
-    ("blocks_{i}/attn/query", "trunk.blocks.{i}.attn.qkv#0/3", "dense"),
-    ("blocks_{i}/attn/key", "trunk.blocks.{i}.attn.qkv#1/3", "dense"),
-    ("blocks_{i}/attn/value", "trunk.blocks.{i}.attn.qkv#2/3", "dense"),
-    ("blocks_{i}/attn/out", "trunk.blocks.{i}.attn.proj", "dense"),
-    ("blocks_{i}/layer_scale1", "trunk.blocks.{i}.ls1.gamma", "same"),
-    ("blocks_{i}/norm2", "trunk.blocks.{i}.norm2", "norm"),
-    ("blocks_{i}/mlp/fc1", "trunk.blocks.{i}.mlp.fc1", "dense"),
-    ("blocks_{i}/mlp/fc2", "trunk.blocks.{i}.mlp.fc2", "dense"),
-    ("blocks_{i}/layer_scale2", "trunk.blocks.{i}.ls2.gamma", "same"),
-    ("norm", "trunk.norm", "norm"),
-    ("map_pool/probe", "trunk.attn_pool.latent", "same"),
-    ("map_pool/attn/query", "trunk.attn_pool.q", "dense"),
-    ("map_pool/attn/key", "trunk.attn_pool.kv#0/2", "dense"),
-    ("map_pool/attn/value", "trunk.attn_pool.kv#1/2", "dense"),
-    ("map_pool/attn/out", "trunk.attn_pool.proj", "dense"),
-    ("map_pool/norm", "trunk.attn_pool.norm", "norm"),
-    ("map_pool/mlp/fc1", "trunk.attn_pool.mlp.fc1", "dense"),
-    ("map_pool/mlp/fc2", "trunk.attn_pool.mlp.fc2", "dense"),
-    ("head", "head.proj", "dense"),
-)
 TEXT = (
     ("token_embed", "token_embedding", "embedding"),
     ("pos_embed", "positional_embedding", "table"),
@@ -72,19 +49,43 @@ TEXT = (
 )
 TEXT_HEAD = (("head/kernel", "text_projection", "same"),)
 TEXT_HEAD_WITH_BIAS = (("head", "text_projection", "dense"),)
+TEXT_POOLS = ("argmax", "last", "first", "eos")
+TRANSFORMER = "visual.transformer.resblocks"
 SCALES = (("logit_scale", "logit_scale", "same"), ("logit_bias", "logit_bias", "same"))
 
-# Our variants in timm's names of the SigLIP image towers.
-TIMM_NAMES = {"B": "base", "L": "large", "So400m": "so400m", "g-opt": "giantopt"}
-# timm's towers with tanh GELU, by name; all others have exact GELU.
-TIMM_TANH = r"vit_(giantopt_patch16|so400m_patch16|base_patch32)_siglip|vit_large_patch16_siglip(_gap)?_512"
-# Fields of model_cfg that change the model's outputs, and the only supported value.
-PLAIN_BLOCK = dict(block_type="default", qk_norm=False, scaled_cosine_attn=False, scale_heads=False)
-PLAIN_BLOCK |= dict(scale_attn_inner=False, scale_attn=False, scale_fc=False, final_ln_after_pool=False)
-PLAIN = {
-    "vision_cfg": dict(PLAIN_BLOCK, attentional_pool=False, pool_type="tok", pos_embed_type="learnable"),
-    "text_cfg": dict(PLAIN_BLOCK, embed_cls=False, hf_model_name=None),
-}
+# Settings of model_cfg that are read here, or that tensors tell; and all others of open_clip 3.3.
+READ = {
+    "model_cfg": {"vision_cfg", "text_cfg", "quick_gelu", "init_logit_bias", "embed_dim", "custom_text"},
+    "vision_cfg": {
+        "width", "layers", "mlp_ratio", "patch_size", "image_size", "head_width", "act_kwargs", "norm_kwargs",
+        "timm_model_name", "timm_pool", "pool_type", "final_ln_after_pool",
+    },
+    "text_cfg": {
+        "context_length", "vocab_size", "hf_tokenizer_name", "tokenizer_kwargs", "width", "heads", "layers",
+        "mlp_ratio", "eos_id", "no_causal_mask", "pool_type", "act_kwargs", "norm_kwargs",
+    },
+    "act_kwargs": (),
+    "norm_kwargs": {"eps"},
+}  # fmt: skip
+PLAIN_BLOCK = dict(block_type=["default"])
+PLAIN_BLOCK |= {f"scale_{part}": [False] for part in ("heads", "attn_inner", "attn", "fc")}
+PLAIN_BLOCK |= dict(qk_norm=[False], scaled_cosine_attn=[False])
+NEUTRAL = {
+    "model_cfg": neutral("init_logit_scale cast_dtype output_dict is_hf_model", nonscalar_logit_scale=[False]),
+    "vision_cfg": neutral(
+        "ls_init_value patch_dropout attn_pooler_queries attn_pooler_heads no_ln_pre output_tokens "
+        "timm_model_pretrained timm_proj_bias timm_drop timm_drop_path",
+        attentional_pool=[False], pos_embed_type=["learnable"], timm_proj=["linear", "none", ""],
+        **PLAIN_BLOCK,
+    ),
+    "text_cfg": neutral(
+        "ls_init_value pad_id proj_bias output_tokens hf_model_pretrained hf_proj_type hf_pooler_type",
+        embed_cls=[False], final_ln_after_pool=[False], proj_type=["linear", "none"], tokenizer_mode=[""],
+        **PLAIN_BLOCK,
+    ),
+    "act_kwargs": neutral("inplace", approximate=["none", "tanh"]),
+    "norm_kwargs": neutral("", elementwise_affine=[True], bias=[True]),
+}  # fmt: skip
 
 
 def recognise(names) -> bool:
@@ -93,47 +94,68 @@ def recognise(names) -> bool:
 
 
 def describe(
-    tensors: Mapping[str, Any], model_cfg: Mapping[str, Any] | None = None, activation: str | None = None
+    tensors: Mapping[str, Any], model_cfg: Mapping[str, Any] | None = None, told: Told = NOTHING
 ) -> tuple[dict, list, tuple[str, ...]]:
     """Returns the model of tensors and a `model_cfg`.
 
     Args:
       tensors: name -> `tensors.Tensor`.
       model_cfg: of open_clip_config.json; None for bare weights.
-      activation: for bare weights, whose shapes do not tell: "quick_gelu" (OpenAI's weights and those tuned from them)
-        or "gelu".
+      told: for bare weights, whose shapes do not tell them: the activation, "quick_gelu" (OpenAI's weights and those
+        tuned from them), "gelu" or "gelu_tanh"; pools and heads of towers that are not OpenAI's.
 
     Returns:
       (config section of our model, entries of its key table, patterns of tensors that are left out)
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if "visual.layer1.0.conv1.weight" in shapes:
-        raise UserError("the image tower is a ResNet; only Vision Transformers can be loaded")
     cfg = dict(model_cfg or {})
     vision, text = dict(cfg.get("vision_cfg") or {}), dict(cfg.get("text_cfg") or {})
-    for where, part in (("vision_cfg", vision), ("text_cfg", text)):
-        for key, value in PLAIN[where].items():
-            if part.get(key) not in (None, value):
-                raise UserError(f"{where}.{key} is {part[key]!r}; only {value!r} is supported")
+    if problem := families.of_open_clip(shapes, vision, text):
+        raise UserError(problem)
+    check_settings(cfg, vision, text)
     timm = any(name.startswith("visual.trunk.") for name in shapes)
     prefix = "text." if "text.token_embedding.weight" in shapes else ""
-    if model_cfg is None and activation is None:
+    bare = model_cfg is None
+    if bare and None in (told.of("activation", "image"), told.of("activation", "text")):
         raise UserError(
             "bare CLIP weights do not tell their activation; pass activation='quick_gelu' (OpenAI's weights and those "
             "tuned from them) or activation='gelu' (most of open_clip's)"
         )
-    plain = "quick_gelu" if cfg.get("quick_gelu") else activation or "gelu"
-    section = {
-        "name": "two_tower",
-        "image": _timm_image(shapes, vision) if timm else image_fields(shapes, vision, plain),
-    }
-    section |= {"text": _text(shapes, prefix, text, plain), "bias_init": -10.0 if "logit_bias" in shapes else None}
-    return section, _entries(section, timm, prefix), IGNORED
+    plain = lambda side: told.of("activation", side) if bare else "quick_gelu" if cfg.get("quick_gelu") else "gelu"
+    image = (
+        open_clip_timm.image_fields(shapes, vision, told)
+        if timm
+        else image_fields(shapes, vision, plain("image"), told)
+    )
+    as_openai = not timm and not prefix and image["pre_norm"] and "logit_bias" not in shapes
+    if bare and not timm and not image["pre_norm"]:
+        why = "bare weights whose towers are not as OpenAI's do not tell the image tower's pool"
+        image["pool"] = told.ask_pool("image", ("tok", "patches"), why)
+    if bare and not as_openai:
+        text["pool_type"] = told.ask_pool(
+            "text", TEXT_POOLS, "bare weights whose towers are not as OpenAI's do not tell the text tower's pool"
+        )
+        text["no_causal_mask"] = text["pool_type"] in ("last", "first")
+        text["eos_id"] = 2
+    section = {"name": "two_tower", "image": image, "text": _text(shapes, prefix, text, plain("text"), told, bare)}
+    section |= {"bias_init": -10.0 if "logit_bias" in shapes else None}
+    rows = open_clip_timm.rows_of(shapes) if timm else IMAGE
+    return section, _entries(section, rows, prefix), IGNORED
 
 
-def _entries(section, timm, prefix):
+def check_settings(cfg: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    """Raises a UserError for a setting of `model_cfg` that is neither read nor known to change nothing."""
+    parts = {"model_cfg": cfg, "vision_cfg": vision, "text_cfg": text}
+    for name, part in parts.items():
+        check(part, READ[name], NEUTRAL[name], name)
+        for key in ("act_kwargs", "norm_kwargs"):
+            if key in part:
+                check(part[key] or {}, READ[key], NEUTRAL[key], f"{name}.{key}")
+
+
+def _entries(section, rows, prefix):
     image, text = section["image"], section["text"]
-    rows, texts = TIMM_IMAGE if timm else IMAGE, TEXT + (TEXT_HEAD_WITH_BIAS if text["head_bias"] else TEXT_HEAD)
+    texts = TEXT + (TEXT_HEAD_WITH_BIAS if text["head_bias"] else TEXT_HEAD)
     entries = expand(rows, "image/", "visual.", depth=image["depth"], heads=image["heads"], patch=image["patch"])
     entries += expand(texts, "text/", prefix, depth=text["depth"], heads=text["heads"])
     return entries + expand(SCALES)
@@ -157,76 +179,49 @@ def _layer_scale(shapes, name):
     return {"layer_scale": 1.0} if name in shapes else {}
 
 
-def image_fields(shapes, cfg, plain):
+def image_fields(shapes, cfg, plain, told):
     """Returns the fields of open_clip's own image tower."""
     width, _, patch, _ = shapes["visual.conv1.weight"]
     rows = shapes["visual.positional_embedding"][0] - 1
     side = math.isqrt(rows)
     size = cfg.get("image_size") or (side * patch if side * side == rows else None)
+    pool = choose({"tok": "tok", "avg": "patches"}, cfg.get("pool_type", "tok"), "vision_cfg.pool_type")
+    depth, mlp_dim = blocks(shapes, f"{TRANSFORMER}."), shapes[f"{TRANSFORMER}.0.mlp.c_fc.weight"][0]
     return dict(
         width=width,
-        depth=blocks(shapes, "visual.transformer.resblocks."),
-        heads=width // cfg.get("head_width", 64),
-        mlp_dim=shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"][0],
+        depth=depth,
+        heads=width // cfg.get("head_width", 64) if cfg else heads_of(width, depth, mlp_dim, told),
+        mlp_dim=mlp_dim,
         patch=patch,
         image_size=tuple(size) if isinstance(size, list) else size,
         activation=_activation(cfg, plain),
         norm_eps=_eps(cfg),
-        pool="tok",
+        pool=pool,
+        cls=True,
+        final_norm="pooled" if pool == "patches" and cfg.get("final_ln_after_pool") else "tokens",
         cls_position=True,
         patch_bias=False,
         pre_norm="visual.ln_pre.weight" in shapes,
         out_dim=shapes["visual.proj"][1] if "visual.proj" in shapes else None,
         head_bias=False,
-        **_layer_scale(shapes, "visual.transformer.resblocks.0.ls_1.gamma"),
+        **_layer_scale(shapes, f"{TRANSFORMER}.0.ls_1.gamma"),
     )
 
 
-def _timm_image(shapes, cfg):
-    trunk = "visual.trunk."
-    width, _, patch, _ = shapes[f"{trunk}patch_embed.proj.weight"]
-    depth, mlp_dim = blocks(shapes, f"{trunk}blocks."), shapes[f"{trunk}blocks.0.mlp.fc1.weight"][0]
-    sizes = {(w, d, m): heads for w, d, m, heads in VARIANTS.values()}
-    pool = cfg.get("timm_pool", "map" if f"{trunk}attn_pool.latent" in shapes else "avg")
-    pools = {"map": "map", "token": "tok", "tok": "tok", "avg": "gap"}
-    if pool not in pools:
-        raise UserError(f"vision_cfg.timm_pool is `{pool}`; expected one of: {', '.join(pools)}")
-    name, cls = cfg.get("timm_model_name") or "", f"{trunk}cls_token" in shapes
-    size = cfg.get("image_size")
-    fields = dict(
-        width=width,
-        depth=depth,
-        heads=width // cfg["head_width"] if "head_width" in cfg else sizes.get((width, depth, mlp_dim), width // 64),
-        mlp_dim=mlp_dim,
-        patch=patch,
-        image_size=tuple(size) if isinstance(size, list) else size,
-        activation="gelu_tanh" if re.match(TIMM_TANH, name) else _activation(cfg, "gelu"),
-        norm_eps=(cfg.get("norm_kwargs") or {}).get("eps", 1e-6),
-        pool=pools[pool],
-        **_layer_scale(shapes, f"{trunk}blocks.0.ls1.gamma"),
-    )
-    if cls:
-        fields |= dict(cls=True, cls_position=True)
-        if f"{trunk}reg_token" in shapes:
-            fields["registers"] = shapes[f"{trunk}reg_token"][1]
-    if "visual.head.proj.weight" in shapes:
-        head = shapes["visual.head.proj.weight"][0]
-        fields |= dict(out_dim=head, head_bias="visual.head.proj.bias" in shapes)
-    return fields
-
-
-def _text(shapes, prefix, cfg, plain):
+def _text(shapes, prefix, cfg, plain, told, bare):
     vocab_size, width = shapes[f"{prefix}token_embedding.weight"]
     pool = cfg.get("pool_type", "argmax")
-    if pool not in ("argmax", "last", "first", "eos"):
-        raise UserError(f"text_cfg.pool_type is `{pool}`; expected one of: argmax, last, first, eos")
+    if pool not in TEXT_POOLS:
+        raise UserError(f"text_cfg.pool_type is `{pool}`; expected one of: {', '.join(TEXT_POOLS)}")
     linear, plain_head = (shapes.get(f"{prefix}text_projection{end}") for end in (".weight", ""))
     head = linear or (plain_head and plain_head[::-1])
+    depth = blocks(shapes, f"{prefix}transformer.resblocks.")
+    mlp_dim = shapes[f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"][0]
     return dict(
         width=width,
-        depth=blocks(shapes, f"{prefix}transformer.resblocks."),
-        heads=cfg.get("heads", width // 64),
-        mlp_dim=shapes[f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"][0],
+        depth=depth,
+        heads=text_heads(width, told) if bare else cfg.get("heads", 8),
+        mlp_dim=mlp_dim,
         vocab_size=vocab_size,
         length=shapes[f"{prefix}positional_embedding"][0],
         activation=_activation(cfg, plain),
@@ -240,41 +235,64 @@ def _text(shapes, prefix, cfg, plain):
     )
 
 
+def text_heads(width: int, told: Told) -> int:
+    """Returns the heads of a bare file's text tower: width / 64 in all of OpenAI's and open_clip's."""
+    given = told.of("heads", "text") if isinstance(told.heads, Mapping) else None
+    if given is None and width % HEAD_WIDTH:
+        raise UserError(
+            f"the file does not tell the heads of the text tower (width {width}); pass heads=dict(text=...)"
+        )
+    return given or width // HEAD_WIDTH
+
+
 def config(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the `model_cfg` of our section, as far as open_clip can express the model."""
+    """Returns the `model_cfg` of our section.
+
+    Raises:
+      UserError: open_clip cannot express the model.
+    """
     image, text = section["image"], section["text"]
     if not image or not text:
         raise UserError("open_clip's format is of two towers; this model has one")
-    timm = image["pool"] != "tok" or not image.get("pre_norm")
-    vision = dict(image_size=image.get("image_size"), width=image["width"], layers=image["depth"])
-    vision |= dict(patch_size=image["patch"], head_width=image["width"] // image["heads"])
-    if timm:
-        size = image.get("image_size")
-        sizes = image["width"], image["depth"], image["mlp_dim"]
-        variant = next((name for name, known in VARIANTS.items() if known[:3] == sizes), "")
-        name = TIMM_NAMES.get(variant, f"{image['width']}x{image['depth']}")
-        vision |= dict(timm_model_name=f"vit_{name}_patch{image['patch']}_siglip_{size}", timm_model_pretrained=False)
-        vision |= dict(timm_pool={"gap": "avg", "tok": "token"}.get(image["pool"], image["pool"]))
-        vision |= dict(timm_proj="linear" if image.get("out_dim") else "none")
-    else:
-        vision |= dict(mlp_ratio=image["mlp_dim"] / image["width"])
+    vision = _own_config(image) if image["pool"] in ("tok", "patches") else open_clip_timm.config(image)
     texts = dict(context_length=text["length"], vocab_size=text["vocab_size"], width=text["width"])
     texts |= dict(heads=text["heads"], layers=text["depth"], mlp_ratio=text["mlp_dim"] / text["width"])
     texts |= dict(no_causal_mask=not text.get("causal", False), pool_type=text["pool"])
-    texts |= dict(proj_bias=text.get("head_bias", True)) | ({"eos_id": text["eos_id"]} if text.get("eos_id") else {})
-    for part, fields in ((vision, image), (texts, text)):
+    texts |= {"eos_id": text["eos_id"]} if text.get("eos_id") else {}
+    if text["out_dim"]:
+        texts["proj_bias"] = text.get("head_bias", True)
+    else:
+        texts["proj_type"] = "none"
+    own = [texts] if "timm_model_name" in vision else [vision, texts]
+    for part, fields in zip(own, [text] if len(own) == 1 else [image, text], strict=True):
         part["norm_kwargs"] = {"eps": fields.get("norm_eps", 1e-6)}
         if fields.get("activation", "gelu_tanh") == "gelu_tanh":
             part["act_kwargs"] = {"approximate": "tanh"}
-    cfg = dict(embed_dim=text["out_dim"], vision_cfg=vision, text_cfg=texts)
-    cfg["quick_gelu"] = image.get("activation") == "quick_gelu"
+        if fields.get("layer_scale") is not None:
+            part["ls_init_value"] = fields["layer_scale"]
+    cfg = dict(embed_dim=text["out_dim"] or text["width"], vision_cfg=vision, text_cfg=texts)
+    cfg["quick_gelu"] = text.get("activation") == "quick_gelu"
     if section.get("bias_init") is not None:
         cfg |= dict(custom_text=True, init_logit_bias=section["bias_init"])
     return cfg
+
+
+def _own_config(image: Mapping[str, Any]) -> dict[str, Any]:
+    lacks = [name for name in ("out_dim", "image_size") if not image.get(name)]
+    if lacks:
+        raise UserError(f"open_clip's image towers have {' and '.join(lacks)}; this one has none")
+    vision = dict(image_size=image["image_size"], width=image["width"], layers=image["depth"])
+    vision |= dict(patch_size=image["patch"], head_width=image["width"] // image["heads"])
+    vision |= dict(mlp_ratio=image["mlp_dim"] / image["width"])
+    vision |= {} if image.get("pre_norm") else {"no_ln_pre": True}
+    if image["pool"] == "patches":
+        vision |= dict(pool_type="avg", final_ln_after_pool=image["final_norm"] == "pooled")
+    return vision
 
 
 def outline(section: Mapping[str, Any]) -> tuple[dict, list]:
     """Returns (`model_cfg`, entries) that write a model whose section has all fields."""
     cfg = config(section)
     prefix = "text." if cfg.get("custom_text") else ""
-    return cfg, _entries(section, "timm_model_name" in cfg["vision_cfg"], prefix)
+    rows = open_clip_timm.TIMM_IMAGE if "timm_model_name" in cfg["vision_cfg"] else IMAGE
+    return cfg, _entries(section, rows, prefix)

@@ -4,8 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.errors import UserError
+from vlm_jax.zoo import families
 from vlm_jax.zoo.formats import open_clip
+from vlm_jax.zoo.formats.settings import check
 from vlm_jax.zoo.key_map import expand
+from vlm_jax.zoo.released import NOTHING, Told
 
 POOLED_IMAGE = tuple(row for row in open_clip.IMAGE if row[0] not in ("norm", "head/kernel"))
 POOL = (
@@ -46,16 +49,19 @@ def recognise(names) -> bool:
 
 
 def describe(
-    tensors: Mapping[str, Any], model_cfg: Mapping[str, Any] | None = None
+    tensors: Mapping[str, Any], model_cfg: Mapping[str, Any] | None = None, told: Told = NOTHING
 ) -> tuple[dict[str, Any], list, tuple[str, ...]]:
     """Returns the model of these tensors; arguments and result as in `open_clip.describe`."""
     shapes, cfg = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, dict(model_cfg or {})
     activation = "quick_gelu" if cfg.get("quick_gelu") else "gelu"
     vision, text, multimodal = (dict(cfg.get(f"{part}_cfg") or {}) for part in ("vision", "text", "multimodal"))
+    if problem := families.of_open_clip(shapes, vision, text):
+        raise UserError(problem)
+    _check(cfg, vision, text, multimodal)
     two_pools = any(name.startswith("visual.attn_pool_contrastive.") for name in shapes)
     if two_pools or "visual.attn_pool.query" not in shapes or "text.cls_emb" not in shapes:
         raise UserError("only CoCas with one attentional pooler and a cls token in the text tower can be loaded")
-    image = open_clip.image_fields(shapes, vision, activation)
+    image = open_clip.image_fields(shapes, vision, activation, told)
     image |= dict(pool="none", cls=True, out_dim=None)
     queries, width = shapes["visual.attn_pool.query"]
     pool = dict(width=width, queries=queries, heads=vision.get("attn_pooler_heads", 8))
@@ -64,7 +70,7 @@ def describe(
     unimodal = dict(
         width=text_width,
         depth=open_clip.blocks(shapes, "text.transformer.resblocks."),
-        heads=text.get("heads", text_width // 64),
+        heads=text.get("heads", 8) if cfg else open_clip.text_heads(text_width, told),
         mlp_dim=shapes["text.transformer.resblocks.0.mlp.c_fc.weight"][0],
         length=shapes["text.positional_embedding"][0] - 1,
         **common,
@@ -72,7 +78,7 @@ def describe(
     decoder = dict(
         width=text_width,
         depth=open_clip.blocks(shapes, "text_decoder.resblocks."),
-        heads=multimodal.get("heads", text_width // 64),
+        heads=multimodal.get("heads", 8) if cfg else open_clip.text_heads(text_width, told),
         mlp_dim=shapes["text_decoder.resblocks.0.mlp.c_fc.weight"][0],
         length=unimodal["length"],
         logits_bias=False,
@@ -96,3 +102,16 @@ def describe(
     entries += expand(TEXT, "text/", "text.", depth=unimodal["depth"], heads=unimodal["heads"])
     entries += expand(DECODER, "decoder/", "text_decoder.", depth=decoder["depth"], heads=decoder["heads"])
     return section, entries, open_clip.IGNORED
+
+
+def _check(cfg: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[str, Any], multimodal: Mapping[str, Any]):
+    """Raises a UserError for a setting that is neither read nor known to change nothing."""
+    if vision.get("attentional_pool") not in (None, True) or text.get("embed_cls") not in (None, True):
+        raise UserError("model_cfg has no attentional_pool or no embed_cls; a CoCa has both")
+    if text.get("pad_id") or multimodal.get("pad_id"):
+        raise UserError("text_cfg.pad_id is not 0; only 0 is supported in a CoCa")
+    without = lambda part, *keys: {key: value for key, value in part.items() if key not in keys}
+    cfg, known = without(cfg, "multimodal_cfg"), open_clip.READ["text_cfg"]
+    open_clip.check_settings(cfg, without(vision, "attentional_pool"), without(text, "embed_cls"))
+    own = without(multimodal, "attn_pooler_heads", "n_queries", "dim_head")
+    check(own, known, open_clip.NEUTRAL["text_cfg"], "multimodal_cfg")

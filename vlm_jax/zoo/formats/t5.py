@@ -5,7 +5,8 @@ from typing import Any
 
 from vlm_jax.config import choose
 from vlm_jax.errors import UserError
-from vlm_jax.zoo.formats.transformers_towers import ACTIVATIONS
+from vlm_jax.zoo.formats.settings import check, neutral
+from vlm_jax.zoo.formats.transformers_towers import ACTIVATIONS, COMMON
 from vlm_jax.zoo.key_map import Entry, expand
 
 MODEL_TYPES = ("t5", "mt5")
@@ -21,6 +22,12 @@ SIZES = {  # our field, their key, their default; all whole numbers of 1 or more
     "relative_buckets": ("relative_attention_num_buckets", 32),
     "relative_distance": ("relative_attention_max_distance", 128),
 }
+READ = {key for key, _ in SIZES.values()} | {
+    "vocab_size", "n_positions", "num_decoder_layers", "feed_forward_proj", "layer_norm_epsilon", "model_type",
+    "scale_decoder_outputs", "tie_word_embeddings", "decoder_start_token_id", "pad_token_id",
+}  # fmt: skip
+# `dense_act_fn` and `is_gated_act` are derived from `feed_forward_proj`.
+NEUTRAL = COMMON | neutral("output_past dense_act_fn is_gated_act", is_encoder_decoder=[True])
 
 
 def _attention(ours: str, theirs: str) -> tuple[tuple[str, str, str], ...]:
@@ -59,6 +66,7 @@ def describe(config: Mapping[str, Any], shapes: Mapping[str, tuple]) -> tuple[di
     (original T5, whose files may repeat the table under that name). Transformers 5 also ties by the file; there,
     `scale_decoder_outputs` has the former role of `tie_word_embeddings`.
     """
+    check(config, READ, NEUTRAL, "config.json")
     config = {key: value for key, value in config.items() if value is not None}
     numbers = {**dict(SIZES.values()), "vocab_size": 32_128, "n_positions": 512}
     numbers = {key: _whole(config, key, default) for key, default in numbers.items()}

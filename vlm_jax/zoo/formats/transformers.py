@@ -12,8 +12,10 @@ from typing import Any
 from vlm_jax.config import choose
 from vlm_jax.data.files import inside, read_json
 from vlm_jax.errors import UserError
+from vlm_jax.zoo import families
 from vlm_jax.zoo.formats import t5
-from vlm_jax.zoo.formats.transformers_towers import TEXTS, VISION, read_config, rows_of, write_config
+from vlm_jax.zoo.formats.settings import check
+from vlm_jax.zoo.formats.transformers_towers import COMMON, TEXTS, VISION, read_config, rows_of, write_config
 from vlm_jax.zoo.key_map import expand
 
 IGNORED = ("*position_ids", "*embeddings.mask_token", "cls.*")  # buffers, and heads of pretraining
@@ -29,6 +31,11 @@ SCALES = {
     "siglip2": (("logit_scale", "logit_scale", "one"), ("logit_bias", "logit_bias", "one")),
     "vision-text-dual-encoder": (("logit_scale", "logit_scale", "same"),),
 }
+# Further settings of a pair that are read here, or that its class ignores.
+OWN = {kind: {"vision_config", "text_config"} for kind in PAIRS}
+OWN |= {kind: OWN[kind] | {"vision_config_dict", "text_config_dict"} for kind in ("clip", "siglip", "siglip2")}
+UNUSED = dict.fromkeys(("siglip_vision_model", "siglip2_vision_model"), ("head",))  # by `...ForImageClassification`
+UNUSED |= {"clip_vision_model": ("post_layernorm",)}
 HEADS = {"image": ("visual_projection", "classifier"), "text": ("text_projection",)}  # outside of the towers' prefixes
 PREFIXES = {
     "image": ("vision_model.vision_model.", "vision_model.", "vit.", "dinov2.", "dinov2_with_registers.", ""),
@@ -55,8 +62,13 @@ def describe(config: Mapping[str, Any], shapes: Mapping[str, tuple], pooling: st
         return t5.describe(config, shapes)
     pair = kind in PAIRS
     if not pair and kind not in VISION and kind not in TEXTS:
-        known = ", ".join([*PAIRS, *VISION, *TEXTS, *t5.MODEL_TYPES])
-        raise UserError(f"config.json has the model_type `{kind}`; known are: {known}")
+        known = [*PAIRS, *VISION, *TEXTS, *t5.MODEL_TYPES]
+        nearest = families.nearest_type(str(kind), known)
+        raise UserError(
+            f"config.json has the model_type `{kind!s:.60}`; known are: {', '.join(known)}; the nearest is `{nearest}`"
+        )
+    if pair:
+        check(config, OWN[kind], COMMON, "config.json")
     section, entries, ignored = {"name": "two_tower", "image": None, "text": None}, [], list(IGNORED)
     for side, types, own in (("image", VISION, "vision_config"), ("text", TEXTS, "text_config")):
         part = dict(config.get(own) or {}) if pair else dict(config)
@@ -67,6 +79,8 @@ def describe(config: Mapping[str, Any], shapes: Mapping[str, tuple], pooling: st
         if pair and not prefix:
             continue  # the file holds only the other tower
         tower = choose(types, type_name, f"the model_type of config.json's {own}" if pair else "model_type")
+        if kind == "clip" and config.get(f"{own}_dict"):  # overrides `own`, its class's defaults included
+            part |= tower.defaults | config[f"{own}_dict"]
         names = {name.removeprefix(prefix) for name in shapes if name.startswith(prefix)}
         fields = read_config(tower, part, names)
         if fields["depth"] > len(shapes):
@@ -76,7 +90,10 @@ def describe(config: Mapping[str, Any], shapes: Mapping[str, tuple], pooling: st
             head = HEADS[side][0]  # missing; `key_map.match` raises
         if head:
             width = shapes.get(f"{head}.weight", (config.get("projection_dim"),))[0]
-            fields |= {"out_dim": width, "head_bias": f"{head}.bias" in shapes}
+            fields |= {"out_dim": width, "head_bias": head == "classifier"}
+            if head == "classifier":
+                fields |= _classifier_pool(type_name)
+                ignored += [f"{prefix}{name}.*" for name in UNUSED.get(type_name, ())]
         if side == "text" and pooling:
             fields["pool"] = pooling
             fields.pop("rep_dim", None)
@@ -89,6 +106,20 @@ def describe(config: Mapping[str, Any], shapes: Mapping[str, tuple], pooling: st
         entries += expand(SCALES[kind])
         section["bias_init"] = -10.0 if "siglip" in kind else None
     return section, entries, ignored
+
+
+def _classifier_pool(type_name: str) -> dict[str, Any]:
+    """Returns the fields of `...ForImageClassification` that differ from the tower's own."""
+    if type_name.startswith("siglip"):
+        return {"pool": "gap"}
+    if type_name == "clip_vision_model":  # the patches before the last norm, which is unused
+        return {"pool": "patches", "cls": True, "final_norm": "none"}
+    if type_name == "vit":
+        return {}
+    raise UserError(
+        "this classifier reads the cls token beside the mean of the patches, which no pool here does: "
+        "load the tower without its `classifier`"
+    )
 
 
 # --- writing --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from vlm_jax.config import choose
 from vlm_jax.errors import UserError
 from vlm_jax.zoo.formats import transformers_tables as tables
+from vlm_jax.zoo.formats.settings import check, neutral
 
 ACTIVATIONS = {  # theirs, ours; the first of several names is written
     "quick_gelu": "quick_gelu",
@@ -27,6 +28,25 @@ SIZES = {
 }
 IMAGE = {**SIZES, "image_size": "image_size", "patch": "patch_size"}
 TEXT = {**SIZES, "vocab_size": "vocab_size", "length": "max_position_embeddings"}
+# Of all configs: how a model is trained, generates or is served, and what its outputs are called.
+COMMON = neutral(
+    "_name_or_path _commit_hash architectures model_type transformers_version torch_dtype dtype use_bfloat16 "
+    "torchscript attn_implementation _attn_implementation _attn_implementation_autoset use_cache "
+    "gradient_checkpointing "
+    "return_dict return_dict_in_generate output_attentions output_hidden_states output_scores tf_legacy_loss "
+    "chunk_size_feed_forward tie_encoder_decoder tie_word_embeddings tokenizer_class prefix auto_map custom_pipelines "
+    "finetuning_task task_specific_params problem_type id2label label2id num_labels _num_labels "
+    "initializer_range initializer_factor logit_scale_init_value hidden_dropout_prob attention_probs_dropout_prob "
+    "attention_dropout dropout hidden_dropout classifier_dropout drop_path_rate dropout_rate dropout_prob "
+    "max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k "
+    "top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids "
+    "num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values suppress_tokens "
+    "begin_suppress_tokens exponential_decay_length_penalty bos_token_id sep_token_id "
+    "pad_token_id eos_token_id projection_dim vocab_size_or_config_json_file",
+    pruned_heads=[{}], is_encoder_decoder=[False], is_decoder=[False], add_cross_attention=[False],
+    cross_attention_hidden_size=[], num_channels=[3],
+)  # fmt: skip
+BACKBONE = neutral("out_features out_indices stage_names reshape_hidden_states apply_layernorm use_mask_token")
 # The smallest valid numbers.
 LEAST = dict(width=1, depth=1, heads=1, mlp_dim=1, patch=1, image_size=1, vocab_size=1, length=1)
 LEAST |= dict(token_types=0, registers=0, pad_id=0, eos_id=0)
@@ -42,6 +62,7 @@ class Tower(NamedTuple):
       defaults: their keys that a config.json may leave out.
       adapt: (section, config, tensor names below the prefix) -> further fields of our section.
       reverse: our section -> further keys of their config.
+      neutral: keys besides `COMMON` that change nothing, see `settings.check`.
     """
 
     rows: tables.Rows
@@ -50,6 +71,7 @@ class Tower(NamedTuple):
     defaults: Mapping[str, Any]
     adapt: Callable[[dict, dict, Collection[str]], dict] = lambda section, config, names: {}
     reverse: Callable[[dict], dict] = lambda section: {}
+    neutral: Mapping[str, tuple] = {}
 
 
 def _clip_text(section, config, names):
@@ -81,10 +103,23 @@ def _vit(section, config, names):
     if not config["qkv_bias"]:
         raise UserError("a ViT with qkv_bias false is not supported: query, key and value have biases here")
     pooler = "pooler.dense.weight" in names
-    return {"rep_dim": config.get("pooler_output_size") or section["width"]} if pooler else {}
+    if not pooler:
+        return {}
+    act = choose({"tanh": "tanh", **ACTIVATIONS}, config["pooler_act"], "pooler_act of config.json")
+    return {"rep_dim": config.get("pooler_output_size") or section["width"], "rep_activation": act}
+
+
+def _vit_reverse(section):
+    if not section.get("rep_dim"):
+        return {}
+    names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+    act = section.get("rep_activation", "tanh")
+    return {"pooler_output_size": section["rep_dim"], "pooler_act": names.get(act, act)}
 
 
 def _dinov2(section, config, names):
+    if not config["qkv_bias"]:
+        raise UserError("a DINOv2 with qkv_bias false is not supported: query, key and value have biases here")
     hidden = int(section["width"] * config["mlp_ratio"])
     if config["use_swiglu_ffn"]:
         return {"gated": True, "activation": "silu", "mlp_dim": (int(hidden * 2 / 3) + 7) // 8 * 8}
@@ -102,7 +137,8 @@ def _dinov2_reverse(section):
 def _bert(section, config, names):
     if config["position_embedding_type"] != "absolute":
         raise UserError(f"BERT with {config['position_embedding_type']} positions is not supported, only absolute")
-    return {"rep_dim": section["width"]} if "pooler.dense.weight" in names else {}
+    pooler = {"rep_dim": section["width"]} if "pooler.dense.weight" in names else {}
+    return pooler | {"causal": True} if config["is_decoder"] else pooler
 
 
 CLIP_DEFAULTS = dict(hidden_act="quick_gelu", layer_norm_eps=1e-5)
@@ -115,6 +151,7 @@ DINOV2 = dict(
     defaults={**VIT_DEFAULTS, "layer_norm_eps": 1e-6, "mlp_ratio": 4, "use_swiglu_ffn": False, "layerscale_value": 1.0},
     adapt=_dinov2,
     reverse=_dinov2_reverse,
+    neutral=BACKBONE,
 )
 VISION = {
     "clip_vision_model": Tower(
@@ -144,9 +181,10 @@ VISION = {
         tables.VIT,
         IMAGE,
         dict(pool="tok", cls_position=True),
-        VIT_DEFAULTS,
+        dict(VIT_DEFAULTS, pooler_act="tanh"),
         _vit,
-        lambda section: {"pooler_output_size": section["rep_dim"]} if section.get("rep_dim") else {},
+        _vit_reverse,
+        neutral("encoder_stride pooler_output_size"),
     ),
     "dinov2": Tower(tables.DINOV2, fixed=dict(pool="tok", cls_position=True), **DINOV2),
     "dinov2_with_registers": Tower(
@@ -176,6 +214,7 @@ TEXTS = {
         dict(SIGLIP_DEFAULTS, vocab_size=32_000, max_position_embeddings=64),
         _siglip_text,
         lambda section: {"projection_size": section.get("out_dim")},
+        neutral("projection_size"),
     ),
     "bert": Tower(
         tables.BERT,
@@ -183,13 +222,17 @@ TEXTS = {
         dict(post_norm=True, pre_norm=True, pad_mask=True, pool="first"),
         dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, hidden_act="gelu")
         | dict(layer_norm_eps=1e-12, vocab_size=30_522, max_position_embeddings=512, type_vocab_size=2)
-        | dict(pad_token_id=0, position_embedding_type="absolute"),
+        | dict(pad_token_id=0, position_embedding_type="absolute", is_decoder=False),
         _bert,
+        lambda section: {"is_decoder": True} if section.get("causal") else {},
     ),
 }
 TEXTS["siglip2_text_model"] = TEXTS["siglip_text_model"]._replace(
     defaults=dict(TEXTS["siglip_text_model"].defaults, vocab_size=256_000)
 )
+
+
+SQUARE = (tables.CLIP_VISION, tables.SIGLIP_VISION)  # Transformers makes these towers for squares only
 
 
 def rows_of(tower: Tower, section: Mapping[str, Any]) -> tables.Rows:
@@ -198,7 +241,12 @@ def rows_of(tower: Tower, section: Mapping[str, Any]) -> tables.Rows:
 
 
 def read_config(tower: Tower, config: Mapping[str, Any], names: Collection[str]) -> dict:
-    """Returns our section for their config of a tower; `names`: the tensors', below the prefix."""
+    """Returns our section for their config of a tower; `names`: the tensors', below the prefix.
+
+    Raises:
+      UserError: a setting is wrong, or is neither read nor known to change nothing.
+    """
+    check(config, {*tower.fields.values(), *tower.defaults}, COMMON | tower.neutral, "config.json")
     config = {**tower.defaults, **{key: value for key, value in config.items() if value is not None}}
     fields = {ours: config[theirs] for ours, theirs in tower.fields.items() if theirs in config}
     _check(tower, fields | {"eos_id": config.get("eos_token_id", 0)})
@@ -210,7 +258,10 @@ def _check(tower: Tower, fields: Mapping[str, Any]) -> None:
     """Raises a UserError for an invalid number."""
     for ours, least in LEAST.items():
         given = fields.get(ours, least)
-        for size in given if ours == "image_size" and isinstance(given, list | tuple) and len(given) == 2 else [given]:
+        sides = (
+            ours == "image_size" and tower.rows not in SQUARE and isinstance(given, list | tuple) and len(given) == 2
+        )
+        for size in given if sides else [given]:
             if type(size) is not int or not least <= size < 2**31:
                 name = tower.fields.get(ours, "eos_token_id")
                 raise UserError(f"config.json has {name} {given!r}; expected a whole number of {least} or more")
@@ -221,5 +272,7 @@ def _check(tower: Tower, fields: Mapping[str, Any]) -> None:
 def write_config(tower: Tower, fields: Mapping[str, Any]) -> dict:
     """Returns their config of a tower from all our `fields`, as far as their keys can express them."""
     config = {theirs: fields.get(ours) for ours, theirs in tower.fields.items()}
+    if isinstance(size := config.get("image_size"), tuple) and len({*size}) == 1:
+        config["image_size"] = size[0]
     config["hidden_act"] = next((t for t, ours in ACTIVATIONS.items() if ours == fields["activation"]), None)
     return config | tower.reverse(fields)

@@ -70,12 +70,14 @@ class TensorFile:
       kind: "safetensors", "npz", "torch", "torchscript" or "torch_legacy".
       tensors: by name, in the file's order.
       metadata: `__metadata__` of safetensors; numbers, strings and flags by dotted name of a torch file.
+      averages: names of averaged weights that a torch file holds besides `tensors`, or that were chosen.
     """
 
     path: Path
     kind: str
     tensors: Mapping[str, Tensor]
     metadata: dict[str, Any]
+    averages: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,17 +5,19 @@ file.tensors["logit_scale"].read()
 write_safetensors("copy.safetensors", file.tensors)
 """
 
+import dataclasses
 import json
 import os
 
 from vlm_jax.errors import UserError
+from vlm_jax.zoo.readers import state_dicts
 from vlm_jax.zoo.readers.npz_files import open_npz, write_npz
 from vlm_jax.zoo.readers.safetensors_files import open_safetensors, write_safetensors
 from vlm_jax.zoo.readers.stored import RegularFile, Tensor, TensorFile, error_text, regular_file
 from vlm_jax.zoo.readers.torch_files import is_pickle, open_torch_legacy, open_torch_zip
 from vlm_jax.zoo.readers.zip_members import zip_members
 
-__all__ = ["Tensor", "TensorFile", "open_tensors", "write_npz", "write_safetensors"]
+__all__ = ["Tensor", "TensorFile", "open_tensors", "open_weights", "write_npz", "write_safetensors"]
 
 _MAX_INDEX = 100_000_000  # bytes
 _EXPECTED = "expected safetensors, an npz, a torch .pt/.pth/.bin, or the .index.json of such shards"
@@ -33,12 +35,30 @@ _OTHERS = (
 )
 
 
-def open_tensors(path: str | os.PathLike) -> TensorFile:
+def open_weights(path: str | os.PathLike, weights: str | None = None) -> TensorFile:
+    """Opens a file as `open_tensors` does, with a model's own names: no wrappers, roots and averages.
+
+    Args:
+      path: as for `open_tensors`.
+      weights: "ema" selects averaged weights, None the trained ones, see `state_dicts.select`.
+
+    Raises:
+      UserError: as `open_tensors`; or the file lacks the selected weights.
+    """
+    file = open_tensors(path, weights)
+    if file.kind == "npz" and weights is None:
+        return file
+    tensors = state_dicts.select(file.tensors, file.path, weights, file.averages)
+    return dataclasses.replace(file, tensors=tensors)
+
+
+def open_tensors(path: str | os.PathLike, weights: str | None = None) -> TensorFile:
     """Opens a file of tensors, or the index of shards, as one file; reads only headers.
 
     Args:
       path: a safetensors, npz or torch file, whatever its name, or a `.index.json` beside its shards. Symbolic links
         (as in the Hugging Face cache) are followed to regular files.
+      weights: of a torch checkpoint that holds averages beside the weights: "ema" opens the averages.
 
     Raises:
       UserError: the file is none of these, is damaged, or asks for anything but tensors.
@@ -46,25 +66,25 @@ def open_tensors(path: str | os.PathLike) -> TensorFile:
     file = regular_file(path)
     head = file.read(0, 64)
     if head.lstrip()[:1] == b"{" and head[7:8] != b"\0":  # that byte of safetensors belongs to the header's length
-        return _open_index(file)
-    return _open_file(file)
+        return _open_index(file, weights)
+    return _open_file(file, weights)
 
 
-def _open_file(file: RegularFile) -> TensorFile:
+def _open_file(file: RegularFile, weights: str | None) -> TensorFile:
     head = file.read(0, 512)
     if not head:
         raise UserError(f"{file.path} is empty (0 bytes); {_EXPECTED}; download it again")
     if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
         members = zip_members(file)
         if any(is_pickle(name) for name in members):
-            return open_torch_zip(file, members)
+            return open_torch_zip(file, members, weights)
         if any(name.endswith(".npy") for name in members):
             return open_npz(file, members)
         raise UserError(f"{file.path} is a zip archive without tensors; {_EXPECTED}")
     if head[8:9] == b"{":
         return open_safetensors(file)
     if head[:1] == b"\x80":
-        return open_torch_legacy(file)
+        return open_torch_legacy(file, weights)
     what, fix = f"no file of tensors (it begins with {head[:16]!r})", "look at what was downloaded"
     if head[257:262] == b"ustar":
         what, fix = "a tar archive (torch before 0.1.10 wrote such)", "save it again with a newer torch, or unpack it"
@@ -74,7 +94,7 @@ def _open_file(file: RegularFile) -> TensorFile:
     raise UserError(f"{file.path} is {what}; {_EXPECTED}; {fix}")
 
 
-def _open_index(file: RegularFile) -> TensorFile:
+def _open_index(file: RegularFile, weights: str | None) -> TensorFile:
     """The shards that {"weight_map": {tensor: file}} names, all beside the index, as one file."""
     if file.size > _MAX_INDEX:
         raise UserError(
@@ -93,7 +113,7 @@ def _open_index(file: RegularFile) -> TensorFile:
             raise UserError(
                 f"{file.path} names the shard {shard[:200]!r}; expected the name of a file in its own folder"
             )
-        shards[shard] = _open_file(regular_file(file.path.parent / shard))
+        shards[shard] = _open_file(regular_file(file.path.parent / shard), weights)
     for name, shard in places.items():
         if name not in shards[shard].tensors:
             raise UserError(

@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.errors import UserError
+from vlm_jax.zoo.readers import state_dicts
 from vlm_jax.zoo.readers.stored import RegularFile, Tensor, TensorFile, stored_tensor
 from vlm_jax.zoo.readers.torch_pickle import MAX_BYTES, Global, Record, Storage, StridedTensor, TorchPickle
 from vlm_jax.zoo.readers.zip_members import Member
 
 LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 _PROTOCOL = 1001  # of the legacy format; it has never had another
-_ROOTS = ("state_dict", "model_state_dict", "model", "module")  # where training programs keep the weights
-_PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
 _MAX_DEPTH, _MAX_VALUES, _MAX_NAME = 64, 250_000, 500
 
 
@@ -25,10 +24,11 @@ def is_pickle(name: str) -> bool:
     return name.endswith("/data.pkl") and name.count("/") == 1
 
 
-def open_torch_zip(file: RegularFile, members: Mapping[str, Member]) -> TensorFile:
+def open_torch_zip(file: RegularFile, members: Mapping[str, Member], weights: str | None = None) -> TensorFile:
     """Returns the tensors of a zip archive that `torch.save` or `torch.jit.save` wrote.
 
-    A module of TorchScript becomes its state: parameters, buffers and other tensors by dotted name.
+    A module of TorchScript becomes its state: parameters, buffers and other tensors by dotted name. `weights`: see
+    `state_dicts.select`.
 
     Raises:
       UserError: the pickle asks for anything but tensors and plain values, or the archive is damaged.
@@ -52,13 +52,13 @@ def open_torch_zip(file: RegularFile, members: Mapping[str, Member]) -> TensorFi
     regions = {
         key: _zip_region(file, members, f"{root}data/{key}", storage) for key, storage in pickle.storages.items()
     }
-    return _tensor_file(file, "torchscript" if script else "torch", value, regions)
+    return _tensor_file(file, "torchscript" if script else "torch", value, regions, weights)
 
 
-def open_torch_legacy(file: RegularFile) -> TensorFile:
+def open_torch_legacy(file: RegularFile, weights: str | None = None) -> TensorFile:
     """Returns the tensors of a file by torch < 1.6.
 
-    The file has pickles, then every storage as a count and its elements.
+    The file has pickles, then every storage as a count and its elements. `weights`: see `state_dicts.select`.
 
     Raises:
       UserError: a pickle asks for anything but tensors and plain values, or the file is damaged.
@@ -85,7 +85,7 @@ def open_torch_legacy(file: RegularFile) -> TensorFile:
             offset += 8 + storage.nbytes
             if offset > file.size:
                 raise UserError(f"{file.path} ends inside storage `{key}`; it is truncated, download it again")
-    return _tensor_file(file, "torch_legacy", value, regions)
+    return _tensor_file(file, "torch_legacy", value, regions, weights)
 
 
 def _zip_region(file: RegularFile, members: Mapping[str, Member], name: str, storage: Storage) -> int:
@@ -99,22 +99,25 @@ def _zip_region(file: RegularFile, members: Mapping[str, Member], name: str, sto
     return member.offset
 
 
-def _tensor_file(file: RegularFile, kind: str, value: Any, regions: Mapping[str, int]) -> TensorFile:
-    """Tensors and plain values by dotted name, without the root and the prefix above the weights."""
+def _tensor_file(
+    file: RegularFile, kind: str, value: Any, regions: Mapping[str, int], weights: str | None
+) -> TensorFile:
+    """Tensors and plain values by dotted name, without the root above the weights and without wrappers."""
     metadata: dict[str, Any] = {}
+    averages: tuple[str, ...] = ()
     if type(value) is dict:
-        roots = [root for root in _ROOTS if type(value.get(root)) is dict and _flatten(file, value[root])[0]]
-        if roots:
-            rest, metadata = _flatten(file, {key: part for key, part in value.items() if key != roots[0]})
+        held = [key for key, part in value.items() if type(part) is dict and _flatten(file, part)[0]]
+        if root := state_dicts.root(held, weights):
+            rest, metadata = _flatten(file, {key: part for key, part in value.items() if key != root})
             # Optimizer states, averages and the like: named, not read.
             metadata["left_out"] = sorted({name.split(".")[0] for name in rest})
-            value = value[roots[0]]
+            averages = tuple(key for key in state_dicts.AVERAGES if key in held)
+            value = value[root]
     places, plain = _flatten(file, value)
-    for prefix in _PREFIXES:
-        if places and all(name.startswith(prefix) for name in places):
-            places = {name.removeprefix(prefix): place for name, place in places.items()}
+    bare = {state_dicts.bare(name): place for name, place in places.items()}
+    places = bare if len(bare) == len(places) else places
     tensors = {name: _stored(file, name, place, regions) for name, place in places.items()}
-    return TensorFile(file.path, kind, tensors, {**plain, **metadata})
+    return TensorFile(file.path, kind, tensors, {**plain, **metadata}, averages)
 
 
 def _stored(file: RegularFile, name: str, place: StridedTensor, regions: Mapping[str, int]) -> Tensor:

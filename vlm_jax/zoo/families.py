@@ -1,0 +1,101 @@
+"""Families of models that are known by name only: errors name the family, and the nearest that loads."""
+
+import difflib
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+VIT, SIGLIP = "a CLIP with a Vision Transformer", "SigLIP (a plain Vision Transformer of timm)"
+FOLDER = "its whole folder: put config.json beside the file"
+FASTVIT = r"stages\.\d\.blocks\.0\.token_mixer\.|patch_embed\.0\.(rbr|reparam|conv_kxk)|network\.0\.0\."
+PE = "PE-Core (a ViT with rotary positions)"
+# (regex of tensor names of an image tower or a lone model, family, nearest family that loads)
+IMAGE = (
+    (r"layer1\.0\.conv1\.weight", "a ResNet", VIT),
+    (r"stages\.0\.blocks\.0\.conv_dw\.weight", "ConvNeXt", VIT),
+    (FASTVIT, "FastViT (MobileCLIP)", VIT),
+    (r"patch_embed\.backbone\.stem\.|patch_embed\.backbone\.stages\.", "ViTamin", VIT),
+    (r"patch_embed\.backbone\.", "a hybrid of convolutions and a ViT (MobileCLIP-B)", VIT),
+    (r"blocks\.0\.(attn\.q_proj\.weight|mlp\.(fc1_x|w1)\.weight)", "EVA02", VIT),
+    (r"blocks\.0\.attn\.q_bias", "EVA01", VIT),
+    (r"layers\.0\.blocks\.0\.attn\.relative_position_bias_table", "Swin", VIT),
+    (r"blocks\.0\.attn\.rel_pos", "a ViT with relative positions", VIT),
+    (r"(res)?blocks\.0\.attn\.(ln_[qk]|[qk]_norm)\.", "a ViT with normalised queries and keys", VIT),
+)  # fmt: skip
+# timm's names, of towers whose tensors have the names of a plain ViT.
+TIMM = (
+    (r"vit_pe_core", PE, SIGLIP),
+    (r"eva02", "EVA02", VIT),
+    (r"eva", "EVA01", VIT),
+    (r"vitamin", "ViTamin", VIT),
+    (r"vit_\w*(rope|dinov3)", "a ViT with rotary positions", SIGLIP),
+)
+# (regex of tensor names of a whole file, family, nearest)
+WHOLE = (
+    (r"(^|\.)visual_encoder\.blocks\.0\.", "BLIP", "CoCa of open_clip"),
+    (r"^(image_encoder\.model\.|image_encoder\..*(rbr|reparam|token_mixer))", "MobileCLIP (Apple's own file)", VIT),
+    (r"^(vision_tower|language_model|multi_modal_projector)\.", "LLaVA or the like", "its image tower alone"),
+    (r"^visual\.blocks\.0\.(attn\.q_proj|attn\.q_bias|attn\.qkv)", "EVA-CLIP (its own repository)", VIT),
+    (r"^(unet|model\.diffusion_model|first_stage_model)\.", "a diffusion model", "a folder of CLIP"),
+    (r"^blocks\.0\.ls1\.gamma$", "DINOv2 (its own file)", "DINOv2 of Transformers"),
+    (r"^blocks\.0\.attn\.qkv\.weight$", "a ViT of timm", "a ViT of Transformers or big_vision"),
+    (r"^(vision_model|text_model|vit|bert|encoder\.layer|embeddings)\.", "Transformers, bare", FOLDER),
+)  # fmt: skip
+TEXT_TOWER = re.compile(r"^text\.transformer\.(embeddings|encoder|shared|layers)\.")
+
+
+def sentence(what: str, family: str, nearest: str) -> str:
+    """Returns the error's text for a family that is not read here."""
+    return f"{what} is {family}, which is not supported; the nearest that loads is {nearest}"
+
+
+def of_open_clip(shapes: Collection[str], vision: Mapping[str, Any], text: Mapping[str, Any]) -> str | None:
+    """Returns the error's text if a model of open_clip has a tower of another family, else None."""
+    for pattern, family, nearest in TIMM:
+        if re.match(pattern, vision.get("timm_model_name") or ""):
+            return sentence("the image tower", family, nearest)
+    if {"visual.trunk.norm_pre.weight", "visual.trunk.attn_pool.latent"} <= {*shapes}:
+        return sentence("the image tower", PE, SIGLIP)
+    if any(name.startswith("visual.trunk.") for name in shapes) or any(".layer1." in name for name in shapes):
+        for pattern, family, nearest in IMAGE:
+            if any(re.match(rf"visual\.(trunk\.)?({pattern})", name) for name in shapes):
+                return sentence("the image tower", family, nearest)
+        if "visual.trunk.patch_embed.proj.weight" not in shapes and "visual.layer1.0.conv1.weight" not in shapes:
+            named = vision.get("timm_model_name") or "of an unknown family"
+            return sentence("the image tower", named, VIT)
+    if text.get("hf_model_name") or any(TEXT_TOWER.match(name) for name in shapes):
+        named = text.get("hf_model_name") or "a model of Transformers"
+        return sentence("the text tower", named, "open_clip's own text transformer")
+    return None
+
+
+def unknown(names: Collection[str]) -> str:
+    """Returns what follows "holds n tensors" in the error for a file of no known format."""
+    for pattern, family, nearest in WHOLE:
+        if any(re.search(pattern, name) for name in names):
+            return f"of {family}, which is not supported; the nearest that loads is {nearest}"
+    for pattern, family, nearest in IMAGE:
+        if any(re.match(pattern, name) for name in names):
+            return f"of {family}, which is not supported; the nearest that loads is {nearest}"
+    shown, heads = ", ".join(list(names)[:4]), {name.partition(".")[0] for name in names if "." in name}
+    prefix = (
+        f"; all names begin with `{min(heads)}.`: save them without it" if len(heads) == 1 and len(names) > 1 else ""
+    )
+    return f"({shown}, ...), which are of no format that is known{prefix}"
+
+
+# model_type of Transformers that differs in name from the nearest that loads
+NEAREST = {
+    "deit": "vit", "beit": "vit", "data2vec-vision": "vit", "vit_mae": "vit", "vit_msn": "vit", "ijepa": "vit",
+    "dinov3_vit": "dinov2_with_registers", "aimv2": "clip", "align": "clip", "altclip": "clip", "chinese_clip": "clip",
+    "metaclip_2": "clip", "clipseg": "clip", "owlvit": "clip", "blip": "clip", "blip-2": "clip", "flava": "clip",
+    "convnext": "dinov2", "convnextv2": "dinov2", "swin": "dinov2", "resnet": "dinov2", "roberta": "bert",
+    "xlm-roberta": "bert", "distilbert": "bert", "mpnet": "bert", "modernbert": "bert", "electra": "bert",
+    "umt5": "mt5", "bart": "t5", "gemma3": "siglip", "paligemma": "siglip",
+}  # fmt: skip
+
+
+def nearest_type(kind: str, known: Collection[str]) -> str:
+    """Returns the supported model_type of Transformers that is nearest to another."""
+    alike = difflib.get_close_matches(kind, known, 1, cutoff=0.5)
+    return NEAREST.get(kind) or (alike[0] if alike else "clip")
