@@ -278,6 +278,13 @@ def test_a_damaged_index_is_refused_and_written_anew(tmp_path, damage):
     assert open_source(uri).generation
 
 
+@pytest.mark.parametrize("uri", [f"wds:/{'n' * 300}.tar", f"wds:/nowhere.tar?index={'n' * 300}"])
+def test_names_that_no_disk_takes_are_refused(uri):
+    with pytest.raises(UserError) as error:
+        open_source(uri)
+    assert "nnn" in str(error.value) or "nowhere" in str(error.value)
+
+
 def test_the_command_writes_in_parallel(tmp_path):
     uri, out = write_all(tmp_path / "data"), tmp_path / "index"
     values = commands.flags.FlagValues()

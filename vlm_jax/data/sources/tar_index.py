@@ -65,7 +65,7 @@ def read(folder: str | os.PathLike, generation: str | None = None) -> Index | No
       UserError: the index is damaged, of another version, or of another generation.
     """
     folder = Path(folder)
-    if not (folder / NAME).is_file() and generation is None:
+    if not os.path.isfile(folder / NAME) and generation is None:  # False also for a name that no system takes
         return None
     kept = read_json(folder / NAME)
     if kept.get("version") != VERSION:
