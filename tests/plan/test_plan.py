@@ -57,6 +57,9 @@ def test_stages_are_planned_one_by_one(planned):
     assert text.startswith("stage 1: 300 steps\n") and text.endswith(f"at least {hours:,.3g} chip-hours")
     assert train_step.chip_hours([(300, planned._replace(chip=here()[1]))]) is None
 
+    assert train_step.chip_hours([(None, planned)]) is None, "epochs of an unknown data set"
+    assert train_step.text_of_stages([(None, planned)]) == train_step.text(planned)
+
     settings = clip.get_config("smoke").to_dict() | dict(stages=(dict(share="75%"), dict(share="25%", accumulate=2)))
     (first, whole), (second, halved) = train_step.of_stages(settings, jax.devices()[:2], CHIP)
     assert (first, second) == (30, 10) and halved.memory["temporaries"] < whole.memory["temporaries"]

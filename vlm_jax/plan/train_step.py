@@ -118,16 +118,18 @@ def plan(settings: Mapping[str, Any], devices: Sequence[jax.Device], chip: Chip,
 
 def of_stages(
     settings: Mapping[str, Any], devices: Sequence[jax.Device], chip: Chip, codegen: bool = True
-) -> list[tuple[int, Plan]]:
-    """Returns (steps, plan) of each stage of a config; arguments as of `plan`."""
+) -> list[tuple[int | None, Plan]]:
+    """Returns (steps, plan) of each stage of a config; the steps of epochs are not known. Arguments as of `plan`."""
     settings = config.plain(settings)
+    known = "epoch" not in str(settings["duration"])
     found = stages.read(settings, _durations(settings)("100%"))
-    return [(stage.last - stage.first, plan(stage.settings, devices, chip, codegen)) for stage in found]
+    steps = [stage.last - stage.first if known else None for stage in found]
+    return [(count, plan(stage.settings, devices, chip, codegen)) for count, stage in zip(steps, found, strict=True)]
 
 
-def chip_hours(plans: Sequence[tuple[int, Plan]]) -> float | None:
-    """A lower bound on the chip-hours of all stages; None if a stage's time is not known."""
-    if not all(result.compiled and math.isfinite(result.chip.flops) for _, result in plans):
+def chip_hours(plans: Sequence[tuple[int | None, Plan]]) -> float | None:
+    """A lower bound on the chip-hours of all stages; None if a stage's steps or time are not known."""
+    if not all(steps and result.compiled and math.isfinite(result.chip.flops) for steps, result in plans):
         return None
     return sum(steps * result.seconds * result.devices for steps, result in plans) / 3600
 
@@ -270,13 +272,17 @@ def text(result: Plan) -> str:
     return "\n".join(lines)
 
 
-def text_of_stages(plans: Sequence[tuple[int, Plan]]) -> str:
+def text_of_stages(plans: Sequence[tuple[int | None, Plan]]) -> str:
     """The plans of all stages as lines to read, and the chip-hours of the run."""
     blocks = [text(result) for _, result in plans]
     if len(plans) > 1:
-        blocks = [f"stage {n}: {plans[n - 1][0]:,} steps\n\n{block}" for n, block in enumerate(blocks, 1)]
+        counts = [f": {steps:,} steps" if steps else "" for steps, _ in plans]
+        blocks = [
+            f"stage {n}{count}\n\n{block}" for n, (count, block) in enumerate(zip(counts, blocks, strict=True), 1)
+        ]
     hours = chip_hours(plans)
-    return "\n\n".join([*blocks, *([f"all steps take at least {hours:,.3g} chip-hours"] if hours else [])])
+    shown = f"{hours:,.0f}" if hours and hours >= 100 else f"{hours or 0:.3g}"
+    return "\n\n".join([*blocks, *([f"all steps take at least {shown} chip-hours"] if hours else [])])
 
 
 def _traffic(result: Plan) -> list[str]:
