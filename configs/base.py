@@ -1,7 +1,7 @@
 """Recipes of the packaged base models: towers as the field's, in small, on single emoji and on scenes of them.
 
 base          all training styles.
-base_select   one style (emojione) held out of training; the recipes were chosen on this style.
+base_select   one style (emojione) held out of training; the recipes are chosen on this style.
 
 Most of a run sees single emoji of 32 px with short texts, its end 64 px, scenes and their captions, as CLIPA
 (arXiv:2305.07017) does. Not yet trained to the end: no numbers.

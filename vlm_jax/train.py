@@ -4,8 +4,8 @@
     vlm-jax train --config=clip:smoke --workdir=runs/smoke --config.optimizer.lr=1e-3
 
 Top to bottom: read the data, build the program from the config, place the program on the mesh, continue from the newest
-checkpoint, loop, evaluate, report. The same command after any interruption gives the same result, bit for bit. On
-several hosts, run the same command on each host with --distributed=auto.
+checkpoint, loop over stages and steps, evaluate, report. The same command after any interruption gives the same result,
+bit for bit. On several hosts, run the same command on each host with --distributed=auto.
 """
 
 from collections import Counter

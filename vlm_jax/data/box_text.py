@@ -1,4 +1,6 @@
-"""Boxes as text: four whole numbers, for models that write boxes (LocCa, Wan et al. 2024, arXiv:2403.19596, section 3).
+"""Boxes as text: four whole numbers, for models that write boxes, such as LocCa (Wan et al. 2024, arXiv:2403.19596).
+
+The order of the numbers and their range are this project's.
 
 box_text((0.0, 0.25, 0.5, 1.0))      "0 125 250 499"
 box_of_text("a fox: 0 125 250 499")  (0.0, 0.2505, 0.501, 1.0)

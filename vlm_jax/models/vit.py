@@ -36,7 +36,7 @@ class ViT(Encoder, kw_only=True):
       patch_bias: whether the patch projection has a bias.
       pre_norm: whether a norm follows the positions (OpenAI's CLIP).
       keep: share of each picture's patches that training sees, drawn anew for each picture and step (FLIP: Li et al.
-        2022, arXiv:2212.00794, section 3.1); 1 keeps all. Evaluation sees all patches.
+        2022, arXiv:2212.00794); 1 keeps all. Evaluation sees all patches.
       final_norm: what the last norm is of: the "tokens"; the "pooled" vector (CLIPA); or "none".
       Others: see `Encoder`.
     """

@@ -1,4 +1,4 @@
-"""Stages: a run that changes on its way, such as small pictures first (CLIPA, arXiv:2305.07017, section 4).
+"""Stages: a run that changes on its way, such as small pictures first (CLIPA, arXiv:2305.07017).
 
     stages=(
         dict(share="80%", preprocess="decode | resize(112) | normalize", model=dict(image=dict(image_size=112)), ...),

@@ -18,7 +18,6 @@ from vlm_jax.evaluators.result import Result
 @method(
     family="evaluators",
     paper="arXiv:1505.00468",
-    where="section 3",
     differs="open questions, answered by writing",
 )
 def answers(

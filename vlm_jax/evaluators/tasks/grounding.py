@@ -19,7 +19,6 @@ from vlm_jax.pretrained import attention_maps
 @method(
     family="evaluators",
     paper="arXiv:2403.19596",
-    where="section 4",
     differs="boxes that a captioner writes",
 )
 def grounding(
