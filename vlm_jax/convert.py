@@ -4,7 +4,7 @@
     vlm-jax convert pkg:vlm_jax/zoo/clip_tiny runs/emoji_clip --format=native
 
 SRC is any checkpoint that `vlm_jax.load` reads. DST is a new folder, or an .npz file for big_vision. Conversion runs no
-code of the checkpoint, holds one tensor at a time in memory and keeps every bit. A model that the format cannot express
+code of the checkpoint, holds one tensor at a time in memory and, unless `--dtype` rounds, keeps every bit. A model that the format cannot express
 is an error.
 """
 
@@ -42,6 +42,7 @@ def convert(
     weights: str | None = None,
     image_size: Sequence[int] | None = None,
     adapter: str | os.PathLike | None = None,
+    dtype: str = "float32",
     show: bool = False,
 ) -> None:
     """Writes the checkpoint `source` to `destination` in another format.
@@ -54,12 +55,13 @@ def convert(
         information; without these arguments the result lacks it too.
       image_size: (height, width) in pixels, for files whose position table does not determine it.
       adapter: file of an adapted model; the result is the adapted model, see `save.save_pretrained`.
+      dtype: of the weights in the file: "float32" or "bfloat16", half the size.
       show: shows a progress bar.
     """
     told = dict(activation=activation, pool=pool, heads=heads, weights=weights)
     if adapter or adapters.of_folder(hub.local(source)):
         own = dict(preprocess=preprocess, tokenizer=tokenizer, tokenize=tokenize)
-        return save.save_pretrained(load(source, adapter=adapter, **own, **told), destination, format)
+        return save.save_pretrained(load(source, adapter=adapter, **own, **told), destination, format, dtype=dtype)
     released = _understood(source, image_size, **told)
     own = dict(preprocess=preprocess, tokenizer=tokenizer, tokenize=tokenize)
     released = dataclasses.replace(released, **{key: value for key, value in own.items() if value is not None})
@@ -74,7 +76,7 @@ def convert(
                 bar.update(array.nbytes)
             return array
 
-        save.write(dataclasses.replace(content, read=read), destination, format)
+        save.write(dataclasses.replace(content, read=read, dtype=dtype), destination, format)
 
 
 def describe(source: str | os.PathLike, image_size: Sequence[int] | None = None, **told: Any) -> dict[str, Any]:
@@ -166,7 +168,7 @@ def main(argv: Sequence[str], values: flags.FlagValues) -> command.Answer:
     if len(argv) != 3:
         raise UserError("expected a source and a destination: vlm-jax convert SRC DST --format=native")
     with command.doing(f"reading {argv[1]}"):
-        convert(argv[1], argv[2], values.format, **sources, show=True)
+        convert(argv[1], argv[2], values.format, **sources, dtype=values.dtype, show=True)
     return command.Answer({"wrote": argv[2], "format": values.format}, f"wrote {argv[2]}")
 
 

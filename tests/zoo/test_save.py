@@ -1,6 +1,7 @@
 """What is loaded can be written in every format that has words for it, and comes back bit for bit."""
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -88,6 +89,14 @@ def test_preprocessing_and_tokenizer_travel(siglip, format, tmp_path):
     np.testing.assert_array_equal(copy.tokenizer(["a cat", "two dogs"], 16), tokens)
 
 
+@pytest.mark.parametrize("format", ["native", "hf"])
+def test_weights_in_bfloat16(siglip, format, tmp_path):
+    vlm_jax.save_pretrained(siglip, tmp_path / "a", format, dtype="bfloat16")
+    copy = vlm_jax.load(tmp_path / "a")
+    rounded = jax.tree.map(lambda x: np.asarray(x, ml_dtypes.bfloat16).astype(np.float32), siglip.params)
+    jax.tree.map(np.testing.assert_array_equal, dict(copy.params), dict(rounded))
+
+
 def test_files_hold_what_other_readers_expect(siglip, tmp_path):
     vlm_jax.save_pretrained(siglip, tmp_path / "hf", "hf")
     file = open_tensors(tmp_path / "hf" / "model.safetensors")
@@ -117,6 +126,8 @@ def test_what_a_format_has_no_words_for(siglip, tmp_path):
         vlm_jax.save_pretrained(siglip, tmp_path / "a")
     with pytest.raises(vlm_jax.UserError, match="--format is `tf`; expected one of: native, hf"):
         vlm_jax.save_pretrained(siglip, tmp_path / "b", "tf")
+    with pytest.raises(vlm_jax.UserError, match="--dtype is `int8`; expected one of: float32, bfloat16"):
+        vlm_jax.save_pretrained(siglip, tmp_path / "b", dtype="int8")
 
 
 def test_a_failure_leaves_nothing(siglip, tmp_path, monkeypatch):

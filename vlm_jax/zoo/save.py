@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from vlm_jax import models
@@ -29,6 +30,7 @@ from vlm_jax.zoo.readers.tensors import Tensor, write_npz, write_safetensors
 from vlm_jax.zoo.released import SIDES, Released, Told
 
 log = logging.getLogger(__name__)
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 # Fields that change how a model runs or starts, not its outputs.
 RUNTIME = ("scan", "remat", "implementation", "dtype", "dropout", "drop_path", "embed_std", "parent", "name")
 
@@ -43,6 +45,7 @@ class Content:
       read: parameter name, index (a slice for each axis) -> float32 array.
       preprocess, tokenizer, tokenize: as in a config; None where unknown.
       licence: of the weights, if known.
+      dtype: of the written arrays, a key of `DTYPES`.
       adapter: writes the adapter's file of an adapted model; only "native" has a place for it.
     """
 
@@ -53,17 +56,25 @@ class Content:
     tokenizer: str | None = None
     tokenize: str | None = None
     licence: str | None = None
+    dtype: str = "float32"
     adapter: Callable[[Path], None] | None = None
+
+    def array(self, shape: tuple[int, ...], load: Callable[[tuple[slice, ...]], np.ndarray]) -> Tensor:
+        """Returns an array to write, rounded to `dtype` when it is read."""
+        return Tensor(shape, np.dtype(DTYPES[self.dtype]), load)
 
 
 @checked
-def save_pretrained(pretrained: Pretrained, path: str | os.PathLike, format: str = "native") -> None:
+def save_pretrained(
+    pretrained: Pretrained, path: str | os.PathLike, format: str = "native", *, dtype: str = "float32"
+) -> None:
     """Writes a model with its preprocessing and tokenizer.
 
     Args:
       pretrained: the model.
       path: a folder to make ("native", "hf", "open_clip", "t5x"), or an .npz file ("big_vision").
       format: a key of `FORMATS`.
+      dtype: of the weights in the file: "float32" or "bfloat16", half the size.
 
     The folder of an adapted model in the format "native" holds its adapter, too: `vlm_jax.load` returns it adapted.
     Other formats have no place for insertions and heads, and none for names of classes, which a warning says.
@@ -91,6 +102,7 @@ def save_pretrained(pretrained: Pretrained, path: str | os.PathLike, format: str
             tokenizer=config.get("tokenizer"),
             tokenize=base.tokenize,
             licence=config.get("licence"),
+            dtype=dtype,
             adapter=adapted and (lambda file: adapters.save_adapter(file, base, adapted)),
         ),
         path,
@@ -132,6 +144,7 @@ def write(content: Content, path: str | os.PathLike, format: str) -> None:
     if path.exists():
         raise UserError(f"{path} exists; remove it or write elsewhere")
     writer = choose(FORMATS, format, "--format")
+    choose(DTYPES, content.dtype, "--dtype")
     try:
         writes = writer(content)
     except UserError as error:
@@ -164,7 +177,7 @@ def formats(content: Content) -> list[str]:
 
 def _native(content: Content) -> Callable[[Path], None]:
     arrays = {
-        name: Tensor(tuple(leaf.shape), np.dtype(np.float32), lambda index, name=name: content.read(name, index))
+        name: content.array(tuple(leaf.shape), lambda index, name=name: content.read(name, index))
         for name, leaf in content.shapes.items()
     }
 
@@ -288,6 +301,8 @@ def _pools(section: Mapping[str, Any]) -> Told:
 
 def _t5x(content: Content) -> Callable[[Path], None]:
     section = full_section(content)
+    if content.dtype != "float32":
+        raise UserError(f"T5X's checkpoints hold float32, not {content.dtype}")
     if not section["encoder"]:
         raise UserError("T5X's format is of T5 and UL2, from texts to texts")
     entries, activation = t5x.table(section), section["encoder"]["activation"]
@@ -385,6 +400,6 @@ def _their_arrays(content: Content, entries: list[key_map.Entry]) -> dict[str, T
                     entry.write(row[0], whole)
             return whole[tuple(index)]
 
-        return Tensor(shape, np.dtype(np.float32), load)
+        return content.array(shape, load)
 
     return {name: tensor(own) for name, own in sorted(by_name.items())}
