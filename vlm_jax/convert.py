@@ -4,8 +4,8 @@
     vlm-jax convert pkg:vlm_jax/zoo/clip_tiny runs/emoji_clip --format=native
 
 SRC is any checkpoint that `vlm_jax.load` reads. DST is a new folder, or an .npz file for big_vision. Conversion runs no
-code of the checkpoint, holds one tensor at a time in memory and, unless `--dtype` rounds, keeps every bit. A model that the format cannot express
-is an error.
+code of the checkpoint, holds one tensor at a time in memory and keeps every bit, unless `--dtype=bfloat16` rounds. A
+model that the format cannot express is an error.
 """
 
 import dataclasses
