@@ -7,19 +7,21 @@ Most of a run sees single emoji of 32 px with short texts, its end 64 px, scenes
 (arXiv:2305.07017) does. Not yet trained to the end: no numbers.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from vlm_jax.data.emoji.splits import TRAIN_STYLES
 
 VARIANTS = ("base", "base_select")
 SIZE, SMALL = 64, 32  # pixels
-LENGTH, SHORT = 32, 8  # tokens: captions of four things with two attributes each have up to 33, names 8
+LENGTH, SHORT, LONG = 32, 8, 64  # tokens: captions of four things with two attributes each have up to 33, names 8
 WIDTH = 192
+TOWER = dict(width=WIDTH, heads=3, mlp_dim=4 * WIDTH)
+IMAGE = dict(patch=8, depth=6, image_size=SIZE, **TOWER)
 AUGMENT = "random_affine(15.0, 0.1, (0.6, 1.25)) | flip | jitter(0.2, 0.4, 0.8) | random_grey(0.2)"
 NAME = "random_caption('name/en', 'keywords/en', join=' ')"
-CAPTION = "random_caption('caption', 'sub_captions', weights=(3, 1))"
 FOILS = ", ".join(f"'foils/{kind}'" for kind in ("object", "attribute", "relation", "count", "order"))
-KEEP = "'image', 'token_ids', 'concept'"
 
 
 def tokenize(length: int) -> str:
@@ -32,13 +34,78 @@ def preprocess(size: int) -> str:
 
 def two_towers(variant: str, penalty: str) -> ConfigDict:
     """CLIP's or SigLIP's towers; captions that are wrong by a word stand beside those of the scenes (NegCLIP)."""
-    styles = [style for style in TRAIN_STYLES if variant == "base" or style != "emojione"]
+    tower = TOWER | dict(out_dim=WIDTH)
+    text = dict(vocab_size=2985, length=LENGTH, depth=4, **tower)
+    if penalty == "sigmoid":  # SigLIP's: attention pooling; the last place, whatever it holds
+        pools = dict(pool="map"), dict(pool="last")
+    else:  # CLIP's: a class token; causal, read at the end
+        pools = dict(pool="tok", cls_position=True), dict(pool="eos", eos_id=2, causal=True, pad_mask=True)
     wrong = f"captions(1, {FOILS}, ops=lower, least=0) | tokenize({LENGTH}, bos=False, key='texts', to='texts')"
-    emoji = lambda size: f"decode | resize({size}) | cache | {AUGMENT} | normalize | {NAME}"
-    ends = f"{tokenize(LENGTH)} | {wrong} | keep({KEEP}, 'texts')"
+    return in_two_stages(
+        variant,
+        model=dict(
+            image=IMAGE | tower | pools[0],
+            text=text | pools[1],
+            scale_init=10.0,
+            bias_init=-10.0 if penalty == "sigmoid" else None,
+        ),
+        objective=dict(name="contrastive", penalty=penalty, targets="concept", negatives="texts"),
+        names=f"{NAME} | {tokenize(SHORT)} | keep('image', 'token_ids', 'concept')",
+        names_then=f"{NAME} | {tokenize(LENGTH)} | {wrong} | keep('image', 'token_ids', 'concept', 'texts')",
+        captions=f"random_caption('caption', 'sub_captions', weights=(3, 1)) | {tokenize(LENGTH)} | {wrong}"
+        " | keep('image', 'token_ids', 'concept', 'texts')",
+        length=LENGTH,
+        first=dict(objective=dict(negatives="in_batch"), tokenize=tokenize(SHORT)),
+    )
+
+
+def captioner(variant: str, corruption: str | dict) -> ConfigDict:
+    """Cap's tower and decoder; it writes names of single emoji, and short and long captions of scenes."""
+    text = f"{tokenize(LONG)} | keep('image', 'token_ids')"
+    name = f"caption('name/en') | {text}"
+    config = in_two_stages(
+        variant,
+        model=dict(
+            name="captioner",
+            image=IMAGE,
+            decoder=dict(vocab_size=2985, length=LONG, depth=4, mask_token=True, **TOWER),
+        ),
+        objective=dict(name="captioning", corruption=corruption),
+        names=name.replace(f"tokenize({LONG}", f"tokenize({SHORT}"),
+        names_then=name,
+        captions=f"random_caption('caption', 'sub_captions', 'long_caption', weights=(2, 1, 2)) | {text}",
+        length=LONG,
+    )
+    for section in config.evals.values():
+        section.every = None  # only at the end: naming by likelihood takes a minute
+    return config
+
+
+def in_two_stages(
+    variant: str,
+    model: dict[str, Any],
+    objective: dict[str, Any],
+    names: str,
+    names_then: str,
+    captions: str,
+    length: int,
+    first: dict[str, Any] | None = None,
+) -> ConfigDict:
+    """Single emoji of 32 px, then those of 64 px and scenes.
+
+    Args:
+      variant: one of `VARIANTS`.
+      model, objective: sections of the config, of the second stage.
+      names, names_then: ops on single emoji that make the texts of the first and of the second stage.
+      captions: ops on scenes that make the texts.
+      length: of texts, in tokens.
+      first: sections that the first stage has of its own.
+    """
+    styles = [style for style in TRAIN_STYLES if variant == "base" or style != "emojione"]
+    emoji = lambda size, texts: f"decode | resize({size}) | cache | {AUGMENT} | normalize | {texts}"
     single = dict(uri="tfds:emoji", split="train", where=dict(style=styles))
     several = dict(uri=f"scenes:?size={SIZE}&styles={','.join(styles)}", split="train")
-    names = dict(type="zeroshot", uri="tfds:emoji", label="concept", classes="emoji:seen", every="10%")
+    naming = dict(type="zeroshot", uri="tfds:emoji", label="concept", classes="emoji:seen", every="10%")
     return ConfigDict(
         dict(
             seed=0,
@@ -46,33 +113,32 @@ def two_towers(variant: str, penalty: str) -> ConfigDict:
             duration="1M examples",
             tokenizer="emoji",
             preprocess=preprocess(SIZE),
-            tokenize=tokenize(LENGTH),
+            tokenize=tokenize(length),
             data=dict(
                 sources=dict(
-                    emoji=single | dict(ops=f"{emoji(SIZE)} | {ends}"),
-                    scenes=several | dict(ops=f"jitter(0.2, 0.2, 0.2) | normalize | {CAPTION} | {ends}"),
+                    emoji=single | dict(ops=emoji(SIZE, names_then)),
+                    scenes=several | dict(ops=f"jitter(0.2, 0.2, 0.2) | normalize | {captions}"),
                 ),
                 workers=0,
             ),
-            model=towers(penalty),
-            objective=dict(name="contrastive", penalty=penalty, targets="concept", negatives="texts"),
+            model=model,
+            objective=objective,
             optimizer=dict(
                 name="muon", lr=3e-3, ns_steps=3, weight_decay=0.1, schedule=dict(name="cosine", warmup="2%")
             ),
             stages=(
                 dict(
                     share="90%",
-                    data=dict(sources=None, **single, ops=f"{emoji(SMALL)} | {tokenize(SHORT)} | keep({KEEP})"),
+                    data=dict(sources=None, **single, ops=emoji(SMALL, names)),
                     model=dict(image=dict(image_size=SMALL)),
-                    objective=dict(negatives="in_batch"),
                     preprocess=preprocess(SMALL),
-                    tokenize=tokenize(SHORT),
+                    **first or {},
                 ),
                 dict(share="10%"),
             ),
             evals={
-                "base": dict(unseen_style=names | dict(split="unseen_style")),
-                "base_select": dict(emojione=names | dict(split="train", where=dict(style=["emojione"]))),
+                "base": dict(unseen_style=naming | dict(split="unseen_style")),
+                "base_select": dict(emojione=naming | dict(split="train", where=dict(style=["emojione"]))),
             }[variant],
             mesh=dict(data=-1, fsdp=1, tensor=1),
             checkpoint=dict(every="1%", keep=2),
@@ -80,16 +146,3 @@ def two_towers(variant: str, penalty: str) -> ConfigDict:
             profile=dict(steps=""),
         )
     )
-
-
-def towers(penalty: str) -> dict:
-    """The section `model`."""
-    tower = dict(width=WIDTH, heads=3, mlp_dim=4 * WIDTH, out_dim=WIDTH)
-    image = dict(patch=8, depth=6, image_size=SIZE, **tower)
-    text = dict(vocab_size=2985, length=LENGTH, depth=4, **tower)
-    if penalty == "sigmoid":  # SigLIP's: attention pooling; the last place, whatever it holds
-        image, text = image | dict(pool="map"), text | dict(pool="last")
-    else:  # CLIP's: a class token; causal, read at the end
-        image |= dict(pool="tok", cls_position=True)
-        text |= dict(pool="eos", eos_id=2, causal=True, pad_mask=True)
-    return dict(image=image, text=text, scale_init=10.0, bias_init=-10.0 if penalty == "sigmoid" else None)

@@ -10,6 +10,7 @@ B/16 and L/14 follow section 4.1 of the paper: batch 8,192, 3B examples, Adafact
 
 from ml_collections import ConfigDict
 
+from configs import base
 from configs.embedded import captioner
 from vlm_jax.catalogue import method
 
@@ -21,6 +22,8 @@ from vlm_jax.catalogue import method
     differs="an image tower learns by captioning, token by token",
 )
 def get_config(variant: str = "B/16", corruption: str = "causal") -> ConfigDict:
+    if variant in base.VARIANTS:
+        return base.captioner(variant, corruption)
     if variant not in ("B/16", "L/14"):
         config = captioner(variant, corruption)
         if variant != "smoke":
