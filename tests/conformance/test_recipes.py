@@ -15,10 +15,11 @@ MILLIONS = {  # parameters, of what its authors released; None of what nobody di
     "clip": {"B/32": 151.3, "B/16": 149.6, "L/14": 427.6, "base": None},
     "siglip": {"B/16": 203.2, "So400m/14": 877.4, "base": None},
     "cap": {"B/16": None},
-    "cappa": {"L/14": None},
+    "cappa": {"L/14": None, "base": None},
     "filip": {"B/32": None},
     "coca": {"B/32": 253.6},
     "ul2": {"base": 247.6, "20b": None, "prefix-base": None, "prefix-tiny": None},
+    "prefix_lm": {"base": None},
     "ul2_cap": {"B/16": None},
     "lit": {"B/16": None, "L/16-Uu": None, "tiny-LU": None, "select-Lu": None, "tiny-uu": None},
 }

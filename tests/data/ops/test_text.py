@@ -91,6 +91,17 @@ def test_tokenize_keep_rename():
         run("tokenize(3)", {"text": " "}, 0, tokenizer)
 
 
+def test_draw_takes_one_place_of_lists():
+    record = {"questions": {"question": ["how many?", "which colour?"], "answer": ["two", "red"]}}
+    drawn = [run("draw('questions')", record, seed)["questions"] for seed in range(20)]
+    pairs = {(one["question"], one["answer"]) for one in drawn}
+    assert pairs == {("how many?", "two"), ("which colour?", "red")}
+    with pytest.raises(BadExample, match="`questions` is empty"):
+        run("draw('questions')", {"questions": {"question": [], "answer": []}}, 0)
+    with pytest.raises(UserError, match="`text` is not a dict of lists of one length"):
+        run("draw('text')", {"text": "a cat"}, 0)
+
+
 def big_vision(text):
     """`canonicalize_text` of big_vision's prompt_engineering.py."""
     text = text.replace("_", " ").translate(str.maketrans("", "", string.punctuation))

@@ -1,7 +1,10 @@
-"""Ops on the fields of an example: keep, rename."""
+"""Ops on the fields of an example: keep, rename, draw."""
+
+import numpy as np
 
 from vlm_jax.data.ops.registry import op
-from vlm_jax.data.source import field
+from vlm_jax.data.source import BadExample, field
+from vlm_jax.errors import UserError
 
 
 @op
@@ -16,4 +19,22 @@ def rename(example: dict, old: str, new: str) -> dict:
     example[new] = field(example, old)
     if "/" not in old and old != new:
         del example[old]
+    return example
+
+
+@op
+def draw(example: dict, rng: np.random.Generator, path: str) -> dict:
+    """Sets the field at `path`, lists of equal length by name, to the items of one place, drawn anew every time.
+
+    `draw("questions")` of {"question": ["how many?", "which colour?"], "answer": ["two", "red"]} sets `questions` to
+    {"question": "which colour?", "answer": "red"}, or to the other. Empty lists make a bad example.
+    """
+    lists = field(example, path)
+    sizes = {len(items) for items in lists.values()} if isinstance(lists, dict) else set()
+    if len(sizes) != 1:
+        raise UserError(f"op `draw`: the field `{path}` is not a dict of lists of one length")
+    if not (size := sizes.pop()):
+        raise BadExample(f"`{path}` is empty", "fields")
+    i = int(rng.random() * size)
+    example[path] = {name: items[i] for name, items in lists.items()}
     return example
