@@ -21,7 +21,7 @@ from absl import flags
 from vlm_jax import command
 from vlm_jax.command.values import given
 from vlm_jax.errors import UserError
-from vlm_jax.zoo import adapters, hub, key_map, recognize, save
+from vlm_jax.zoo import adapters, hub, key_map, model_card, recognize, save
 from vlm_jax.zoo.load import load
 from vlm_jax.zoo.released import Released, of_texts
 
@@ -131,12 +131,11 @@ def text(about: Mapping[str, Any]) -> str:
     """Returns the result of `describe` as text."""
     model, unknown = about["model"], "unknown: pass {0}= to load"
     sides = {"preprocess": model.get("image"), **dict.fromkeys(("tokenizer", "tokenize"), of_texts(model))}
-    parts = {"image": "image tower", "text": "text tower", "encoder": "encoder", "decoder": "decoder"}
     facts = {
         "file": about["file"],
         "format": about["format"],
         "parameters": f"{about['parameters']:,}",
-        **{part: _spell(model[side]) for side, part in parts.items() if side in model},
+        **{part: _spell(model[side]) for side, part in model_card.PARTS.items() if side in model},
         **{key: about[key] or (unknown.format(key) if side else "none") for key, side in sides.items()},
         "licence": about["licence"] or "not stated",
     }

@@ -1,5 +1,7 @@
 """What is loaded can be written in every format that has words for it, and comes back bit for bit."""
 
+import dataclasses
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import vlm_jax
 from tests.support.compare import same
 from tests.support.paths import GOLDEN
-from vlm_jax import convert
+from vlm_jax import convert, models
 from vlm_jax.errors import UserError
 from vlm_jax.zoo import recognize, save
 from vlm_jax.zoo.load import read_params
@@ -87,6 +89,16 @@ def test_preprocessing_and_tokenizer_travel(siglip, format, tmp_path):
         assert (copy.preprocess, copy.tokenize) == (siglip.preprocess, siglip.tokenize)
     tokens = siglip.tokenizer(["a cat", "two dogs"], 16)
     np.testing.assert_array_equal(copy.tokenizer(["a cat", "two dogs"], 16), tokens)
+
+
+@pytest.mark.parametrize("licence", ["mit", "CC BY 4.0; see NOTICE"])
+def test_a_card_says_what_the_folder_holds(siglip, licence, tmp_path):
+    licensed = dataclasses.replace(siglip, config=siglip.config | dict(licence=licence))
+    vlm_jax.save_pretrained(licensed, tmp_path / "a", "hf")
+    front, _, text = (tmp_path / "a" / "README.md").read_text().removeprefix("---\n").partition("\n---\n")
+    assert 'library_name: "transformers"\npipeline_tag: "zero-shot-image-classification"' in front
+    assert f"{models.count(siglip.params):,} parameters" in text and siglip.preprocess in text
+    assert recognize.understand(tmp_path / "a").licence == licence
 
 
 @pytest.mark.parametrize("format", ["native", "hf"])

@@ -91,8 +91,8 @@ def _licence(folder: Path) -> str | None:
     card = folder / "README.md"
     if card.is_file():
         front = card.read_text(encoding="utf-8", errors="replace").split("---")
-        found = re.search(r"^license:\s*(\S+)", front[1] if len(front) > 1 else "", re.MULTILINE)
-        return found[1] if found else None
+        found = re.search(r'^license:\s*(?:"(.*)"|(\S+))', front[1] if len(front) > 1 else "", re.MULTILINE)
+        return found and (found[1] or found[2])
     return None
 
 

@@ -5,7 +5,6 @@ Every layout is checked before writing: the description read back from the plann
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import os
@@ -24,7 +23,7 @@ from vlm_jax.data.files import naming, write_json
 from vlm_jax.errors import UserError
 from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained
-from vlm_jax.zoo import adapters, key_map, open_clip_tokenizers, preprocessing, recognize, tokenizer_files
+from vlm_jax.zoo import adapters, key_map, model_card, open_clip_tokenizers, preprocessing, recognize, tokenizer_files
 from vlm_jax.zoo.formats import big_vision, open_clip, t5, t5x, transformers
 from vlm_jax.zoo.readers.tensors import Tensor, write_npz, write_safetensors
 from vlm_jax.zoo.released import SIDES, Released, Told
@@ -159,6 +158,8 @@ def write(content: Content, path: str | os.PathLike, format: str) -> None:
     try:
         with naming(partial):
             writes(partial)
+            if format in model_card.LIBRARIES:
+                (partial / "README.md").write_text(model_card.text(content, format), encoding="utf-8")
         os.replace(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -225,7 +226,7 @@ def _transformers(content: Content) -> Callable[[Path], None]:
                 config["eos_token_id"] = tokenizers.build(content.tokenizer).eos_id
         write_json(folder / "config.json", config)
         if pooling:
-            _write_sentence_modules(folder, pooling, section["text"]["width"])
+            transformers.write_sentence_modules(folder, pooling, section["text"]["width"])
         write_safetensors(folder / "model.safetensors", _their_arrays(content, entries), {"format": "pt"})
 
     return write
@@ -242,18 +243,6 @@ def _is_sentence_model(section) -> bool:
     """Whether a BERT pools as in sentence-transformers; Transformers' own pool is dense, on the first token."""
     text = section["text"]
     return bool(text and not section["image"] and text["post_norm"] and not text["rep_dim"])
-
-
-def _write_sentence_modules(folder: Path, pool: str, width: int) -> None:
-    kinds = {"0": ("", "Transformer"), "1": ("1_Pooling", "Pooling"), "2": ("2_Normalize", "Normalize")}
-    modules = [
-        dict(idx=int(i), name=i, path=path, type=f"sentence_transformers.models.{kind}")
-        for i, (path, kind) in kinds.items()
-    ]
-    (folder / "modules.json").write_text(json.dumps(modules, indent=2))
-    (folder / "1_Pooling").mkdir()
-    mode = {"mean": "mean_tokens", "first": "cls_token", "max": "max_tokens"}[pool]
-    write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": width, f"pooling_mode_{mode}": True})
 
 
 def _open_clip(content: Content) -> Callable[[Path], None]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.config import choose
-from vlm_jax.data.files import inside, read_json
+from vlm_jax.data.files import inside, read_json, write_json
 from vlm_jax.errors import UserError
 from vlm_jax.zoo import families
 from vlm_jax.zoo.formats import t5
@@ -212,3 +212,16 @@ def sentence_pooling(folder: Path) -> str | None:
     if len(modes) != 1 or modes[0] not in pools:
         raise UserError(f"{folder / where} pools by {', '.join(modes) or 'nothing'}; supported are {', '.join(pools)}")
     return pools[modes[0]]
+
+
+def write_sentence_modules(folder: Path, pool: str, width: int) -> None:
+    """Writes the files of sentence-transformers beside a BERT: how it pools, and that embeddings have norm 1."""
+    kinds = {"0": ("", "Transformer"), "1": ("1_Pooling", "Pooling"), "2": ("2_Normalize", "Normalize")}
+    modules = [
+        dict(idx=int(i), name=i, path=path, type=f"sentence_transformers.models.{kind}")
+        for i, (path, kind) in kinds.items()
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules, indent=2))
+    (folder / "1_Pooling").mkdir()
+    mode = {"mean": "mean_tokens", "first": "cls_token", "max": "max_tokens"}[pool]
+    write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": width, f"pooling_mode_{mode}": True})
