@@ -210,6 +210,16 @@ COMMANDS = {
         },
         arguments="URI",
     ),
+    "inspect": Command(
+        {
+            "": (
+                text("split", "The data set's split"),
+                whole("sample", "Records that are looked at", 1000),
+                path("out", "File to write as a page with pictures"),
+            )
+        },
+        arguments="URI",
+    ),
     "data.train_tokenizer": Command(
         {
             "": (
