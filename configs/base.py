@@ -120,7 +120,7 @@ def in_two_stages(
         dict(
             seed=0,
             batch_size=256,
-            duration="1M examples",
+            duration="600k examples",
             tokenizer="emoji",
             preprocess=f"decode(exif=True) | resize({SIZE}) | normalize",
             tokenize=tokenize(length),
@@ -138,13 +138,13 @@ def in_two_stages(
             ),
             stages=(
                 dict(
-                    share="90%",
+                    share="80%",
                     data=dict(sources=None, **single, ops=small),
                     model=dict(image=dict(image_size=SMALL)),
                     preprocess=f"decode(exif=True) | crop_to_content | resize({SMALL}) | normalize",
                     **first or {},
                 ),
-                dict(share="10%"),
+                dict(share="20%"),
             ),
             evals={
                 "base": dict(unseen_style=naming | dict(split="unseen_style")),
