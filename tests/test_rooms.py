@@ -30,7 +30,8 @@ LEVELS = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 ROOM_OF = {
     **dict.fromkeys(("", "errors", "config", "catalogue", "command"), "ground"),
     **dict.fromkeys(
-        ("train", "evaluate", "convert", "precompute", "compare", "methods", "index", "inspect"), "commands"
+        ("train", "evaluate", "convert", "precompute", "compare", "methods", "index", "inspect", "score", "select"),
+        "commands",
     ),
     "__main__": "package",
 }

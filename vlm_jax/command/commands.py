@@ -220,6 +220,35 @@ COMMANDS = {
         },
         arguments="URI",
     ),
+    "score": Command(
+        {
+            "": (
+                MODEL,
+                DATA,
+                text("caption", "The field with the text", "text"),
+                listed("fields", "Further fields to store: concept,language"),
+                switch("embeddings", "Store embeddings of the pictures, by which near duplicates are found"),
+                path("out", "Folder of the scores", needed=True),
+            ),
+            "data": (*LABELLED[:2], *LABELLED[5:]),
+            "model": LOADING,
+            "machine": (
+                listed("mesh", "data=2,fsdp=4,tensor=1 (all devices in data)"),
+                Flag(flags.DEFINE_float, "memory_share", "Share of the free memory for the scores (0.25)"),
+                DISTRIBUTED,
+            ),
+        }
+    ),
+    "select": Command(
+        {
+            "": (
+                text("by", "Rules: top('similarity', 0.3) | unlike(0.95) | cap('concept', 100)", needed=True),
+                path("out", "The index to write, .npz", needed=True),
+                whole("seed", "Of what `cap` draws", 0),
+            )
+        },
+        arguments="SCORES",
+    ),
     "data.train_tokenizer": Command(
         {
             "": (
