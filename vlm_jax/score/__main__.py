@@ -1,4 +1,4 @@
-"""Scores the examples of a data set for `vlm-jax select`: how well texts fit pictures, sizes, embeddings.
+"""Scores the examples of a data set for `vlm-jax select`: fit of text and picture, embeddings.
 
     vlm-jax score --model=hf:openai/clip-vit-base-patch32 --data='wds:data/laion/{00000..00009}.tar' --caption=txt \\
         --out=runs/scores
