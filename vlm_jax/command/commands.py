@@ -158,7 +158,7 @@ COMMANDS = {
     "convert": Command(
         {
             "": (
-                text("format", "What to write: native, hf, open_clip, big_vision, t5x", "native"),
+                text("format", "What to write: native, hf, open_clip, big_vision, t5x, stablehlo", "native"),
                 text("dtype", "Of the weights in DST: float32 or bfloat16", "float32"),
                 switch("inspect", "Describe SRC and where each tensor goes; convert nothing"),
             ),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 PARTS = {"image": "image tower", "text": "text tower", "encoder": "encoder", "decoder": "decoder"}
-LIBRARIES = {"native": "vlm_jax", "hf": "transformers", "open_clip": "open_clip"}
+LIBRARIES = {"native": "vlm_jax", "hf": "transformers", "open_clip": "open_clip", "stablehlo": "vlm_jax"}
 
 
 def text(content: Any, format: str) -> str:

@@ -24,9 +24,9 @@ from vlm_jax.errors import UserError
 from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained
 from vlm_jax.zoo import adapters, key_map, model_card, open_clip_tokenizers, preprocessing, recognize, tokenizer_files
-from vlm_jax.zoo.formats import big_vision, open_clip, t5, t5x, transformers
+from vlm_jax.zoo.formats import big_vision, open_clip, stablehlo, t5, t5x, transformers
 from vlm_jax.zoo.readers.tensors import Tensor, write_npz, write_safetensors
-from vlm_jax.zoo.released import SIDES, Released, Told
+from vlm_jax.zoo.released import SIDES, Released
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
@@ -71,7 +71,7 @@ def save_pretrained(
 
     Args:
       pretrained: the model.
-      path: a folder to make ("native", "hf", "open_clip", "t5x"), or an .npz file ("big_vision").
+      path: a folder to make ("native", "hf", "open_clip", "t5x", "stablehlo"), or an .npz file ("big_vision").
       format: a key of `FORMATS`.
       dtype: of the weights in the file: "float32" or "bfloat16", half the size.
 
@@ -270,22 +270,11 @@ def _big_vision(content: Content) -> Callable[[Path], None]:
     section = full_section(content)
     if section["decoder"] and not section["image"]:
         raise UserError("big_vision's format is of models with images; this one has none")
-    entries = big_vision.outline(section)
-    if problems := _problems(content, entries, lambda tensors: big_vision.describe(tensors, _pools(section))[0]):
+    entries, pools = big_vision.outline(section), big_vision.pools(section)
+    if problems := _problems(content, entries, lambda tensors: big_vision.describe(tensors, pools)[0]):
         raise UserError(f"big_vision has no such model: {', '.join(problems)}")
     arrays = _their_arrays(content, entries)
     return lambda path: write_npz(path, {f"params/{name}": array for name, array in arrays.items()})
-
-
-def _pools(section: Mapping[str, Any]) -> Told:
-    """The pools, which an npz does not hold."""
-    pools = {side: section[side]["pool"] for side in ("image", "text") if section[side]}
-    for side, pool in pools.items():
-        if pool not in ("map", "tok", "none"):
-            log.info(
-                "an npz does not hold the %s tower's pool; `load` needs pool=%r, unless its name tells", side, pool
-            )
-    return Told(pool=pools)
 
 
 def _t5x(content: Content) -> Callable[[Path], None]:
@@ -300,6 +289,16 @@ def _t5x(content: Content) -> Callable[[Path], None]:
     return lambda folder: t5x.write(folder, _their_arrays(content, entries))
 
 
+def _stablehlo(content: Content) -> Callable[[Path], None]:
+    programs, native = stablehlo.programs(content, DTYPES[content.dtype]), _native(content)
+
+    def write(folder: Path) -> None:
+        native(folder)
+        stablehlo.write(folder, programs)
+
+    return write
+
+
 # Each checks that the format can express the content, and returns the function that writes a folder or file.
 FORMATS = {
     "native": _native,
@@ -307,6 +306,7 @@ FORMATS = {
     "open_clip": _open_clip,
     "big_vision": _big_vision,
     "t5x": _t5x,
+    "stablehlo": _stablehlo,
 }
 
 
