@@ -14,16 +14,17 @@ class TextTransformer(Encoder, kw_only=True):
 
     CLIP (Radford et al. 2021): causal, pool "argmax" or "eos", head without bias. LiT and SigLIP (Zhai et al. 2022,
     2023): bidirectional, no padding mask, pool "last", head with bias. BERT (Devlin et al. 2018): post_norm, pre_norm,
-    pad_mask, token_types 2.
+    pad_mask, token_types 2. RoBERTa (Liu et al. 2019): as BERT, posemb "counted", pad_id 1, token_types 1.
 
     Attributes:
       vocab_size: V.
-      length: rows of the position table: the longest text.
+      length: the longest text: rows of the position table.
       pool: "last", "first", "eos" (the first eos_id), "argmax" (the largest id), "mean", "max", "map", "concat" or
         "none".
       causal: whether a token sees earlier tokens only.
-      posemb: "learned" or "none".
-      pad_id: the id of padding, for pad_mask.
+      posemb: "learned"; "counted", learned, where token i has row pad_id + (number of tokens to i that are not padding),
+        and padding row pad_id (RoBERTa); or "none".
+      pad_id: the id of padding, for pad_mask and posemb "counted".
       pad_mask: whether attention and the pool ignore padding.
       eos_id: the id that pool "eos" looks for.
       pool_exclude: ids left out of the pools "mean", "max", "map" and "concat", e.g. BOS and EOS; attention sees these
@@ -71,8 +72,12 @@ class TextTransformer(Encoder, kw_only=True):
         x = look_up(embed, token_ids)
         if self.posemb == "learned":
             x = x + positions.learned(self, self.length, self.width)[:, : x.shape[1]].astype(self.dtype)
+        elif self.posemb == "counted":
+            real = token_ids != self.pad_id
+            table = positions.learned(self, self.length + self.pad_id + 1, self.width)[0]
+            x = x + table.astype(self.dtype)[self.pad_id + jnp.cumsum(real, axis=1) * real]
         elif self.posemb != "none":
-            raise UserError(f"posemb of a text tower is `{self.posemb}`; expected one of: learned, none")
+            raise UserError(f"posemb of a text tower is `{self.posemb}`; expected one of: learned, counted, none")
         if self.token_types:
             table = self.param("token_type_embed", nn.initializers.normal(std), (self.token_types, self.width))
             x = x + table[0].astype(self.dtype)
