@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-pytest.importorskip("open_clip", reason="pip install --no-deps open_clip_torch timm torchvision ftfy", exc_type=Exception)
+pytest.importorskip(
+    "open_clip", reason="pip install --no-deps open_clip_torch timm torchvision ftfy", exc_type=Exception
+)
 
 import open_clip
 

@@ -22,7 +22,7 @@ class TextTransformer(Encoder, kw_only=True):
       pool: "last", "first", "eos" (the first eos_id), "argmax" (the largest id), "mean", "max", "map", "concat" or
         "none".
       causal: whether a token sees earlier tokens only.
-      posemb: "learned"; "counted", learned, where token i has row pad_id + (number of tokens to i that are not padding),
+      posemb: "learned"; "counted", learned: token i has row pad_id + (number of tokens up to i that are no padding),
         and padding row pad_id (RoBERTa); or "none".
       pad_id: the id of padding, for pad_mask and posemb "counted".
       pad_mask: whether attention and the pool ignore padding.

@@ -11,7 +11,7 @@ from typing import Any
 from vlm_jax.config import choose
 from vlm_jax.errors import UserError
 from vlm_jax.zoo import families
-from vlm_jax.zoo.formats import open_clip_timm
+from vlm_jax.zoo.formats import open_clip_eva, open_clip_timm
 from vlm_jax.zoo.formats.head_counts import HEAD_WIDTH, heads_of
 from vlm_jax.zoo.formats.settings import check, neutral
 from vlm_jax.zoo.key_map import expand
@@ -51,6 +51,7 @@ TEXT_HEAD = (("head/kernel", "text_projection", "same"),)
 TEXT_HEAD_WITH_BIAS = (("head", "text_projection", "dense"),)
 TEXT_POOLS = ("argmax", "last", "first", "eos")
 TRANSFORMER = "visual.transformer.resblocks"
+FAMILIES = (open_clip_eva,)  # of image towers besides open_clip's own and timm's plain ViT
 SCALES = (("logit_scale", "logit_scale", "same"), ("logit_bias", "logit_bias", "same"))
 
 # Settings of model_cfg that are read here, or that tensors tell; and all others of open_clip 3.3.
@@ -110,7 +111,9 @@ def describe(
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     cfg = dict(model_cfg or {})
     vision, text = dict(cfg.get("vision_cfg") or {}), dict(cfg.get("text_cfg") or {})
-    if problem := families.of_open_clip(shapes, vision, text):
+    family = next((family for family in FAMILIES if family.recognise(shapes, vision)), None)
+    problem = None if family else families.image_of_open_clip(shapes, vision)
+    if problem := problem or families.text_of_open_clip(shapes, text):
         raise UserError(problem)
     check_settings(cfg, vision, text)
     timm = any(name.startswith("visual.trunk.") for name in shapes)
@@ -122,11 +125,12 @@ def describe(
             "tuned from them) or activation='gelu' (most of open_clip's)"
         )
     plain = lambda side: told.of("activation", side) if bare else "quick_gelu" if cfg.get("quick_gelu") else "gelu"
-    image = (
-        open_clip_timm.image_fields(shapes, vision, told)
-        if timm
-        else image_fields(shapes, vision, plain("image"), told)
-    )
+    if family:
+        image = family.image_fields(shapes, vision)
+    elif timm:
+        image = open_clip_timm.image_fields(shapes, vision, told)
+    else:
+        image = image_fields(shapes, vision, plain("image"), told)
     as_openai = not timm and not prefix and image["pre_norm"] and "logit_bias" not in shapes
     if bare and not timm and not image["pre_norm"]:
         why = "bare weights whose towers are not as OpenAI's do not tell the image tower's pool"
@@ -139,7 +143,7 @@ def describe(
         text["eos_id"] = 2
     section = {"name": "two_tower", "image": image, "text": _text(shapes, prefix, text, plain("text"), told, bare)}
     section |= {"bias_init": -10.0 if "logit_bias" in shapes else None}
-    rows = open_clip_timm.rows_of(shapes) if timm else IMAGE
+    rows = family.rows_of(shapes, image) if family else open_clip_timm.rows_of(shapes) if timm else IMAGE
     return section, _entries(section, rows, prefix), IGNORED
 
 
@@ -254,7 +258,9 @@ def config(section: Mapping[str, Any]) -> dict[str, Any]:
     image, text = section["image"], section["text"]
     if not image or not text:
         raise UserError("open_clip's format is of two towers; this model has one")
-    vision = _own_config(image) if image["pool"] in ("tok", "patches") else open_clip_timm.config(image)
+    vision = open_clip_eva.config(image)
+    if vision is None:
+        vision = _own_config(image) if image["pool"] in ("tok", "patches") else open_clip_timm.config(image)
     texts = dict(context_length=text["length"], vocab_size=text["vocab_size"], width=text["width"])
     texts |= dict(heads=text["heads"], layers=text["depth"], mlp_ratio=text["mlp_dim"] / text["width"])
     texts |= dict(no_causal_mask=not text.get("causal", False), pool_type=text["pool"])
@@ -295,4 +301,6 @@ def outline(section: Mapping[str, Any]) -> tuple[dict, list]:
     cfg = config(section)
     prefix = "text." if cfg.get("custom_text") else ""
     rows = open_clip_timm.TIMM_IMAGE if "timm_model_name" in cfg["vision_cfg"] else IMAGE
+    if open_clip_eva.recognise((), cfg["vision_cfg"]):
+        rows = open_clip_eva.rows_of((), section["image"])
     return cfg, _entries(section, rows, prefix)

@@ -1,0 +1,103 @@
+"""Families of image and text towers in open_clip, small: the same embeddings, logits and gradients; exports load there.
+
+timm decides sizes by a tower's name. Here its towers are made smaller; the name still decides everything else.
+"""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip(
+    "open_clip", reason="pip install --no-deps open_clip_torch timm torchvision ftfy", exc_type=Exception
+)
+
+import open_clip
+import timm
+
+from tests.parity.test_open_clip import batch, save, theirs
+from tests.support import make_references as references
+from tests.support.released import by_their_names, loss_and_embeddings, read
+from tests.support.torch_parity import close, gradients_like
+from vlm_jax.zoo import recognize
+from vlm_jax.zoo import save as zoo_save
+from vlm_jax.zoo.formats import open_clip_eva
+
+TEXT = dict(context_length=12, vocab_size=32, width=64, heads=2, layers=2)
+SMALL = dict(embed_dim=128, num_heads=2, depth=2, img_size=48)
+LARGE_HEADS = dict(SMALL, num_heads=16)  # gigantic, enormous and giant towers have 16 at any width
+TOWERS = {  # timm's name, its pool, sizes, the picture's side
+    "pe": ("vit_pe_core_base_patch16_224", "map", SMALL),
+    "pe_gigantic": ("vit_pe_core_gigantic_patch14_448", "map", dict(LARGE_HEADS, img_size=42)),
+    "eva02": ("eva02_base_patch16_clip_224", "token", SMALL),
+    "eva02_enormous": ("eva02_enormous_patch14_clip_224", "token", dict(LARGE_HEADS, img_size=42)),
+    "eva01": ("eva_giant_patch14_224", "token", dict(LARGE_HEADS, img_size=42)),
+}
+
+
+def config_of(name):
+    timm_name, pool, sizes = TOWERS[name]
+    vision = dict(image_size=sizes["img_size"], timm_model_name=timm_name, timm_model_pretrained=False, timm_pool=pool)
+    return dict(embed_dim=24, custom_text=True, vision_cfg=vision | dict(timm_proj=None), text_cfg=TEXT)
+
+
+@pytest.fixture
+def new(monkeypatch):
+    """A function: a randomised model of open_clip with a `model_cfg`, its tower of timm made smaller."""
+    create = timm.create_model
+    sizes = {timm_name: sizes for timm_name, _, sizes in TOWERS.values()}
+    monkeypatch.setattr(timm, "create_model", lambda name, **rest: create(name, **rest, **sizes[name]))
+
+    def make(config):
+        torch.manual_seed(0)
+        kind = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
+        model = kind(**{key: value for key, value in config.items() if key != "custom_text"})
+        return references.randomised(model)
+
+    return make
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_the_same_numbers_and_gradients(name, new, tmp_path):
+    model = new(config_of(name))
+    save(model, config_of(name), tmp_path)
+    inputs = batch(model)
+    image, text, logits = theirs(model, *inputs)
+    gradients_like(model, logits, False)
+    released, ours, params = read(tmp_path)
+    loss = lambda params: loss_and_embeddings(ours, params, *inputs, False)
+    grads, (out, our_logits) = jax.jit(jax.grad(loss, has_aux=True))(params)
+    close(out.image, image)
+    close(out.text, text)
+    close(our_logits, logits)
+    tokens = model.visual.trunk.forward_features(torch.tensor(inputs[0]).permute(0, 3, 1, 2))
+    close(out.image_tokens, tokens)
+    gradients = by_their_names(released, grads)
+    assert gradients.keys() == dict(model.named_parameters()).keys()
+    for key, parameter in model.named_parameters():
+        close(gradients[key], parameter.grad)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_exports_load_there(name, new, tmp_path, monkeypatch):
+    """At the native size of pictures, which the name tells."""
+    config, timm_name = config_of(name), TOWERS[name][0]
+    side = int(timm_name.rpartition("_")[2])
+    monkeypatch.setitem(TOWERS[name][2], "img_size", side)
+    config["vision_cfg"]["image_size"] = side
+    model = new(config)
+    (tmp_path / "theirs").mkdir()
+    save(model, config, tmp_path / "theirs")
+    content = zoo_save.content_of(recognize.understand(tmp_path / "theirs"))
+    sizes = tuple(content.section["image"][key] for key in ("width", "depth", "heads", "mlp_dim"))
+    monkeypatch.setattr(open_clip_eva, "SIZES", {timm_name: sizes})
+    zoo_save.write(dataclasses.replace(content, preprocess=None), tmp_path / "ours", "open_clip")
+    again = new(json.loads((tmp_path / "ours" / "open_clip_config.json").read_text())["model_cfg"])
+    again.load_state_dict(load_file(tmp_path / "ours" / "open_clip_model.safetensors"))
+    inputs = batch(model, 2)
+    with torch.no_grad():
+        for got, want in zip(theirs(again, *inputs), theirs(model, *inputs), strict=True):
+            close(got.numpy(), want)
