@@ -19,15 +19,17 @@ IMAGE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_atte
 IMAGE |= dict(patch_size=16)
 TEXT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
 TEXT |= dict(max_position_embeddings=16)
+ROBERTA = TEXT | dict(max_position_embeddings=18, pad_token_id=1)
 DINO = {key: value for key, value in IMAGE.items() if key != "intermediate_size"}
+DINOV3 = IMAGE | dict(num_register_tokens=3, image_size=48)
 PACKED = {key: value for key, value in IMAGE.items() if key != "image_size"} | dict(num_patches=16)
 SPECIAL = dict(bos_token_id=61, eos_token_id=62, pad_token_id=0)
 T = transformers
 
 
-def dual(vision):
-    bert = T.BertConfig(**TEXT)
-    return T.VisionTextDualEncoderConfig.from_vision_text_configs(vision, bert, projection_dim=24)
+def dual(vision, text=None):
+    text = text or T.BertConfig(**TEXT)
+    return T.VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=24)
 
 
 def clip(**text):
@@ -40,6 +42,21 @@ PAIRS = {
     "clip_argmax": lambda: T.CLIPModel(clip(eos_token_id=2, hidden_act="gelu")),
     "siglip": lambda: T.SiglipModel(T.SiglipConfig(vision_config=IMAGE, text_config=TEXT)),
     "dual_vit": lambda: T.VisionTextDualEncoderModel(dual(T.ViTConfig(**IMAGE))),
+    "dual_xlm_roberta": lambda: T.VisionTextDualEncoderModel(
+        dual(T.ViTConfig(**IMAGE), T.XLMRobertaConfig(**ROBERTA | dict(type_vocab_size=1)))
+    ),
+    "metaclip_2": lambda: T.MetaClip2Model(
+        T.MetaClip2Config(vision_config=IMAGE, text_config=TEXT | SPECIAL, projection_dim=24)
+    ),
+    "metaclip_2_eos_of_2": lambda: T.MetaClip2Model(
+        T.MetaClip2Config(vision_config=IMAGE, text_config=TEXT | dict(eos_token_id=2), projection_dim=24)
+    ),
+    "chinese_clip": lambda: T.ChineseCLIPModel(
+        T.ChineseCLIPConfig(vision_config=IMAGE, text_config=TEXT, projection_dim=24)
+    ),
+    "altclip": lambda: T.AltCLIPModel(
+        T.AltCLIPConfig(vision_config=IMAGE, text_config=ROBERTA | dict(project_dim=20), projection_dim=24)
+    ),
     "dual_clip": lambda: T.VisionTextDualEncoderModel(dual(T.CLIPVisionConfig(**IMAGE))),
 }
 IMAGES = {
@@ -51,11 +68,28 @@ IMAGES = {
     "vit_classifier": lambda: T.ViTForImageClassification(T.ViTConfig(**IMAGE, num_labels=5)),
     "dinov2": lambda: T.Dinov2Model(T.Dinov2Config(**DINO, layerscale_value=0.7)),
     "dinov2_gated": lambda: T.Dinov2Model(T.Dinov2Config(**DINO, use_swiglu_ffn=True)),
+    "vit_no_biases": lambda: T.ViTModel(T.ViTConfig(**IMAGE, qkv_bias=False)),
+    "dinov2_no_biases": lambda: T.Dinov2Model(T.Dinov2Config(**DINO, qkv_bias=False)),
+    "dinov3": lambda: T.DINOv3ViTModel(T.DINOv3ViTConfig(**DINOV3, layerscale_value=0.7)),
+    "dinov3_gated": lambda: T.DINOv3ViTModel(T.DINOv3ViTConfig(**DINOV3, use_gated_mlp=True, hidden_act="silu")),
+    "dinov3_biases": lambda: T.DINOv3ViTModel(
+        T.DINOv3ViTConfig(**DINOV3, key_bias=True, value_bias=False, mlp_bias=False, rope_theta=50.0)
+    ),
+    "metaclip_2": lambda: T.MetaClip2VisionModelWithProjection(T.MetaClip2VisionConfig(**IMAGE, projection_dim=24)),
+    "chinese_clip": lambda: T.ChineseCLIPVisionModel(T.ChineseCLIPVisionConfig(**IMAGE)),
     "dinov2_registers": lambda: T.Dinov2WithRegistersModel(T.Dinov2WithRegistersConfig(**DINO)),
 }
 TEXTS = {
     "clip": lambda: T.CLIPTextModelWithProjection(T.CLIPTextConfig(**TEXT | SPECIAL, projection_dim=24)),
     "bert": lambda: T.BertModel(T.BertConfig(**TEXT)),
+    "roberta": lambda: T.RobertaModel(T.RobertaConfig(**ROBERTA)),
+    "xlm_roberta": lambda: T.XLMRobertaModel(T.XLMRobertaConfig(**ROBERTA, layer_norm_eps=1e-5)),
+    "camembert": lambda: T.CamembertModel(T.CamembertConfig(**ROBERTA)),
+    "chinese_clip": lambda: T.ChineseCLIPTextModel(T.ChineseCLIPTextConfig(**TEXT)),
+    "altclip": lambda: T.AltCLIPTextModel(T.AltCLIPTextConfig(**ROBERTA, project_dim=20)),
+    "metaclip_2": lambda: T.MetaClip2TextModelWithProjection(
+        T.MetaClip2TextConfig(**TEXT | SPECIAL, projection_dim=24)
+    ),
     "bert_decoder": lambda: T.BertModel(T.BertConfig(**TEXT, is_decoder=True)),
 }
 
@@ -89,6 +123,11 @@ def batch(rng, size=3, side=32, length=16):
     return images, token_ids
 
 
+def padded(model, token_ids):
+    """Token ids with the padding of the model's text tower."""
+    return np.where(token_ids == 0, model.text.pad_id, token_ids) if model.text.pad_mask else token_ids
+
+
 def to_torch(images, token_ids):
     mask = torch.ones(token_ids.shape, dtype=torch.long)
     return dict(
@@ -106,9 +145,12 @@ def unit(x):
 def test_two_towers(name, tmp_path):
     theirs, model, params, released = save_and_load(PAIRS[name], tmp_path)
     images, token_ids = batch(np.random.default_rng(0))
+    if name == "metaclip_2_eos_of_2":
+        token_ids = np.where(token_ids == 62, 2, token_ids)
+    token_ids = padded(model, token_ids)
     inputs = to_torch(images, token_ids)
-    if name.startswith("dual"):
-        inputs["attention_mask"] = torch.tensor(token_ids != 0, dtype=torch.long)
+    if model.text.pad_mask:
+        inputs["attention_mask"] = torch.tensor(token_ids != model.text.pad_id, dtype=torch.long)
     if name == "siglip":
         del inputs["attention_mask"]
     out = theirs(**inputs)
@@ -136,25 +178,26 @@ def contrastive_loss(logits, sigmoid):
 @pytest.mark.parametrize("name", IMAGES)
 def test_image_towers(name, tmp_path):
     theirs, model, params, _ = save_and_load(IMAGES[name], tmp_path)
-    images, _ = batch(np.random.default_rng(1))
+    images, _ = batch(np.random.default_rng(1), side=model.image.image_size)
     out = theirs(pixel_values=torch.tensor(images).permute(0, 3, 1, 2))
     encoded = jax.jit(lambda p, x: model.image.apply({"params": p}, x))(params["image"], images)
     pooled = next(out[key] for key in ("image_embeds", "logits", "pooler_output") if key in out)
     close(encoded.pooled, pooled)
-    if name.startswith(("vit", "dinov2")) and "last_hidden_state" in out:
+    if name.startswith(("vit", "dinov")) and "last_hidden_state" in out:
         close(encoded.tokens, out.last_hidden_state)
 
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_text_towers(name, tmp_path):
     theirs, model, params, _ = save_and_load(TEXTS[name], tmp_path)
-    _, token_ids = batch(np.random.default_rng(2))
-    mask = torch.tensor(token_ids != 0, dtype=torch.long)
+    token_ids = padded(model, batch(np.random.default_rng(2))[1])
+    seen = token_ids != model.text.pad_id
+    mask = torch.tensor(seen, dtype=torch.long)
     out = theirs(input_ids=torch.tensor(token_ids, dtype=torch.long), attention_mask=mask)
     encoded = jax.jit(lambda p, x: model.text.apply({"params": p}, x))(params["text"], token_ids)
     close(encoded.pooled, out.text_embeds if "text_embeds" in out else out.pooler_output)
-    seen = token_ids != 0
-    close(np.asarray(encoded.tokens)[seen], out.last_hidden_state.detach().numpy()[seen])
+    if name != "altclip":  # its tokens are after the projection
+        close(np.asarray(encoded.tokens)[seen], out.last_hidden_state.detach().numpy()[seen])
 
 
 def test_packed_patches(tmp_path):

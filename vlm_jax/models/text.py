@@ -31,6 +31,7 @@ class TextTransformer(Encoder, kw_only=True):
         ids.
       embed_std: standard deviation of the token embeddings at init; defaults to D ** -0.5.
       pre_norm: whether a norm follows the positions.
+      last_norm: with post_norm, whether a norm follows the blocks (AltCLIP); towers without post_norm always have one.
       token_types: rows of the token type table (BERT: 2); every token gets the first row. 0 for no table.
       Others: see `Encoder`.
     """
@@ -46,6 +47,7 @@ class TextTransformer(Encoder, kw_only=True):
     pool_exclude: tuple[int, ...] = ()
     embed_std: float | None = None
     pre_norm: bool = False
+    last_norm: bool = False
     token_types: int = 0
 
     @nn.compact
@@ -86,6 +88,8 @@ class TextTransformer(Encoder, kw_only=True):
         mask = token_ids != self.pad_id if self.pad_mask else None
         options = dict(context=context, context_mask=context_mask, layers=layers, train=train)
         x, _, aux = self.encode(x, mask=mask, causal=self.causal, **options)
+        if self.last_norm and self.post_norm is True:
+            x = self.new_norm("norm")(x)
         pool_mask = mask
         if self.pool_exclude:
             kept = ~jnp.isin(token_ids, jnp.asarray(self.pool_exclude))

@@ -49,7 +49,7 @@ def sentence(what: str, family: str, nearest: str) -> str:
 
 
 def image_of_open_clip(names: Collection[str], vision: Mapping[str, Any]) -> str | None:
-    """Returns the error's text if the image tower of an open_clip model is of a known family that is not read, else None."""
+    """Returns the error's text if the image tower of a model of open_clip is known by name only, else None."""
     for pattern, family, nearest in TIMM:
         if re.match(pattern, vision.get("timm_model_name") or ""):
             return sentence("the image tower", family, nearest)

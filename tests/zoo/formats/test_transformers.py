@@ -8,7 +8,9 @@ import pytest
 from vlm_jax.errors import UserError
 from vlm_jax.zoo import recognize
 from vlm_jax.zoo.formats import t5, transformers
-from vlm_jax.zoo.formats.transformers_towers import TEXTS, VISION, read_config, write_config
+from vlm_jax.zoo.formats.transformers_texts import TEXTS
+from vlm_jax.zoo.formats.transformers_towers import read_config, write_config
+from vlm_jax.zoo.formats.transformers_vision import VISION
 from vlm_jax.zoo.readers.tensors import write_safetensors
 
 SIZES = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
