@@ -15,11 +15,10 @@ pytest.importorskip(
     "open_clip", reason="pip install --no-deps open_clip_torch timm torchvision ftfy", exc_type=Exception
 )
 
-import open_clip
 import timm
 
-from tests.parity.test_open_clip import batch, save, theirs
-from tests.support import make_references as references
+from tests.support import open_clip_models
+from tests.support.open_clip_models import batch, save, theirs
 from tests.support.released import by_their_names, loss_and_embeddings, read
 from tests.support.torch_parity import close, gradients_like
 from vlm_jax.zoo import recognize
@@ -51,13 +50,7 @@ def new(monkeypatch):
     sizes = {timm_name: sizes for timm_name, _, sizes in TOWERS.values()}
     monkeypatch.setattr(timm, "create_model", lambda name, **rest: create(name, **rest, **sizes[name]))
 
-    def make(config):
-        torch.manual_seed(0)
-        kind = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
-        model = kind(**{key: value for key, value in config.items() if key != "custom_text"})
-        return references.randomised(model)
-
-    return make
+    return open_clip_models.new
 
 
 @pytest.mark.parametrize("name", TOWERS)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-VIT, SIGLIP = "a CLIP with a Vision Transformer", "SigLIP (a plain Vision Transformer of timm)"
+VIT = "a CLIP with a Vision Transformer"
 FOLDER = "its whole folder: put config.json beside the file"
 OPEN_CLIP_FOLDER = "its whole folder, with open_clip_config.json"
 FASTVIT = r"stages\.\d\.blocks\.0\.token_mixer\.|patch_embed\.0\.(rbr|reparam|conv_kxk)|network\.0\.0\."
@@ -27,7 +27,7 @@ TIMM = (
     (r"eva02", "EVA02 (not of a CLIP)", "EVA02-CLIP"),
     (r"eva", "EVA01 (not of a CLIP)", "EVA01-CLIP"),
     (r"vitamin", "ViTamin", VIT),
-    (r"vit_\w*(rope|dinov3)", "a ViT with rotary positions", SIGLIP),
+    (r"vit_\w*(rope|dinov3|pe_)", "a ViT with rotary positions", "PE-Core"),
 )
 # (regex of tensor names of a whole file, family, nearest)
 WHOLE = (
@@ -91,10 +91,9 @@ def unknown(names: Collection[str]) -> str:
 # model_type of Transformers that differs in name from the nearest that loads
 NEAREST = {
     "deit": "vit", "beit": "vit", "data2vec-vision": "vit", "vit_mae": "vit", "vit_msn": "vit", "ijepa": "vit",
-    "dinov3_vit": "dinov2_with_registers", "aimv2": "clip", "align": "clip", "altclip": "clip", "chinese_clip": "clip",
-    "metaclip_2": "clip", "clipseg": "clip", "owlvit": "clip", "blip": "clip", "blip-2": "clip", "flava": "clip",
-    "convnext": "dinov2", "convnextv2": "dinov2", "swin": "dinov2", "resnet": "dinov2", "roberta": "bert",
-    "xlm-roberta": "bert", "distilbert": "bert", "mpnet": "bert", "modernbert": "bert", "electra": "bert",
+    "aimv2": "clip", "align": "clip", "clipseg": "clip", "owlvit": "clip", "blip": "clip", "blip-2": "clip",
+    "flava": "clip", "convnext": "dinov2", "convnextv2": "dinov2", "swin": "dinov2", "resnet": "dinov2",
+    "distilbert": "bert", "mpnet": "bert", "modernbert": "bert", "electra": "bert",
     "umt5": "mt5", "bart": "t5", "gemma3": "siglip", "paligemma": "siglip",
 }  # fmt: skip
 

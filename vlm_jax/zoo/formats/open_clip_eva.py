@@ -56,6 +56,7 @@ def image_fields(shapes: Mapping[str, tuple], cfg: Mapping[str, Any]) -> dict[st
     name, trunk = NAME.fullmatch(cfg["timm_model_name"]), "visual.trunk."
     pe, eva02, large = name["family"] == "vit_pe_core", name["family"] == "eva02", SIZES[name[0]][2]
     own = {key.removeprefix(f"{trunk}blocks.0."): shape for key, shape in shapes.items() if f"{trunk}blocks.0." in key}
+    gated = "mlp.fc1_g.weight" in own
     width, _, patch, _ = shapes[f"{trunk}patch_embed.proj.weight"]
     pool = cfg.get("timm_pool", "avg")
     if pool != ("map" if pe else "token"):
@@ -64,11 +65,11 @@ def image_fields(shapes: Mapping[str, tuple], cfg: Mapping[str, Any]) -> dict[st
         width=width,
         depth=len({key.split(".")[3] for key in shapes if key.startswith(f"{trunk}blocks.")}),
         heads=large if SIZES[name[0]][0] // large != 64 else width // 64,
-        mlp_dim=own["mlp.fc2.weight"][1],
+        mlp_dim=own["mlp.fc1_x.weight" if gated else "mlp.fc1.weight"][0],
         patch=patch,
         image_size=cfg.get("image_size"),
-        activation="silu" if "mlp.fc1_g.weight" in own else "gelu",
-        gated="mlp.fc1_g.weight" in own,
+        activation="silu" if gated else "gelu",
+        gated=gated,
         norm_eps=1e-5 if pe else 1e-6,
         attn_norm="attn.norm.weight" in own,
         mlp_norm="mlp.norm.weight" in own,

@@ -87,6 +87,9 @@ def describe(config: Mapping[str, Any], shapes: Mapping[str, tuple], pooling: st
         if kind in CLIPS and config.get(f"{own}_dict"):  # overrides `own`, its class's defaults included
             part |= tower.defaults | config[f"{own}_dict"]
         names = {name.removeprefix(prefix) for name in shapes if name.startswith(prefix)}
+        if type_name == "chinese_clip_text_model" and pair:  # the pair's text tower has no pooler
+            names -= {"pooler.dense.weight"}
+            ignored.append(f"{prefix}pooler.*")
         fields = read_config(tower, part, names)
         if fields["depth"] > len(shapes):
             raise UserError(f"config.json has num_hidden_layers {fields['depth']}, the file {len(shapes)} tensors")
@@ -160,8 +163,6 @@ ARCHITECTURES = {
     "metaclip_2_text_model": "MetaClip2TextModelWithProjection",
     "chinese_clip_vision_model": "ChineseCLIPVisionModel",
     "chinese_clip_text_model": "ChineseCLIPTextModel",
-    "altclip_vision_model": "AltCLIPVisionModel",
-    "altclip_text_model": "AltCLIPTextModel",
     "siglip_vision_model": "SiglipVisionModel",
     "siglip_text_model": "SiglipTextModel",
     "siglip2_vision_model": "Siglip2VisionModel",
@@ -175,6 +176,9 @@ ARCHITECTURES = {
     "xlm-roberta": "XLMRobertaModel",
     "camembert": "CamembertModel",
 }
+
+
+ALONE_NOWHERE = ("altclip_text_model", "altclip_vision_model")  # names of their files differ from the pair's
 
 
 def outlines(image: Mapping[str, Any] | None, text: Mapping[str, Any] | None) -> Iterator[tuple[dict, list]]:
@@ -197,12 +201,16 @@ def outlines(image: Mapping[str, Any] | None, text: Mapping[str, Any] | None) ->
         return
     side, fields, types = ("image", image, VISION) if image else ("text", text, TEXTS)
     for kind, tower in types.items():
+        if kind in ALONE_NOWHERE:
+            continue
         config = {"model_type": kind, "architectures": [ARCHITECTURES[kind]], **write_config(tower, fields)}
         prefix, head = "", None
         if kind.startswith(("clip", "siglip", "metaclip_2")):
             prefix = "vision_model." if side == "image" else "text_model."
             head = None if kind.startswith("siglip") else HEADS[side][0]
-            config["projection_dim"] = fields.get("out_dim")
+            if head and not fields.get("out_dim"):
+                head, config["architectures"] = None, [ARCHITECTURES[kind].removesuffix("WithProjection")]
+            config |= {"projection_dim": fields["out_dim"]} if fields.get("out_dim") else {}
         elif kind == "vit" and fields.get("out_dim"):
             prefix, head, config["architectures"] = "vit.", "classifier", ["ViTForImageClassification"]
             config["num_labels"] = fields["out_dim"]

@@ -70,7 +70,7 @@ def _dinov2(section, config, names):
 def _dinov2_reverse(section):
     return _qkv_bias_reverse(section) | {
         "use_swiglu_ffn": section.get("gated", False),
-        "mlp_ratio": 4 if section.get("gated") else section["mlp_dim"] / section["width"],
+        "mlp_ratio": 4 if section.get("gated") else section["mlp_dim"] // section["width"],  # whole numbers only
         "hidden_act": "gelu",
     }
 
