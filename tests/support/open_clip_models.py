@@ -30,7 +30,9 @@ def batch(model, size=3):
     rng = np.random.default_rng(0)
     sides = model.visual.image_size if hasattr(model.visual, "image_size") else (8, 8)
     images = rng.normal(size=(size, *sides, 3)).astype(np.float32)
-    token_ids = rng.integers(3, 29, (size, model.context_length)).astype(np.int32)
+    of_transformers = hasattr(getattr(model, "text", None), "config")  # has its own length, or none
+    length = 16 if of_transformers else model.context_length
+    token_ids = rng.integers(3, 29, (size, length)).astype(np.int32)
     token_ids[0, 5:], token_ids[1:, -1] = 0, 30
     token_ids[0, 5] = 30
     return images, token_ids

@@ -11,14 +11,14 @@ from typing import Any
 from vlm_jax.config import choose
 from vlm_jax.errors import UserError
 from vlm_jax.zoo import families
-from vlm_jax.zoo.formats import open_clip_eva, open_clip_timm
+from vlm_jax.zoo.formats import open_clip_eva, open_clip_texts, open_clip_timm
 from vlm_jax.zoo.formats.head_counts import HEAD_WIDTH, heads_of
 from vlm_jax.zoo.formats.settings import check, neutral
 from vlm_jax.zoo.key_map import expand
 from vlm_jax.zoo.released import NOTHING, Told
 
 # Buffers, and what OpenAI's archives keep beside the weights.
-IGNORED = ("*attn_mask", "input_resolution", "context_length", "vocab_size")
+IGNORED = ("*attn_mask", "*position_ids", "input_resolution", "context_length", "vocab_size")
 
 BLOCKS = (
     ("blocks_{i}/norm1", "transformer.resblocks.{i}.ln_1", "norm"),
@@ -63,7 +63,8 @@ READ = {
     },
     "text_cfg": {
         "context_length", "vocab_size", "hf_tokenizer_name", "tokenizer_kwargs", "width", "heads", "layers",
-        "mlp_ratio", "eos_id", "no_causal_mask", "pool_type", "act_kwargs", "norm_kwargs",
+        "mlp_ratio", "eos_id", "no_causal_mask", "pool_type", "act_kwargs", "norm_kwargs", "hf_model_name",
+        "hf_pooler_type",
     },
     "act_kwargs": (),
     "norm_kwargs": {"eps"},
@@ -80,7 +81,7 @@ NEUTRAL = {
         **PLAIN_BLOCK,
     ),
     "text_cfg": neutral(
-        "ls_init_value pad_id proj_bias output_tokens hf_model_pretrained hf_proj_type hf_pooler_type",
+        "ls_init_value pad_id proj_bias output_tokens hf_model_pretrained hf_proj_type",
         embed_cls=[False], final_ln_after_pool=[False], proj_type=["linear", "none"], tokenizer_mode=[""],
         **PLAIN_BLOCK,
     ),
@@ -113,11 +114,12 @@ def describe(
     vision, text = dict(cfg.get("vision_cfg") or {}), dict(cfg.get("text_cfg") or {})
     family = next((family for family in FAMILIES if family.recognise(shapes, vision)), None)
     problem = None if family else families.image_of_open_clip(shapes, vision)
-    if problem := problem or families.text_of_open_clip(shapes, text):
+    named_text = open_clip_texts.recognise(shapes, text)
+    if problem := problem or (None if named_text else families.text_of_open_clip(shapes, text)):
         raise UserError(problem)
     check_settings(cfg, vision, text)
     timm = any(name.startswith("visual.trunk.") for name in shapes)
-    prefix = "text." if "text.token_embedding.weight" in shapes else ""
+    prefix = "text." if named_text or "text.token_embedding.weight" in shapes else ""
     bare = model_cfg is None
     if bare and None in (told.of("activation", "image"), told.of("activation", "text")):
         raise UserError(
@@ -141,7 +143,11 @@ def describe(
         )
         text["no_causal_mask"] = text["pool_type"] in ("last", "first")
         text["eos_id"] = 2
-    section = {"name": "two_tower", "image": image, "text": _text(shapes, prefix, text, plain("text"), told, bare)}
+    if named_text:
+        texts = open_clip_texts.text_fields(shapes, text)
+    else:
+        texts = _text(shapes, prefix, text, plain("text"), told, bare)
+    section = {"name": "two_tower", "image": image, "text": texts}
     section |= {"bias_init": -10.0 if "logit_bias" in shapes else None}
     rows = family.rows_of(shapes, image) if family else open_clip_timm.rows_of(shapes) if timm else IMAGE
     return section, _entries(section, rows, prefix), IGNORED
@@ -159,7 +165,10 @@ def check_settings(cfg: Mapping[str, Any], vision: Mapping[str, Any], text: Mapp
 
 def _entries(section, rows, prefix):
     image, text = section["image"], section["text"]
-    texts = TEXT + (TEXT_HEAD_WITH_BIAS if text["head_bias"] else TEXT_HEAD)
+    if text.get("posemb", "learned") != "learned":
+        texts = open_clip_texts.rows_of({"rep_dim": None, **text})
+    else:
+        texts = TEXT + (TEXT_HEAD_WITH_BIAS if text["head_bias"] else TEXT_HEAD)
     entries = expand(rows, "image/", "visual.", depth=image["depth"], heads=image["heads"], patch=image["patch"])
     entries += expand(texts, "text/", prefix, depth=text["depth"], heads=text["heads"])
     return entries + expand(SCALES)
@@ -261,6 +270,28 @@ def config(section: Mapping[str, Any]) -> dict[str, Any]:
     vision = open_clip_eva.config(image)
     if vision is None:
         vision = _own_config(image) if image["pool"] in ("tok", "patches") else open_clip_timm.config(image)
+    texts = open_clip_texts.config(text)
+    hf_text = texts is not None
+    if not hf_text:
+        texts = _text_config(text)
+    own = [(vision, image)] if "timm_model_name" not in vision else []
+    own += [] if hf_text else [(texts, text)]
+    for part, fields in own:
+        part["norm_kwargs"] = {"eps": fields.get("norm_eps", 1e-6)}
+        if fields.get("activation", "gelu_tanh") == "gelu_tanh":
+            part["act_kwargs"] = {"approximate": "tanh"}
+        if fields.get("layer_scale") is not None:
+            part["ls_init_value"] = fields["layer_scale"]
+    cfg = dict(embed_dim=text["out_dim"] or text["width"], vision_cfg=vision, text_cfg=texts)
+    cfg["quick_gelu"] = (image if hf_text else text).get("activation") == "quick_gelu"
+    if section.get("bias_init") is not None:
+        cfg["init_logit_bias"] = section["bias_init"]
+    if hf_text or "init_logit_bias" in cfg:
+        cfg["custom_text"] = True
+    return cfg
+
+
+def _text_config(text: Mapping[str, Any]) -> dict[str, Any]:
     texts = dict(context_length=text["length"], vocab_size=text["vocab_size"], width=text["width"])
     texts |= dict(heads=text["heads"], layers=text["depth"], mlp_ratio=text["mlp_dim"] / text["width"])
     texts |= dict(no_causal_mask=not text.get("causal", False), pool_type=text["pool"])
@@ -269,18 +300,7 @@ def config(section: Mapping[str, Any]) -> dict[str, Any]:
         texts["proj_bias"] = text.get("head_bias", True)
     else:
         texts["proj_type"] = "none"
-    own = [texts] if "timm_model_name" in vision else [vision, texts]
-    for part, fields in zip(own, [text] if len(own) == 1 else [image, text], strict=True):
-        part["norm_kwargs"] = {"eps": fields.get("norm_eps", 1e-6)}
-        if fields.get("activation", "gelu_tanh") == "gelu_tanh":
-            part["act_kwargs"] = {"approximate": "tanh"}
-        if fields.get("layer_scale") is not None:
-            part["ls_init_value"] = fields["layer_scale"]
-    cfg = dict(embed_dim=text["out_dim"] or text["width"], vision_cfg=vision, text_cfg=texts)
-    cfg["quick_gelu"] = text.get("activation") == "quick_gelu"
-    if section.get("bias_init") is not None:
-        cfg |= dict(custom_text=True, init_logit_bias=section["bias_init"])
-    return cfg
+    return texts
 
 
 def _own_config(image: Mapping[str, Any]) -> dict[str, Any]:
