@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from vlm_jax.errors import UserError
-from vlm_jax.models.efficientnet import EfficientNetLite, FrozenBatchNorm, block_sizes, depthwise, lookup
+from vlm_jax.models.convolutions import FrozenBatchNorm, depthwise
+from vlm_jax.models.efficientnet import EfficientNetLite, block_sizes, lookup
 from vlm_jax.params.table import named_leaves
 
 KEY = jax.random.key(0)

@@ -24,6 +24,7 @@ from tests.support import open_clip_models
 from tests.support.open_clip_models import batch, save, theirs
 from tests.support.released import by_their_names, loss_and_embeddings, read
 from tests.support.torch_parity import close, gradients_like
+from vlm_jax.errors import UserError
 from vlm_jax.zoo import recognize
 from vlm_jax.zoo import save as zoo_save
 from vlm_jax.zoo.formats import open_clip_eva, open_clip_texts
@@ -57,10 +58,16 @@ TEXTS = {  # the name, its config made smaller, open_clip's settings
     ),
     "mt5": ("google/mt5-base", T.MT5Config(**MT5), dict(hf_pooler_type="mean_pooler")),
 }
+RESNETS = {
+    "resnet": dict(image_size=64, layers=[2, 1, 1, 2], width=8, head_width=32, patch_size=None),
+    "resnet_96": dict(image_size=96, layers=[1, 2, 1, 1], width=16, head_width=64, patch_size=None),
+}
 VISION = dict(image_size=8, patch_size=4, layers=2, width=64, head_width=32)
 
 
 def config_of(name):
+    if name in RESNETS:
+        return dict(embed_dim=24, quick_gelu=True, vision_cfg=RESNETS[name], text_cfg=TEXT)
     if name in TEXTS:
         hf_name, _, more = TEXTS[name]
         words = dict(hf_model_name=hf_name, hf_tokenizer_name=hf_name, hf_model_pretrained=False, **more)
@@ -82,7 +89,7 @@ def new(monkeypatch):
     return open_clip_models.new
 
 
-@pytest.mark.parametrize("name", [*TOWERS, *TEXTS])
+@pytest.mark.parametrize("name", [*TOWERS, *RESNETS, *TEXTS])
 def test_the_same_numbers_and_gradients(name, new, tmp_path):
     model = new(config_of(name))
     save(model, config_of(name), tmp_path)
@@ -98,11 +105,29 @@ def test_the_same_numbers_and_gradients(name, new, tmp_path):
     close(out.text, text)
     close(our_logits, logits)
     gradients = by_their_names(released, grads)
-    assert gradients.keys() == dict(model.named_parameters()).keys()
+    assert {key for key in gradients if ".running_" not in key} == dict(model.named_parameters()).keys()
     for key, parameter in model.named_parameters():
         close(gradients[key], parameter.grad)
     if name in TOWERS:
         close(out.image_tokens, model.visual.trunk.forward_features(torch.tensor(inputs[0]).permute(0, 3, 1, 2)))
+
+
+@pytest.mark.parametrize("name", RESNETS)
+def test_exports_of_convolutions_load_there(name, new, tmp_path):
+    model, config = new(config_of(name)), config_of(name)
+    (tmp_path / "theirs").mkdir()
+    save(model, config, tmp_path / "theirs")
+    content = zoo_save.content_of(recognize.understand(tmp_path / "theirs"))
+    zoo_save.write(dataclasses.replace(content, preprocess=None), tmp_path / "ours", "open_clip")
+    again = new(json.loads((tmp_path / "ours" / "open_clip_config.json").read_text())["model_cfg"])
+    again.load_state_dict(load_file(tmp_path / "ours" / "open_clip_model.safetensors"))
+    inputs = batch(model, 2)
+    with torch.no_grad():
+        for got, want in zip(theirs(again, *inputs), theirs(model, *inputs), strict=True):
+            close(got.numpy(), want)
+    for format in ("hf", "big_vision"):
+        with pytest.raises(UserError, match="it can be written as native, open_clip"):
+            zoo_save.write(dataclasses.replace(content, preprocess=None), tmp_path / format, format)
 
 
 @pytest.mark.parametrize("name", TOWERS)

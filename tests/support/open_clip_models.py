@@ -16,7 +16,13 @@ def new(config):
     if config is references.SIGLIP:
         return references.randomised(references.open_clip_model(config))
     kind = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
-    return references.randomised(kind(**{key: value for key, value in config.items() if key != "custom_text"}))
+    model = references.randomised(kind(**{key: value for key, value in config.items() if key != "custom_text"}))
+    for name, statistic in model.named_buffers():
+        if name.endswith("running_mean"):
+            statistic.normal_(0, 0.1)
+        elif name.endswith("running_var"):
+            statistic.uniform_(0.5, 1.5)
+    return model
 
 
 def save(model, config, folder):
@@ -28,7 +34,8 @@ def save(model, config, folder):
 def batch(model, size=3):
     """Images [B, H, W, 3] and token ids, the first text a short one."""
     rng = np.random.default_rng(0)
-    sides = model.visual.image_size if hasattr(model.visual, "image_size") else (8, 8)
+    sides = getattr(model.visual, "image_size", 8)
+    sides = (sides, sides) if isinstance(sides, int) else sides
     images = rng.normal(size=(size, *sides, 3)).astype(np.float32)
     of_transformers = hasattr(getattr(model, "text", None), "config")  # has its own length, or none
     length = 16 if of_transformers else model.context_length

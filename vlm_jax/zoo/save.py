@@ -185,6 +185,7 @@ def _transformers(content: Content) -> Callable[[Path], None]:
         outlines = [t5.outline(section)]
     else:
         section = _of_towers(content, "Transformers")
+        _check_vit(section["image"], "Transformers'")
         outlines = transformers.outlines(section["image"], section["text"])
     for config, entries in outlines:
         pooling = (section["text"] or {}).get("pool") if _is_sentence_model(section) else None
@@ -223,6 +224,11 @@ def _of_towers(content: Content, format: str) -> dict[str, Any]:
     if section["decoder"]:
         raise UserError(f"{format} has no such captioner")
     return section
+
+
+def _check_vit(image: Mapping[str, Any] | None, whose: str) -> None:
+    if image and "patch" not in image:
+        raise UserError(f"{whose} format has no convolutional image tower, only Vision Transformers")
 
 
 def _is_sentence_model(section) -> bool:
@@ -268,6 +274,7 @@ def _big_vision(content: Content) -> Callable[[Path], None]:
     section = full_section(content)
     if section["decoder"] and not section["image"]:
         raise UserError("big_vision's format is of models with images; this one has none")
+    _check_vit(section["image"], "big_vision's")
     entries = big_vision.outline(section)
     if problems := _problems(content, entries, lambda tensors: big_vision.describe(tensors, _pools(section))[0]):
         raise UserError(f"big_vision has no such model: {', '.join(problems)}")

@@ -11,14 +11,14 @@ from typing import Any
 from vlm_jax.config import choose
 from vlm_jax.errors import UserError
 from vlm_jax.zoo import families
-from vlm_jax.zoo.formats import open_clip_eva, open_clip_texts, open_clip_timm
+from vlm_jax.zoo.formats import open_clip_eva, open_clip_resnet, open_clip_texts, open_clip_timm
 from vlm_jax.zoo.formats.head_counts import HEAD_WIDTH, heads_of
 from vlm_jax.zoo.formats.settings import check, neutral
 from vlm_jax.zoo.key_map import expand
 from vlm_jax.zoo.released import NOTHING, Told
 
 # Buffers, and what OpenAI's archives keep beside the weights.
-IGNORED = ("*attn_mask", "*position_ids", "input_resolution", "context_length", "vocab_size")
+IGNORED = ("*attn_mask", "*.num_batches_tracked", "*position_ids", "input_resolution", "context_length", "vocab_size")
 
 BLOCKS = (
     ("blocks_{i}/norm1", "transformer.resblocks.{i}.ln_1", "norm"),
@@ -51,7 +51,7 @@ TEXT_HEAD = (("head/kernel", "text_projection", "same"),)
 TEXT_HEAD_WITH_BIAS = (("head", "text_projection", "dense"),)
 TEXT_POOLS = ("argmax", "last", "first", "eos")
 TRANSFORMER = "visual.transformer.resblocks"
-FAMILIES = (open_clip_eva,)  # of image towers besides open_clip's own and timm's plain ViT
+FAMILIES = (open_clip_eva, open_clip_resnet)  # of image towers besides open_clip's own and timm's plain ViT
 SCALES = (("logit_scale", "logit_scale", "same"), ("logit_bias", "logit_bias", "same"))
 
 # Settings of model_cfg that are read here, or that tensors tell; and all others of open_clip 3.3.
@@ -133,8 +133,8 @@ def describe(
         image = open_clip_timm.image_fields(shapes, vision, told)
     else:
         image = image_fields(shapes, vision, plain("image"), told)
-    as_openai = not timm and not prefix and image["pre_norm"] and "logit_bias" not in shapes
-    if bare and not timm and not image["pre_norm"]:
+    as_openai = not timm and not prefix and image.get("pre_norm", family) and "logit_bias" not in shapes
+    if bare and not timm and not image.get("pre_norm", family):
         why = "bare weights whose towers are not as OpenAI's do not tell the image tower's pool"
         image["pool"] = told.ask_pool("image", ("tok", "patches"), why)
     if bare and not as_openai:
@@ -169,8 +169,8 @@ def _entries(section, rows, prefix):
         texts = open_clip_texts.rows_of({"rep_dim": None, **text})
     else:
         texts = TEXT + (TEXT_HEAD_WITH_BIAS if text["head_bias"] else TEXT_HEAD)
-    entries = expand(rows, "image/", "visual.", depth=image["depth"], heads=image["heads"], patch=image["patch"])
-    entries += expand(texts, "text/", prefix, depth=text["depth"], heads=text["heads"])
+    entries = expand(rows, "image/", "visual.", depth=image.get("depth", 0), patch=image.get("patch", 1))
+    entries += expand(texts, "text/", prefix, depth=text["depth"])
     return entries + expand(SCALES)
 
 
@@ -267,14 +267,17 @@ def config(section: Mapping[str, Any]) -> dict[str, Any]:
     image, text = section["image"], section["text"]
     if not image or not text:
         raise UserError("open_clip's format is of two towers; this model has one")
-    vision = open_clip_eva.config(image)
-    if vision is None:
+    vision = next((vision for family in FAMILIES if (vision := family.config(image))), None)
+    special = vision is not None
+    if not special and "patch" not in image:
+        raise UserError("open_clip has no such convolutional image tower")
+    if not special:
         vision = _own_config(image) if image["pool"] in ("tok", "patches") else open_clip_timm.config(image)
     texts = open_clip_texts.config(text)
     hf_text = texts is not None
     if not hf_text:
         texts = _text_config(text)
-    own = [(vision, image)] if "timm_model_name" not in vision else []
+    own = [(vision, image)] if not special and "timm_model_name" not in vision else []
     own += [] if hf_text else [(texts, text)]
     for part, fields in own:
         part["norm_kwargs"] = {"eps": fields.get("norm_eps", 1e-6)}
@@ -321,6 +324,6 @@ def outline(section: Mapping[str, Any]) -> tuple[dict, list]:
     cfg = config(section)
     prefix = "text." if cfg.get("custom_text") else ""
     rows = open_clip_timm.TIMM_IMAGE if "timm_model_name" in cfg["vision_cfg"] else IMAGE
-    if open_clip_eva.recognise((), cfg["vision_cfg"]):
-        rows = open_clip_eva.rows_of((), section["image"])
+    if family := next((family for family in FAMILIES if family.config(section["image"])), None):
+        rows = family.rows_of((), section["image"])
     return cfg, _entries(section, rows, prefix)

@@ -114,7 +114,7 @@ def rows_of(names: Collection[str], image: Mapping[str, Any]) -> tuple[tuple[str
 
 def config(image: Mapping[str, Any]) -> dict[str, Any] | None:
     """Returns the `vision_cfg` of an image tower, or None if no tower of this module has its sizes."""
-    sizes = tuple(image[key] for key in ("width", "depth", "heads", "mlp_dim"))
+    sizes = tuple(image.get(key) for key in ("width", "depth", "heads", "mlp_dim"))
     side = image.get("image_size")
     side = side[0] if isinstance(side, list | tuple) and len({*side}) == 1 else side
     pe = bool(image.get("pool_heads"))
@@ -123,7 +123,7 @@ def config(image: Mapping[str, Any]) -> dict[str, Any] | None:
     for name, own in SIZES.items():
         found = NAME.fullmatch(name)
         native = own, int(found["patch"]), int(found["side"]), found["family"] == "vit_pe_core"
-        if native == (sizes, image["patch"], side, pe):
+        if native == (sizes, image.get("patch"), side, pe):
             named = dict(image_size=side, timm_model_name=name, timm_model_pretrained=False)
             return named | dict(timm_pool="map" if pe else "token", timm_proj=None)
     return None
