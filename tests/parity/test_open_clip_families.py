@@ -27,7 +27,7 @@ from tests.support.torch_parity import close, gradients_like
 from vlm_jax.errors import UserError
 from vlm_jax.zoo import recognize
 from vlm_jax.zoo import save as zoo_save
-from vlm_jax.zoo.formats import open_clip_eva, open_clip_texts
+from vlm_jax.zoo.formats import open_clip_convnext, open_clip_eva, open_clip_texts
 
 TEXT = dict(context_length=12, vocab_size=32, width=64, heads=2, layers=2)
 SMALL = dict(embed_dim=128, num_heads=2, depth=2, img_size=48)
@@ -62,10 +62,17 @@ RESNETS = {
     "resnet": dict(image_size=64, layers=[2, 1, 1, 2], width=8, head_width=32, patch_size=None),
     "resnet_96": dict(image_size=96, layers=[1, 2, 1, 1], width=16, head_width=64, patch_size=None),
 }
+CONVNEXT = dict(depths=(2, 1, 2, 1), dims=(8, 12, 16, 24))
+CONVNEXTS = {"convnext": ("convnext_base", "linear"), "convnext_mlp": ("convnext_large", "mlp")}
+CONVNEXTS |= {"convnext_xxlarge": ("convnext_xxlarge", "linear")}
 VISION = dict(image_size=8, patch_size=4, layers=2, width=64, head_width=32)
 
 
 def config_of(name):
+    if name in CONVNEXTS:
+        timm_name, proj = CONVNEXTS[name]
+        vision = dict(image_size=64, timm_model_name=timm_name, timm_pool="", timm_proj=proj, timm_drop_path=0.1)
+        return dict(embed_dim=20, vision_cfg=vision, text_cfg=TEXT)
     if name in RESNETS:
         return dict(embed_dim=24, quick_gelu=True, vision_cfg=RESNETS[name], text_cfg=TEXT)
     if name in TEXTS:
@@ -82,6 +89,7 @@ def new(monkeypatch):
     """A function: a randomised model of open_clip with a `model_cfg`, its tower of timm made smaller."""
     create = timm.create_model
     sizes = {timm_name: sizes for timm_name, _, sizes in TOWERS.values()}
+    sizes |= {timm_name: CONVNEXT for timm_name, _ in CONVNEXTS.values()}
     monkeypatch.setattr(timm, "create_model", lambda name, **rest: create(name, **rest, **sizes[name]))
 
     configs = {hf_name: config for hf_name, config, _ in TEXTS.values()}
@@ -89,7 +97,7 @@ def new(monkeypatch):
     return open_clip_models.new
 
 
-@pytest.mark.parametrize("name", [*TOWERS, *RESNETS, *TEXTS])
+@pytest.mark.parametrize("name", [*TOWERS, *RESNETS, *CONVNEXTS, *TEXTS])
 def test_the_same_numbers_and_gradients(name, new, tmp_path):
     model = new(config_of(name))
     save(model, config_of(name), tmp_path)
@@ -112,8 +120,11 @@ def test_the_same_numbers_and_gradients(name, new, tmp_path):
         close(out.image_tokens, model.visual.trunk.forward_features(torch.tensor(inputs[0]).permute(0, 3, 1, 2)))
 
 
-@pytest.mark.parametrize("name", RESNETS)
-def test_exports_of_convolutions_load_there(name, new, tmp_path):
+@pytest.mark.parametrize("name", [*RESNETS, *CONVNEXTS])
+def test_exports_of_convolutions_load_there(name, new, tmp_path, monkeypatch):
+    if name in CONVNEXTS:
+        size = CONVNEXTS[name][0].removeprefix("convnext_")
+        monkeypatch.setattr(open_clip_convnext, "VARIANTS", {size: tuple(CONVNEXT.values())})
     model, config = new(config_of(name)), config_of(name)
     (tmp_path / "theirs").mkdir()
     save(model, config, tmp_path / "theirs")

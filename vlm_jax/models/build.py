@@ -8,7 +8,7 @@ import jax
 from vlm_jax import catalogue, config
 from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
-from vlm_jax.models import efficientnet, insertion, resnet, variants
+from vlm_jax.models import convnext, efficientnet, insertion, resnet, variants
 from vlm_jax.models.captioner import Captioner
 from vlm_jax.models.coca import CoCa, MultimodalDecoder, QueryPool, UnimodalDecoder
 from vlm_jax.models.decoder import Decoder
@@ -176,6 +176,7 @@ TOWERS = {  # the module, and the function that looks up its variants
     "multimodal": (MultimodalDecoder, variants.lookup),
     "token_encoder": (TokenEncoder, variants.t5),
     "token_decoder": (Decoder, variants.t5),
+    "convnext": (convnext.ConvNeXt, convnext.lookup),
     "resnet": (resnet.ResNet, resnet.lookup),
     "efficientnet": (efficientnet.EfficientNetLite, efficientnet.lookup),
 }

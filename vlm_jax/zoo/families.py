@@ -11,8 +11,8 @@ OPEN_CLIP_FOLDER = "its whole folder, with open_clip_config.json"
 FASTVIT = r"stages\.\d\.blocks\.0\.token_mixer\.|patch_embed\.0\.(rbr|reparam|conv_kxk)|network\.0\.0\."
 # (regex of tensor names of an image tower or a lone model, family, nearest family that loads)
 IMAGE = (
-    (r"layer1\.0\.conv1\.weight", "a ResNet", VIT),
-    (r"stages\.0\.blocks\.0\.conv_dw\.weight", "ConvNeXt", VIT),
+    (r"layer1\.0\.conv1\.weight", "a ResNet (not of a CLIP)", "a CLIP with a ResNet"),
+    (r"stages\.0\.blocks\.0\.conv_dw\.weight", "ConvNeXt (not of a CLIP)", "a CLIP with a ConvNeXt"),
     (FASTVIT, "FastViT (MobileCLIP)", VIT),
     (r"patch_embed\.backbone\.stem\.|patch_embed\.backbone\.stages\.", "ViTamin", VIT),
     (r"patch_embed\.backbone\.", "a hybrid of convolutions and a ViT (MobileCLIP-B)", VIT),
@@ -55,7 +55,7 @@ def image_of_open_clip(names: Collection[str], vision: Mapping[str, Any]) -> str
             return sentence("the image tower", family, nearest)
     if {"visual.trunk.norm_pre.weight", "visual.trunk.attn_pool.latent"} <= {*names}:
         return f"the image tower is PE-Core or alike, whose positions bare weights do not tell; load {OPEN_CLIP_FOLDER}"
-    if any(name.startswith("visual.trunk.") for name in names) or any(".layer1." in name for name in names):
+    if any(name.startswith(("visual.trunk.", "visual.layer1.")) for name in names):
         for pattern, family, nearest in IMAGE:
             if any(re.match(rf"visual\.(trunk\.)?({pattern})", name) for name in names):
                 return sentence("the image tower", family, nearest)

@@ -11,7 +11,7 @@ from typing import Any
 from vlm_jax.config import choose
 from vlm_jax.errors import UserError
 from vlm_jax.zoo import families
-from vlm_jax.zoo.formats import open_clip_eva, open_clip_resnet, open_clip_texts, open_clip_timm
+from vlm_jax.zoo.formats import open_clip_convnext, open_clip_eva, open_clip_resnet, open_clip_texts, open_clip_timm
 from vlm_jax.zoo.formats.head_counts import HEAD_WIDTH, heads_of
 from vlm_jax.zoo.formats.settings import check, neutral
 from vlm_jax.zoo.key_map import expand
@@ -51,7 +51,11 @@ TEXT_HEAD = (("head/kernel", "text_projection", "same"),)
 TEXT_HEAD_WITH_BIAS = (("head", "text_projection", "dense"),)
 TEXT_POOLS = ("argmax", "last", "first", "eos")
 TRANSFORMER = "visual.transformer.resblocks"
-FAMILIES = (open_clip_eva, open_clip_resnet)  # of image towers besides open_clip's own and timm's plain ViT
+FAMILIES = (
+    open_clip_convnext,
+    open_clip_eva,
+    open_clip_resnet,
+)  # of image towers besides open_clip's own and timm's plain ViT
 SCALES = (("logit_scale", "logit_scale", "same"), ("logit_bias", "logit_bias", "same"))
 
 # Settings of model_cfg that are read here, or that tensors tell; and all others of open_clip 3.3.
@@ -77,7 +81,7 @@ NEUTRAL = {
     "vision_cfg": neutral(
         "ls_init_value patch_dropout attn_pooler_queries attn_pooler_heads no_ln_pre output_tokens "
         "timm_model_pretrained timm_proj_bias timm_drop timm_drop_path",
-        attentional_pool=[False], pos_embed_type=["learnable"], timm_proj=["linear", "none", ""],
+        attentional_pool=[False], pos_embed_type=["learnable"], timm_proj=["linear", "mlp", "none", ""],
         **PLAIN_BLOCK,
     ),
     "text_cfg": neutral(

@@ -16,7 +16,7 @@ def _layer(ours: str, conv: str, norm: str) -> tuple[tuple[str, str, str], ...]:
 
 def recognise(names: Collection[str], cfg: Mapping[str, Any]) -> bool:
     """Whether tensors are of a tower of this module."""
-    return "visual.layer1.0.conv1.weight" in names
+    return {"visual.layer1.0.conv1.weight", "visual.conv3.weight", "visual.attnpool.c_proj.weight"} <= {*names}
 
 
 def image_fields(shapes: Mapping[str, tuple], cfg: Mapping[str, Any]) -> dict[str, Any]:
