@@ -16,13 +16,7 @@ def new(config):
     if config is references.SIGLIP:
         return references.randomised(references.open_clip_model(config))
     kind = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
-    model = references.randomised(kind(**{key: value for key, value in config.items() if key != "custom_text"}))
-    for name, statistic in model.named_buffers():
-        if name.endswith("running_mean"):
-            statistic.normal_(0, 0.1)
-        elif name.endswith("running_var"):
-            statistic.uniform_(0.5, 1.5)
-    return model
+    return references.randomised(kind(**{key: value for key, value in config.items() if key != "custom_text"}))
 
 
 def save(model, config, folder):

@@ -17,6 +17,9 @@ def check_images(images, size=None):
         raise UserError(f"images should be floating and normalised; got {images.dtype}: add normalize to the data ops")
 
 
+ROWS_AT_ONCE = 5  # of a depthwise kernel, on a CPU
+
+
 class FrozenBatchNorm(nn.Module):
     """Batch normalisation (Ioffe and Szegedy 2015) by stored statistics: (x - mean) / sqrt(var + eps) * scale + bias.
 
@@ -63,12 +66,27 @@ def depthwise(x, kernel, strides, padding, **options):
         dtype, sums = x.dtype, jnp.promote_types(x.dtype, jnp.float32)
         kernel, x = kernel.astype(sums), jnp.pad(x.astype(sums), ((0, 0), *pads, (0, 0)))
         rows, columns = ((n - k) // s * s + 1 for n, k, s in zip(x.shape[1:3], kernel.shape[:2], strides, strict=True))
+        if kernel.shape[0] > ROWS_AT_ONCE:
+            return _row_by_row(x, kernel, strides, rows, columns).astype(dtype)
         shifted = lambda i, j: x[:, i : i + rows : strides[0], j : j + columns : strides[1]]
         y = sum(shifted(i, j) * kernel[i, j, 0] for i in range(kernel.shape[0]) for j in range(kernel.shape[1]))
         return y.astype(dtype)
 
     grouped = lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
     return jax.lax.platform_dependent(x, kernel, cpu=shifts, default=grouped)
+
+
+def _row_by_row(x, kernel, strides, rows, columns):
+    """The sum of shifted images, one row of the kernel at a time: 7 x 7 shifts at once take a minute to compile."""
+
+    def row(y, inputs):
+        i, weights = inputs
+        window = jax.lax.dynamic_slice_in_dim(x, i, rows, axis=1)[:, :: strides[0]]
+        return y + sum(window[:, :, j : j + columns : strides[1]] * weights[j] for j in range(len(weights))), None
+
+    sides = ((rows - 1) // strides[0] + 1, (columns - 1) // strides[1] + 1)
+    y = jnp.zeros((len(x), *sides, x.shape[-1]), x.dtype)
+    return jax.lax.scan(row, y, (jnp.arange(len(kernel)), kernel[:, :, 0]))[0]
 
 
 class ConvNorm(nn.Module):
