@@ -1,18 +1,21 @@
 """Builds modules from config sections."""
 
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax
 
 from vlm_jax import catalogue, config
 from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
-from vlm_jax.models import efficientnet, insertion, variants
+from vlm_jax.models import convnext, efficientnet, insertion, resnet, variants
 from vlm_jax.models.captioner import Captioner
 from vlm_jax.models.coca import CoCa, MultimodalDecoder, QueryPool, UnimodalDecoder
 from vlm_jax.models.decoder import Decoder
 from vlm_jax.models.encoder_decoder import T5, T5_DECODER, EncoderDecoder, TokenEncoder
 from vlm_jax.models.many_tower import ManyTower
 from vlm_jax.models.prefix_lm import PrefixLM
+from vlm_jax.models.rotary import Rotary
 from vlm_jax.models.text import TextTransformer
 from vlm_jax.models.two_tower import TwoTower
 from vlm_jax.models.vit import ViT
@@ -137,6 +140,7 @@ def tower(kind, section, where, dtype):
     """Returns a tower from its fields; `variant` gives default sizes (see `variants.lookup`).
 
     `mlp` in the section is the name of a part of the family "mlps", or dict(name=..., ...).
+    `rotary` in the section is a dict(...) of `rotary.Rotary`.
     `type` in the section is a key of `TOWERS`; defaults to `kind`.
     """
     if section is None:
@@ -145,6 +149,9 @@ def tower(kind, section, where, dtype):
     cls, lookup = config.choose(TOWERS, section.pop("type", kind), f"{where}.type")
     if section.get("mlp") is not None:
         section["mlp"] = catalogue.build("mlps", section["mlp"], f"{where}.mlp")
+    if isinstance(section.get("rotary"), Mapping):
+        own = {key: tuple(value) if isinstance(value, list) else value for key, value in section["rotary"].items()}
+        section["rotary"] = config.call(Rotary, own, f"{where}.rotary")
     sizes = lookup(section.pop("variant")) if "variant" in section else {}
     if "patch" in sizes and cls is not ViT:
         raise UserError(f"{where}.variant has a patch size, but the tower has none; leave out `/{sizes['patch']}`")
@@ -169,5 +176,7 @@ TOWERS = {  # the module, and the function that looks up its variants
     "multimodal": (MultimodalDecoder, variants.lookup),
     "token_encoder": (TokenEncoder, variants.t5),
     "token_decoder": (Decoder, variants.t5),
+    "convnext": (convnext.ConvNeXt, convnext.lookup),
+    "resnet": (resnet.ResNet, resnet.lookup),
     "efficientnet": (efficientnet.EfficientNetLite, efficientnet.lookup),
 }

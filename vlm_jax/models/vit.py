@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from vlm_jax.errors import UserError
 from vlm_jax.models import positions
 from vlm_jax.models.layers import Dense
+from vlm_jax.models.rotary import Rotary
 from vlm_jax.models.transformer import Encoder
 
 
@@ -30,9 +31,10 @@ class ViT(Encoder, kw_only=True):
       pool: "gap" (the mean of all tokens, cls included), "patches" (without cls and registers), "map", "tok", "concat",
         "max", "all" or "none".
       posemb: "learned", "sincos2d" or "none".
+      rotary: rotary positions of the patches besides `posemb`, or None. In configs: dict(...) of `rotary.Rotary`.
       cls: whether a cls token comes first; None: only if pool is "tok".
       cls_position: whether the first row of the learned positions is for the cls token (OpenAI's CLIP).
-      registers: number of learned tokens after the cls token, without position (Darcet et al. 2023).
+      registers: number of learned tokens after the cls token, if there is one, without position (Darcet et al. 2023).
       patch_bias: whether the patch projection has a bias.
       pre_norm: whether a norm follows the positions (OpenAI's CLIP).
       keep: share of each picture's patches that training sees, drawn anew for each picture and step (FLIP: Li et al.
@@ -45,6 +47,7 @@ class ViT(Encoder, kw_only=True):
     image_size: int | tuple[int, int] | None = None
     pool: str = "gap"
     posemb: str = "learned"
+    rotary: Rotary | None = None
     cls: bool | None = None
     cls_position: bool = False
     registers: int = 0
@@ -69,7 +72,7 @@ class ViT(Encoder, kw_only=True):
         """
         has_cls = self.pool == "tok" if self.cls is None else self.cls
         covers_cls = has_cls and self.cls_position
-        mask = None
+        mask = rotation = None
         if isinstance(images, Mapping):
             x, table, mask = self._packed(images, has_cls)
         else:
@@ -78,11 +81,16 @@ class ViT(Encoder, kw_only=True):
             _, h, w, _ = x.shape
             x = x.reshape(x.shape[0], h * w, -1)
             table = self._positions(h, w, covers_cls)
+            if self.rotary is not None:
+                rotation = self.rotary.rotation(h, w, self.head_dim or self.width // self.heads)
         x = Dense(self.width, use_bias=self.patch_bias, dtype=self.dtype, name="patch_embed")(x)
         table = table.astype(self.dtype)
         x = x + table[:, -x.shape[1] :]
         if train and self.keep != 1:
-            x, mask = self._kept(x, mask)
+            kept, real = self._kept(x, mask)
+            pick = lambda rows: jnp.take_along_axis(jnp.broadcast_to(rows, (len(x), *rows.shape[-2:])), kept, axis=1)
+            rotation = jax.tree.map(pick, rotation)
+            x, mask = pick(x), real
         if has_cls:
             cls = self.param("cls", nn.initializers.zeros, (1, 1, self.width)).astype(self.dtype)
             first = [cls + table[:, :1] if covers_cls else cls]
@@ -94,7 +102,7 @@ class ViT(Encoder, kw_only=True):
             x = self.new_norm("pre_norm")(x)
         if self.final_norm not in ("tokens", "pooled", "none"):
             raise UserError(f"final_norm is `{self.final_norm}`; expected one of: tokens, pooled, none")
-        options = dict(context=context, context_mask=context_mask, layers=layers, train=train)
+        options = dict(context=context, context_mask=context_mask, rotation=rotation, layers=layers, train=train)
         x, _, aux = self.encode(x, mask=mask, norm=self.final_norm == "tokens", **options)
         pool_mask, pooled = mask, self.final_norm == "pooled"
         if self.pool == "patches" and has_cls:
@@ -102,7 +110,7 @@ class ViT(Encoder, kw_only=True):
         return self.summarise(x, mask=mask, pool_mask=pool_mask, norm=pooled).replace(aux=aux)
 
     def _kept(self, x, mask):
-        """Returns a random share of the patches [B, N, D], in their order, and their mask."""
+        """Returns the numbers [B, n, 1] of a random share of the patches [B, N, D], in order, and their mask."""
         if not 0 < self.keep < 1 or self.pool == "concat":
             raise UserError(
                 f"keep is {self.keep} with pool `{self.pool}`; expected above 0, at most 1, and not `concat`"
@@ -114,7 +122,7 @@ class ViT(Encoder, kw_only=True):
         kept = jnp.sort(jnp.argsort(rank)[:, : max(round(self.keep * length), 1)])
         stays = jnp.maximum(jnp.round(self.keep * count), 1)
         real = jnp.take_along_axis(rank, kept, axis=1) < stays
-        return jnp.take_along_axis(x, kept[..., None], axis=1), None if mask is None else real
+        return kept[..., None], None if mask is None else real
 
     def _positions(self, h, w, covers_cls):
         if self.posemb == "learned":
@@ -133,8 +141,8 @@ class ViT(Encoder, kw_only=True):
                 f"packed patches should be patches [B, N, {3 * self.patch**2}] and grid [B, 2]; got "
                 f"{list(patches.shape)} and {list(grid.shape)}: pack_patches({self.patch}, ...) in the data ops"
             )
-        if has_cls or self.posemb != "learned" or self.image_size is None:
-            raise UserError("packed patches need posemb `learned`, an image_size, and no cls token")
+        if has_cls or self.posemb != "learned" or self.rotary is not None or self.image_size is None:
+            raise UserError("packed patches need posemb `learned` alone, an image_size, and no cls token")
         height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
         own = height // self.patch, width // self.patch
         table = positions.learned(self, own[0] * own[1], self.width)[0]

@@ -193,11 +193,12 @@ def _resized(pretrained: Pretrained, size: tuple[int, int], method: str | None) 
     section, params = pretrained.config["model"]["image"], named_leaves(pretrained.params)
     table = params.get("image/pos_embed")
     if table is not None:  # else positions are computed, or there are none
-        patch, first = section["patch"], int(section.get("cls_position", False))
+        tower = pretrained.model.image
+        patch, first = getattr(tower, "patch", None) or tower.stride, int(tower.cls_position)
         new = size[0] // patch, size[1] // patch
         if not all(new):
             raise UserError(f"image_size {size} is smaller than a patch of {patch} px")
-        old = _grid(section, table.shape[1] - first, new)
+        old = _grid(section.get("image_size"), patch, table.shape[1] - first, new)
         if old != new:
             if method is None:
                 raise UserError(
@@ -215,11 +216,11 @@ def _resized(pretrained: Pretrained, size: tuple[int, int], method: str | None) 
     return dataclasses.replace(pretrained, model=model, params=_tree(params), config=config)
 
 
-def _grid(section: Mapping[str, Any], rows: int, new: tuple[int, int]) -> tuple[int, int]:
-    """Returns the grid of the checkpoint's positions: from image_size, else a square, else `new` if that fits."""
-    if section.get("image_size"):
-        height, width = _sides(section["image_size"])
-        return height // section["patch"], width // section["patch"]
+def _grid(size: Any, patch: int, rows: int, new: tuple[int, int]) -> tuple[int, int]:
+    """Returns the grid of the checkpoint's positions: from its image_size, else a square, else `new` if that fits."""
+    if size:
+        height, width = _sides(size)
+        return height // patch, width // patch
     side = math.isqrt(rows)
     if side * side == rows:
         return side, side

@@ -199,9 +199,10 @@ def _transformers(content: Content) -> Callable[[Path], None]:
         outlines = [t5.outline(section)]
     else:
         section = _of_towers(content, "Transformers")
+        _check_vit(section["image"], "Transformers'")
         outlines = transformers.outlines(section["image"], section["text"])
     for config, entries in outlines:
-        pooling = (section["text"] or {}).get("pool") if _is_sentence_model(section) else None
+        pooling = (section["text"] or {}).get("pool") if transformers.is_sentence_model(section) else None
         describe = lambda tensors, config=config, pooling=pooling: transformers.describe(
             config, {name: tensor.shape for name, tensor in tensors.items()}, pooling
         )
@@ -239,10 +240,9 @@ def _of_towers(content: Content, format: str) -> dict[str, Any]:
     return section
 
 
-def _is_sentence_model(section) -> bool:
-    """Whether a BERT pools as in sentence-transformers; Transformers' own pool is dense, on the first token."""
-    text = section["text"]
-    return bool(text and not section["image"] and text["post_norm"] and not text["rep_dim"])
+def _check_vit(image: Mapping[str, Any] | None, whose: str) -> None:
+    if image and "patch" not in image:
+        raise UserError(f"{whose} format has no convolutional image tower, only Vision Transformers")
 
 
 def _open_clip(content: Content) -> Callable[[Path], None]:
@@ -270,6 +270,7 @@ def _big_vision(content: Content) -> Callable[[Path], None]:
     section = full_section(content)
     if section["decoder"] and not section["image"]:
         raise UserError("big_vision's format is of models with images; this one has none")
+    _check_vit(section["image"], "big_vision's")
     entries, pools = big_vision.outline(section), big_vision.pools(section)
     if problems := _problems(content, entries, lambda tensors: big_vision.describe(tensors, pools)[0]):
         raise UserError(f"big_vision has no such model: {', '.join(problems)}")

@@ -55,7 +55,7 @@ def describe(
     shapes, cfg = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, dict(model_cfg or {})
     activation = "quick_gelu" if cfg.get("quick_gelu") else "gelu"
     vision, text, multimodal = (dict(cfg.get(f"{part}_cfg") or {}) for part in ("vision", "text", "multimodal"))
-    if problem := families.of_open_clip(shapes, vision, text):
+    if problem := families.image_of_open_clip(shapes, vision) or families.text_of_open_clip(shapes, text):
         raise UserError(problem)
     _check(cfg, vision, text, multimodal)
     two_pools = any(name.startswith("visual.attn_pool_contrastive.") for name in shapes)
