@@ -91,6 +91,7 @@ LOADING = (  # the arguments of `vlm_jax.load`
     text("weights", "ema: the averaged weights of a training checkpoint"),
     listed("image_size", "Another size than the model's: 384 or 384,288; needs --resample"),
     text("resample", "Resampling of learned positions to --image_size: linear, bicubic, bicubic_sharp"),
+    whole("text_length", "Another number of tokens of texts: 248 for a CLIP of 77", None),
     text("dtype", "Compute dtype (the run's own, else float32)"),
     ADAPTER,
 )
