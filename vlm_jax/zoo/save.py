@@ -291,11 +291,12 @@ def _t5x(content: Content) -> Callable[[Path], None]:
 
 
 def _stablehlo(content: Content) -> Callable[[Path], None]:
-    programs, native = stablehlo.programs(content, DTYPES[content.dtype]), _native(content)
+    stablehlo.check(content)
+    native = _native(content)
 
     def write(folder: Path) -> None:
         native(folder)
-        stablehlo.write(folder, programs)
+        stablehlo.write(folder, content, DTYPES[content.dtype])
 
     return write
 

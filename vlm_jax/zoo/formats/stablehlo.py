@@ -7,7 +7,6 @@
 The programs take the parameters as they are in the file, and run on CPUs, GPUs and TPUs.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,45 +24,38 @@ from vlm_jax.errors import UserError
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def programs(content: Any, dtype: Any) -> dict[str, bytes]:
-    """Returns side, "image" or "text" -> the serialized program of that tower.
-
-    Args:
-      content: `save.Content`; preprocessing and tokenizer tell the towers' input shapes.
-      dtype: of the parameters in the file.
-
-    Raises:
-      UserError: the model does not embed, or the inputs' shapes are not known.
-    """
+def check(content: Any) -> None:
+    """Raises a UserError unless the model of a `save.Content` embeds and its input shapes are known."""
     try:
         import flatbuffers  # noqa: F401 (for `serialize`)
     except ImportError:
         raise UserError("stablehlo needs flatbuffers; pip install 'vlm_jax[export]'") from None
-    section = content.section
-    params = {name: jax.ShapeDtypeStruct(tuple(leaf.shape), dtype) for name, leaf in content.shapes.items()}
-    sides = [side for side in ("image", "text") if section.get(side)]
-    if "embed" not in models.build(section).can or not sides:
+    if "embed" not in models.build(content.section).can:
         raise UserError("stablehlo holds towers that embed pictures and texts; this model has none")
-    plain = {side: dict(section[side], implementation="xla") for side in sides}
-    model = models.build(dict(section) | plain)  # kernels are of one platform
-    (n,) = export.symbolic_shape("n")
+    for side in _sides(content):
+        _example(side, content)
 
-    def program(side: str) -> bytes:
-        def tower(params, x):
+
+def _sides(content: Any) -> list[str]:
+    return [side for side in ("image", "text") if content.section.get(side)]
+
+
+def write(folder: Path, content: Any, dtype: Any) -> None:
+    """Writes a program for each tower; `dtype` is that of the parameters in the file."""
+    params = {name: jax.ShapeDtypeStruct(tuple(leaf.shape), dtype) for name, leaf in content.shapes.items()}
+    plain = {side: dict(content.section[side], implementation="xla") for side in _sides(content)}
+    model = models.build(dict(content.section) | plain)  # kernels are of one platform
+    (n,) = export.symbolic_shape("n")
+    for side in plain:
+
+        def tower(params, x, side=side):
             tree = unflatten_dict({name: value.astype(jnp.float32) for name, value in params.items()}, sep="/")
             return getattr(model.apply({"params": tree}, *((x, None) if side == "image" else (None, x))), side)
 
         row = _example(side, content)
         shape = jax.ShapeDtypeStruct((n, *row.shape), row.dtype)
-        return bytes(export.export(jax.jit(tower), platforms=PLATFORMS)(params, shape).serialize())
-
-    return {side: program(side) for side in sides}
-
-
-def write(folder: Path, found: Mapping[str, bytes]) -> None:
-    """Writes the result of `programs`."""
-    for side, program in found.items():
-        (folder / f"{side}.stablehlo").write_bytes(program)
+        program = export.export(jax.jit(tower), platforms=PLATFORMS)(params, shape)
+        (folder / f"{side}.stablehlo").write_bytes(program.serialize())
 
 
 def _example(side: str, content: Any) -> np.ndarray:
