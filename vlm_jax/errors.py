@@ -23,6 +23,10 @@ class UserError(ValueError):
         super().__init__(text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 4 :]}")
 
 
+class StoreError(UserError):
+    """Raised if a store of data, or the cache of its blocks, cannot be used: no example is bad, so the run ends."""
+
+
 class DivergedError(UserError):
     """Raised if the loss of a training is not finite."""
 

@@ -247,6 +247,9 @@ class EvalBatches:
 
     def __getitem__(self, k: int) -> tuple[Batch, list[BadRecord]]:
         rows, bad, kinds = [], [], np.full(len(self.slots), "", object)
+        for batch in (k, k + 1):
+            last = min((batch + 1) * self.batch_size, self.num_examples)
+            self.examples.soon(range(batch * self.batch_size, last), next_=batch == k)
         for n, slot in enumerate(self.slots):
             i = k * self.batch_size + slot
             try:

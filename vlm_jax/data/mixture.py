@@ -196,13 +196,30 @@ class RowSet:
 
     def read(self, k: int, bad: list[BadRecord]) -> Batch:
         """Returns this process's rows of batch k; appends bad examples to `bad`."""
+        if any(examples.source.remote for examples in self.sources):
+            self._announce(k)
         return self.sources[0].collate([self._row(k * self.size + slot, bad) for slot in self.slots])
 
-    def _row(self, position: int, bad: list[BadRecord]) -> dict[str, Any]:
+    def _drawn(self, position: int) -> tuple[int, int]:
+        """Returns the source of a position, and which of the source's draws it is."""
         draws = turns(position, self.weights)
         after = turns(position + 1, self.weights)
         source = next(i for i in range(len(draws)) if after[i] > draws[i])
-        examples, draw = self.sources[source], draws[source]
+        return source, draws[source]
+
+    def _announce(self, k: int) -> None:
+        """Tells sources in a store which examples batch k takes."""
+        soon: dict[int, list[int]] = {}
+        for slot in self.slots:
+            source, draw = self._drawn(k * self.size + slot)
+            examples, (epoch, at) = self.sources[source], divmod(draw, self.lengths[source])
+            soon.setdefault(source, []).append(int(epoch_order(examples.seed, epoch, len(examples))[at]))
+        for source, numbers in soon.items():
+            self.sources[source].soon(numbers, next_=True)
+
+    def _row(self, position: int, bad: list[BadRecord]) -> dict[str, Any]:
+        source, draw = self._drawn(position)
+        examples = self.sources[source]
         epoch, at = divmod(draw, self.lengths[source])
         order, n = epoch_order(examples.seed, epoch, len(examples)), len(examples)
         # Substitutes come from the next batches: the records of this batch are already used.
