@@ -29,7 +29,7 @@ SIZE_GB, BLOCK_MB = 16.0, 2.0
 BLOCK_MB_MOST = 16.0
 SHARE = 16  # of the cache that a process writes between two looks at the whole
 FRESH = 60.0  # seconds for which a file's stamp is known
-LOCKS = 256  # files that fetching processes lock
+LOCKS = 1024  # files that fetching processes lock
 SUM = 4  # bytes of a checksum
 KNOWN = 2**14  # blocks that a process remembers, and that it plans ahead
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -54,7 +54,7 @@ class Cache:
             raise UserError(f"cache_gb={size_gb:g} holds no four blocks of block_mb={block_mb:g}; give the cache more")
         self._begin()
         if self.block:
-            with self._alone(0, wait=False):  # can the folder be written?
+            with self._alone(0):  # can the folder be written?
                 pass
 
     @classmethod
@@ -122,20 +122,20 @@ class Cache:
         with self._alone(int(name[-16:], 16)):
             data = self._kept(name, size, start, end)
             if data is None:
-                data = self._fetched(path, number, name, size, remote.PATIENCE)[start:end]
+                data = self._fetched(path, number, name, size, None)[start:end]
         return data
 
     def fetch(self, path: str, number: int) -> None:
-        """Fetches a block unless it is here, or another thread or process is at it."""
+        """Fetches a block unless it is here."""
         stamp = self.stamp(path)
         size = min(self.block, stamp.size - number * self.block)
         name = self._name(path, stamp, number)
         if size > 0 and not self._is_here(name, size):
-            with self._alone(int(name[-16:], 16), wait=False) as free:
-                if free and not self._is_here(name, size):
+            with self._alone(int(name[-16:], 16)):
+                if not self._is_here(name, size):
                     self._fetched(path, number, name, size, 0.0)
 
-    def _fetched(self, path: str, number: int, name: str, size: int, patience: float) -> bytes:
+    def _fetched(self, path: str, number: int, name: str, size: int, patience: float | None) -> bytes:
         data = remote.fetch(path, number * self.block, size, patience)
         with self._told():
             try:
@@ -223,20 +223,15 @@ class Cache:
             total -= size
 
     @contextlib.contextmanager
-    def _alone(self, number: int, wait: bool = True) -> Iterator[bool]:
-        """Holds one of the locks, which other threads and processes wait for; yields False if another has it."""
+    def _alone(self, number: int) -> Iterator[None]:
+        """Holds one of the locks, which other threads and processes wait for."""
         with self._told():
             self.folder.mkdir(parents=True, exist_ok=True)
-            file = open(self.folder / f"lock{number % LOCKS:03d}", "ab")  # noqa: SIM115
+            file = open(self.folder / f"lock{number % LOCKS:04d}", "ab")  # noqa: SIM115
         with file:
-            held = True
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                held = False
-            except OSError:  # a file system without locks: a block may be fetched twice
-                pass
-            yield held
+            with contextlib.suppress(OSError):  # a file system without locks: a block may be fetched twice
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ reads its rows of batch k: the batch is the same for any number of processes.
 import collections
 import contextlib
 import functools
+import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,20 +17,22 @@ from typing import Any
 import numpy as np
 
 from vlm_jax import config
-from vlm_jax.data import background, mixture
+from vlm_jax.data import background, mixture, remote
 from vlm_jax.data.examples import SUBSTITUTES, BadRecord, Examples, check_bad, log_bad, open_examples
 from vlm_jax.data.mixture import RowSet
 from vlm_jax.data.rows import Batch
 from vlm_jax.data.source import BadExample
 from vlm_jax.errors import UserError
 
+log = logging.getLogger(__name__)
 # The share of bad examples is computed over at least this many reads (or over a smaller data set): the share of the
 # first few reads says little.
 ENOUGH_READS = 10_000
+TOLD = 60.0  # seconds between two lines on repeated requests
 
 
 class TrainBatches:
-    """(batch, bad examples) by batch number.
+    """(batch, bad examples, requests that were made again, see `remote.Counts`) by batch number.
 
     A batch is a dict of arrays if its only row set is "batch", else a dict of row sets: `{row set: {field: array}}`.
     """
@@ -43,9 +46,10 @@ class TrainBatches:
     def __len__(self) -> int:
         return sys.maxsize // 2
 
-    def __getitem__(self, k: int) -> tuple[Batch, list[BadRecord]]:
+    def __getitem__(self, k: int) -> tuple[Batch, list[BadRecord], dict[str, float]]:
         bad = []
-        return self._shaped({name: rows.read(self.start + int(k), bad) for name, rows in self.sets.items()}), bad
+        batch = self._shaped({name: rows.read(self.start + int(k), bad) for name, rows in self.sets.items()})
+        return batch, bad, remote.counts.take()
 
     def one(self) -> Batch:
         """Returns a batch of one example in each row set."""
@@ -69,6 +73,8 @@ class Loader(Iterator[Batch]):
       read, bad: examples of this process read so far, and how many of them were bad (counts survive resuming).
       kinds: the bad examples by kind, see `BadExample`.
       left_out: what the data sets' files hold beside examples, by reason, see `Source.left_out`.
+      requests: requests to stores that were made again, and seconds waited for them, see `remote.Counts`; of this
+        process and its workers, since it began.
       wait_seconds: time spent waiting in `next`.
     """
 
@@ -79,7 +85,7 @@ class Loader(Iterator[Batch]):
         self._k = 0
         self.read = self.bad = 0
         self.kinds = collections.Counter()
-        self.wait_seconds = 0.0
+        self.wait_seconds, self.requests, self._told = 0.0, collections.Counter(), -TOLD
         sets = batches.sets.values()
         self.sizes, self.rows = batches.sizes, batches.slots
         self.first_row = next(iter(sets)).slots[0]
@@ -111,7 +117,7 @@ class Loader(Iterator[Batch]):
     def __next__(self) -> Batch:
         begin = time.perf_counter()
         self.start()
-        batch, bad = next(self._iterator)
+        batch, bad, requests = next(self._iterator)
         self.wait_seconds += time.perf_counter() - begin
         self._k += 1
         self.read += self._share + len(bad)
@@ -119,7 +125,19 @@ class Loader(Iterator[Batch]):
             self.bad += len(bad)
             self.kinds.update(record.kind for record in bad)
             self._check(bad)
+        if requests:
+            self._tell(requests)
         return batch
+
+    def _tell(self, requests: Mapping[str, float]) -> None:
+        self.requests.update(requests)
+        if time.monotonic() - self._told >= TOLD:
+            self._told = time.monotonic()
+            log.warning(
+                "requests to stores: %d were made again so far, after %.1f s of waiting",
+                self.requests["repeated_requests"],
+                self.requests["waited_seconds"],
+            )
 
     def _check(self, bad: list[BadRecord]) -> None:
         log_bad(bad)

@@ -109,13 +109,14 @@ def _wait(fs: Any, timeout: float, coroutine: Callable, *args: Any, **options: A
     return sync(fs.loop, coroutine, *args, timeout=timeout, **options)
 
 
-def answer(path: str, ask: Callable[[], T], patience: float) -> T:
-    """Returns what `ask` returns, once it does.
+def answer(path: str, ask: Callable[[], T], patience: float | None) -> T:
+    """Returns what `ask` returns, once it does; waits for `patience` seconds, None for `PATIENCE`.
 
     Raises:
       FileNotFoundError: there is no such file.
       StoreError: access is denied, the request is wrong, or there was no answer within `patience` seconds.
     """
+    patience = PATIENCE if patience is None else patience
     begin, failed, wrong = time.monotonic(), 0, 0
     while True:
         try:
@@ -128,6 +129,7 @@ def answer(path: str, ask: Callable[[], T], patience: float) -> T:
             if mistake := _final(error):
                 raise StoreError(f"`{path}` {mistake} ({reason})") from None
             failed, waited = failed + 1, time.monotonic() - begin
+            counts.add(repeated_requests=1)
             wrong = wrong + 1 if isinstance(error, WrongLengthError) else 0
             if waited >= patience or wrong >= WRONG:
                 raise StoreError(
@@ -140,7 +142,7 @@ def answer(path: str, ask: Callable[[], T], patience: float) -> T:
             time.sleep(min(pause, max(begin + patience - time.monotonic(), 0)))
     if failed:
         waited = time.monotonic() - begin
-        counts.add(repeated_requests=failed, waited_seconds=waited)
+        counts.add(waited_seconds=waited)
         if waited >= SAID:
             log.warning("%s: answers again, after %.0f s and %d requests", path, waited, failed)
     return found
@@ -148,14 +150,16 @@ def answer(path: str, ask: Callable[[], T], patience: float) -> T:
 
 def _final(error: Exception) -> str | None:
     """Returns what an error that no other try mends says of a path; None if another try may mend it."""
-    name, status = type(error).__name__, getattr(error, "status", getattr(error, "code", None))
+    name = type(error).__name__
+    status = getattr(error, "status" if hasattr(error, "status") else "code", None)  # aiohttp's; gcsfs'
     status = int(status) if str(status).isdecimal() else None
     if isinstance(error, PermissionError) or "Credential" in name or "Forbidden" in str(error) or status in (401, 403):
         return (
             "gives no access: set the credentials that s3fs, gcsfs or aiohttp read; of a public bucket, "
             "FSSPEC_S3_ANON=1 or FSSPEC_GS_TOKEN=anon"
         )
-    wrong = isinstance(error, ValueError) and not isinstance(error, UnicodeError | json.JSONDecodeError)
+    wrong = "Validation" in name or name in ("NoRegionError", "ProfileNotFound")
+    wrong |= isinstance(error, ValueError) and not isinstance(error, UnicodeError | json.JSONDecodeError)
     if wrong or getattr(error, "errno", None) in (errno.EINVAL, errno.EISDIR, errno.ENOTDIR):
         return "is refused: check the URL and the store's settings"
     if status is not None and 400 <= status < 500 and status not in (408, 416, 425, 429):
@@ -163,7 +167,7 @@ def _final(error: Exception) -> str | None:
     return None
 
 
-def stamp_of(path: str, patience: float = PATIENCE) -> Stamp:
+def stamp_of(path: str, patience: float | None = None) -> Stamp:
     """Returns the stamp of a file; raises FileNotFoundError if there is none, StoreError as `answer` does."""
     fs = _of(path)
     if _is_http(path):
@@ -216,7 +220,7 @@ def glob(pattern: str) -> list[str]:
     return sorted(name if URL.match(name) else f"{scheme}://{name.lstrip('/')}" for name in names)
 
 
-def fetch(path: str, start: int, length: int, patience: float = PATIENCE) -> bytes:
+def fetch(path: str, start: int, length: int, patience: float | None = None) -> bytes:
     """Returns `length` bytes of a file that has as many; raises as `stamp_of` does."""
     if not length:
         return b""
@@ -242,7 +246,7 @@ def put(path: str, data: bytes) -> None:
 def put_file(source: os.PathLike, path: str) -> None:
     """Copies a file from the disk."""
     fs, timeout = _of(path), TIMEOUT + os.path.getsize(source) / SLOWEST
-    answer(path, lambda: _ask(fs, timeout, "put_file", os.fspath(source), fs._strip_protocol(path)), PATIENCE)
+    answer(path, lambda: _ask(fs, timeout, "put_file", os.fspath(source), fs._strip_protocol(path)), None)
 
 
 def remove(path: str) -> None:
@@ -277,6 +281,8 @@ async def _http_info(fs: Any, path: str) -> dict[str, Any]:
             return {"size": 0, **response.headers}
         _check_ranges(path, response)
         _, _, total = response.headers.get("Content-Range", "").rpartition("/")
+        if not total:
+            raise WrongLengthError("a range of no size")
         return {"size": total if total.isdecimal() else None, **response.headers}
 
 
