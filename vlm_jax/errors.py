@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable
 
 LONGEST = 4000  # characters of a UserError
@@ -29,6 +30,15 @@ class StoreError(UserError):
 
 class DivergedError(UserError):
     """Raised if the loss of a training is not finite."""
+
+
+def check_on_disk(path: object, what: str) -> None:
+    """Raises a UserError if a path is a URL, or what `pathlib` makes of one: `gs:/bucket`."""
+    if found := re.search(r"(?:^|/)((?:s3|gs|gcs|https?|file|memory):/.*)", str(path)):
+        raise UserError(
+            f"{what} `{found[1]}`: runs write to disk, with locks and renames that stores lack; give a folder that all "
+            "hosts see, and copy it to the store by the store's own tool"
+        )
 
 
 def near(name: str, known: Iterable[str], otherwise: str = "") -> str:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_jax.data import examples, loader, mixture
+from vlm_jax.data import examples, loader
+from vlm_jax.data import order as orders
 from vlm_jax.data.rows import collate
 from vlm_jax.errors import UserError
 
@@ -309,7 +310,7 @@ def test_the_generator_of_a_draw_is_that_of_a_fresh_philox():
 
 
 def test_a_very_large_epoch_needs_no_memory():
-    order = mixture.epoch_order(0, 3, 2**33)
+    order = orders.full(0, 3, 2**33)
     assert len({int(order[i]) for i in range(100)}) == 100
 
 

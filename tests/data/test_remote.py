@@ -13,14 +13,17 @@ import time
 
 import numpy as np
 import pytest
+from absl import flags
 
 from tests.support.stores import KINDS, Folder, s3_server, served
 from tests.support.tars import plain, write
-from vlm_jax import index
+from vlm_jax import command, index
+from vlm_jax.command import commands
 from vlm_jax.data import block_cache, loader, remote, storage
 from vlm_jax.data.source import BadExample, select
 from vlm_jax.data.sources import index_copy, open_source
 from vlm_jax.errors import StoreError, UserError
+from vlm_jax.run.folder import locked
 
 SHARDS, EACH = 3, 40
 MIB = 2**20
@@ -144,8 +147,8 @@ def test_every_example_comes_once_an_epoch_though_requests_fail(data, s3, tmp_pa
         state = json.loads(json.dumps(batches.get_state()))
         more = taken(batches, count // 8)
         assert {*map(tuple, more)} != {*map(tuple, first)} and flat(more) == flat(first) and batches.bad == 0
-    shutil.rmtree(tmp_path / "blocks")
     s3.reset(every=7, seconds=0.01)
+    uri = uri.replace("blocks", "others")
     with contextlib.closing(loader.train_loader(uri=uri, **PASS)) as again:
         again.set_state(state)
         assert taken(again, count // 8) == more
@@ -319,3 +322,13 @@ def test_without_the_extra_the_command_that_installs_it(monkeypatch):
         open_source("wds:s3://bucket/set/0.tar")
     monkeypatch.undo()
     remote.filesystem.cache_clear()
+
+
+@pytest.mark.parametrize("folder", ["gs://bucket/run", "s3://bucket/run", "gs:/bucket/run"])
+def test_a_run_on_a_store_is_refused_before_it_starts(folder):
+    with pytest.raises(UserError, match=r"runs write to disk, .* give a folder that all hosts see"), locked(folder):
+        pass
+    with pytest.raises(UserError, match=r"--workdir `.*runs write to disk"):
+        values = flags.FlagValues()
+        commands.define("train", values)
+        command.parse("train", ["train", "--config=clip:smoke", f"--workdir={folder}"], values)

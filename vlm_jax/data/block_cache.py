@@ -12,6 +12,7 @@ import functools
 import logging
 import math
 import os
+import re
 import threading
 import time
 import zlib
@@ -32,21 +33,26 @@ FRESH = 60.0  # seconds for which a file's stamp is known
 LOCKS = 1024  # files that fetching processes lock
 SUM = 4  # bytes of a checksum
 KNOWN = 2**14  # blocks that a process remembers, and that it plans ahead
+NAME = re.compile(r"[0-9a-f]{14}(\.[0-9.]+\.tmp)?$")  # of a block in its folder; other files are left alone
 FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def of_user() -> Path:
+    """Returns the user's folder of copies of remote files."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "vlm_jax"
 
 
 class Cache:
     """The blocks of remote files in a folder; picklable.
 
     Args:
-      folder: of the blocks; None for the user's cache.
+      folder: holds the folder `blocks`; None for the user's cache.
       size_gb: of all blocks together, in 10^9 bytes.
       block_mb: of one block, in 2^20 bytes, from 1 to 16; 0 keeps nothing and asks for the bytes of a record alone.
     """
 
     def __init__(self, folder: str | None = None, size_gb: float = SIZE_GB, block_mb: float = BLOCK_MB):
-        cached = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-        self.folder = Path(folder or os.path.join(cached, "vlm_jax", "blocks")).expanduser().absolute()
+        self.folder = (Path(folder).expanduser().absolute() if folder else of_user()) / "blocks"
         self.size, self.block = int(size_gb * 10**9), int(block_mb * 2**20)
         if self.block and not 1 <= block_mb <= BLOCK_MB_MOST:
             raise UserError(f"block_mb={block_mb:g}; expected 1 to {BLOCK_MB_MOST:g}, or 0 to keep no blocks")
@@ -202,7 +208,7 @@ class Cache:
         found = []
         for folder in os.scandir(self.folder):
             if len(folder.name) == 2 and folder.is_dir(follow_symlinks=False):
-                for entry in os.scandir(folder.path):
+                for entry in filter(lambda entry: NAME.match(entry.name), os.scandir(folder.path)):
                     with contextlib.suppress(OSError):  # removed by another process
                         status = entry.stat(follow_symlinks=False)
                         found.append((status.st_mtime_ns, status.st_size, entry.path))

@@ -108,7 +108,8 @@ class Examples:
 
     def soon(self, numbers: Iterable[int], next_: bool = False) -> None:
         """Tells the source which examples will be read, see `Source.soon`."""
-        self.source.soon([self._number(i) for i in numbers], next_)
+        if self.source.remote:
+            self.source.soon(numbers if self.chosen is None else [self._number(i) for i in numbers], next_)
 
     def read(self, i: int, draw: int) -> dict[str, Any]:
         """Returns example `i` with the randomness of draw number `draw`.

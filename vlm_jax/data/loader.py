@@ -204,6 +204,7 @@ def train_loader(
     tokenizer: Any = None,
     where: Mapping[str, Iterable[Any]] | None = None,
     index: str | None = None,
+    order: str | Mapping[str, Any] | None = None,
     sources: Mapping[str, Mapping[str, Any]] | None = None,
     workers: int = 0,
     threads: int = 1,
@@ -221,7 +222,9 @@ def train_loader(
       tokenizer: for ops such as `tokenize`.
       where: field path -> accepted values; keeps the records that match: `{"style": ("twemoji", "fluent")}`.
       index: file that chooses examples by number, and may weight them (the field `weight`), see `index.read`.
-      sources: a mixture, name -> `mixture.Part`, in place of the five arguments of one source.
+      order: of an epoch's examples: "full", "windowed", or dict(name="windowed", block=..., window=..., lanes=...), see
+        `order.Windows`; defaults to "windowed" for a source in a store, else to "full".
+      sources: a mixture, name -> `mixture.Part`, in place of the six arguments of one source.
       workers: processes that compute batches; 0 computes them in threads of this process.
       threads: threads that compute batches, in this process or in each worker.
       max_bad_fraction: allowed share of bad examples (counted, logged and replaced); a larger one raises UserError.
@@ -233,7 +236,7 @@ def train_loader(
     config.check_least(0, "config.data", workers=workers, max_bad_fraction=max_bad_fraction)
     config.check_least(1, "config.data", threads=threads)
     config.check_least(0, "config", seed=seed)
-    one = dict(uri=uri, ops=ops, split=split, where=where, index=index)
+    one = dict(uri=uri, ops=ops, split=split, where=where, index=index, order=order)
     given = {name: value for name, value in one.items() if value is not None}
     if sources is None:
         parts = {"": config.call(mixture.Part, given, "config.data")}

@@ -5,21 +5,24 @@ or worker finds any row of any batch.
 """
 
 import dataclasses
-import functools
 import itertools
+import logging
 import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-import grain
 import numpy as np
 
 from vlm_jax import config
+from vlm_jax.data import order as orders
 from vlm_jax.data.examples import SUBSTITUTES, BadRecord, Examples, open_examples
 from vlm_jax.data.rows import Batch
 from vlm_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+ANNOUNCED = 2**14  # blocks that a row set remembers having told its sources of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Part:
     """A source of a batch.
 
     Attributes:
-      uri, ops, split, where, index: as of `loader.train_loader`.
+      uri, ops, split, where, index, order: as of `loader.train_loader`.
       weight: share of the batch, up to a factor.
       rows: name of the row set that the source's examples form, with the other sources of that name.
     """
@@ -37,6 +40,7 @@ class Part:
     split: str | None = None
     where: Mapping[str, Iterable[Any]] | None = None
     index: str | None = None
+    order: str | Mapping[str, Any] | None = None
     weight: float = 1.0
     rows: str = "batch"
 
@@ -97,7 +101,9 @@ def row_sets(
                 needed = f"batch_size={batch_size}" if most == batch_size else f"its {most} of a batch of {batch_size}"
                 raise UserError(f"data set `{part.uri}` has {len(examples)} examples{after}, fewer than {needed}")
         slots = rows[name] if isinstance(rows, Mapping) else range(size) if rows is None else rows
-        sets[name] = RowSet(dict(zip(own, sources, strict=True)), weights, size, [int(slot) for slot in slots])
+        windows = [_windows(*one) for one in zip(own, own.values(), sources, strict=True)]
+        slots = [int(slot) for slot in slots]
+        sets[name] = RowSet(dict(zip(own, sources, strict=True)), weights, size, slots, windows)
     return sets
 
 
@@ -143,6 +149,15 @@ def _open(name: str, part: Part, seed: int, tokenizer: Any) -> Examples:
     return examples
 
 
+def _windows(name: str, part: Part, examples: Examples) -> orders.Windows | None:
+    where = f"config.data.sources.{name}" if name else "config.data"
+    windows = orders.windows_of(part.order, examples.source.remote, where)
+    if windows and part.order is None:
+        mixed, shown = windows.block * windows.window * windows.lanes, dataclasses.asdict(windows)
+        log.warning("%s is in a store, so order=%r: %d examples are mixed at a time", part.uri, shown, mixed)
+    return windows
+
+
 def turns(position: int, weights: Sequence[int]) -> list[int]:
     """Returns how many of the first `position` turns each source has; exactly one has the next.
 
@@ -156,25 +171,6 @@ def turns(position: int, weights: Sequence[int]) -> list[int]:
     return counts
 
 
-def epoch_order(seed: int, epoch: int, n: int) -> Sequence[int]:
-    """Returns an epoch's permutation of range(n): an array up to 8 MB, computed index by index above."""
-    return _orders(seed, n)(epoch)
-
-
-@functools.lru_cache(maxsize=64)
-def _orders(seed, n):
-    """Epoch -> permutation; holds the last two of each source."""
-
-    @functools.lru_cache(maxsize=2)
-    def order(epoch):
-        if n <= 2**20:
-            return np.random.default_rng((seed, epoch)).permutation(n)
-        # A cipher over the indices needs no memory. On small ranges it walks long cycles (2 ms per index at n=40).
-        return grain.MapDataset.range(n).shuffle(seed=(seed * 1_000_003 + epoch) % 2**32)
-
-    return order
-
-
 class RowSet:
     """Rows of a batch, filled by one or several sources.
 
@@ -186,9 +182,19 @@ class RowSet:
       weights: the sources' shares, up to a factor.
       size: number of rows of a batch over all processes.
       slots: numbers of the rows that this process reads.
+      windows: of each source's order, None for a full one.
     """
 
-    def __init__(self, sources: Mapping[str, Examples], weights: Sequence[int], size: int, slots: Sequence[int]):
+    def __init__(
+        self,
+        sources: Mapping[str, Examples],
+        weights: Sequence[int],
+        size: int,
+        slots: Sequence[int],
+        windows: Sequence[orders.Windows | None],
+    ):
+        self.windows, self.announced = windows, set()
+        self.shares = [max(1, round(size * weight / sum(weights))) for weight in weights]  # rows of a batch, about
         self.sources, self.weights, self.size, self.slots = list(sources.values()), weights, size, slots
         self.names = list(sources)
         dropped = size if len(sources) == 1 else 1
@@ -207,13 +213,31 @@ class RowSet:
         source = next(i for i in range(len(draws)) if after[i] > draws[i])
         return source, draws[source]
 
+    def _order(self, source: int, epoch: int) -> Sequence[int]:
+        examples, windows = self.sources[source], self.windows[source]
+        if windows is None:
+            return orders.full(examples.seed, epoch, len(examples))
+        return orders.windowed(examples.seed, epoch, len(examples), self.shares[source], windows)
+
     def _announce(self, k: int) -> None:
-        """Tells sources in a store which examples batch k takes."""
+        """Tells sources in a store which examples batch k takes, and block by block what the next windows hold."""
         soon: dict[int, list[int]] = {}
         for slot in self.slots:
             source, draw = self._drawn(k * self.size + slot)
-            examples, (epoch, at) = self.sources[source], divmod(draw, self.lengths[source])
-            soon.setdefault(source, []).append(int(epoch_order(examples.seed, epoch, len(examples))[at]))
+            epoch, at = divmod(draw, self.lengths[source])
+            order = self._order(source, epoch)
+            soon.setdefault(source, []).append(int(order[at]))
+            if isinstance(order, orders.Windowed):
+                lane, window, place = order.place(at)
+                block = source, epoch, lane, window, place // order.block
+                if block not in self.announced:
+                    self.announced = self.announced if len(self.announced) < ANNOUNCED else set()
+                    self.announced.add(block)
+                    following = order.block_of(lane, window + 1, block[-1])
+                    if following is None:
+                        following = self._order(source, epoch + 1).block_of(lane, 0, block[-1])
+                    for numbers in following:
+                        self.sources[source].soon(numbers)
         for source, numbers in soon.items():
             self.sources[source].soon(numbers, next_=True)
 
@@ -221,7 +245,7 @@ class RowSet:
         source, draw = self._drawn(position)
         examples = self.sources[source]
         epoch, at = divmod(draw, self.lengths[source])
-        order, n = epoch_order(examples.seed, epoch, len(examples)), len(examples)
+        order, n = self._order(source, epoch), len(examples)
         # Substitutes come from the next batches: the records of this batch are already used.
         first = int(order[at])
         following = (i for t in range(n) if (i := int(order[(at + self.size + t) % n])) != first)

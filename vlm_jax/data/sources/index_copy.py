@@ -3,11 +3,11 @@
 import contextlib
 import fcntl
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from vlm_jax.data import remote, storage
+from vlm_jax.data.block_cache import of_user
 from vlm_jax.data.confined import digest
 from vlm_jax.data.files import MAX_JSON, naming, replacing
 from vlm_jax.data.sources.tar_index import DTYPES, NAME
@@ -16,8 +16,7 @@ from vlm_jax.errors import StoreError, UserError
 
 def place(folder: str) -> Path:
     """Returns the folder of the copy of an index in a store."""
-    cached = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-    return Path(cached).expanduser().absolute() / "vlm_jax" / "indexes" / digest(folder.rstrip("/").encode())
+    return of_user() / "indexes" / digest(folder.rstrip("/").encode())
 
 
 def fetched(folder: str) -> str:

@@ -7,6 +7,7 @@ read of the bytes between its first and last member.
 
 import bisect
 import concurrent.futures
+import contextlib
 import itertools
 import logging
 import os
@@ -201,11 +202,30 @@ class TarShards(Source):
         return shard, self.columns.members[first + start : first + stop].tolist(), differs
 
     def soon(self, numbers: Iterable[int], next_: bool = False) -> None:
-        for i in numbers if self.remote else ():
-            shard, members, _ = self._members(i)
+        if not self.remote:
+            return
+        with contextlib.suppress(IndexError):  # of a damaged index: who reads the record meets the error
+            self._soon(numbers, next_)
+
+    def _soon(self, numbers: Iterable[int], next_: bool) -> None:
+        for first, last in self._runs(numbers):
+            shard, members, _ = self._members(first)
             start, size = span(members)
-            if size <= MAX_BYTES:
-                self.cache.soon(self.paths[shard], start, size, next_)
+            if last > first:
+                begin, more = span(self._members(last)[1])
+                size = begin + more - start
+            self.cache.soon(self.paths[shard], start, min(size, MAX_BYTES), next_)
+
+    def _runs(self, numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+        """Yields (first, last) of records that follow each other in a shard: of a range, else one by one."""
+        if not isinstance(numbers, range):
+            yield from ((i, i) for i in numbers)
+            return
+        first = numbers.start
+        while first < numbers.stop:
+            last = min(self.starts[bisect.bisect_right(self.starts, first)], numbers.stop) - 1
+            yield first, last
+            first = last + 1
 
     def _changed(self, shard: int) -> str:
         if self.generation is None:
