@@ -137,8 +137,8 @@ def flat(batches):
 
 
 @pytest.mark.parametrize("options", [dict(threads=3), pytest.param(dict(workers=1), marks=pytest.mark.subprocess)])
-def test_every_example_comes_once_an_epoch_though_requests_fail(data, s3, tmp_path, options):
-    uri = f"wds:s3://bucket/set/{NAMES}?cache={tmp_path}/blocks&block_mb=1"
+def test_every_example_comes_once_an_epoch_though_requests_fail(s3, tmp_path, monkeypatch, options):
+    uri = f"wds:s3://bucket/set/{NAMES}?block_mb=1"
     count = SHARDS * EACH
     s3.reset(every=20, seconds=0.01)
     with contextlib.closing(loader.train_loader(uri=uri, **PASS, **options)) as batches:
@@ -148,7 +148,7 @@ def test_every_example_comes_once_an_epoch_though_requests_fail(data, s3, tmp_pa
         more = taken(batches, count // 8)
         assert {*map(tuple, more)} != {*map(tuple, first)} and flat(more) == flat(first) and batches.bad == 0
     s3.reset(every=7, seconds=0.01)
-    uri = uri.replace("blocks", "others")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another host"))
     with contextlib.closing(loader.train_loader(uri=uri, **PASS)) as again:
         again.set_state(state)
         assert taken(again, count // 8) == more
