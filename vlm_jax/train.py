@@ -190,7 +190,7 @@ def _train(
                     speed = clock.metrics(step - first)
                     shown = f"loss {metrics['loss']:.3f}, {speed['examples_per_second']:,.0f} examples/s"
                     bar.set_postfix_str(f"{shown}, MFU {speed['mfu']:.0%}" if "mfu" in speed else shown, refresh=False)
-                    writer.write(step, {**metrics, "examples": step * batch_size, **speed})
+                    writer.write(step, {**metrics, "examples": step * batch_size, **speed, **batches.taken()})
                 bar.update()
                 if save:
                     saver.save(step, state, {**clock.progress(), "data": position(batches), "stage": stage.number})

@@ -147,6 +147,14 @@ class Loader(Iterator[Batch]):
             allowed = max(allowed, epochs)  # one bad record of a small data set comes again in every epoch
         check_bad(self.bad, allowed, self.read, self._max_bad_fraction, bad)
 
+    def taken(self) -> dict[str, float]:
+        """Returns, for the log, the examples and epochs that the batches so far took of each source of a mixture."""
+        found = {}
+        for rows in self._batches.sets.values():
+            for name, (examples, epochs) in rows.counts(self._k).items():
+                found |= {f"data/{name}/examples": examples, f"data/{name}/epochs": epochs} if name else {}
+        return found
+
     def get_state(self) -> dict[str, Any]:
         """Returns the position after the last returned batch, JSON-able."""
         return {

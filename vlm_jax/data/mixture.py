@@ -10,7 +10,6 @@ import logging
 import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from vlm_jax import config
 from vlm_jax.data import order as orders
 from vlm_jax.data.examples import SUBSTITUTES, BadRecord, Examples, open_examples
 from vlm_jax.data.rows import Batch
+from vlm_jax.data.turns import Turns, fraction, points_of, value_at
 from vlm_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class Part:
 
     Attributes:
       uri, ops, split, where, index, order: as of `loader.train_loader`.
-      weight: share of the batch, up to a factor.
+      weight: share of the batch, up to a factor; a number, or pairs (step, weight), see `turns.points_of`.
       rows: name of the row set that the source's examples form, with the other sources of that name.
     """
 
@@ -41,7 +41,7 @@ class Part:
     where: Mapping[str, Iterable[Any]] | None = None
     index: str | None = None
     order: str | Mapping[str, Any] | None = None
-    weight: float = 1.0
+    weight: float | Sequence[Sequence[float]] = 1.0
     rows: str = "batch"
 
 
@@ -49,7 +49,7 @@ def parts(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Part]:
     """Returns the parts of a config's `data.sources`, by name, in the names' order.
 
     Raises:
-      UserError: a section has an unknown key, lacks one, or its weight is not above 0.
+      UserError: a section has an unknown key, lacks one, or its weight is no weight.
     """
     if not isinstance(sources, Mapping) or not sources:
         raise UserError(f"config.data.sources is {sources!r}; expected dict(NAME=dict(uri=..., ops=..., weight=...))")
@@ -59,15 +59,14 @@ def parts(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Part]:
         if not isinstance(section, Mapping):
             raise UserError(f"{where} is {section!r}; expected dict(uri=..., ops=..., weight=...)")
         part = found[name] = config.call(Part, section, where)
-        if not isinstance(part.weight, int | float) or not 1e-9 <= part.weight < math.inf:
-            raise UserError(f"{where}.weight is {part.weight!r}; expected a number above 0")
+        points_of(part.weight, f"{where}.weight")
     return found
 
 
 def sizes(sources: Mapping[str, Mapping[str, Any]] | None, batch_size: int) -> int | dict[str, int]:
     """Returns the rows of a batch: `batch_size`, or {row set: rows} if the sources form other row sets than "batch".
 
-    A row set's rows are `batch_size` times the weights of its sources over all weights.
+    A row set's rows are `batch_size` times the weights of its sources over all weights, those of the first step.
 
     Raises:
       UserError: that is no whole number.
@@ -91,10 +90,10 @@ def row_sets(
     sizes, sets = _sizes(parts, batch_size), {}
     for name, size in sizes.items():
         own = {source: part for source, part in parts.items() if part.rows == name}
-        weights = _whole([_fraction(part) for part in own.values()])
+        turns = Turns([points_of(part.weight, f"config.data.sources.{name}.weight") for part in own.values()], size)
         sources = [_open(source, part, seed, tokenizer) for source, part in own.items()]
-        for part, weight, examples in zip(own.values(), weights, sources, strict=True):
-            most = -(-size * weight // sum(weights))
+        for i, (part, examples) in enumerate(zip(own.values(), sources, strict=True)):
+            most = turns.most(i, size)
             if len(examples) < most:
                 chosen = [f"{key}={getattr(part, key)}" for key in ("index", "where") if getattr(part, key)]
                 after = f" after {' and '.join(chosen)}" if chosen else ""
@@ -103,7 +102,7 @@ def row_sets(
         slots = rows[name] if isinstance(rows, Mapping) else range(size) if rows is None else rows
         windows = [_windows(*one) for one in zip(own, own.values(), sources, strict=True)]
         slots = [int(slot) for slot in slots]
-        sets[name] = RowSet(dict(zip(own, sources, strict=True)), weights, size, slots, windows)
+        sets[name] = RowSet(dict(zip(own, sources, strict=True)), turns, size, slots, windows)
     return sets
 
 
@@ -111,9 +110,13 @@ def _sizes(parts: Mapping[str, Part], batch_size: int) -> dict[str, int]:
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size}; expected 1 or more")
     weights = {}
-    for part in parts.values():
-        weights[part.rows] = weights.get(part.rows, 0) + _fraction(part)
+    for source, part in parts.items():
+        weight = fraction(value_at(points_of(part.weight, f"config.data.sources.{source}.weight"), 0))
+        weights[part.rows] = weights.get(part.rows, 0) + weight
     total = sum(weights.values())
+    if not all(weights.values()):
+        name = next(name for name, weight in weights.items() if not weight)
+        raise UserError(f"the row set `{name}` has the weight 0 at the first step, which would give it no rows")
     step = math.lcm(*((weight / total).denominator for weight in weights.values()))
     for name, weight in weights.items():
         if batch_size % step:
@@ -123,16 +126,6 @@ def _sizes(parts: Mapping[str, Part], batch_size: int) -> dict[str, int]:
                 f"as any multiple of {step}"
             )
     return {name: int(batch_size * weight / total) for name, weight in weights.items()}
-
-
-def _fraction(part: Part) -> Fraction:
-    """The weight without the error of floats: 0.1 is 1/10."""
-    return Fraction(part.weight).limit_denominator(10**9)
-
-
-def _whole(weights: Sequence[Fraction]) -> list[int]:
-    factor = math.lcm(*(weight.denominator for weight in weights))
-    return [int(weight * factor) for weight in weights]
 
 
 def _open(name: str, part: Part, seed: int, tokenizer: Any) -> Examples:
@@ -158,19 +151,6 @@ def _windows(name: str, part: Part, examples: Examples) -> orders.Windows | None
     return windows
 
 
-def turns(position: int, weights: Sequence[int]) -> list[int]:
-    """Returns how many of the first `position` turns each source has; exactly one has the next.
-
-    The first source's turns are its share of all turns, rounded down; the second's its share of those left, and so on:
-    over any stretch, the turns differ from the shares by less than the number of sources.
-    """
-    counts, left = [], sum(weights)
-    for weight in weights:
-        counts.append(position * weight // left)
-        position, left = position - counts[-1], left - weight
-    return counts
-
-
 class RowSet:
     """Rows of a batch, filled by one or several sources.
 
@@ -179,7 +159,7 @@ class RowSet:
 
     Args:
       sources: name -> examples.
-      weights: the sources' shares, up to a factor.
+      turns: how many turns each source has.
       size: number of rows of a batch over all processes.
       slots: numbers of the rows that this process reads.
       windows: of each source's order, None for a full one.
@@ -188,14 +168,14 @@ class RowSet:
     def __init__(
         self,
         sources: Mapping[str, Examples],
-        weights: Sequence[int],
+        turns: Turns,
         size: int,
         slots: Sequence[int],
         windows: Sequence[orders.Windows | None],
     ):
         self.windows, self.announced = windows, set()
-        self.shares = [max(1, round(size * weight / sum(weights))) for weight in weights]  # rows of a batch, about
-        self.sources, self.weights, self.size, self.slots = list(sources.values()), weights, size, slots
+        self.shares = [max(1, turns.most(i, size)) for i in range(len(sources))]  # rows of a batch, about
+        self.sources, self.turns, self.size, self.slots = list(sources.values()), turns, size, slots
         self.names = list(sources)
         dropped = size if len(sources) == 1 else 1
         self.lengths = [len(examples) // dropped * dropped for examples in self.sources]
@@ -208,8 +188,7 @@ class RowSet:
 
     def _drawn(self, position: int) -> tuple[int, int]:
         """Returns the source of a position, and which of the source's draws it is."""
-        draws = turns(position, self.weights)
-        after = turns(position + 1, self.weights)
+        draws, after = self.turns(position), self.turns(position + 1)
         source = next(i for i in range(len(draws)) if after[i] > draws[i])
         return source, draws[source]
 
@@ -253,8 +232,13 @@ class RowSet:
 
     def epochs(self, k: int) -> int:
         """Returns how many epochs of its sources k batches have begun, all together."""
-        draws = turns(k * self.size, self.weights)
+        draws = self.turns(k * self.size)
         return sum(-(-draw // length) for draw, length in zip(draws, self.lengths, strict=True))
+
+    def counts(self, k: int) -> dict[str, tuple[int, float]]:
+        """Returns name of a source -> (examples, epochs) that k batches have taken of it."""
+        draws = zip(self.names, self.turns(k * self.size), self.lengths, strict=True)
+        return {name: (draw, draw / length) for name, draw, length in draws}
 
     def one(self) -> Batch:
         """Returns a batch of one example.
