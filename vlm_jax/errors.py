@@ -28,6 +28,10 @@ class StoreError(UserError):
     """Raised if a store of data, or the cache of its blocks, cannot be used: no example is bad, so the run ends."""
 
 
+class DeniedError(StoreError):
+    """Raised if a store gives no access to a file; some stores say so of files that are not there."""
+
+
 class DivergedError(UserError):
     """Raised if the loss of a training is not finite."""
 

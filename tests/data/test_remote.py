@@ -187,13 +187,16 @@ def test_a_slow_answer_is_asked_for_again(data, s3, tmp_path, monkeypatch):
     s3.reset()
 
 
-def test_the_cache_stays_in_its_bounds_and_mends_damage(data, s3, tmp_path, monkeypatch):
+def test_the_cache_stays_in_its_bounds_and_mends_damage(data, s3, tmp_path, caplog):
     s3.reset()
     source, expected = opened("s3://bucket/set", tmp_path, cache_gb=0.0045), open_source(f"wds:{data}/{NAMES}")
     held = lambda: {path: path.stat().st_size for path in (tmp_path / "blocks").rglob("*") if "lock" not in path.name}
     for i in range(0, len(expected), 4):
         same(source, expected, [i])
         assert sum(size for path, size in held().items() if path.is_file()) <= 0.0045e9
+    with caplog.at_level(logging.WARNING):
+        source.warn_of_window(1000)
+    assert "two windows of the order have" in caplog.text and "?cache_gb=1," in caplog.text
     for damage in (lambda b: b[:100], lambda b: b"\0" * len(b), lambda b: b + b"x", lambda b: b""):
         for path in held():
             if path.is_file():
@@ -307,7 +310,7 @@ def test_what_a_server_cannot_do_is_one_line(web, tmp_path, monkeypatch):
     with pytest.raises(StoreError, match="the server gives only whole files"):
         opened(base, tmp_path)
     app.whole, app.denied = False, True
-    with pytest.raises(StoreError, match="gives no access: set the credentials"):
+    with pytest.raises(StoreError, match=r"/0.tar` gives no access, or is not there: set the credentials"):
         opened(base, tmp_path)
     app.denied = False
     monkeypatch.setattr(remote, "OPENING", 0.2)

@@ -145,9 +145,11 @@ def _open(name: str, part: Part, seed: int, tokenizer: Any) -> Examples:
 def _windows(name: str, part: Part, examples: Examples) -> orders.Windows | None:
     where = f"config.data.sources.{name}" if name else "config.data"
     windows = orders.windows_of(part.order, examples.source.remote, where)
-    if windows and part.order is None:
+    if windows and examples.source.remote:
         mixed, shown = windows.block * windows.window * windows.lanes, dataclasses.asdict(windows)
-        log.warning("%s is in a store, so order=%r: %d examples are mixed at a time", part.uri, shown, mixed)
+        if part.order is None:
+            log.warning("%s is in a store, so order=%r: %d examples are mixed at a time", part.uri, shown, mixed)
+        examples.source.warn_of_window(mixed)
     return windows
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 from vlm_jax.data.stamp import URL, Stamp
-from vlm_jax.errors import CUT, StoreError, UserError, near
+from vlm_jax.errors import CUT, DeniedError, StoreError, UserError, near
 
 log = logging.getLogger(__name__)
 SCHEMES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "memory": "fsspec"}
@@ -126,8 +126,13 @@ def answer(path: str, ask: Callable[[], T], patience: float | None) -> T:
             raise
         except Exception as error:  # of three clients, dozens of types
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:CUT]
-            if mistake := _final(error):
-                raise StoreError(f"`{path}` {mistake} ({reason})") from None
+            if _is_denied(error):
+                raise DeniedError(
+                    f"`{path}` gives no access, or is not there: set the credentials that s3fs, gcsfs or aiohttp "
+                    f"read; of a public bucket, FSSPEC_S3_ANON=1 or FSSPEC_GS_TOKEN=anon ({reason})"
+                ) from None
+            if _is_refused(error):
+                raise StoreError(f"`{path}` is refused: check the URL and the store's settings ({reason})") from None
             failed, waited = failed + 1, time.monotonic() - begin
             counts.add(repeated_requests=1)
             wrong = wrong + 1 if isinstance(error, WrongLengthError) else 0
@@ -148,23 +153,23 @@ def answer(path: str, ask: Callable[[], T], patience: float | None) -> T:
     return found
 
 
-def _final(error: Exception) -> str | None:
-    """Returns what an error that no other try mends says of a path; None if another try may mend it."""
+def _status(error: Exception) -> int:
+    found = getattr(error, "status" if hasattr(error, "status") else "code", None)  # aiohttp's; gcsfs'
+    return int(found) if str(found).isdecimal() else 0
+
+
+def _is_denied(error: Exception) -> bool:
+    named = "Credential" in type(error).__name__ or "Forbidden" in str(error)
+    return isinstance(error, PermissionError) or named or _status(error) in (401, 403)
+
+
+def _is_refused(error: Exception) -> bool:
+    """Returns whether no other try mends an error."""
     name = type(error).__name__
-    status = getattr(error, "status" if hasattr(error, "status") else "code", None)  # aiohttp's; gcsfs'
-    status = int(status) if str(status).isdecimal() else None
-    if isinstance(error, PermissionError) or "Credential" in name or "Forbidden" in str(error) or status in (401, 403):
-        return (
-            "gives no access: set the credentials that s3fs, gcsfs or aiohttp read; of a public bucket, "
-            "FSSPEC_S3_ANON=1 or FSSPEC_GS_TOKEN=anon"
-        )
-    wrong = "Validation" in name or name in ("NoRegionError", "ProfileNotFound")
-    wrong |= isinstance(error, ValueError) and not isinstance(error, UnicodeError | json.JSONDecodeError)
-    if wrong or getattr(error, "errno", None) in (errno.EINVAL, errno.EISDIR, errno.ENOTDIR):
-        return "is refused: check the URL and the store's settings"
-    if status is not None and 400 <= status < 500 and status not in (408, 416, 425, 429):
-        return "is refused: check the URL"
-    return None
+    wrong = isinstance(error, ValueError) and not isinstance(error, UnicodeError | json.JSONDecodeError)
+    wrong |= "Validation" in name or name in ("NoRegionError", "ProfileNotFound")
+    wrong |= getattr(error, "errno", None) in (errno.EINVAL, errno.EISDIR, errno.ENOTDIR)
+    return wrong or (400 <= _status(error) < 500 and _status(error) not in (408, 416, 425, 429))
 
 
 def stamp_of(path: str, patience: float | None = None) -> Stamp:

@@ -67,6 +67,9 @@ class Source:
     def soon(self, numbers: Iterable[int], next_: bool = False) -> None:
         """Prepares for these records to be read, before all others if they are the `next_` ones; raises nothing."""
 
+    def warn_of_window(self, count: int) -> None:
+        """Logs a warning if a source in a store cannot hold two times `count` examples, which are mixed at a time."""
+
     def narrow(self, paths: frozenset[str]) -> Self:
         """Returns the same records; may leave out fields that are not in `paths`, if that is cheaper."""
         return self

@@ -11,7 +11,7 @@ from vlm_jax.data.block_cache import of_user
 from vlm_jax.data.confined import digest
 from vlm_jax.data.files import MAX_JSON, naming, replacing
 from vlm_jax.data.sources.tar_index import DTYPES, NAME
-from vlm_jax.errors import StoreError, UserError
+from vlm_jax.errors import DeniedError, StoreError, UserError
 
 
 def place(folder: str) -> Path:
@@ -19,8 +19,12 @@ def place(folder: str) -> Path:
     return of_user() / "indexes" / digest(folder.rstrip("/").encode())
 
 
-def fetched(folder: str) -> str:
+def fetched(folder: str, given: bool = False) -> str:
     """Copies an index from a store unless the copy is as new; returns the copy's folder, empty if there is no index.
+
+    Args:
+      folder: in the store.
+      given: the user names it: no access to it is an error. To a folder beside shards, it may mean that there is none.
 
     Raises:
       UserError: the index in the store is damaged.
@@ -30,7 +34,12 @@ def fetched(folder: str) -> str:
     with _told(to):
         to.mkdir(parents=True, exist_ok=True)
         with _alone(to):
-            stamp = _stamp(f"{folder}/{NAME}")
+            try:
+                stamp = _stamp(f"{folder}/{NAME}")
+            except DeniedError:
+                if given:
+                    raise
+                stamp = None
             if stamp is None:
                 (to / NAME).unlink(missing_ok=True)
                 return str(to)

@@ -90,6 +90,9 @@ class Precomputed(Source):
     def key(self, i: int) -> str:
         return self.source.key(i)
 
+    def warn_of_window(self, count: int) -> None:
+        self.source.warn_of_window(count)
+
     def soon(self, numbers: Iterable[int], next_: bool = False) -> None:
         self.source.soon(numbers, next_)
 

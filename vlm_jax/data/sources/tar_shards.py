@@ -105,8 +105,8 @@ class TarShards(Source):
                 f"data source `{self.uri}`: `{next(iter(cache))}` is an option of shards in a store; leave it out"
             )
         self.cache = storage.Cache.of(cache) if self.remote else None
-        self.folder = index_copy.fetched(folder) if storage.is_remote(folder) else folder
         given = "index" in options
+        self.folder = index_copy.fetched(folder, given) if storage.is_remote(folder) else folder
         found = tar_index.read(self.folder)
         if given and found is None:
             raise UserError(f"data source `{self.uri}`: there is no index `{folder}`; {self._advice()}")
@@ -215,6 +215,16 @@ class TarShards(Source):
                 begin, more = span(self._members(last)[1])
                 size = begin + more - start
             self.cache.soon(self.paths[shard], start, min(size, MAX_BYTES), next_)
+
+    def warn_of_window(self, count: int) -> None:
+        total = sum(size for size, _ in self.stamps)
+        needed = min(2 * count * total // max(len(self), 1), total)
+        if self.remote and needed > self.cache.size:
+            log.warning(
+                "%s: two windows of the order have %.1f GB, and the cache %.1f: blocks will be fetched more than once; "
+                "end the URI with ?cache_gb=%d, or give `order` a smaller window",
+                self.uri, needed / 1e9, self.cache.size / 1e9, -(-5 * needed // 4 // 10**9),
+            )  # fmt: skip
 
     def _runs(self, numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
         """Yields (first, last) of records that follow each other in a shard: of a range, else one by one."""
