@@ -9,6 +9,8 @@ import time
 
 from werkzeug.serving import make_server
 
+from vlm_jax.data import remote
+
 KINDS = ("503", "cut", "short", "long", "slow")
 
 
@@ -117,9 +119,8 @@ def s3_server():
         names = {"ACCESS_KEY_ID": "id", "SECRET_ACCESS_KEY": "key", "DEFAULT_REGION": "us-east-1", "ENDPOINT_URL": url}
         before = {f"AWS_{name}": os.environ.get(f"AWS_{name}") for name in names}
         os.environ.update({f"AWS_{name}": value for name, value in names.items()})
-        import fsspec
-
-        fsspec.filesystem("s3").mkdir("bucket")
+        remote.filesystem.cache_clear()  # of an earlier server
+        remote.filesystem("s3", "s3://").mkdir("bucket")
         try:
             yield faults, url
         finally:

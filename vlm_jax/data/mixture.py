@@ -18,7 +18,7 @@ from vlm_jax import config
 from vlm_jax.data import order as orders
 from vlm_jax.data.examples import SUBSTITUTES, BadRecord, Examples, open_examples
 from vlm_jax.data.rows import Batch
-from vlm_jax.data.turns import Turns, fraction, points_of, value_at
+from vlm_jax.data.turns import Points, Turns, fraction, points_of, value_at
 from vlm_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def parts(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Part]:
         if not isinstance(section, Mapping):
             raise UserError(f"{where} is {section!r}; expected dict(uri=..., ops=..., weight=...)")
         part = found[name] = config.call(Part, section, where)
-        points_of(part.weight, f"{where}.weight")
+        _points(name, part)
     return found
 
 
@@ -90,7 +90,7 @@ def row_sets(
     sizes, sets = _sizes(parts, batch_size), {}
     for name, size in sizes.items():
         own = {source: part for source, part in parts.items() if part.rows == name}
-        turns = Turns([points_of(part.weight, f"config.data.sources.{name}.weight") for part in own.values()], size)
+        turns = Turns([_points(*one) for one in own.items()], size)
         sources = [_open(source, part, seed, tokenizer) for source, part in own.items()]
         for i, (part, examples) in enumerate(zip(own.values(), sources, strict=True)):
             most = turns.most(i, size)
@@ -111,8 +111,7 @@ def _sizes(parts: Mapping[str, Part], batch_size: int) -> dict[str, int]:
         raise UserError(f"batch_size={batch_size}; expected 1 or more")
     weights = {}
     for source, part in parts.items():
-        weight = fraction(value_at(points_of(part.weight, f"config.data.sources.{source}.weight"), 0))
-        weights[part.rows] = weights.get(part.rows, 0) + weight
+        weights[part.rows] = weights.get(part.rows, 0) + fraction(value_at(_points(source, part), 0))
     total = sum(weights.values())
     if not all(weights.values()):
         name = next(name for name, weight in weights.items() if not weight)
@@ -126,6 +125,10 @@ def _sizes(parts: Mapping[str, Part], batch_size: int) -> dict[str, int]:
                 f"as any multiple of {step}"
             )
     return {name: int(batch_size * weight / total) for name, weight in weights.items()}
+
+
+def _points(name: str, part: Part) -> Points:
+    return points_of(part.weight, f"config.data.sources.{name}.weight")
 
 
 def _open(name: str, part: Part, seed: int, tokenizer: Any) -> Examples:
@@ -217,7 +220,7 @@ class RowSet:
                     following = order.block_of(lane, window + 1, block[-1])
                     if following is None:
                         following = self._order(source, epoch + 1).block_of(lane, 0, block[-1])
-                    for numbers in following:
+                    for numbers in following or ():
                         self.sources[source].soon(numbers)
         for source, numbers in soon.items():
             self.sources[source].soon(numbers, next_=True)
