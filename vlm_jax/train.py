@@ -190,7 +190,7 @@ def _train(
                     speed = clock.metrics(step - first)
                     shown = f"loss {metrics['loss']:.3f}, {speed['examples_per_second']:,.0f} examples/s"
                     bar.set_postfix_str(f"{shown}, MFU {speed['mfu']:.0%}" if "mfu" in speed else shown, refresh=False)
-                    writer.write(step, {**metrics, "examples": step * batch_size, **speed})
+                    writer.write(step, {**metrics, "examples": step * batch_size, **speed, **batches.taken()})
                 bar.update()
                 if save:
                     saver.save(step, state, {**clock.progress(), "data": position(batches), "stage": stage.number})
@@ -259,7 +259,8 @@ def counts_of(position: Mapping[str, Any], batches: loader.Loader) -> dict[str, 
     """Returns how many examples were read, how many of them were bad, by kind, and what is no example."""
     kinds = {f"data/bad/{kind}": count for kind, count in sorted(position["kinds"].items())}
     counts = {"data/read_examples": position["read"], "data/bad_examples": position["bad"], **kinds}
-    return counts | {"data/left_out": sum(batches.left_out.values())}
+    counts |= {"data/left_out": sum(batches.left_out.values())}
+    return counts | {f"data/{name}": count for name, count in sorted(batches.requests.items())}
 
 
 class Evaluation:
