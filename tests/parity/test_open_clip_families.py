@@ -19,6 +19,7 @@ pytest.importorskip(
 
 import open_clip.hf_model
 import timm
+from timm.models import vision_transformer_hybrid as hybrid
 
 from tests.support import open_clip_models
 from tests.support.open_clip_models import batch, save, theirs
@@ -27,7 +28,7 @@ from tests.support.torch_parity import close, gradients_like
 from vlm_jax.errors import UserError
 from vlm_jax.zoo import recognize
 from vlm_jax.zoo import save as zoo_save
-from vlm_jax.zoo.formats import open_clip_convnext, open_clip_eva, open_clip_texts
+from vlm_jax.zoo.formats import open_clip_convnext, open_clip_eva, open_clip_mobileclip, open_clip_texts
 
 TEXT = dict(context_length=12, vocab_size=32, width=64, heads=2, layers=2)
 SMALL = dict(embed_dim=128, num_heads=2, depth=2, img_size=48)
@@ -37,6 +38,7 @@ TOWERS = {  # timm's name, its pool, sizes, the picture's side
     "pe_gigantic": ("vit_pe_core_gigantic_patch14_448", "map", dict(LARGE_HEADS, img_size=42)),
     "eva02": ("eva02_base_patch16_clip_224", "token", SMALL),
     "eva02_enormous": ("eva02_enormous_patch14_clip_224", "token", dict(LARGE_HEADS, img_size=42)),
+    "mobileclip_b": ("vit_base_mci_224", "token", dict(embed_dim=128, depth=2, img_size=64)),
     "eva01": ("eva_giant_patch14_224", "token", dict(LARGE_HEADS, img_size=42)),
 }
 
@@ -68,6 +70,17 @@ CONVNEXTS |= {"convnext_xxlarge": ("convnext_xxlarge", "linear")}
 VISION = dict(image_size=8, patch_size=4, layers=2, width=64, head_width=32)
 
 
+def small_mobileclip_b(embed_dim, depth, img_size, **more):
+    """timm's function has its stem's widths as constants."""
+    stem = hybrid.ConvStem(
+        channels=(24, 32, embed_dim), stride=(4, 2, 2), kernel_size=(4, 2, 2), padding=0, act_layer=torch.nn.GELU
+    )
+    sizes = dict(embed_dim=embed_dim, depth=depth, num_heads=2, img_size=img_size, no_embed_class=True)
+    return hybrid._create_vision_transformer_hybrid(
+        "vit_base_mci_224", backbone=stem, embed_args=dict(proj=False), **sizes, **more
+    )
+
+
 def config_of(name):
     if name in CONVNEXTS:
         timm_name, proj = CONVNEXTS[name]
@@ -90,7 +103,13 @@ def new(monkeypatch):
     create = timm.create_model
     sizes = {timm_name: sizes for timm_name, _, sizes in TOWERS.values()}
     sizes |= {timm_name: CONVNEXT for timm_name, _ in CONVNEXTS.values()}
-    monkeypatch.setattr(timm, "create_model", lambda name, **rest: create(name, **rest, **sizes[name]))
+
+    def create_small(name, **more):
+        if name == "vit_base_mci_224":
+            return small_mobileclip_b(**more, **sizes[name])
+        return create(name, **more, **sizes[name])
+
+    monkeypatch.setattr(timm, "create_model", create_small)
 
     configs = {hf_name: config for hf_name, config, _ in TEXTS.values()}
     monkeypatch.setattr(open_clip.hf_model.AutoConfig, "from_pretrained", configs.__getitem__)
@@ -153,7 +172,10 @@ def test_exports_load_there(name, new, tmp_path, monkeypatch):
     save(model, config, tmp_path / "theirs")
     content = zoo_save.content_of(recognize.understand(tmp_path / "theirs"))
     sizes = tuple(content.section["image"][key] for key in ("width", "depth", "heads", "mlp_dim"))
-    monkeypatch.setattr(open_clip_eva, "SIZES", {timm_name: sizes})
+    if name == "mobileclip_b":
+        monkeypatch.setattr(open_clip_mobileclip, "VARIANTS", {"B": (*sizes[:2], sizes[3], sizes[2])})
+    else:
+        monkeypatch.setattr(open_clip_eva, "SIZES", {timm_name: sizes})
     zoo_save.write(dataclasses.replace(content, preprocess=None), tmp_path / "ours", "open_clip")
     again = new(json.loads((tmp_path / "ours" / "open_clip_config.json").read_text())["model_cfg"])
     again.load_state_dict(load_file(tmp_path / "ours" / "open_clip_model.safetensors"))

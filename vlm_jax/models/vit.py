@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from vlm_jax.errors import UserError
 from vlm_jax.models import positions
+from vlm_jax.models.convolutions import ConvNorm
 from vlm_jax.models.layers import Dense
 from vlm_jax.models.rotary import Rotary
 from vlm_jax.models.transformer import Encoder
@@ -35,6 +36,9 @@ class ViT(Encoder, kw_only=True):
       cls: whether a cls token comes first; None: only if pool is "tok".
       cls_position: whether the first row of the learned positions is for the cls token (OpenAI's CLIP).
       registers: number of learned tokens after the cls token, if there is one, without position (Darcet et al. 2023).
+      stem: channels of convolutions before the patch projection, each with norm and GELU (MobileCLIP-B; Xiao et al.
+        2021, arXiv:2106.14881). The projection then covers 2 x 2 of their outputs, as does each after the first, which
+        covers the rest of the patch. Norms have stored statistics, see `FrozenBatchNorm`. () for none.
       patch_bias: whether the patch projection has a bias.
       pre_norm: whether a norm follows the positions (OpenAI's CLIP).
       keep: share of each picture's patches that training sees, drawn anew for each picture and step (FLIP: Li et al.
@@ -51,6 +55,7 @@ class ViT(Encoder, kw_only=True):
     cls: bool | None = None
     cls_position: bool = False
     registers: int = 0
+    stem: tuple[int, ...] = ()
     patch_bias: bool = True
     pre_norm: bool = False
     keep: float = 1.0
@@ -77,13 +82,15 @@ class ViT(Encoder, kw_only=True):
             x, table, mask = self._packed(images, has_cls)
         else:
             self._check(images)
-            x = patchify(images.astype(self.dtype), self.patch)
+            x = images.astype(self.dtype)
+            x = self._through_stem(x) if self.stem else patchify(x, self.patch)
             _, h, w, _ = x.shape
             x = x.reshape(x.shape[0], h * w, -1)
             table = self._positions(h, w, covers_cls)
             if self.rotary is not None:
                 rotation = self.rotary.rotation(h, w, self.head_dim or self.width // self.heads)
-        x = Dense(self.width, use_bias=self.patch_bias, dtype=self.dtype, name="patch_embed")(x)
+        if not self.stem:
+            x = Dense(self.width, use_bias=self.patch_bias, dtype=self.dtype, name="patch_embed")(x)
         table = table.astype(self.dtype)
         x = x + table[:, -x.shape[1] :]
         if train and self.keep != 1:
@@ -108,6 +115,17 @@ class ViT(Encoder, kw_only=True):
         if self.pool == "patches" and has_cls:
             pool_mask = jnp.broadcast_to(jnp.arange(x.shape[1]) > self.registers, x.shape[:2])
         return self.summarise(x, mask=mask, pool_mask=pool_mask, norm=pooled).replace(aux=aux)
+
+    def _through_stem(self, x):
+        """[B, H, W, 3] -> embedded patches [B, h, w, D]."""
+        first, rest = divmod(self.patch, 2 ** len(self.stem))
+        if rest:
+            raise UserError(f"a patch of {self.patch} px is no multiple of {2 ** len(self.stem)}, as its stem needs")
+        for i, width in enumerate(self.stem):
+            side = 2 if i else first
+            x = jax.nn.gelu(ConvNorm(width, side, side, self.dtype, 0, 1e-5, name=f"stem_{i}")(x), approximate=False)
+        options = dict(padding="VALID", use_bias=self.patch_bias, dtype=self.dtype)
+        return nn.Conv(self.width, (2, 2), (2, 2), **options, name="patch_embed")(x)
 
     def _kept(self, x, mask):
         """Returns the numbers [B, n, 1] of a random share of the patches [B, N, D], in order, and their mask."""
@@ -141,8 +159,8 @@ class ViT(Encoder, kw_only=True):
                 f"packed patches should be patches [B, N, {3 * self.patch**2}] and grid [B, 2]; got "
                 f"{list(patches.shape)} and {list(grid.shape)}: pack_patches({self.patch}, ...) in the data ops"
             )
-        if has_cls or self.posemb != "learned" or self.rotary is not None or self.image_size is None:
-            raise UserError("packed patches need posemb `learned` alone, an image_size, and no cls token")
+        if has_cls or self.posemb != "learned" or self.rotary is not None or self.stem or self.image_size is None:
+            raise UserError("packed patches need posemb `learned` alone, an image_size, no stem and no cls token")
         height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
         own = height // self.patch, width // self.patch
         table = positions.learned(self, own[0] * own[1], self.width)[0]

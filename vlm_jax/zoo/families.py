@@ -15,7 +15,7 @@ IMAGE = (
     (r"stages\.0\.blocks\.0\.conv_dw\.weight", "ConvNeXt (not of a CLIP)", "a CLIP with a ConvNeXt"),
     (FASTVIT, "FastViT (MobileCLIP)", VIT),
     (r"patch_embed\.backbone\.stem\.|patch_embed\.backbone\.stages\.", "ViTamin", VIT),
-    (r"patch_embed\.backbone\.", "a hybrid of convolutions and a ViT (MobileCLIP-B)", VIT),
+    (r"patch_embed\.backbone\.", "a hybrid of convolutions and a ViT", "MobileCLIP-B"),
     (r"blocks\.0\.(attn\.q_proj\.weight|mlp\.(fc1_x|w1)\.weight)", "EVA02", OPEN_CLIP_FOLDER),
     (r"blocks\.0\.attn\.q_bias", "EVA01", OPEN_CLIP_FOLDER),
     (r"layers\.0\.blocks\.0\.attn\.relative_position_bias_table", "Swin", VIT),

@@ -138,7 +138,7 @@ def test_a_setting_is_read_or_refused(where, key, value, message):
         ("visual.trunk.blocks.0.attn.q_proj.weight", "EVA02"),
         ("visual.trunk.blocks.0.attn.q_bias", "EVA01"),
         ("visual.trunk.patch_embed.backbone.stem.conv1.weight", "ViTamin"),
-        ("visual.trunk.patch_embed.backbone.0.conv.weight", "MobileCLIP-B"),
+        ("visual.trunk.patch_embed.backbone.0.conv.weight", "a hybrid of convolutions"),
         ("visual.trunk.layers.0.blocks.0.attn.relative_position_bias_table", "Swin"),
         ("visual.layer1.0.conv1.weight", "ResNet"),
         ("visual.trunk.surprise", "of an unknown family"),

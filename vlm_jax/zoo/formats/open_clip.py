@@ -11,7 +11,14 @@ from typing import Any
 from vlm_jax.config import choose
 from vlm_jax.errors import UserError
 from vlm_jax.zoo import families
-from vlm_jax.zoo.formats import open_clip_convnext, open_clip_eva, open_clip_resnet, open_clip_texts, open_clip_timm
+from vlm_jax.zoo.formats import (
+    open_clip_convnext,
+    open_clip_eva,
+    open_clip_mobileclip,
+    open_clip_resnet,
+    open_clip_texts,
+    open_clip_timm,
+)
 from vlm_jax.zoo.formats.head_counts import HEAD_WIDTH, heads_of
 from vlm_jax.zoo.formats.settings import check, neutral
 from vlm_jax.zoo.key_map import expand
@@ -54,6 +61,7 @@ TRANSFORMER = "visual.transformer.resblocks"
 FAMILIES = (
     open_clip_convnext,
     open_clip_eva,
+    open_clip_mobileclip,
     open_clip_resnet,
 )  # of image towers besides open_clip's own and timm's plain ViT
 SCALES = (("logit_scale", "logit_scale", "same"), ("logit_bias", "logit_bias", "same"))

@@ -9,7 +9,8 @@ from vlm_jax.zoo.formats.head_counts import HEAD_WIDTH
 STAGE = "visual.layer{}."
 
 
-def _layer(ours: str, conv: str, norm: str) -> tuple[tuple[str, str, str], ...]:
+def conv_norm(ours: str, conv: str, norm: str) -> tuple[tuple[str, str, str], ...]:
+    """Returns the rows of a `ConvNorm`."""
     statistics = ((f"{ours}/norm/{own}", f"{norm}.running_{own}", "same") for own in ("mean", "var"))
     return ((f"{ours}/conv", conv, "conv2d"), (f"{ours}/norm", norm, "norm"), *statistics)
 
@@ -41,15 +42,15 @@ def _blocks(shapes, prefix):
 
 def rows_of(names: Collection[str], image: Mapping[str, Any]) -> tuple[tuple[str, str, str], ...]:
     """Returns the key table of a tower with these fields."""
-    rows = [row for i in range(3) for row in _layer(f"stem_{i}", f"conv{i + 1}", f"bn{i + 1}")]
+    rows = [row for i in range(3) for row in conv_norm(f"stem_{i}", f"conv{i + 1}", f"bn{i + 1}")]
     number = 0
     for stage, count in enumerate(image["stages"], 1):
         for i in range(count):
             ours, theirs = f"blocks_{number}", f"layer{stage}.{i}"
             for k in (1, 2, 3):
-                rows += _layer(f"{ours}/conv{k}", f"{theirs}.conv{k}", f"{theirs}.bn{k}")
+                rows += conv_norm(f"{ours}/conv{k}", f"{theirs}.conv{k}", f"{theirs}.bn{k}")
             if not i:
-                rows += _layer(f"{ours}/shortcut", f"{theirs}.downsample.0", f"{theirs}.downsample.1")
+                rows += conv_norm(f"{ours}/shortcut", f"{theirs}.downsample.0", f"{theirs}.downsample.1")
             number += 1
     rows += [(f"attn_pool/{name}", f"attnpool.{name[0]}_proj", "dense") for name in ("query", "key", "value")]
     return (*rows, ("pos_embed", "attnpool.positional_embedding", "table"), ("head", "attnpool.c_proj", "dense"))
