@@ -54,7 +54,9 @@ def batch(model):
     if "write" in getattr(model, "can", ()):
         given = {"input_ids": TOKENS[rows[::-1]]}
     wrong = TOKENS[(rows[:, None] + [1, 2]) % len(TOKENS)]
-    return given | {"token_ids": TOKENS[rows], "texts": wrong, "concept": rows, "denoiser": rows % 2}
+    tasks = {f"{task}_token_ids": TOKENS[(rows + i) % len(TOKENS)] for i, task in enumerate(("cap", "aref", "gcap"))}
+    tasks |= {key.replace("token_ids", "counts"): ids > i for i, (key, ids) in enumerate(tasks.items())}
+    return given | tasks | {"token_ids": TOKENS[rows], "texts": wrong, "concept": rows, "denoiser": rows % 2}
 
 
 def begin(objective, model, given):
