@@ -50,6 +50,7 @@ EMBEDDINGS = {
     "image_embedding": lambda o: o["of_image"].image,
     "image_pooled": lambda o: o["of_image"].image_pooled,
     "image_tokens": lambda o: o["of_image"].image_tokens,
+    "patch_tokens": lambda o: o["image_tokens"][:, getattr(getattr(o.model, "image", None), "tokens_before", 0) :],
     "text_embedding": lambda o: o["of_text"].text,
     "text_tokens": lambda o: o["of_text"].text_tokens,
     "scale": lambda o: o["of_both"].scale,

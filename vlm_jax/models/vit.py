@@ -108,6 +108,12 @@ class ViT(Encoder, kw_only=True):
             pool_mask = jnp.broadcast_to(jnp.arange(x.shape[1]) > self.registers, x.shape[:2])
         return self.summarise(x, mask=mask, pool_mask=pool_mask, norm=pooled).replace(aux=aux)
 
+    @property
+    def tokens_before(self):
+        """The number of tokens before the patches: the cls token and registers."""
+        has_cls = self.pool == "tok" if self.cls is None else self.cls
+        return 1 + self.registers if has_cls else 0
+
     def _hidden(self, x, where, token, train):
         if where.shape != x.shape[:2] or (train and self.keep != 1):
             raise UserError(

@@ -6,7 +6,7 @@ from typing import Any
 
 from vlm_jax import catalogue, config
 from vlm_jax.errors import UserError
-from vlm_jax.objectives.term import WHERE, Objective, Teacher, Term
+from vlm_jax.objectives.term import WHERE, Objective, Teacher, Term, Weight
 from vlm_jax.params import schedules
 
 
@@ -28,7 +28,8 @@ def build(
         reaches: regex of the parameters that the term's gradient may move; defaults to all.
       selections: {row set: options}; the method, of the family "selections", is the option `name`, which defaults to
         the name here. `on` is the row set that the selection reads.
-      teachers: {name: dict(decay=0.999) or dict(spec="runs/clip"), inputs=...}, see `Teacher`.
+      teachers: {name: dict(decay=0.999, of="image/.*") or dict(spec="runs/clip"), inputs=...}, see `Teacher`; a decay
+        that changes is as a weight, dict(value=0.999, begin="80%").
       combine: what happens to the terms' gradients instead of their sum, a method of the family "combinations".
 
     In a section of one term, the term's `name` and options stand in the place of `terms`.
@@ -51,7 +52,7 @@ def build(
 
 
 def _build(*, terms, model, steps, tokenizer, load, selections=None, teachers=None, combine=None) -> Objective:
-    weights: dict[str, Any] = {}  # equal weights are one function: these terms are computed together
+    curves: dict[str, Any] = {}  # equal curves are one function: these terms are computed together
     parts, made, known = [], [], {}
     for name, options in (selections or {}).items():
         options = {"name": name, **options}
@@ -72,31 +73,40 @@ def _build(*, terms, model, steps, tokenizer, load, selections=None, teachers=No
             known |= part.teachers
             on = None
         if weight is not None:
-            weight = weights.setdefault(repr(weight), schedules.window(weight, steps, f"{where}.weight"))
+            weight = _weight(weight, curves, steps, f"{where}.weight")
         if on is not None and any(len(term.sets) > 1 for term in found):
             raise UserError(f"{where}.on is `{on}`, but the term reads several row sets; leave it out")
         changes = {"on": on, "reaches": reaches}
         for term in found:
             given = {key: value for key, value in changes.items() if value is not None}
             given["name"] = name if len(found) == 1 else f"{name}_{term.name}"
-            given["weight"] = term.weight if weight is None else _product(term.weight, weight)
+            if weight is not None:
+                own = isinstance(weight, Weight) and Weight(term.weight * weight.factor, weight.curve)
+                given["weight"] = own or term.weight * weight
             parts.append(dataclasses.replace(term, **given))
     for name, options in (teachers or {}).items():
-        known[name] = config.call(_teacher, options, f"{WHERE}.teachers.{name}", load=load)
+        known[name] = config.call(_teacher, options, f"{WHERE}.teachers.{name}", called=name, load=load, steps=steps)
     combine = combine and catalogue.build("combinations", combine, f"{WHERE}.combine")
     return Objective(tuple(parts), tuple(made), known, combine, tokenizer)
 
 
-def _product(own: float, weight: float | Callable) -> float | Callable:
-    if not callable(weight):
-        return own * weight
-    return weight if own == 1.0 else lambda step: own * weight(step)
+def _weight(weight, curves, steps, where) -> float | Weight:
+    built = schedules.window(weight, steps, where)
+    if not callable(built):
+        return built
+    options = {**weight, "value": 1.0}
+    curve = curves.setdefault(repr(sorted(options.items())), schedules.window(options, steps, where))
+    return Weight(weight.get("value", 1.0), curve)
 
 
-def _teacher(*, load, decay: float | None = None, spec: str | None = None, inputs: Mapping[str, str] | None = None):
+def _teacher(*, called, load, steps, decay=None, of=".*", spec=None, inputs=None) -> Teacher:
+    where = f"{WHERE}.teachers.{called}"
     if (decay is None) == (spec is None):
         raise UserError(f"a teacher of {WHERE} is an average, `decay=0.999`, or a checkpoint, `spec=...`: give one")
     if spec is None:
-        return Teacher(decay, inputs=dict(inputs or {}))
+        decay = schedules.window(decay, steps, f"{where}.decay") if isinstance(decay, Mapping) else decay
+        return Teacher(decay, inputs=dict(inputs or {}), of=of)
+    if of != ".*":
+        raise UserError(f"{where} is a checkpoint: its parameters are all its own; leave `of` out")
     loaded = load(spec)
     return Teacher(spec=spec, model=loaded.model, params=loaded.params, inputs=dict(inputs or {}))

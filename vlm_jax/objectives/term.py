@@ -61,6 +61,17 @@ class Context(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class Weight:
+    """factor * curve(step). Terms whose weights have one curve are computed together: they share a teacher's pass."""
+
+    factor: float
+    curve: Callable
+
+    def __call__(self, step: Any) -> Any:
+        return self.factor * self.curve(step)
+
+
+@dataclasses.dataclass(frozen=True)
 class Term:
     """A loss.
 
@@ -151,10 +162,12 @@ class Teacher:
 
     Attributes:
       decay: d of the average d * average + (1 - d) * parameters that follows the run's own parameters after each step,
-        a number or a function of the step. 1.0 keeps the initial parameters. Not for a teacher with a `spec`.
+        a number or a function of the step; where it is 0, the average is the parameters. 1.0 keeps the initial ones.
+        Not for a teacher with a `spec`.
       spec: a checkpoint, as for `vlm_jax.load`: frozen, read at every start, not saved with the run.
       model, params: of the checkpoint.
       inputs: {"image": "teacher_image"}: rows that the teacher reads in the place of the model's.
+      of: regex of whole parameter names that are averaged; all others are the run's own. Not with a `spec`.
     """
 
     decay: float | Callable | None = None
@@ -162,6 +175,7 @@ class Teacher:
     model: Any = None
     params: Any = dataclasses.field(default=None, repr=False)
     inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    of: str = ".*"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +233,8 @@ class Objective:
     def schedules_of(self, user: Term | Selection) -> tuple[Callable, ...] | None:
         """Returns the weights of which one must differ from 0 for the user to be computed; None: always."""
         if isinstance(user, Term):
-            return (user.weight,) if callable(user.weight) else None
+            weight = user.weight.curve if isinstance(user.weight, Weight) else user.weight
+            return (weight,) if callable(weight) else None
         behind = [self.schedules_of(other) for other in self.users_of(user.name)]
         return None if None in behind else tuple(dict.fromkeys(itertools.chain(*behind)))
 

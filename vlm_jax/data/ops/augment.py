@@ -143,6 +143,13 @@ def random_grey(image: object, rng: np.random.Generator, p: float = 0.1) -> Pict
 
 
 @op
+def view(example: dict, rng: np.random.Generator, to: str, ops: Pipeline) -> dict:
+    """Sets `to` to another view [H, W, C] of the picture, by `ops` with draws of its own; `image` stays as it is."""
+    example[to] = array(ops({"image": pil(field(example, "image"))}, rng)["image"])
+    return example
+
+
+@op
 def views(example: dict, rng: np.random.Generator, to: str, n: Number, ops: Pipeline) -> dict:
     """Sets `to` to n views [n, H, W, C] of the picture, each by `ops` with draws of its own; `image` stays as it is.
 
