@@ -90,7 +90,7 @@ def assert_close(got, want):
 def test_objective(declaration):
     model_section, section = settings(declaration)
     kind = PARTS.get(declaration.family, (declaration.family,))[0]
-    if kind in ("contrastive", "selections") or "objective.prototypes" in declaration.needs:  # embeddings suffice
+    if kind in ("contrastive", "selections") or declaration.name == "self_distillation":  # embeddings suffice
         model = Towers(tokens=declaration.needs.get("model.image.pool") == "all")
     else:
         model = models.build(model_section)

@@ -162,6 +162,27 @@ def test_reached(states):
     assert [bool(objectives.active(reach, step)[late]) for step in (0, 1, 2, 5)] == [False, False, True, True]
 
 
+def test_a_teacher_of_some_parameters_begins_as_the_model_and_follows_it_bit_for_bit():
+    """Of the image tower alone, for 20 steps, on a mesh."""
+    term = dict(of=["image_embedding"], weight=dict(begin="4 steps", end="20 steps"))
+    average = dict(decay=dict(value=0.75, begin="4 steps", end="20 steps"), of="image.*")
+    objective = dict(terms=dict(contrastive={}, feature_distillation=term), teachers=dict(average=average))
+    split = ((r"image_fc/kernel", ("fsdp", None)), (r".*", ()))
+    program = build(objective, mesh=sharding.make_mesh(data=2, fsdp=2, tensor=2), ema=None, partition=split)
+    state, step = program.init(jax.random.key(0), {}), program.compile_step()
+    batch = sharding.to_global(BATCH, program.mesh, B)
+    follow = jax.jit(lambda a, p: a + 0.25 * (p - a))
+    expected = {n: leaf for n, leaf in jax.device_get(named_leaves(state.params)).items() if n.startswith("image")}
+    for number in range(20):
+        state, _, _ = step(state, batch, {})
+        params = jax.device_get(named_leaves(state.params))
+        expected = {n: params[n] if number < 4 else follow(old, params[n]) for n, old in expected.items()}
+    found = jax.device_get(named_leaves(state.objective_state["teachers"]["average"]))
+    assert found.keys() == expected.keys() and len(found) == 4
+    jax.tree.map(np.testing.assert_array_equal, found, jax.device_get(expected))
+    assert not np.array_equal(found["image_fc/kernel"], params["image_fc/kernel"])
+
+
 # What a run holds.
 
 

@@ -72,8 +72,6 @@ def _build(*, terms, model, steps, tokenizer, load, selections=None, teachers=No
             found = found if on is None else tuple(map(moved, found))
             known |= part.teachers
             on = None
-        if weight is not None:
-            weight = _weight(weight, curves, steps, f"{where}.weight")
         if on is not None and any(len(term.sets) > 1 for term in found):
             raise UserError(f"{where}.on is `{on}`, but the term reads several row sets; leave it out")
         changes = {"on": on, "reaches": reaches}
@@ -81,8 +79,7 @@ def _build(*, terms, model, steps, tokenizer, load, selections=None, teachers=No
             given = {key: value for key, value in changes.items() if value is not None}
             given["name"] = name if len(found) == 1 else f"{name}_{term.name}"
             if weight is not None:
-                own = isinstance(weight, Weight) and Weight(term.weight * weight.factor, weight.curve)
-                given["weight"] = own or term.weight * weight
+                given["weight"] = _weight(term.weight, weight, curves, steps, f"{where}.weight")
             parts.append(dataclasses.replace(term, **given))
     for name, options in (teachers or {}).items():
         known[name] = config.call(_teacher, options, f"{WHERE}.teachers.{name}", called=name, load=load, steps=steps)
@@ -90,13 +87,14 @@ def _build(*, terms, model, steps, tokenizer, load, selections=None, teachers=No
     return Objective(tuple(parts), tuple(made), known, combine, tokenizer)
 
 
-def _weight(weight, curves, steps, where) -> float | Weight:
+def _weight(own, weight, curves, steps, where) -> float | Callable:
+    """Returns the product of a term's own weight and that of its section."""
     built = schedules.window(weight, steps, where)
     if not callable(built):
-        return built
-    options = {**weight, "value": 1.0}
+        return own * built
+    options, factor = {**weight, "value": 1.0}, own * weight.get("value", 1.0)
     curve = curves.setdefault(repr(sorted(options.items())), schedules.window(options, steps, where))
-    return Weight(weight.get("value", 1.0), curve)
+    return curve if factor == 1 else Weight(factor, curve)
 
 
 def _teacher(*, called, load, steps, decay=None, of=".*", spec=None, inputs=None) -> Teacher:
