@@ -6,7 +6,7 @@ from typing import Any
 
 from vlm_jax import catalogue, config
 from vlm_jax.errors import UserError
-from vlm_jax.objectives.term import WHERE, Objective, Teacher, Term, Weight
+from vlm_jax.objectives.term import WHERE, Objective, Teacher, Term
 from vlm_jax.params import schedules
 
 
@@ -28,8 +28,7 @@ def build(
         reaches: regex of the parameters that the term's gradient may move; defaults to all.
       selections: {row set: options}; the method, of the family "selections", is the option `name`, which defaults to
         the name here. `on` is the row set that the selection reads.
-      teachers: {name: dict(decay=0.999, of="image/.*") or dict(spec="runs/clip"), inputs=...}, see `Teacher`; a decay
-        that changes is as a weight, dict(value=0.999, begin="80%").
+      teachers: {name: dict(decay=0.999, of="image/.*") or dict(spec="runs/clip"), inputs=...}, see `Teacher`.
       combine: what happens to the terms' gradients instead of their sum, a method of the family "combinations".
 
     In a section of one term, the term's `name` and options stand in the place of `terms`.
@@ -52,7 +51,7 @@ def build(
 
 
 def _build(*, terms, model, steps, tokenizer, load, selections=None, teachers=None, combine=None) -> Objective:
-    curves: dict[str, Any] = {}  # equal curves are one function: these terms are computed together
+    weights: dict[str, Any] = {}  # equal weights are one function: these terms are computed together
     parts, made, known = [], [], {}
     for name, options in (selections or {}).items():
         options = {"name": name, **options}
@@ -72,39 +71,38 @@ def _build(*, terms, model, steps, tokenizer, load, selections=None, teachers=No
             found = found if on is None else tuple(map(moved, found))
             known |= part.teachers
             on = None
+        if weight is not None:
+            weight = weights.setdefault(repr(weight), schedules.window(weight, steps, f"{where}.weight"))
         if on is not None and any(len(term.sets) > 1 for term in found):
             raise UserError(f"{where}.on is `{on}`, but the term reads several row sets; leave it out")
         changes = {"on": on, "reaches": reaches}
         for term in found:
             given = {key: value for key, value in changes.items() if value is not None}
             given["name"] = name if len(found) == 1 else f"{name}_{term.name}"
-            if weight is not None:
-                given["weight"] = _weight(term.weight, weight, curves, steps, f"{where}.weight")
+            given["weight"] = term.weight if weight is None else _product(term.weight, weight)
             parts.append(dataclasses.replace(term, **given))
     for name, options in (teachers or {}).items():
-        known[name] = config.call(_teacher, options, f"{WHERE}.teachers.{name}", called=name, load=load, steps=steps)
+        known[name] = config.call(_teacher, options, f"{WHERE}.teachers.{name}", load=load)
     combine = combine and catalogue.build("combinations", combine, f"{WHERE}.combine")
     return Objective(tuple(parts), tuple(made), known, combine, tokenizer)
 
 
-def _weight(own, weight, curves, steps, where) -> float | Callable:
-    """Returns the product of a term's own weight and that of its section."""
-    built = schedules.window(weight, steps, where)
-    if not callable(built):
-        return own * built
-    options, factor = {**weight, "value": 1.0}, own * weight.get("value", 1.0)
-    curve = curves.setdefault(repr(sorted(options.items())), schedules.window(options, steps, where))
-    return curve if factor == 1 else Weight(factor, curve)
+def _product(own: float, weight: float | Callable) -> float | Callable:
+    if not callable(weight):
+        return own * weight
+    return weight if own == 1.0 else lambda step: own * weight(step)
 
 
-def _teacher(*, called, load, steps, decay=None, of=".*", spec=None, inputs=None) -> Teacher:
-    where = f"{WHERE}.teachers.{called}"
+def _teacher(
+    *, load, decay: float | None = None, of: str | None = None, spec: str | None = None, inputs=None
+) -> Teacher:
     if (decay is None) == (spec is None):
         raise UserError(f"a teacher of {WHERE} is an average, `decay=0.999`, or a checkpoint, `spec=...`: give one")
     if spec is None:
-        decay = schedules.window(decay, steps, f"{where}.decay") if isinstance(decay, Mapping) else decay
-        return Teacher(decay, inputs=dict(inputs or {}), of=of)
-    if of != ".*":
-        raise UserError(f"{where} is a checkpoint: its parameters are all its own; leave `of` out")
+        return Teacher(decay, inputs=dict(inputs or {}), of=of or ".*")
+    if of is not None:
+        raise UserError(
+            f"a teacher of {WHERE} has `of`, `{of}`, and `spec`: all parameters of a checkpoint are its own"
+        )
     loaded = load(spec)
     return Teacher(spec=spec, model=loaded.model, params=loaded.params, inputs=dict(inputs or {}))

@@ -66,10 +66,7 @@ def _average(average, params, decay, step):
     if decay == 1.0:
         return average
     share = 1 - (decay(step) if callable(decay) else decay)
-    follow = lambda a, p: (a + share * (p - a)).astype(a.dtype)
-    if callable(decay):  # where the average has not begun, it is the parameters, bit for bit
-        return jax.tree.map(lambda a, p: jnp.where(share == 1, p, follow(a, p)), average, params)
-    return jax.tree.map(follow, average, params)
+    return jax.tree.map(lambda a, p: (a + share * (p - a)).astype(a.dtype), average, params)
 
 
 def _chosen(params: Any, of: str, teacher: str) -> Any:

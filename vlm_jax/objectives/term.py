@@ -61,17 +61,6 @@ class Context(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Weight:
-    """factor * curve(step). Terms whose weights have one curve are computed together: they share a teacher's pass."""
-
-    factor: float
-    curve: Callable
-
-    def __call__(self, step: Any) -> Any:
-        return self.factor * self.curve(step)
-
-
-@dataclasses.dataclass(frozen=True)
 class Term:
     """A loss.
 
@@ -162,8 +151,7 @@ class Teacher:
 
     Attributes:
       decay: d of the average d * average + (1 - d) * parameters that follows the run's own parameters after each step,
-        a number or a function of the step; where it is 0, the average is the parameters. 1.0 keeps the initial ones.
-        Not for a teacher with a `spec`.
+        a number or a function of the step. 1.0 keeps the initial parameters. Not for a teacher with a `spec`.
       spec: a checkpoint, as for `vlm_jax.load`: frozen, read at every start, not saved with the run.
       model, params: of the checkpoint.
       inputs: {"image": "teacher_image"}: rows that the teacher reads in the place of the model's.
@@ -233,8 +221,7 @@ class Objective:
     def schedules_of(self, user: Term | Selection) -> tuple[Callable, ...] | None:
         """Returns the weights of which one must differ from 0 for the user to be computed; None: always."""
         if isinstance(user, Term):
-            weight = user.weight.curve if isinstance(user.weight, Weight) else user.weight
-            return (weight,) if callable(weight) else None
+            return (user.weight,) if callable(user.weight) else None
         behind = [self.schedules_of(other) for other in self.users_of(user.name)]
         return None if None in behind else tuple(dict.fromkeys(itertools.chain(*behind)))
 

@@ -103,8 +103,8 @@ def prompted(
     """Sets `<to>_token_ids` to int32 [length], a prompt and a target, and `<to>_counts` to bool [length]: the target.
 
     `prompted(32, "aref :", "{region} : {region_box}", "aref")`: braces stand for texts of the example. The target ends
-    with the end token. A target that is too long is cut, and then has no end token. If one of its texts is empty, all
-    is padding.
+    with the end token. A target that is too long is cut, and then has no end token. If it, or a text in braces, is
+    empty, all is padding: `prompted(32, "aref :", "", "aref")` for data without regions.
 
     Args:
       example: holds the texts that braces name.
@@ -136,4 +136,4 @@ def _filled(template: str, example: dict) -> str | None:
             raise UserError(
                 f"op `prompted` was given `{name}` of type {type(text).__name__}; expected a text: use `caption` first"
             )
-    return template.format_map(texts) if all(texts.values()) else None
+    return template.format_map(texts) or None if all(texts.values()) else None
