@@ -27,10 +27,13 @@ from vlm_jax.zoo import adapters, key_map, open_clip_tokenizers, preprocessing, 
 from vlm_jax.zoo.formats import big_vision, open_clip, t5, t5x, transformers
 from vlm_jax.zoo.readers.tensors import Tensor, write_npz, write_safetensors
 from vlm_jax.zoo.released import SIDES, Released, Told
+from vlm_jax.zoo.shapes import towers_alone
 
 log = logging.getLogger(__name__)
 # Fields that change how a model runs or starts, not its outputs.
-RUNTIME = ("scan", "remat", "implementation", "dtype", "dropout", "drop_path", "embed_std", "parent", "name")
+RUNTIME = (
+    "scan", "remat", "implementation", "dtype", "dropout", "drop_path", "embed_std", "any_size", "parent", "name",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +135,9 @@ def write(content: Content, path: str | os.PathLike, format: str) -> None:
     if path.exists():
         raise UserError(f"{path} exists; remove it or write elsewhere")
     writer = choose(FORMATS, format, "--format")
+    if format != "native" and content.section.get("name") == "two_tower_captioner":
+        log.warning("%s has no place for the decoder: the two towers are written, as SigLIP 2 is released", format)
+        content = dataclasses.replace(content, **towers_alone(content.section, content.shapes))
     try:
         writes = writer(content)
     except UserError as error:

@@ -238,6 +238,8 @@ def masked_patches(
     def features(outputs, ctx):
         taught = outputs.teacher(teacher)
         tokens = taught["patch_tokens"]
+        if taught["of_image"].image_mask is not None:
+            raise UserError(f"{WHERE}: masked_patches takes pictures of one size; these are packed, with padding")
         where, index = _masks(outputs.keys, *tokens.shape[:2], share)
         hidden = where, outputs.part("mask", MaskToken(), tokens)
         seen = outputs.apply("__call__", taught.rows["image"], None, hidden=hidden).image_tokens
