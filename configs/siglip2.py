@@ -96,7 +96,7 @@ def get_config(variant: str = "So400m/16") -> ConfigDict:
     stages += [dict(share="15%" if end > SIZE else "20%", data=dict(ops=ops(SIZE, True)), objective=late)]
     if end > SIZE:
         large = dict(data=dict(ops=ops(end, True)), model=dict(image=dict(image_size=end)), preprocess=preprocess(end))
-        stages += [dict(share="5%", objective=late, **large)]
+        stages += [dict(share="5%", accumulate=4, objective=late, **large)]
     return ConfigDict(
         dict(
             batch_size=32_768,
@@ -117,7 +117,7 @@ def get_config(variant: str = "So400m/16") -> ConfigDict:
                 bias_init=-10.0,
                 dtype="bfloat16",
             ),
-            objective=dict(terms=dict(contrastive=dict(penalty="sigmoid"), locca=dict(chunk=1))),
+            objective=dict(terms=dict(contrastive=dict(penalty="sigmoid"), locca=dict(chunk=2))),
             optimizer=dict(
                 name="adamw",
                 lr=1e-3,
