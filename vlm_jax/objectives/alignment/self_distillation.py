@@ -23,6 +23,7 @@ from vlm_jax.models.token_loss import in_chunks
 from vlm_jax.models.two_tower import unit
 from vlm_jax.objectives.outputs import Outputs, fold
 from vlm_jax.objectives.term import WHERE, Term
+from vlm_jax.params.sharding import gathered, split_batch
 
 
 class ProjectionHead(nn.Module):
@@ -58,7 +59,7 @@ class Prototypes(nn.Module):
     def __call__(self, x):
         """[..., D], of which only the width counts -> [D, K]."""
         kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.number), _exact(x))
-        return unit(kernel.T).T
+        return gathered(unit(kernel.T).T)
 
 
 class MaskToken(nn.Module):
@@ -105,7 +106,7 @@ class _Match:
 
     def loss(self, outputs: Outputs, taught: Outputs, features: Mapping, centre: Any) -> tuple[jax.Array, dict]:
         """Returns (the mean cross-entropy, metrics)."""
-        own, other = features["student"], features["teacher"]
+        own, other = split_batch(features["student"]), split_batch(features["teacher"])
         of_own = outputs.part("prototype_head", self.prototypes, own)
         of_other = taught.part("prototype_head", self.prototypes, other)
         scores = lambda z: z @ of_other / self.sharp
