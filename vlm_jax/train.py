@@ -211,7 +211,9 @@ def _train(
             if stage.first == int(state.step) > 0:
                 before, (batches, program) = batches, built(stage)
                 batches.go_on(before.get_state())
-                state = staging.carried(state, program.abstract_state, stage)
+                with jax.set_mesh(mesh):
+                    begin = partial(program.init, jax.random.key(seed), {})
+                    state = staging.carried(state, program.abstract_state, stage, begin)
             state, progress = take(stage, state, progress)
         with doing("writing the checkpoint"):
             saver.wait()

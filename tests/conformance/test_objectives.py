@@ -54,7 +54,11 @@ def batch(model):
     if "write" in getattr(model, "can", ()):
         given = {"input_ids": TOKENS[rows[::-1]]}
     wrong = TOKENS[(rows[:, None] + [1, 2]) % len(TOKENS)]
-    return given | {"token_ids": TOKENS[rows], "texts": wrong, "concept": rows, "denoiser": rows % 2}
+    tasks = {f"{task}_token_ids": TOKENS[(rows + i) % len(TOKENS)] for i, task in enumerate(("cap", "aref", "gcap"))}
+    tasks |= {key.replace("token_ids", "counts"): ids > i for i, (key, ids) in enumerate(tasks.items())}
+    crops = rng.normal(size=(3, ROWS, *IMAGES.shape[1:])).astype(np.float32)
+    tasks |= {"global": crops[0], "local": np.moveaxis(crops[1:], 0, 1)}
+    return given | tasks | {"token_ids": TOKENS[rows], "texts": wrong, "concept": rows, "denoiser": rows % 2}
 
 
 def begin(objective, model, given):
@@ -85,7 +89,8 @@ def assert_close(got, want):
 @pytest.mark.parametrize("declaration", CASES, ids=lambda d: f"{d.family}-{d.name}")
 def test_objective(declaration):
     model_section, section = settings(declaration)
-    if PARTS.get(declaration.family, (declaration.family,))[0] in ("contrastive", "selections"):  # embeddings suffice
+    kind = PARTS.get(declaration.family, (declaration.family,))[0]
+    if kind in ("contrastive", "selections") or declaration.name == "self_distillation":  # embeddings suffice
         model = Towers(tokens=declaration.needs.get("model.image.pool") == "all")
     else:
         model = models.build(model_section)

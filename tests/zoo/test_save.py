@@ -43,6 +43,18 @@ def test_two_towers_through_every_format(name, format, tmp_path):
     same(params_of(back), params_of(source))
 
 
+@pytest.mark.parametrize("format", ["big_vision", "hf"])
+def test_of_two_towers_that_also_write_the_towers_are_written(format, tmp_path):
+    source, out = square("siglip_loop", tmp_path), tmp_path / "out.npz"
+    content = save.content_of(recognize.understand(source))
+    content = dataclasses.replace(content, **NEEDED)
+    section = content.section | dict(name="two_tower_captioner", decoder=dict(width=8, depth=1))
+    section["image"] = section["image"] | dict(any_size=True)
+    shapes = dict(content.shapes) | {"decoder/norm/scale": None, "head/kernel": None}
+    save.write(dataclasses.replace(content, section=section, shapes=shapes), out, format)
+    same(params_of(out), params_of(source))
+
+
 @pytest.mark.parametrize("name", ["vit_gap_learn", "vit_map_sincos2d", "vit_tok_learn", "text_last", "text_map"])
 def test_one_tower(name, tmp_path):
     source = GOLDEN / f"{name}.npz"

@@ -18,6 +18,7 @@ from vlm_jax.models.prefix_lm import PrefixLM
 from vlm_jax.models.rotary import Rotary
 from vlm_jax.models.text import TextTransformer
 from vlm_jax.models.two_tower import TwoTower
+from vlm_jax.models.two_tower_captioner import TwoTowerCaptioner
 from vlm_jax.models.vit import ViT
 
 
@@ -56,6 +57,23 @@ def two_tower(image, text, scale_init=10.0, bias_init=None, dtype="float32"):
     return TwoTower(
         image=tower("vit", image, "config.model.image", dtype),
         text=tower("text", text, "config.model.text", dtype),
+        scale_init=scale_init,
+        bias_init=bias_init,
+    )
+
+
+@method(
+    family="models",
+    paper="arXiv:2502.14786",
+    where="section 2.2",
+    differs="two towers, and a decoder that attends to the image tower's tokens",
+)
+def two_tower_captioner(image, text, decoder, scale_init=10.0, bias_init=None, dtype="float32"):
+    """Returns a `TwoTowerCaptioner`; `image`, `text` and `decoder` are sections for `tower`, with one compute dtype."""
+    return TwoTowerCaptioner(
+        image=tower("vit", image, "config.model.image", dtype),
+        text=tower("text", text, "config.model.text", dtype),
+        decoder=tower("decoder", decoder, "config.model.decoder", dtype),
         scale_init=scale_init,
         bias_init=bias_init,
     )

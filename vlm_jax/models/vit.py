@@ -41,6 +41,8 @@ class ViT(Encoder, kw_only=True):
         covers the rest of the patch. Norms have stored statistics, see `FrozenBatchNorm`. () for none.
       patch_bias: whether the patch projection has a bias.
       pre_norm: whether a norm follows the positions (OpenAI's CLIP).
+      any_size: whether pictures may have other sizes than `image_size`, such as local crops: the learned positions are
+        then resampled, bilinear and antialiased, as for packed patches.
       keep: share of each picture's patches that training sees, drawn anew for each picture and step (FLIP: Li et al.
         2022, arXiv:2212.00794); 1 keeps all. Evaluation sees all patches.
       final_norm: what the last norm is of: the "tokens"; the "pooled" vector (CLIPA); or "none".
@@ -58,17 +60,20 @@ class ViT(Encoder, kw_only=True):
     stem: tuple[int, ...] = ()
     patch_bias: bool = True
     pre_norm: bool = False
+    any_size: bool = False
     keep: float = 1.0
     final_norm: str = "tokens"
 
     @nn.compact
-    def __call__(self, images, *, context=None, context_mask=None, layers=(), train=False):
+    def __call__(self, images, *, hidden=None, context=None, context_mask=None, layers=(), train=False):
         """Encodes images.
 
         Args:
           images: floating [B, H, W, 3], already normalised; H and W at least `patch`. Or packed patches of pictures of
             different sizes (NaFlex: Tschannen et al. 2025, section 2.4.2), dict(patches=floating
             [B, N, patch * patch * 3], grid=integers [B, 2]): row by row; the first grid.prod() patches count.
+          hidden: (bool [B, N], floating [D]): patches whose embeddings become a mask token, and the token, to which
+            positions are added (iBOT: arXiv:2111.07832). Or None.
           context, context_mask, layers: see `Encoder.encode`.
           train: whether dropout and drop path are active.
 
@@ -91,6 +96,8 @@ class ViT(Encoder, kw_only=True):
                 rotation = self.rotary.rotation(h, w, self.head_dim or self.width // self.heads)
         if not self.stem:
             x = Dense(self.width, use_bias=self.patch_bias, dtype=self.dtype, name="patch_embed")(x)
+        if hidden is not None:
+            x = self._hidden(x, *hidden, train)
         table = table.astype(self.dtype)
         x = x + table[:, -x.shape[1] :]
         if train and self.keep != 1:
@@ -127,6 +134,20 @@ class ViT(Encoder, kw_only=True):
         options = dict(padding="VALID", use_bias=self.patch_bias, dtype=self.dtype)
         return nn.Conv(self.width, (2, 2), (2, 2), **options, name="patch_embed")(x)
 
+    @property
+    def tokens_before(self):
+        """The number of tokens before the patches: the cls token and registers."""
+        has_cls = self.pool == "tok" if self.cls is None else self.cls
+        return 1 + self.registers if has_cls else 0
+
+    def _hidden(self, x, where, token, train):
+        if where.shape != x.shape[:2] or (train and self.keep != 1):
+            raise UserError(
+                f"hidden patches should be bool {list(x.shape[:2])} with keep 1.0; got {list(where.shape)} with "
+                f"keep {self.keep}"
+            )
+        return jnp.where(where[..., None], token.astype(x.dtype), x)
+
     def _kept(self, x, mask):
         """Returns the numbers [B, n, 1] of a random share of the patches [B, N, D], in order, and their mask."""
         if not 0 < self.keep < 1 or self.pool == "concat":
@@ -144,7 +165,12 @@ class ViT(Encoder, kw_only=True):
 
     def _positions(self, h, w, covers_cls):
         if self.posemb == "learned":
-            return self._table(h * w + covers_cls, (h, w))
+            own = self._own_grid() if self.any_size else (h, w)
+            table = self._table(own[0] * own[1] + covers_cls, own)
+            if own == (h, w):
+                return table
+            rows = positions.resampled(table[0, covers_cls:], own, jnp.array([(h, w)]), h * w)
+            return jnp.concatenate([table[:, :covers_cls], rows], axis=1)
         if self.posemb == "sincos2d":
             return positions.sincos2d(h, w, self.width, dtype=jnp.promote_types(self.dtype, jnp.float32))
         if self.posemb == "none":
@@ -161,11 +187,15 @@ class ViT(Encoder, kw_only=True):
             )
         if has_cls or self.posemb != "learned" or self.rotary is not None or self.stem or self.image_size is None:
             raise UserError("packed patches need posemb `learned` alone, an image_size, no stem and no cls token")
-        height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
-        own = height // self.patch, width // self.patch
+        own = self._own_grid()
         table = positions.learned(self, own[0] * own[1], self.width)[0]
         mask = jnp.arange(patches.shape[1]) < jnp.prod(grid, axis=1)[:, None]
         return patches.astype(self.dtype), positions.resampled(table, own, grid, patches.shape[1]), mask
+
+    def _own_grid(self):
+        """Returns (rows, columns) of patches of a picture of `image_size`."""
+        height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        return height // self.patch, width // self.patch
 
     def _table(self, length, grid):
         if self.has_variable("params", "pos_embed"):
@@ -178,7 +208,9 @@ class ViT(Encoder, kw_only=True):
         return positions.learned(self, length, self.width)
 
     def _check(self, images):
-        size = self.image_size
+        if self.any_size and self.image_size is None:
+            raise UserError("any_size needs an image_size, the size of pictures whose positions are learned")
+        size = None if self.any_size else self.image_size
         want = (size, size) if isinstance(size, int) else size
         asked = "[B, H, W, 3]" if want is None else f"[B, {want[0]}, {want[1]}, 3]"
         if images.ndim != 4 or images.shape[-1] != 3 or (want is not None and images.shape[1:3] != tuple(want)):

@@ -172,7 +172,7 @@ def _watched(model: nn.Module, params: Any, images: Any, look: Callable) -> Any:
 def _attention(model: nn.Module, params: Any, images: Any, grid: tuple[int, int]) -> jax.Array:
     """fp32 [B, h, w]."""
     tower, patches = model.image, grid[0] * grid[1]
-    first = _tokens_before(tower)
+    first = tower.tokens_before
     own = slice(None, patches) if isinstance(images, Mapping) else slice(-patches - first, None)  # no pad, no prompts
     has_pool = tower.pool == "map" or isinstance(getattr(model, "pool", None), QueryPool)
     from_cls = tower.pool in ("tok", "first") and not has_pool
@@ -206,12 +206,6 @@ def _attention(model: nn.Module, params: Any, images: Any, grid: tuple[int, int]
     else:
         seen = _rollout(blocks)[:, own].mean(axis=1)
     return seen[:, own][:, first:].reshape(-1, *grid)
-
-
-def _tokens_before(tower: nn.Module) -> int:
-    """Number of tokens before the patches of a ViT: the cls token and registers."""
-    has_cls = tower.pool == "tok" if tower.cls is None else tower.cls
-    return 1 + tower.registers if has_cls else 0
 
 
 def _weights(module: Attention, projected: Mapping, x, kv=None, mask=None, *, logits_bias=None, **_) -> jax.Array:

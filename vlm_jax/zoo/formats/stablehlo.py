@@ -25,7 +25,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def check(content: Any) -> None:
-    """Raises a UserError unless the model of a `save.Content` embeds and its input shapes are known."""
+    """Raises a UserError unless the model of a `read_back.Content` embeds and its input shapes are known."""
     try:
         import flatbuffers  # noqa: F401 (for `serialize`)
     except ImportError:
