@@ -36,6 +36,7 @@ class Fields(nn.Module, kw_only=True):
       norm_bias: whether the norms inside blocks have a bias (the final norm always has).
       post_norm: whether norms follow the branches (BERT); the stack then has no final norm.
       attn_bias: whether attention projections have biases.
+      attn_gate: whether self-attention is gated, see `Attention`.
       attn_scale: factor on attention's q k^T (T5: 1.0); defaults to head_dim ** -0.5.
       mlp_bias: whether MLP matrices have biases.
       cross: place of cross-attention to a context: "inside", "after" (see `Block`) or None.
@@ -57,6 +58,7 @@ class Fields(nn.Module, kw_only=True):
     norm_bias: bool = True
     post_norm: bool = False
     attn_bias: bool = True
+    attn_gate: bool = False
     attn_scale: float | None = None
     mlp_bias: bool = True
     cross: str | None = None

@@ -91,6 +91,8 @@ class Attention(nn.Module):
       dtype: dtype of the matmuls.
       scale: factor on q k^T (T5: 1.0); defaults to head_dim ** -0.5. Query kernels start scaled by
         `head_dim**-0.5 / scale`.
+      gate: whether the heads' outputs are multiplied by sigmoid(x W + b), a number for each channel, before the last
+        projection (GenLIP: arXiv:2605.00809, equation 3).
     """
 
     heads: int
@@ -100,6 +102,7 @@ class Attention(nn.Module):
     implementation: str | None = None
     dtype: str = "float32"
     scale: float | None = None
+    gate: bool = False
 
     @nn.compact
     def __call__(self, x, kv=None, mask=None, *, logits_bias=None, cache=None, position=None, prefix=None):
@@ -144,6 +147,8 @@ class Attention(nn.Module):
             seen, mask, logits_bias = _after_prefix(prefix, cache, mask, logits_bias)
         options = dict(mask=mask, bias=logits_bias, causal=causal, scale=self.scale)
         out = attention(q, *seen, implementation=self.implementation, **options)
+        if self.gate:
+            out = out * jax.nn.sigmoid(project("gate", x))
         return dense(width, kernel_init=init, name="out")(out.reshape(*x.shape[:2], -1)), cache
 
 
