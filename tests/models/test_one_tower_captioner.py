@@ -3,11 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests.support import slow_captioners as slow
 from tests.support.models import IMAGES, TOKENS, initial, run, section, tiny
 from vlm_jax import models
+from vlm_jax.errors import UserError
+from vlm_jax.models import insertion
 from vlm_jax.models.decoder import shift_right
+from vlm_jax.pretrained.embedding import features
 
 
 def test_values_and_gradients_are_the_loops():
@@ -44,7 +48,7 @@ def test_pictures_do_not_see_the_text():
     assert not gradient.any()
     tower = run(model.image, params["image"], images).tokens
     np.testing.assert_allclose(hidden[:, :4], tower, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(run(model, params, images, method="see"), tower, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(features(model, params, images), tower.mean(1), rtol=1e-5, atol=1e-5)
 
 
 def test_an_open_gate_is_none_bit_for_bit():
@@ -57,6 +61,12 @@ def test_an_open_gate_is_none_bit_for_bit():
     )
     without = jax.tree_util.tree_map_with_path(lambda path, _: _at(params, path), shapes)
     np.testing.assert_array_equal(run(gated, opened, IMAGES, TOKENS), run(plain, without, IMAGES, TOKENS))
+
+
+def test_prompts_before_a_text_are_refused():
+    model = insertion.inserted(tiny("one_tower_captioner").model, insertion.Prompt(depth=None))
+    with pytest.raises(UserError, match="`image` reads a text"):
+        jax.eval_shape(model.init, jax.random.key(0), IMAGES, TOKENS)
 
 
 def _at(tree, path):

@@ -27,7 +27,7 @@ class OneTowerCaptioner(Prefixed, kw_only=True):
 
     outputs: ClassVar = WRITING | {
         "context": lambda o: o.apply("patches", o["image"]),
-        "image_tokens": lambda o: o.apply("see", o["image"]),
+        "image_tokens": lambda o: o.apply("see", o["image"])[0],
     }
 
     def patches(self, images, *, train=False):
@@ -36,8 +36,9 @@ class OneTowerCaptioner(Prefixed, kw_only=True):
         return embedded.tokens, embedded.mask
 
     def see(self, images, *, train=False):
-        """Images -> the tower's normalised tokens [B, N, D]."""
-        return self.image(images, train=train).tokens
+        """Images -> (tokens of the tower after its blocks and norm [B, N, D], their mask bool [B, N] or None)."""
+        encoded = self.image(images, train=train)
+        return encoded.tokens, encoded.mask
 
     def encode(self, images, *, train=False):
         """Images -> (embedded patches [B, N, D], their mask bool [B, N])."""
