@@ -22,9 +22,7 @@ MILLIONS = {  # parameters, of what its authors released; None of what nobody di
     "ul2": {"base": 247.6, "20b": None, "prefix-base": None, "prefix-tiny": None},
     "prefix_lm": {"base": None},
     "ul2_cap": {"B/16": None},
-    "openvision2": {"base": None},
     "genlip": {"base": None},
-    "aimv2": {"base": None},
     "lit": {"B/16": None, "L/16-Uu": None, "tiny-LU": None, "select-Lu": None, "tiny-uu": None},
 }
 TOWERS = {  # millions of parameters of image towers in their papers, to three digits or two; without GenLIP's gates

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from tests.support import slow_captioners as slow
+from tests.support.compare import close
 from tests.support.models import IMAGES, TOKENS, initial, run, section, tiny
 from vlm_jax import models
 from vlm_jax.errors import UserError
 from vlm_jax.models import insertion
 from vlm_jax.models.decoder import shift_right
+from vlm_jax.models.generate import beam_search, log_likelihood, log_likelihoods, sample
 from vlm_jax.pretrained.embedding import features
 
 
@@ -49,6 +51,16 @@ def test_pictures_do_not_see_the_text():
     tower = run(model.image, params["image"], images).tokens
     np.testing.assert_allclose(hidden[:, :4], tower, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(features(model, params, images), tower.mean(1), rtol=1e-5, atol=1e-5)
+
+
+def test_texts_and_their_likelihoods():
+    model, params, (images, texts) = tiny("one_tower_captioner")
+    found = sample(model, params, images, length=8, greedy=True)
+    close(log_likelihood(model, params, images, found.token_ids, eos_id=1), found.log_likelihood, 1e-4, 1e-4)
+    best = beam_search(model, params, images, length=8, beams=2, length_penalty=0.0)
+    assert (best.log_likelihood[:, 0] >= found.log_likelihood - 1e-4).all()
+    matrix = log_likelihoods(model, params, images, texts)
+    close(np.diag(matrix), log_likelihood(model, params, images, texts), 1e-4, 1e-4)
 
 
 def test_an_open_gate_is_none_bit_for_bit():

@@ -98,7 +98,7 @@ def compiled(model, objective, probe, accumulate=(1,), key=5):
     objective = objectives.build(objective, model)
     drawn = Term("drawn", lambda outputs, ctx: probe(outputs), lambda *_: (jnp.zeros(()), {}))
     objective = dataclasses.replace(objective, terms=(*objective.terms, drawn))
-    batch = {"image": jnp.asarray(np.resize(IMAGES, (4, 16, 16, 3)), jnp.float64), "token_ids": TOKENS[[0, 1, 2, 0]]}
+    batch = {"image": jnp.asarray(IMAGES[:2], jnp.float64), "token_ids": TOKENS[:2]}
 
     @functools.partial(jax.jit, static_argnums=1)
     def run(params, k):
