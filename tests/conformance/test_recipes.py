@@ -1,5 +1,6 @@
 """What every recipe has to do: it builds the program that `train` compiles, of the released size."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -22,8 +23,13 @@ MILLIONS = {  # parameters, of what its authors released; None of what nobody di
     "ul2": {"base": 247.6, "20b": None, "prefix-base": None, "prefix-tiny": None},
     "prefix_lm": {"base": None},
     "ul2_cap": {"B/16": None},
+    "genlip": {"base": None},
     "lit": {"B/16": None, "L/16-Uu": None, "tiny-LU": None, "select-Lu": None, "tiny-uu": None},
 }
+TOWERS = {  # millions of parameters of image towers in their papers, to three digits or two; without GenLIP's gates
+    ("openvision2", "L/14"): 304, ("openvision2", "H/14"): 632, ("genlip", "g/16"): 1100, ("aimv2", "L/14"): 309,
+    ("aimv2", "3B/14"): 2700,
+}  # fmt: skip
 RECIPES = catalogue.of("recipes")
 EXPERIMENTS = [
     (name, variant, millions) for name in RECIPES for variant, millions in ({"": None} | MILLIONS.get(name, {})).items()
@@ -48,6 +54,16 @@ def test_builds(name, variant, millions):
     )  # fmt: skip
     if millions:
         assert models.count(program.abstract_state.params) == pytest.approx(millions * 1e6, rel=0.005)
+
+
+@pytest.mark.parametrize(("name", "variant"), TOWERS)
+def test_image_towers_have_the_published_size(name, variant):
+    section = config.plain(RECIPES[name].load()(variant))["model"]
+    tower = models.build(
+        section | {"image": section["image"] | {"posemb": "none", "attn_gate": False, "image_size": 224}}
+    ).image
+    shapes = jax.eval_shape(tower.init, jax.random.key(0), np.zeros((1, 224, 224, 3), np.float32))
+    assert models.count(shapes) == pytest.approx(TOWERS[name, variant] * 1e6, rel=0.05)
 
 
 @pytest.mark.parametrize("name", RECIPES)

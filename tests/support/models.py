@@ -26,7 +26,7 @@ TOKENS = np.array([[BOS, 3, 4, EOS, 0, 0, 0, 0], [BOS, 5, 6, 7, 8, EOS, 0, 0], [
 
 
 def section(kind: str, scan: bool = False) -> dict:
-    """config.model of a kind, a method of the family "models"."""
+    """config.model of a kind, a name of the family "models"."""
     sizes, t5 = dict(SIZES, scan=scan), dict(T5_SIZES, scan=scan)
     image, texts = dict(sizes, patch=8), dict(vocab_size=VOCAB, length=LENGTH)
     match kind:
@@ -37,6 +37,12 @@ def section(kind: str, scan: bool = False) -> dict:
             return dict(name=kind, image=image, text=text, decoder=dict(text, mask_token=True), bias_init=-10.0)
         case "captioner":
             return dict(name=kind, image=image, decoder=dict(sizes, **texts, mask_token=True))
+        case "prefix_captioner":
+            return dict(name=kind, image=dict(image, width=48), decoder=dict(sizes, **texts, mask_token=True), keep=0.5)
+        case "next_patch_captioner":
+            return dict(name=kind, image=dict(image, width=48), decoder=dict(sizes, **texts))
+        case "one_tower_captioner":
+            return dict(name=kind, image=dict(image, attn_gate=True), decoder=dict(texts, mask_token=True))
         case "coca":
             text = dict(sizes, **texts, start_id=BOS)
             pool = dict(width=32, queries=5, heads=2)

@@ -10,8 +10,11 @@ from vlm_jax.models.coca import CoCa
 from vlm_jax.models.decoder import Decoder
 from vlm_jax.models.encoder_decoder import EncoderDecoder
 from vlm_jax.models.many_tower import ManyTower
+from vlm_jax.models.next_patch_captioner import NextPatchCaptioner
+from vlm_jax.models.one_tower_captioner import OneTowerCaptioner
 from vlm_jax.models.pooling import Encoded
 from vlm_jax.models.positions import resample_posemb
+from vlm_jax.models.prefix_captioner import PrefixCaptioner
 from vlm_jax.models.prefix_lm import PrefixLM
 from vlm_jax.models.text import TextTransformer
 from vlm_jax.models.transformer import Encoder
@@ -28,6 +31,9 @@ __all__ = [
     "Encoder",
     "EncoderDecoder",
     "ManyTower",
+    "NextPatchCaptioner",
+    "OneTowerCaptioner",
+    "PrefixCaptioner",
     "PrefixLM",
     "TextTransformer",
     "TwoTower",

@@ -11,9 +11,12 @@ from vlm_jax.errors import UserError
 from vlm_jax.models import convnext, efficientnet, insertion, resnet, variants
 from vlm_jax.models.captioner import Captioner
 from vlm_jax.models.coca import CoCa, MultimodalDecoder, QueryPool, UnimodalDecoder
-from vlm_jax.models.decoder import Decoder
+from vlm_jax.models.decoder import Decoder, TokenTable
 from vlm_jax.models.encoder_decoder import T5, T5_DECODER, EncoderDecoder, TokenEncoder
 from vlm_jax.models.many_tower import ManyTower
+from vlm_jax.models.next_patch_captioner import NextPatchCaptioner
+from vlm_jax.models.one_tower_captioner import OneTowerCaptioner
+from vlm_jax.models.prefix_captioner import PrefixCaptioner
 from vlm_jax.models.prefix_lm import PrefixLM
 from vlm_jax.models.rotary import Rotary
 from vlm_jax.models.text import TextTransformer
@@ -82,12 +85,55 @@ def two_tower_captioner(image, text, decoder, scale_init=10.0, bias_init=None, d
 @method(
     family="models", paper="arXiv:2306.07915", where="section 3.1", differs="a decoder that attends to the image tower"
 )
-def captioner(image, decoder, dtype="float32"):
+def captioner(image, decoder, keep=1.0, dtype="float32"):
     """Returns a `Captioner`; `image` and `decoder` are sections for `tower`, `dtype` is their compute dtype."""
     return Captioner(
         image=tower("vit", {"pool": "none", **image}, "config.model.image", dtype),
         decoder=tower("decoder", decoder, "config.model.decoder", dtype),
+        keep=_share(keep),
     )
+
+
+@method(
+    family="models",
+    paper="arXiv:2509.01644",
+    where="section 2.2",
+    differs="a decoder that reads the image tower's tokens and the text as one sequence",
+)
+def prefix_captioner(image, decoder, keep=1.0, two_way=False, dtype="float32"):
+    """Returns a `PrefixCaptioner`; `image` and `decoder` are sections for `tower`, `dtype` is their compute dtype."""
+    return PrefixCaptioner(
+        image=tower("vit", {"pool": "none", **image}, "config.model.image", dtype),
+        decoder=_reader(decoder, dtype),
+        keep=_share(keep),
+        two_way=two_way,
+    )
+
+
+@method(
+    family="models",
+    paper="arXiv:2411.14402",
+    where="section 2.2",
+    differs="prefix attention in the image tower; a decoder of patches and text",
+)
+def next_patch_captioner(image, decoder, dtype="float32"):
+    """Returns a `NextPatchCaptioner`; `image` and `decoder` are sections for `tower`, with one compute dtype."""
+    return NextPatchCaptioner(
+        image=tower("vit", {"pool": "none", **image}, "config.model.image", dtype), decoder=_reader(decoder, dtype)
+    )
+
+
+@method(
+    family="models",
+    paper="arXiv:2605.00809",
+    where="section 3.1",
+    differs="one transformer, in which the picture is the prefix of the text",
+)
+def one_tower_captioner(image, decoder, dtype="float32"):
+    """Returns a `OneTowerCaptioner`; `image` is a section for `tower`, `decoder` has fields of `TokenTable`."""
+    image = tower("vit", {"pool": "none", **image}, "config.model.image", dtype)
+    section = {"width": image.width, **decoder}
+    return OneTowerCaptioner(image=image, decoder=tower("tokens", section, "config.model.decoder", dtype))
 
 
 @method(
@@ -154,6 +200,23 @@ def many_tower(towers, inputs=None, scale_init=10.0, dtype="float32"):
     return ManyTower(tuple(towers), made, tuple(keys[name] for name in towers), scale_init)
 
 
+def _share(keep):
+    if not 0 < keep <= 1:
+        raise UserError(
+            f"config.model.keep is {keep}; expected the share of tokens that the decoder sees, 0 < keep <= 1"
+        )
+    return keep
+
+
+def _reader(section, dtype):
+    """Returns a decoder of one sequence of picture and text."""
+    if dict(section).get("cross"):
+        raise UserError(
+            "config.model.decoder.cross: this decoder reads the picture as a prefix; leave it out, or take captioner"
+        )
+    return tower("decoder", {**section, "cross": None}, "config.model.decoder", dtype)
+
+
 def tower(kind, section, where, dtype):
     """Returns a tower from its fields; `variant` gives default sizes (see `variants.lookup`).
 
@@ -190,6 +253,7 @@ TOWERS = {  # the module, and the function that looks up its variants
     "vit": (ViT, variants.lookup),
     "text": (TextTransformer, variants.lookup),
     "decoder": (Decoder, variants.lookup),
+    "tokens": (TokenTable, variants.lookup),
     "unimodal": (UnimodalDecoder, variants.lookup),
     "multimodal": (MultimodalDecoder, variants.lookup),
     "token_encoder": (TokenEncoder, variants.t5),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from vlm_jax.errors import UserError
 from vlm_jax.models import positions
-from vlm_jax.models.transformer import AttentionInputs, Encoder, over_heads, room
+from vlm_jax.models.transformer import Encoder
 from vlm_jax.params.sharding import look_up
 
 
@@ -26,10 +26,11 @@ class Decoded(NamedTuple):
     aux: Any = None
 
 
-class Decoder(Encoder, kw_only=True):
-    """Token ids -> blocks, causal, with cross-attention to a context -> hidden states.
+class TokenTable(nn.Module, kw_only=True):
+    """Token ids -> embeddings with positions; and the ids that stand for no token of a text.
 
     Attributes:
+      width: D, width of the embeddings.
       vocab_size: V, number of predicted ids.
       length: rows of the position table: the longest text. Without a table texts may be longer.
       start_id: id before the first token of the input.
@@ -39,20 +40,19 @@ class Decoder(Encoder, kw_only=True):
       logits_bias: whether the logits have a bias.
       tied_scale: factor on hidden states for logits tied to the token table (T5: width ** -0.5); None: the logits have
         their own matrix.
-      Others: see `Encoder`; a decoder has no pool.
+      dtype: compute dtype.
     """
 
+    width: int
     vocab_size: int
     length: int
     start_id: int = 0
     mask_token: bool = False
-    cross: str | None = "inside"
     posemb: str = "learned"
     embed_std: float = 1.0
     logits_bias: bool = True
     tied_scale: float | None = None
-    pool: str = "none"
-    relative_two_way: bool = False
+    dtype: str = "float32"
 
     def setup(self):
         self.token_embed = nn.Embed(
@@ -69,6 +69,11 @@ class Decoder(Encoder, kw_only=True):
             raise UserError("this decoder has no mask token; set config.model.decoder.mask_token=True")
         return self.vocab_size
 
+    @nn.compact
+    def __call__(self, token_ids, place=None):
+        """As `placed`."""
+        return self.placed(token_ids, place)
+
     def embed(self, token_ids):
         """Embeds token ids without positions: integers [B, L] -> [B, L, D]."""
         limit = self.length if self.posemb == "learned" else token_ids.shape[-1]
@@ -79,10 +84,33 @@ class Decoder(Encoder, kw_only=True):
             )
         return look_up(self.token_embed, token_ids)
 
+    def placed(self, token_ids, place=None):
+        """Embeds token ids with positions, the first one at `place` (0): integers [B, L] -> [B, L, D]."""
+        x = self.embed(token_ids)
+        if self.posemb == "learned":
+            table = positions.learned(self, self.length, self.width)
+            return x + jax.lax.dynamic_slice_in_dim(table, 0 if place is None else place, x.shape[1], axis=1).astype(
+                self.dtype
+            )
+        if self.posemb != "none":
+            raise UserError(f"posemb of a decoder is `{self.posemb}`; expected one of: learned, none")
+        return x
+
     def tied_logits(self, hidden):
         """Multiplies hidden states with the token table: hidden [..., D] -> logits fp32 [..., V]."""
         table = self.token_embed.embedding[: self.vocab_size].astype(hidden.dtype)
         return jnp.matmul(hidden * self.tied_scale, table.T, preferred_element_type=_at_least_fp32(hidden))
+
+
+class Decoder(Encoder, TokenTable, kw_only=True):
+    """Token ids -> blocks, causal, with cross-attention to a context -> hidden states.
+
+    Attributes: see `TokenTable` and `Encoder`; a decoder has no pool.
+    """
+
+    cross: str | None = "inside"
+    pool: str = "none"
+    relative_two_way: bool = False
 
     @nn.compact
     def __call__(
@@ -93,8 +121,10 @@ class Decoder(Encoder, kw_only=True):
         context_mask=None,
         mask=None,
         bidirectional=None,
+        prefix=None,
         caches=None,
         position=None,
+        place=None,
         train=False,
     ):
         """Runs the decoder on token ids.
@@ -107,39 +137,25 @@ class Decoder(Encoder, kw_only=True):
             the room of the caches.
           bidirectional: bool [B, Lk], True for inputs that all positions see; others are visible from their own
             position on. None: all False.
+          prefix: [B, P, D], embedded tokens that stand before the text, part of the L tokens of masks and result; the
+            position table does not count them. None after the first step with caches.
           caches: result of `new_caches` or of the last step. The L tokens then stand at `position` of a longer text
             and attend to all earlier tokens.
           position: integer scalar, only with caches.
+          place: integer scalar, the first token's row in the position table; defaults to `position`.
           train: whether dropout and drop path are active (they draw from the rng `dropout`).
 
         Returns:
           `Decoded`.
         """
-        x = self.embed(token_ids)
-        if self.posemb == "learned":
-            table = positions.learned(self, self.length, self.width)
-            x = x + jax.lax.dynamic_slice_in_dim(table, 0 if position is None else position, x.shape[1], axis=1).astype(
-                self.dtype
-            )
-        elif self.posemb != "none":
-            raise UserError(f"posemb of a decoder is `{self.posemb}`; expected one of: learned, none")
+        x = self.placed(token_ids, position if place is None else place)
+        if prefix is not None:
+            x = jnp.concatenate([prefix.astype(x.dtype), x], axis=1)
         return self.run(x, context, context_mask, bidirectional, caches, position, train, mask=mask)
 
-    def run(self, x, context, context_mask, bidirectional, caches, position, train, norm=True, mask=None):
-        """Runs the blocks on tokens [B, L, D]; call it from a compact method. Others: as in `__call__` and `stack`."""
-        first = 0 if position is None else position
-        seen = None
-        if caches is not None or bidirectional is not None:
-            keys = jnp.arange(x.shape[1] if caches is None else room(caches))
-            seen = (keys <= first + jnp.arange(x.shape[1])[:, None])[None, None]
-            if bidirectional is not None:
-                seen = seen | over_heads(bidirectional)
-        causal, mask = seen is None, over_heads(mask)
-        if mask is not None:
-            seen = mask if causal else mask & seen
-        around = AttentionInputs(seen, context, over_heads(context_mask), None if caches is None else first)
-        options = dict(caches=caches, causal=causal, train=train, norm=norm)
-        return Decoded(*self.stack(x, around, **options))
+    def run(self, *args, **options):
+        """As in `Encoder`, but returns `Decoded`."""
+        return Decoded(*super().run(*args, **options))
 
 
 class Logits(nn.Module):

@@ -41,6 +41,7 @@ class Fields(nn.Module, kw_only=True):
       attn_norm: whether a norm stands before attention's last matrix, on all heads together (Wang et al. 2022,
         arXiv:2210.06423, section 3, "Sub-LN").
       mlp_norm: whether a norm stands before the MLP's last matrix, likewise.
+      attn_gate: whether self-attention is gated, see `Attention`.
       attn_scale: factor on attention's q k^T (T5: 1.0); defaults to head_dim ** -0.5.
       mlp_bias: whether MLP matrices have biases.
       cross: place of cross-attention to a context: "inside", "after" (see `Block`) or None.
@@ -65,6 +66,7 @@ class Fields(nn.Module, kw_only=True):
     qk_norm: bool = False
     attn_norm: bool = False
     mlp_norm: bool = False
+    attn_gate: bool = False
     attn_scale: float | None = None
     mlp_bias: bool = True
     cross: str | None = None

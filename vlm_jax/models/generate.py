@@ -276,7 +276,6 @@ class _Decoding:
 
     def __init__(self, model, params, inputs, length, special, beams=1):
         self.model, self.length, self.special, self.beams = model, length, special, beams
-        self.batch_axis = 1 if model.decoder.scan else 0
         self.apply = partial(model.apply, {"params": params})
         self.context, self.context_mask = self.apply(inputs, method="encode")
         self.size = len(self.context)
@@ -285,6 +284,7 @@ class _Decoding:
         """Returns logits [B * beams, V] of the first token, and the caches."""
         start = jnp.full((self.size,), self.special.start, jnp.int32)
         caches = self.model.new_caches(self.size, self.length)
+        self.batch_axis = 0 if isinstance(caches, list) else 1
         hidden, caches, _ = self.decode(start[:, None], 0, caches, self.context)
         logits = self.apply(hidden, method="logits")[:, 0]
         again = lambda axis: lambda x: jnp.repeat(x, self.beams, axis=axis)

@@ -149,6 +149,8 @@ class Prompt(NamedTuple):
         _check_depth(self.depth)
         if isinstance(module, Block):
             return self.depth != 1 and method == "__call__"
+        if method == "run" and re.fullmatch(self.where, "/".join(module.path)):
+            raise UserError(f"prompts stand before the tokens of a tower; `{'/'.join(module.path)}` reads a text")
         return isinstance(module, Encoder) and method == "encode"
 
     def path(self, module):

@@ -94,6 +94,8 @@ class Attention(nn.Module):
         `head_dim**-0.5 / scale`.
       qk_norm: a `Norm` but for its name, of each head of queries and keys; or None.
       out_norm: a `Norm` but for its name, of all heads together before the last projection; or None.
+      gate: whether the heads' outputs are multiplied by sigmoid(x W + b), a number for each channel, before the last
+        projection (GenLIP: arXiv:2605.00809, equation 3).
     """
 
     heads: int
@@ -105,6 +107,7 @@ class Attention(nn.Module):
     scale: float | None = None
     qk_norm: Callable | None = None
     out_norm: Callable | None = None
+    gate: bool = False
 
     @nn.compact
     def __call__(
@@ -154,7 +157,10 @@ class Attention(nn.Module):
                 mask, causal = earlier[None, None] if mask is None else mask & earlier, False
             seen, mask, logits_bias = _after_prefix(prefix, cache, mask, logits_bias)
         options = dict(mask=mask, bias=logits_bias, causal=causal, scale=self.scale)
-        out = attention(q, *seen, implementation=self.implementation, **options).reshape(*x.shape[:2], -1)
+        out = attention(q, *seen, implementation=self.implementation, **options)
+        if self.gate:
+            out = out * jax.nn.sigmoid(project("gate", x))
+        out = out.reshape(*x.shape[:2], -1)
         if self.out_norm is not None:
             out = self.out_norm(name="norm")(out)
         return dense(width, "out")(out), cache

@@ -1,4 +1,4 @@
-"""A prefix language model: one stack for the input and the targets (Raffel et al. 2020, section 3.2.1; UL2)."""
+"""One sequence of input and text: the base of such models, and a prefix language model (Raffel et al. 2020; UL2)."""
 
 from typing import ClassVar
 
@@ -9,7 +9,59 @@ from vlm_jax.models.decoder import WRITING, Conditional
 from vlm_jax.models.transformer import room
 
 
-class PrefixLM(Conditional, kw_only=True):
+class Prefixed(Conditional, kw_only=True):
+    """A `Conditional` that reads the context and then the text as one sequence, without cross-attention.
+
+    Subclasses define `encode`, whose mask is never None, and `sequence`.
+
+    Attributes:
+      two_way: whether tokens of the context see each other both ways; else each sees those before.
+    """
+
+    two_way: bool = True
+
+    def decode(
+        self,
+        token_ids,
+        context=None,
+        *,
+        context_mask=None,
+        bidirectional=None,
+        caches=None,
+        position=None,
+        whole=False,
+        train=False,
+    ):
+        """Returns `Decoded` of token ids [B, L] that follow a context.
+
+        Args:
+          token_ids: start token and targets, or a part of both.
+          context, context_mask: results of `encode`; context is None after the first step with caches. Without caches
+            the mask may be None: no padding.
+          bidirectional: bool [B, L], only without caches: the token_ids that all positions see.
+          caches: in the first step from `new_caches`; the returned caches also have room for the context.
+          position: index of token_ids among the targets; 0 in the first step.
+          whole: whether the hidden states of the context come first.
+          train: whether dropout is active.
+        """
+        given, place = (context_mask if context is None else context).shape[1], position
+        if context is None:
+            position = given + position
+        elif caches is not None:
+            caches = self.new_caches(len(token_ids), given + room(caches))
+        later = token_ids.shape[1] if caches is None else room(caches) - given
+        mask, two_way = context_mask, None
+        if mask is not None:
+            mask = jnp.pad(mask, ((0, 0), (0, later)), constant_values=True)
+        if self.two_way or bidirectional is not None:
+            shown = jnp.zeros((len(token_ids), later), bool) if bidirectional is None else bidirectional
+            two_way = jnp.pad(shown, ((0, 0), (given, 0)), constant_values=self.two_way)
+        options = dict(mask=mask, bidirectional=two_way, caches=caches, position=position, place=place, train=train)
+        decoded = self.sequence(token_ids, context, **options)
+        return decoded if context is None or whole else decoded._replace(hidden=decoded.hidden[:, given:])
+
+
+class PrefixLM(Prefixed, kw_only=True):
     """A decoder that reads input, start token and targets as one sequence; attention within the input is bidirectional.
 
     The inputs are token ids, integers [B, P]. Padding of the inputs moves to the front and is masked. The targets thus
@@ -35,37 +87,7 @@ class PrefixLM(Conditional, kw_only=True):
         ids = jnp.take_along_axis(input_ids, (jnp.arange(length) - spare) % length, axis=1)
         return ids, ids != self.pad_id
 
-    def decode(
-        self,
-        token_ids,
-        context=None,
-        *,
-        context_mask,
-        bidirectional=None,
-        caches=None,
-        position=None,
-        train=False,
-    ):
-        """Returns `Decoded` of token ids [B, L] that follow an input.
-
-        Args:
-          token_ids: start token and targets, or a part of both.
-          context, context_mask: results of `encode`; context is None after the first step with caches.
-          bidirectional: bool [B, L], only without caches: the token_ids that all positions see.
-          caches: in the first step from `new_caches`; the returned caches also have room for the input.
-          position: index of token_ids among the targets; 0 in the first step.
-          train: whether dropout is active.
-        """
-        given = context_mask.shape[1]
-        if context is None:
-            position = given + position
-        else:
-            token_ids = jnp.concatenate([context, token_ids], axis=1)
-            caches = None if caches is None else self.new_caches(len(token_ids), given + room(caches))
-        later = (len(token_ids), (token_ids.shape[1] if caches is None else room(caches)) - given)
-        shown = jnp.zeros(later, bool) if bidirectional is None else bidirectional
-        mask = jnp.concatenate([context_mask, jnp.ones(later, bool)], axis=1)
-        two_way = jnp.concatenate([jnp.ones_like(context_mask), shown], axis=1)
-        options = dict(mask=mask, bidirectional=two_way, caches=caches, position=position, train=train)
-        decoded = self.decoder(token_ids, **options)
-        return decoded if context is None else decoded._replace(hidden=decoded.hidden[:, given:])
+    def sequence(self, token_ids, context, *, place, **options):
+        """Returns `Decoded` of the context's token ids, if any, and of token_ids [B, L]; options of `Decoder`."""
+        token_ids = token_ids if context is None else jnp.concatenate([context, token_ids], axis=1)
+        return self.decoder(token_ids, **options)

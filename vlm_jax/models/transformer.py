@@ -134,7 +134,7 @@ class Block(Fields, kw_only=True):
             out_norm=norm if self.attn_norm else None,
         )
         attention = functools.partial(Attention, self.heads, self.head_dim, self.attn_bias, **of_attention)
-        attn = attention(self.causal, self.implementation, self.dtype, name="attn")
+        attn = attention(self.causal, self.implementation, self.dtype, gate=self.attn_gate, name="attn")
         width = self.mlp_dim or 4 * x.shape[-1]
         of_mlp = dict(
             width=width, activation=self.activation, gated=self.gated, bias=self.mlp_bias,
@@ -310,6 +310,45 @@ class Encoder(Fields, kw_only=True):
             statistics = jax.tree.map(lambda *rows: jnp.stack(rows, 1), *statistics)
         aux = dict(statistics, layers=tuple(kept[i] for i in chosen)) if chosen else dict(statistics)
         return Stacked(self.new_norm("norm")(x) if norm and self.post_norm is not True else x, caches, aux)
+
+    def run(
+        self,
+        x,
+        context=None,
+        context_mask=None,
+        bidirectional=None,
+        caches=None,
+        position=None,
+        train=False,
+        norm=True,
+        mask=None,
+    ):
+        """Runs the blocks on tokens that see those before them; call it from a compact method.
+
+        Args:
+          x: tokens with positions [B, L, D].
+          context, context_mask, train, norm: as for `encode`.
+          bidirectional: bool [B, Lk], True for tokens that all others see; None: all False.
+          caches: result of `new_caches` or of the last call, or None. The L tokens then stand at `position`.
+          position: integer scalar, only with caches.
+          mask: bool [B, Lk], False for padding; or [B, L, Lk], True where token i may see token j; or None. Lk is L, or
+            the room of the caches.
+
+        Returns:
+          `Stacked`.
+        """
+        first = 0 if position is None else position
+        seen = None
+        if caches is not None or bidirectional is not None:
+            keys = jnp.arange(x.shape[1] if caches is None else room(caches))
+            seen = (keys <= first + jnp.arange(x.shape[1])[:, None])[None, None]
+            if bidirectional is not None:
+                seen = seen | over_heads(bidirectional)
+        causal, mask = seen is None, over_heads(mask)
+        if mask is not None:
+            seen = mask if causal else mask & seen
+        around = AttentionInputs(seen, context, over_heads(context_mask), None if caches is None else first)
+        return self.stack(x, around, caches=caches, causal=causal, train=train, norm=norm)
 
     def new_caches(self, batch, length):
         """Returns empty caches for `stack`: a list of `Cache`, or, with scan, one `Cache` with a leading layer axis."""

@@ -1,6 +1,7 @@
 """The image tower: a Vision Transformer (Dosovitskiy et al. 2020)."""
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,7 +11,9 @@ from vlm_jax.errors import UserError
 from vlm_jax.models import positions
 from vlm_jax.models.convolutions import ConvNorm
 from vlm_jax.models.layers import Dense
+from vlm_jax.models.pooling import Encoded
 from vlm_jax.models.rotary import Rotary
+from vlm_jax.models.subset import subset
 from vlm_jax.models.transformer import Encoder
 
 
@@ -20,6 +23,21 @@ def patchify(images, patch):
     images = images[:, : h * patch, : w * patch]
     images = images.reshape(images.shape[0], h, patch, w, patch, images.shape[-1])
     return images.swapaxes(2, 3).reshape(images.shape[0], h, w, -1)
+
+
+class Tokens(NamedTuple):
+    """Embedded tokens in the place of pictures: patches, texts that follow them, or both.
+
+    Attributes:
+      tokens: [B, L, D], with positions.
+      Others: see `Encoder.run`.
+    """
+
+    tokens: Any
+    mask: Any = None
+    bidirectional: Any = None
+    caches: Any = None
+    position: Any = None
 
 
 class ViT(Encoder, kw_only=True):
@@ -65,21 +83,30 @@ class ViT(Encoder, kw_only=True):
     final_norm: str = "tokens"
 
     @nn.compact
-    def __call__(self, images, *, hidden=None, context=None, context_mask=None, layers=(), train=False):
+    def __call__(
+        self, images, *, hidden=None, prefix=None, blocks=True, context=None, context_mask=None, layers=(), train=False
+    ):
         """Encodes images.
 
         Args:
           images: floating [B, H, W, 3], already normalised; H and W at least `patch`. Or packed patches of pictures of
             different sizes (NaFlex: Tschannen et al. 2025, section 2.4.2), dict(patches=floating
-            [B, N, patch * patch * 3], grid=integers [B, 2]): row by row; the first grid.prod() patches count.
+            [B, N, patch * patch * 3], grid=integers [B, 2]): row by row; the first grid.prod() patches count. Or
+            `Tokens`: the result is then that of `Encoder.run`.
           hidden: (bool [B, N], floating [D]): patches whose embeddings become a mask token, and the token, to which
             positions are added (iBOT: arXiv:2111.07832). Or None.
+          prefix: integers [B], number of patches that all tokens see; others are visible from their own place on
+            (AIMv2: arXiv:2411.14402, section 2.2). None: all tokens see all patches.
+          blocks: False returns the embedded patches in the place of tokens, for `Tokens`.
           context, context_mask, layers: see `Encoder.encode`.
           train: whether dropout and drop path are active.
 
         Returns:
           `Encoded`.
         """
+        if isinstance(images, Tokens):
+            tokens, *others = images
+            return self.run(tokens, train=train, **dict(zip(Tokens._fields[1:], others, strict=True)))
         has_cls = self.pool == "tok" if self.cls is None else self.cls
         covers_cls = has_cls and self.cls_position
         mask = rotation = None
@@ -114,10 +141,19 @@ class ViT(Encoder, kw_only=True):
             x = jnp.concatenate([*(jnp.broadcast_to(t, (x.shape[0], *t.shape[1:])) for t in first), x], axis=1)
         if self.pre_norm:
             x = self.new_norm("pre_norm")(x)
+        if not blocks:
+            if self.rotary is not None:
+                raise UserError("patches and texts in one sequence have no rotary positions; leave out `rotary`")
+            return Encoded(None, x, mask)
         if self.final_norm not in ("tokens", "pooled", "none"):
             raise UserError(f"final_norm is `{self.final_norm}`; expected one of: tokens, pooled, none")
         options = dict(context=context, context_mask=context_mask, rotation=rotation, layers=layers, train=train)
-        x, _, aux = self.encode(x, mask=mask, norm=self.final_norm == "tokens", **options)
+        seen = mask
+        if prefix is not None:
+            at = jnp.arange(x.shape[1])
+            seen = (at <= at[:, None]) | (at < self.tokens_before + prefix[:, None, None])
+            seen = seen if mask is None else seen & mask[:, None]
+        x, _, aux = self.encode(x, mask=seen, norm=self.final_norm == "tokens", **options)
         pool_mask, pooled = mask, self.final_norm == "pooled"
         if self.pool == "patches" and has_cls:
             pool_mask = jnp.broadcast_to(jnp.arange(x.shape[1]) > self.registers, x.shape[:2])
@@ -154,14 +190,8 @@ class ViT(Encoder, kw_only=True):
             raise UserError(
                 f"keep is {self.keep} with pool `{self.pool}`; expected above 0, at most 1, and not `concat`"
             )
-        batch, length = x.shape[:2]
-        count = jnp.full((batch, 1), length) if mask is None else mask.sum(1, keepdims=True)
-        chance = jax.random.uniform(self.make_rng("dropout"), (batch, length))
-        rank = jnp.argsort(jnp.argsort(jnp.where(jnp.arange(length) < count, chance, 2.0)))  # padding comes last
-        kept = jnp.sort(jnp.argsort(rank)[:, : max(round(self.keep * length), 1)])
-        stays = jnp.maximum(jnp.round(self.keep * count), 1)
-        real = jnp.take_along_axis(rank, kept, axis=1) < stays
-        return kept[..., None], None if mask is None else real
+        kept, real = subset(jax.random.uniform(self.make_rng("dropout"), x.shape[:2]), self.keep, mask)
+        return kept[..., None], real
 
     def _positions(self, h, w, covers_cls):
         if self.posemb == "learned":

@@ -27,7 +27,7 @@ RULES = (
     (r".*(attn/out|fc2)/kernel", ("tensor", "fsdp")),
     (r".*(query|key|value|fc1|gate)/bias", ("tensor",)),
     (r".*patch_embed/kernel", (None, "fsdp")),  # the inputs are pixels, 588 for a patch of 14
-    (r".*head/kernel", ("fsdp", None)),
+    (r".*(head|projection)/kernel", ("fsdp", None)),
     (r".*embedding", ("fsdp",)),
     (r".*", ()),
 )

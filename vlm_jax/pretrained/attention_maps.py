@@ -165,7 +165,7 @@ def _watched(model: nn.Module, params: Any, images: Any, look: Callable) -> Any:
     with nn.intercept_methods(watch):
         if "embed" in model.can:
             return model.apply({"params": params}, images, None)
-        return model.apply({"params": params}, images, method="encode")
+        return model.apply({"params": params}, images, method="see")
 
 
 @partial(jax.jit, static_argnames=("model", "grid"))

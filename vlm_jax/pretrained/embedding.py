@@ -31,7 +31,7 @@ def features(model: nn.Module, params: Any, images: jax.Array, layer: int | None
         encoded = model.apply({"params": params}, images, method=run)
         tokens, mask = encoded.aux["layers"][0], encoded.mask
     elif "embed" not in model.can:
-        tokens, mask = model.apply({"params": params}, images, method="encode")
+        tokens, mask = model.apply({"params": params}, images, method="see")
     else:
         tokens, mask = model.apply({"params": params}, images, None).image_tokens, None
     return pooling.pool("mean", tokens.astype(jnp.float32), mask)
