@@ -48,13 +48,17 @@ def build(section) -> nn.Module:
     where="section 2.4",
     differs="an image tower and a text tower in one space",
 )
-def two_tower(image, text, scale_init=10.0, bias_init=None, dtype="float32"):
-    """Returns a `TwoTower`; `image` and `text` are sections for `tower` (or None), `dtype` is their compute dtype."""
+def two_tower(image, text, scale_init=10.0, bias_init=None, space=None, dtype="float32"):
+    """Returns a `TwoTower`; `image` and `text` are sections for `tower` (or None), `dtype` is their compute dtype.
+
+    `space` is the name of a part of the family "spaces", or dict(name=..., ...), or None.
+    """
     return TwoTower(
         image=tower("vit", image, "config.model.image", dtype),
         text=tower("text", text, "config.model.text", dtype),
         scale_init=scale_init,
         bias_init=bias_init,
+        space=space and catalogue.build("spaces", space, "config.model.space"),
     )
 
 

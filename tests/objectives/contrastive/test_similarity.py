@@ -1,5 +1,6 @@
 """FILIP's similarity against loops over all tokens, its objective, and a model of it in use."""
 
+import itertools
 from contextlib import nullcontext
 from functools import partial
 from typing import ClassVar
@@ -12,6 +13,7 @@ import pytest
 
 import vlm_jax
 from configs import filip
+from tests.support import lookup
 from vlm_jax import evaluators, objectives
 from vlm_jax.models import Embeddings, build
 from vlm_jax.models.two_tower import EMBEDDINGS
@@ -116,6 +118,56 @@ def test_limits_of_pools():
 def test_pools_that_do_not_exist_are_named(options, message):
     with pytest.raises(vlm_jax.UserError, match=message):
         multiple_instance(**options)
+
+
+class Distributions(lookup.Lookup):
+    """Rows of tables: `image` and `text` are means, `image_sigma` and `text_sigma` standard deviations."""
+
+    outputs: ClassVar = lookup.Lookup.outputs | {
+        "image_parts": lambda o: {"sigma": o.params["image_sigma"][o["image"]]},
+        "text_parts": lambda o: {"sigma": o.params["text_sigma"][o["token_ids"]]},
+    }
+
+
+@pytest.mark.parametrize("penalty", ["softmax", "sigmoid"])
+def test_wasserstein(penalty):
+    ids = np.arange(6)
+    batch, section = {"image": ids, "token_ids": ids}, dict(similarity="wasserstein", penalty=penalty)
+    sigmas = np.random.default_rng(8).uniform(0.1, 0.6, size=(2, 6, 5))
+    with jax.enable_x64(True):
+        means = lookup.tables(size=6, width=5)
+        params = means | {"image_sigma": sigmas[0], "text_sigma": sigmas[1]}
+
+        def by_hand(params, batch):
+            logits = np.zeros((6, 6))
+            for i, j in itertools.product(ids, ids):
+                square = np.sum((params["image"][i] - params["text"][j]) ** 2)
+                square += np.sum((params["image_sigma"][i] - params["text_sigma"][j]) ** 2)
+                logits[i, j] = -np.exp(params["logit_scale"]) * square + params["logit_bias"]
+            return lookup.LOSSES[penalty](logits, logits.T, np.eye(6), np.eye(6))
+
+        run = lambda params, **more: lookup.differentiate(section | more, params, batch, model=Distributions(6, 5))
+        lookup.check(run(params), by_hand, params, batch)
+        close = lambda *found: jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), *found)
+        close(run(params)[::2], run(params, implementation="blockwise")[::2])
+        # without width, or with one width for all: the Euclidean score, which for CLIP is half the scale
+        points = params | {"image_sigma": 0 * sigmas[0], "text_sigma": 0 * sigmas[1]}
+        same = params | {"image_sigma": sigmas[0] * 0 + 0.3, "text_sigma": sigmas[1] * 0 + 0.3}
+        np.testing.assert_allclose(run(same)[0], run(points)[0], rtol=1e-12)
+        if penalty == "softmax":
+            half = params | {"logit_scale": params["logit_scale"] - np.log(2)}
+            half |= {"image_sigma": 0 * sigmas[0], "text_sigma": 0 * sigmas[1]}
+            np.testing.assert_allclose(run(half)[0], lookup.differentiate({}, means, batch)[0], rtol=1e-12)
+
+
+def test_wasserstein_of_points_is_named():
+    ids = np.arange(6)
+    for section, message in (
+        (dict(similarity="wasserstein"), "`wasserstein` needs normal distributions: model.space=gaussian"),
+        (dict(similarity="wasserstein", negatives="queue"), "negatives need a similarity of one vector each"),
+    ):
+        with pytest.raises(vlm_jax.UserError, match=message):
+            lookup.differentiate(section, lookup.tables(size=6, width=5), {"image": ids, "token_ids": ids})
 
 
 def test_chunks_have_the_gradients_of_the_whole():

@@ -69,7 +69,7 @@ def contrastive(
         raise UserError(_BY_NAME.format(lacks))
     if parts.penalty.hard and parts.targets.labels is None:
         raise UserError(f"{WHERE}.penalty needs targets that match or do not, such as `identity`, not soft ones")
-    if parts.similarity.embeddings is None and negatives != "in_batch":
+    if not parts.similarity.own and negatives != "in_batch":
         raise UserError(f"{WHERE}.negatives need a similarity of one vector each, such as `cosine`")
 
     def features(outputs, ctx):

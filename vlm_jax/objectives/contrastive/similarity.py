@@ -19,11 +19,13 @@ class Similarity(NamedTuple):
       scores: features -> (scores image -> text, scores text -> image), each [B, B], images in rows, texts in columns.
       embeddings: features -> (images [B, D], texts [B, D]); the scores are their inner products. None if the scores are
         not inner products.
+      own: whether the embeddings are the model's, with which more texts and queues can be compared.
     """
 
     features: Callable
     scores: Callable
     embeddings: Callable | None = None
+    own: bool = False
 
 
 @method(
@@ -38,7 +40,38 @@ def cosine() -> Similarity:
         cosines = jnp.matmul(image.astype(dtype), text.astype(dtype).T, precision=jax.lax.Precision.HIGHEST)
         return cosines, cosines
 
-    return Similarity(vectors, scores, lambda features: (features["image"], features["text"]))
+    return Similarity(vectors, scores, lambda features: (features["image"], features["text"]), own=True)
+
+
+@method(
+    family="similarities",
+    system="MAP-uncertainty",
+    paper="arXiv:2210.05335",
+    differs="the distance of two normal distributions",
+    needs={"model.space": "gaussian"},
+)
+def wasserstein() -> Similarity:
+    """-W^2 = -|m_i - n_j|^2 - |s_i - t_j|^2 of normal distributions with means m, n and standard deviations s, t (MAP).
+
+    The model's space is `gaussian`; means have unit norm. The loss's scale and bias are the affine map of the
+    distance. W^2 is that of arXiv:2210.05335's contrastive task (D-VLC). As inner products of vectors with two more
+    dimensions, the scores run on the kernels. If all standard deviations are equal: -|m_i - n_j|^2, so that with half
+    the scale the softmax is CLIP's.
+    """
+
+    def features(outputs):
+        found = {}
+        for side, z in vectors(outputs).items():
+            parts = outputs[f"{side}_parts"] or {}
+            if "sigma" not in parts:
+                raise UserError(f"{WHERE}.similarity `wasserstein` needs normal distributions: model.space=gaussian")
+            z = jnp.concatenate([z, parts["sigma"].astype(z.dtype)], axis=1)
+            square = -jnp.sum(jnp.square(z), axis=1, keepdims=True)
+            more = [square, jnp.ones_like(square)]
+            found[side] = jnp.concatenate([2**0.5 * z, *(more if side == "image" else more[::-1])], axis=1)
+        return found
+
+    return cosine()._replace(features=features, own=False)
 
 
 @method(
