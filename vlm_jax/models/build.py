@@ -1,5 +1,7 @@
 """Builds modules from config sections."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 
@@ -14,6 +16,7 @@ from vlm_jax.models.encoder_decoder import T5, T5_DECODER, EncoderDecoder, Token
 from vlm_jax.models.many_tower import ManyTower
 from vlm_jax.models.prefix_lm import PrefixLM
 from vlm_jax.models.text import TextTransformer
+from vlm_jax.models.transformer import Encoder, Trunk
 from vlm_jax.models.two_tower import TwoTower
 from vlm_jax.models.vit import ViT
 
@@ -48,14 +51,20 @@ def build(section) -> nn.Module:
     where="section 2.4",
     differs="an image tower and a text tower in one space",
 )
-def two_tower(image, text, scale_init=10.0, bias_init=None, space=None, dtype="float32"):
+def two_tower(image, text, scale_init=10.0, bias_init=None, space=None, shared=False, dtype="float32"):
     """Returns a `TwoTower`; `image` and `text` are sections for `tower` (or None), `dtype` is their compute dtype.
 
-    `space` is the name of a part of the family "spaces", or dict(name=..., ...), or None.
+    `space` is the name of a part of the family "spaces", or dict(name=..., ...), or None. `shared` says whether the
+    towers share their blocks, final norm and head (SharedCLIP, arXiv:2406.17639).
     """
+    towers = {
+        "image": tower("vit", image, "config.model.image", dtype),
+        "text": tower("text", text, "config.model.text", dtype),
+    }
+    if shared:
+        towers = with_trunk(**towers)
     return TwoTower(
-        image=tower("vit", image, "config.model.image", dtype),
-        text=tower("text", text, "config.model.text", dtype),
+        **towers,
         scale_init=scale_init,
         bias_init=bias_init,
         space=space and catalogue.build("spaces", space, "config.model.space"),
@@ -135,6 +144,24 @@ def many_tower(towers, inputs=None, scale_init=10.0, dtype="float32"):
     )
     made = tuple(build(name, section) for name, section in towers.items())
     return ManyTower(tuple(towers), made, tuple(keys[name] for name in towers), scale_init)
+
+
+def with_trunk(image, text):
+    """Returns both towers and the trunk that they share, by name.
+
+    Raises:
+      UserError: there is one tower, or a field of the blocks or of the head differs.
+    """
+    fields = [field.name for field in dataclasses.fields(Encoder) if field.name not in ("parent", "name", "pool")]
+    for name in fields:
+        own = [getattr(one, name, None) for one in (image, text)]
+        if own[0] != own[1]:
+            raise UserError(
+                f"config.model.shared: the towers share their blocks and head, but {name} is {own[0]} in image and "
+                f"{own[1]} in text; give both one value"
+            )
+    trunk = Trunk(**{name: getattr(image, name) for name in fields})
+    return {"trunk": trunk} | {name: one.clone(trunk=trunk) for name, one in (("image", image), ("text", text))}
 
 
 def tower(kind, section, where, dtype):

@@ -1,5 +1,6 @@
 """Two towers, one embedding space: CLIP (Radford et al. 2021), LiT (Zhai et al. 2022), SigLIP (Zhai et al. 2023)."""
 
+import dataclasses
 import math
 from typing import Any, ClassVar
 
@@ -63,6 +64,8 @@ class TwoTower(nn.Module):
     """An image tower and a text tower, with the scale and bias of their logits; or one tower alone.
 
     Attributes:
+      trunk: a `Trunk` that is the attribute `trunk` of both towers as well, or None. It stands first: a module in
+        several attributes has the name of the first.
       image: the image tower, or None.
       text: the text tower, or None.
       scale_init: initial factor on cosines (stored as its log, `logit_scale`).
@@ -71,6 +74,7 @@ class TwoTower(nn.Module):
         head do.
     """
 
+    trunk: nn.Module | None = dataclasses.field(default=None, kw_only=True)
     image: nn.Module | None
     text: nn.Module | None
     scale_init: float = 10.0
