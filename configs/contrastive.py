@@ -23,6 +23,7 @@ METHODS = {  # changes of the model, the objective
     "wasserstein": (dict(space="gaussian"), CLIP | dict(similarity="wasserstein")),
     "codes": (NO_POOL | dict(space=dict(name="codes", size=1024, width=128)), CLIP),
     "lexical": (NO_POOL | dict(space="lexical"), dict(terms=dict(contrastive=CLIP, overuse=dict(weight=0.1)))),
+    "boxes": (NO_POOL | dict(space=dict(name="boxes", concepts=2048, width=32)), dict(name="entailment")),
     "mixed": ({}, dict(terms=dict(contrastive=CLIP, mixed=dict(weight=0.1, targets="concept")))),
     "separation": (
         dict(shared=True, image=dict(pool="gap", depth=1)),

@@ -102,7 +102,9 @@ def test_objective(declaration):
     model_section, section = settings(declaration)
     if embeddings_suffice(declaration):
         space = model_section.get("space")
-        space = space and catalogue.build("spaces", space, "config.model.space")
+        space = space and catalogue.build(
+            "spaces", SPACES.get(space, space) if isinstance(space, str) else space, "config.model.space"
+        )
         model = Towers(tokens=declaration.needs.get("model.image.pool") == "all", space=space)
     else:
         model = models.build(model_section)

@@ -11,7 +11,7 @@ from tests.support.models import IMAGES, TOKENS, initial, run, section
 from vlm_jax import models
 from vlm_jax.errors import UserError
 from vlm_jax.models import Encoded
-from vlm_jax.models.spaces import codes, lexical, sparsemax
+from vlm_jax.models.spaces import boxes, codes, lexical, log_containment, sparsemax
 
 RNG = np.random.default_rng(0)
 ROWS = [RNG.normal(size=(3, 4, 6)), np.array([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]], bool)]
@@ -100,6 +100,33 @@ def test_words():
     np.testing.assert_allclose(embedding, words / np.linalg.norm(words, axis=1, keepdims=True), rtol=1e-7)
 
 
+def test_boxes():
+    def by_hand(params, tokens):
+        own = tokens.mean(0) @ params["image_box"]["kernel"] + params["image_box"]["bias"]
+        corners = lambda b: [b[:2] + s * np.log1p(np.exp(b[2:])) / 2 for s in (-1, 1)]
+        log_side = lambda lower, upper: np.log(np.log1p(np.exp((upper - lower) / 0.5 - 2 * np.euler_gamma)))
+        (low, high), found = corners(own), []
+        for concept in params["concepts"]:
+            bottom, top = corners(concept)
+            lower = 0.5 * np.log(np.exp(low / 0.5) + np.exp(bottom / 0.5))
+            upper = -0.5 * np.log(np.exp(-high / 0.5) + np.exp(-top / 0.5))
+            found.append(np.sum(log_side(lower, upper) - log_side(low, high)))
+        return np.array(found)
+
+    _, embedding, log_p = check(boxes(concepts=5, width=2, temperature=0.5)(), by_hand, "log_entailed")
+    assert np.all(log_p < 0)
+    p = np.exp(log_p)
+    np.testing.assert_allclose(embedding, p / np.linalg.norm(p, axis=1, keepdims=True), rtol=1e-7)
+
+
+def test_cold_boxes_are_those_of_geometry():
+    """The shares of a box that lie in others, by their volumes: half of it, all of it, none of it."""
+    inner = np.array([[0.0, 0.0], [2.0, 1.0]])
+    outer = np.array([[[1.0, -1.0], [-3.0, -3.0], [5.0, 5.0]], [[4.0, 2.0], [9.0, 9.0], [6.0, 6.0]]])
+    p = np.exp(log_containment(outer, inner, 1e-6))
+    np.testing.assert_allclose(p, [0.5, 1.0, 0.0], atol=1e-5)
+
+
 def test_the_means_of_normal_distributions_are_the_towers_own_embeddings():
     """Bit for bit; and standard deviations begin where they are set."""
     config = section("two_tower")
@@ -120,7 +147,7 @@ def test_the_means_of_normal_distributions_are_the_towers_own_embeddings():
     [
         (dict(name="codes", weights="hard"), "space.weights is `hard`; expected one of: sparsemax, softmax"),
         (dict(name="lexical", activation="exp"), "space.activation is `exp`; expected one of: log1p, elu1p"),
-        ("words", "config.model.space is `words`; expected one of: codes, gaussian, lexical"),
+        ("words", "config.model.space is `words`; expected one of: codes, gaussian, lexical, boxes"),
         ("gaussian", "`gaussian` needs one vector of the image tower as mean; change its pool"),
     ],
 )

@@ -14,7 +14,7 @@ from vlm_jax.config import choose
 from vlm_jax.errors import UserError
 from vlm_jax.models.fields import Part
 from vlm_jax.models.layers import Norm
-from vlm_jax.models.pooling import MapPool
+from vlm_jax.models.pooling import MapPool, pool
 from vlm_jax.models.two_tower import unit
 
 
@@ -51,6 +51,72 @@ def lexical(*, activation: str = "log1p") -> Part:
     """Returns `Lexical`, for the term `overuse` (LexVLA, Li et al. 2024); the fields are described there."""
     choose(ACTIVATIONS, activation, "config.model.space.activation")
     return Part(Lexical, activation=activation)
+
+
+@method(
+    family="spaces",
+    system="ConceptCentric",
+    paper="arXiv:2412.13847",
+    differs="concepts are boxes; a picture or a text is a box that lies in those of its concepts",
+)
+def boxes(*, concepts: int = 2048, width: int = 32, temperature: float = 0.1) -> Part:
+    """Returns `Boxes`, for the term `entailment` (Geng and Tang 2024); the fields are described there."""
+    return Part(Boxes, concepts=concepts, width=width, temperature=temperature)
+
+
+class Boxes(nn.Module):
+    """P(c | x) = Vol(c and x) / Vol(x) for each concept c, and the embedding P / |P|.
+
+    A box is a center and positive sides: those of the concepts are learned, the same for both towers; those of a
+    picture or a text are dense maps of the tower's mean token. Corners are Gumbel variables (arXiv:2010.04831), so that
+    all volumes have gradients; as the temperature goes to 0, boxes are those of geometry. A second modality may learn
+    to project into boxes that are frozen: optimizer.params=((r"space/concepts.*", dict(freeze=True)), ...).
+
+    Attributes:
+      concepts: C, number of concepts.
+      width: dimensions of the boxes.
+      temperature: scale of the corners' Gumbel distributions.
+    """
+
+    concepts: int
+    width: int = 32
+    temperature: float = 0.1
+
+    @nn.compact
+    def __call__(self, encoded, side, table=None):
+        """`Encoded`, "image" or "text" -> unit-norm [B, C], {"log_entailed": log P, below 0, [B, C]}."""
+        exact = jnp.promote_types(encoded.tokens.dtype, jnp.float32)
+        centers = nn.initializers.normal(0.5)
+        known = self.param("concepts", centers, (self.concepts, 2 * self.width)).astype(exact)
+        mean = pool("mean", encoded.tokens, encoded.mask)
+        own = nn.Dense(2 * self.width, dtype=exact, name=f"{side}_box")(mean)
+        log_entailed = log_containment(corners(known)[:, None], corners(own)[:, :, None], self.temperature)
+        largest = jax.lax.stop_gradient(jnp.max(log_entailed, axis=1, keepdims=True))  # small volumes are no zeros
+        return unit(jnp.exp(log_entailed - largest)), {"log_entailed": log_entailed}
+
+
+def corners(box):
+    """Returns the lower and the upper corners [2, ..., D] of boxes [..., 2 D]: centers, then sides before softplus."""
+    center, side = jnp.split(box, 2, axis=-1)
+    half = jax.nn.softplus(side) / 2
+    return jnp.stack([center - half, center + half])
+
+
+def log_containment(outer, inner, temperature):
+    """Returns log of Vol(outer and inner) / Vol(inner), of corners [2, ..., D] that broadcast -> [...].
+
+    With temperature t: the expected volume of a box is prod_d t softplus((upper - lower) / t - 2 g), where g is Euler's
+    constant; an intersection's lower corner is t logsumexp(lower / t), its upper one -t logsumexp(-upper / t).
+    """
+    soft = lambda a, b: temperature * jnp.logaddexp(a / temperature, b / temperature)
+    lower, upper = soft(outer[0], inner[0]), -soft(-outer[1], -inner[1])
+    log_sides = lambda lower, upper: _log_softplus((upper - lower) / temperature - 2 * EULER)
+    return jnp.sum(log_sides(lower, upper) - log_sides(*inner), axis=-1)
+
+
+def _log_softplus(x):
+    """Returns log(log(1 + e^x)), which is x for small x."""
+    return jnp.where(x < -30, x, jnp.log(jax.nn.softplus(jnp.maximum(x, -30))))
 
 
 class Codes(nn.Module):
@@ -114,10 +180,10 @@ class Gaussian(nn.Module):
             )
         mean, tokens = unit(encoded.pooled), encoded.tokens
         head_dim = max(tokens.shape[-1] // self.heads, 1)
-        pool = MapPool(heads=self.heads, head_dim=head_dim, dtype=str(tokens.dtype), name=f"{side}_pool")
+        map_pool = MapPool(heads=self.heads, head_dim=head_dim, dtype=str(tokens.dtype), name=f"{side}_pool")
         start = nn.initializers.constant(math.log(self.sigma))
         dense = nn.Dense(mean.shape[-1], dtype=mean.dtype, bias_init=start, name=f"{side}_log_sigma")
-        return mean, {"sigma": jnp.exp(dense(pool(tokens, encoded.mask)))}
+        return mean, {"sigma": jnp.exp(dense(map_pool(tokens, encoded.mask)))}
 
 
 class Lexical(nn.Module):
@@ -162,5 +228,6 @@ def sparsemax(z):
     return jnp.maximum(z - threshold, 0)
 
 
+EULER = 0.5772156649015329
 WEIGHTS = {"sparsemax": sparsemax, "softmax": jax.nn.softmax}
 ACTIVATIONS = {"log1p": lambda x: jnp.log1p(jax.nn.relu(x)), "elu1p": lambda x: 1 + jax.nn.elu(x)}
