@@ -24,7 +24,8 @@ def is_default(declaration):
     return name and catalogue.of("terms")[name].options[key] == repr(declaration.name)
 
 
-CASES = [d for d in catalogue.of("terms", *PARTS, "selections", "spaces").values() if not is_default(d)]
+CASES = [d for d in catalogue.of("terms", *PARTS, "selections").values() if not is_default(d)]
+CASES += [d for d in catalogue.of("spaces").values() if d.name not in {c.needs.get("model.space") for c in CASES}]
 ROWS = 8
 
 
@@ -50,7 +51,8 @@ def settings(declaration):
 
 def embeddings_suffice(declaration):
     """Whether the smallest model with two embeddings has all that a declaration reads."""
-    contrastive = declaration.module.startswith("vlm_jax.objectives.contrastive")
+    of_towers = "vlm_jax.objectives.contrastive", "vlm_jax.objectives.alignment.soft_masks"
+    contrastive = declaration.module.startswith(of_towers)
     other = declaration.family in ("selections", "spaces")
     return (contrastive and "model.name" not in declaration.needs) or other
 
