@@ -29,7 +29,7 @@ METHODS = {  # changes of the model, the objective
         dict(shared=True, image=dict(pool="gap", depth=1)),
         dict(terms=dict(contrastive=CLIP, separation=dict(weight=0.5))),
     ),
-    "pairs": ({}, dict(terms=dict(contrastive=CLIP, pairs=dict(weight=0.1)))),
+    "class_pairs": ({}, dict(terms=dict(contrastive=CLIP, class_pairs=dict(weight=0.1)))),
     "arc_margin": ({}, dict(name="arc_margin", classes=2048, scale=30.0, margin=0.3)),
 }
 

@@ -74,13 +74,13 @@ def test_all_pairs():
                     values[same].append((cosine(z[i], z[j]) - same) ** 2)
         return (np.mean(values[1]) + np.mean(values[0])) / 2
 
-    lookup.check(lookup.differentiate(dict(name="pairs"), tables(), BATCH), by_hand, tables(), BATCH)
+    lookup.check(lookup.differentiate(dict(name="class_pairs"), tables(), BATCH), by_hand, tables(), BATCH)
 
 
 def test_drawn_pairs_are_of_the_row_s_class_or_of_others():
     """Two rows a class, two classes: the partner of the own class is known, the others are one of two."""
     batch = {key: value[:4] for key, value in BATCH.items()} | {"concept": np.array([0, 1, 0, 1])}
-    z, section = tables()["image"], dict(name="pairs", draws=3)
+    z, section = tables()["image"], dict(name="class_pairs", draws=3)
     cosines = np.array([[cosine(a, b) for b in z] for a in z])
     objective = objectives.build(section, lookup.Lookup(N, WIDTH))
     run = jax.jit(lambda rng: objectives.value(objective, lookup.Lookup(N, WIDTH), tables(), batch, rng))
@@ -88,11 +88,13 @@ def test_drawn_pairs_are_of_the_row_s_class_or_of_others():
     values = []
     for seed in range(20):
         loss, metrics = run(jax.random.key(seed))
-        np.testing.assert_allclose(metrics["pairs/positive"], (cosines[0, 2] + cosines[1, 3]) / 2, rtol=1e-12)
-        assert lowest <= metrics["pairs/negative"] <= highest
+        np.testing.assert_allclose(metrics["class_pairs/positive"], (cosines[0, 2] + cosines[1, 3]) / 2, rtol=1e-12)
+        assert lowest <= metrics["class_pairs/negative"] <= highest
         values.append(float(loss))
     assert len(set(values)) > 10
-    np.testing.assert_allclose(np.mean(values), lookup.differentiate(dict(name="pairs"), tables(), batch)[0], rtol=0.1)
+    np.testing.assert_allclose(
+        np.mean(values), lookup.differentiate(dict(name="class_pairs"), tables(), batch)[0], rtol=0.1
+    )
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.5])
@@ -124,8 +126,8 @@ def test_turning_by_nothing_changes_nothing_and_turning_lowers_everywhere():
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        (dict(name="pairs", key="kind"), "config.objective: the key is `kind`, which the batch lacks"),
-        (dict(name="pairs", draws=0), "draws is 0; expected at least 1"),
+        (dict(name="class_pairs", key="kind"), "config.objective: the key is `kind`, which the batch lacks"),
+        (dict(name="class_pairs", draws=0), "draws is 0; expected at least 1"),
         (dict(name="arc_margin", classes=3, key="kind"), "the key is `kind`, which the batch lacks"),
         (dict(name="arc_margin", classes=3, margin=4.0), "margin is 4.0; expected an angle in radians"),
         (dict(name="separation", of=("audio",)), r"`of` is \['audio'\]; expected some of: image, text"),

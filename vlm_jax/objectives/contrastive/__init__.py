@@ -45,10 +45,12 @@ def contrastive(
 
     Args:
       model: linen module with the outputs `image_embedding`, `text_embedding`, `scale` and `bias`.
-      penalty: "softmax", "sigmoid", "focal", "margin", or a dict with the name and options, `dict(name="softmax", label_smoothing=0.1)`.
+      penalty: "softmax", "sigmoid", "focal", "margin", or a dict with the name and options,
+        `dict(name="softmax", label_smoothing=0.1)`.
       similarity: "cosine"; "token_wise" or "multiple_instance", for towers with pool "all"; "wasserstein", for a model
         with the space `gaussian`.
-      targets: "identity", "null_image", a dict, or a batch key such as "concept": pictures and texts with equal values are positives.
+      targets: "identity", "null_image", a dict, or a batch key such as "concept": pictures and texts with equal values
+        are positives.
       negatives: "in_batch", or more candidates: `dict(name="queue", size=65536)`, `dict(name="texts", key="texts")`.
       max_scale: upper limit of the scale (100 in CLIP, Section 2.5); gradients that lower the scale still pass.
       mask: a batch key, bool [B]; examples with False are no negatives, and loss and metrics ignore them.

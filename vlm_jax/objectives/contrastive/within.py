@@ -72,7 +72,7 @@ def separation(
     paper="arXiv:2209.11055",
     differs="cosines of pairs from few labelled rows go to 1 for equal classes, to 0 for others",
 )
-def pairs(*, model: Any, key: str = "concept", of: str = "image_embedding", draws: int | None = None) -> Term:
+def class_pairs(*, model: Any, key: str = "concept", of: str = "image_embedding", draws: int | None = None) -> Term:
     """Mean of (cos(z_i, z_j) - y_ij)^2 over pairs of rows, y_ij = 1 for equal classes, else 0 (SetFit, Tunstall 2022).
 
     A head on the embeddings, such as a linear probe, then classifies. Rows with a label below 0 are left out.
@@ -106,7 +106,7 @@ def pairs(*, model: Any, key: str = "concept", of: str = "image_embedding", draw
             means.append(jnp.where(count > 0, jnp.sum(weight * cosines) / jnp.maximum(count, 1), jnp.nan))
         return sum(values) / 2, dict(zip(("positive", "negative"), means, strict=True))
 
-    return Term("pairs", lambda outputs, ctx: outputs[of], loss)
+    return Term("class_pairs", lambda outputs, ctx: outputs[of], loss)
 
 
 class Prototypes(nn.Module):
