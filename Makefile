@@ -63,6 +63,7 @@ $(VENV)/installed-test: $(VENV)/installed
 
 $(VENV)/installed-parity: $(VENV)/installed-test
 	$(PIP) --constraint $(LOCK) --editable '.[test,parity]'
+	$(PIP) --no-deps open_clip_torch==3.3.0 timm==1.0.31 torchvision ftfy wcwidth # tests/support/torchvision_import.py
 	touch $@
 
 $(VENV)/installed-docs: $(VENV)/installed-test

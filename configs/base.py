@@ -4,7 +4,9 @@ base          all training styles.
 base_select   one style (emojione) held out of training; the recipes are chosen on this style.
 
 Most of a run sees single emoji of 32 px with short texts, its end 64 px, scenes and their captions, as CLIPA
-(arXiv:2305.07017) does. Not yet trained to the end: no numbers.
+(arXiv:2305.07017) does. In the first part embeddings of pictures follow those of `clip:tiny` (CLIP-KD,
+arXiv:2307.12732): its head reads patches by their place, which a class token takes ten times as long to learn. For
+base_select, the teacher is the run runs/clip_select of `clip:select`. Not yet trained to the end: no numbers.
 """
 
 from typing import Any
@@ -18,8 +20,10 @@ SIZE, SMALL = 64, 32  # pixels
 LENGTH, SHORT, LONG = 32, 8, 64  # tokens: captions of four things with two attributes each have up to 33, names 8
 WIDTH = 192
 TOWER = dict(width=WIDTH, heads=3, mlp_dim=4 * WIDTH)
+TEACHERS = {"base": "pkg:vlm_jax/zoo/clip_tiny", "base_select": "runs/clip_select"}
 IMAGE = dict(patch=8, depth=6, image_size=SIZE, **TOWER)
-AUGMENT = "random_affine(15.0, 0.1, (0.6, 1.25)) | flip | jitter(0.2, 0.4, 0.8) | random_grey(0.2)"
+WEAK = "random_affine(10.0, 0.06, (0.82, 1.22)) | flip | jitter(0.1, 0.2, 0.4)"  # as the teacher's
+STRONG = "random_affine(15.0, 0.1, (0.6, 1.25)) | flip | jitter(0.2, 0.4, 0.8) | random_grey(0.2)"
 NAME = "random_caption('name/en', 'keywords/en', join=' ')"
 FOILS = ", ".join(f"'foils/{kind}'" for kind in ("object", "attribute", "relation", "count", "order"))
 
@@ -28,13 +32,9 @@ def tokenize(length: int) -> str:
     return f"lower | tokenize({length}, bos=False)"
 
 
-def preprocess(size: int) -> str:
-    return f"decode(exif=True) | resize({size}) | normalize"
-
-
 def two_towers(variant: str, penalty: str) -> ConfigDict:
     """CLIP's or SigLIP's towers; captions that are wrong by a word stand beside those of the scenes (NegCLIP)."""
-    tower = TOWER | dict(out_dim=WIDTH)
+    tower = TOWER | dict(out_dim=128)  # the teacher's
     text = dict(vocab_size=2985, length=LENGTH, depth=4, **tower)
     if penalty == "sigmoid":  # SigLIP's: attention pooling; the last place, whatever it holds
         pools = dict(pool="map"), dict(pool="last")
@@ -49,13 +49,22 @@ def two_towers(variant: str, penalty: str) -> ConfigDict:
             scale_init=10.0,
             bias_init=-10.0 if penalty == "sigmoid" else None,
         ),
-        objective=dict(name="contrastive", penalty=penalty, targets="concept", negatives="texts"),
+        objective=dict(terms=dict(contrastive=dict(penalty=penalty, targets="concept", negatives="texts"))),
         names=f"{NAME} | {tokenize(SHORT)} | keep('image', 'token_ids', 'concept')",
         names_then=f"{NAME} | {tokenize(LENGTH)} | {wrong} | keep('image', 'token_ids', 'concept', 'texts')",
         captions=f"random_caption('caption', 'sub_captions', weights=(3, 1)) | {tokenize(LENGTH)} | {wrong}"
         " | keep('image', 'token_ids', 'concept', 'texts')",
         length=LENGTH,
-        first=dict(objective=dict(negatives="in_batch"), tokenize=tokenize(SHORT)),
+        first=dict(
+            objective=dict(
+                teachers=dict(tiny=dict(spec=TEACHERS[variant])),
+                terms=dict(
+                    contrastive=dict(negatives="in_batch"),
+                    feature_distillation=dict(teacher="tiny", of=("image_embedding",), weight=10.0),
+                ),
+            ),
+            tokenize=tokenize(SHORT),
+        ),
     )
 
 
@@ -102,7 +111,8 @@ def in_two_stages(
       first: sections that the first stage has of its own.
     """
     styles = [style for style in TRAIN_STYLES if variant == "base" or style != "emojione"]
-    emoji = lambda size, texts: f"decode | resize({size}) | cache | {AUGMENT} | normalize | {texts}"
+    small = f"decode | crop_to_content | resize({SMALL}) | cache | {WEAK} | normalize | {names}"
+    large = f"decode | resize({SIZE}) | cache | {STRONG} | normalize | {names_then}"
     single = dict(uri="tfds:emoji", split="train", where=dict(style=styles))
     several = dict(uri=f"scenes:?size={SIZE}&styles={','.join(styles)}", split="train")
     naming = dict(type="zeroshot", uri="tfds:emoji", label="concept", classes="emoji:seen", every="10%")
@@ -110,13 +120,13 @@ def in_two_stages(
         dict(
             seed=0,
             batch_size=256,
-            duration="1M examples",
+            duration="600k examples",
             tokenizer="emoji",
-            preprocess=preprocess(SIZE),
+            preprocess=f"decode(exif=True) | resize({SIZE}) | normalize",
             tokenize=tokenize(length),
             data=dict(
                 sources=dict(
-                    emoji=single | dict(ops=emoji(SIZE, names_then)),
+                    emoji=single | dict(ops=large),
                     scenes=several | dict(ops=f"jitter(0.2, 0.2, 0.2) | normalize | {captions}"),
                 ),
                 workers=0,
@@ -128,13 +138,13 @@ def in_two_stages(
             ),
             stages=(
                 dict(
-                    share="90%",
-                    data=dict(sources=None, **single, ops=emoji(SMALL, names)),
+                    share="80%",
+                    data=dict(sources=None, **single, ops=small),
                     model=dict(image=dict(image_size=SMALL)),
-                    preprocess=preprocess(SMALL),
+                    preprocess=f"decode(exif=True) | crop_to_content | resize({SMALL}) | normalize",
                     **first or {},
                 ),
-                dict(share="10%"),
+                dict(share="20%"),
             ),
             evals={
                 "base": dict(unseen_style=naming | dict(split="unseen_style")),

@@ -29,7 +29,10 @@ ROOMS = (  # lowest first; rooms of one line do not import each other
 LEVELS = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 ROOM_OF = {
     **dict.fromkeys(("", "errors", "config", "catalogue", "command"), "ground"),
-    **dict.fromkeys(("train", "evaluate", "convert", "precompute", "compare", "methods", "index"), "commands"),
+    **dict.fromkeys(
+        ("train", "evaluate", "convert", "precompute", "compare", "methods", "index", "inspect", "score", "select"),
+        "commands",
+    ),
     "__main__": "package",
 }
 

@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable
 
 LONGEST = 4000  # characters of a UserError
@@ -23,8 +24,25 @@ class UserError(ValueError):
         super().__init__(text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 4 :]}")
 
 
+class StoreError(UserError):
+    """Raised if a store of data, or the cache of its blocks, cannot be used: no example is bad, so the run ends."""
+
+
+class DeniedError(StoreError):
+    """Raised if a store gives no access to a file; some stores say so of files that are not there."""
+
+
 class DivergedError(UserError):
     """Raised if the loss of a training is not finite."""
+
+
+def check_on_disk(path: object, what: str) -> None:
+    """Raises a UserError if a path is a URL, or what `pathlib` makes of one: `gs:/bucket`."""
+    if found := re.search(r"(?:^|/)((?:s3|gs|gcs|https?|file|memory):/.*)", str(path)):
+        raise UserError(
+            f"{what} `{found[1]}`: runs write to disk, with locks and renames that stores lack; give a folder that all "
+            "hosts see, and copy it to the store by the store's own tool"
+        )
 
 
 def near(name: str, known: Iterable[str], otherwise: str = "") -> str:

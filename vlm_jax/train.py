@@ -190,7 +190,7 @@ def _train(
                     speed = clock.metrics(step - first)
                     shown = f"loss {metrics['loss']:.3f}, {speed['examples_per_second']:,.0f} examples/s"
                     bar.set_postfix_str(f"{shown}, MFU {speed['mfu']:.0%}" if "mfu" in speed else shown, refresh=False)
-                    writer.write(step, {**metrics, "examples": step * batch_size, **speed})
+                    writer.write(step, {**metrics, "examples": step * batch_size, **speed, **batches.taken()})
                 bar.update()
                 if save:
                     saver.save(step, state, {**clock.progress(), "data": position(batches), "stage": stage.number})
@@ -211,7 +211,9 @@ def _train(
             if stage.first == int(state.step) > 0:
                 before, (batches, program) = batches, built(stage)
                 batches.go_on(before.get_state())
-                state = staging.carried(state, program.abstract_state, stage)
+                with jax.set_mesh(mesh):
+                    begin = partial(program.init, jax.random.key(seed), {})
+                    state = staging.carried(state, program.abstract_state, stage, begin)
             state, progress = take(stage, state, progress)
         with doing("writing the checkpoint"):
             saver.wait()
@@ -259,7 +261,8 @@ def counts_of(position: Mapping[str, Any], batches: loader.Loader) -> dict[str, 
     """Returns how many examples were read, how many of them were bad, by kind, and what is no example."""
     kinds = {f"data/bad/{kind}": count for kind, count in sorted(position["kinds"].items())}
     counts = {"data/read_examples": position["read"], "data/bad_examples": position["bad"], **kinds}
-    return counts | {"data/left_out": sum(batches.left_out.values())}
+    counts |= {"data/left_out": sum(batches.left_out.values())}
+    return counts | {f"data/{name}": count for name, count in sorted(batches.requests.items())}
 
 
 class Evaluation:

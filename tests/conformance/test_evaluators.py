@@ -16,7 +16,7 @@ CONCEPTS = {0: "grinning face", 570: "monkey", 571: "gorilla", 575: "dog"}
 TEXTS = dict(ul2.get_config("smoke").evals.unseen_concepts)
 GIVEN = dict(  # the slices hold all pictures of the four classes
     uri="tfds:emoji", split="unseen_style[:600]", train_split="train[:2000]",
-    label="concept", classes=CONCEPTS, captions="name/en",
+    label="concept", classes=CONCEPTS, captions="name/en", caption="name/en",
     where={"concept": list(CONCEPTS)}, train_where={"concept": list(CONCEPTS)}, shots=2, seeds=1, gallery=2,
     gallery_split="train[:2000]", gallery_where={"concept": list(CONCEPTS)},
     methods=["zero_shot", "tip_adapter"],

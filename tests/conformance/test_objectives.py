@@ -53,7 +53,7 @@ def embeddings_suffice(declaration):
     """Whether the smallest model with two embeddings has all that a declaration reads."""
     of_towers = "vlm_jax.objectives.contrastive", "vlm_jax.objectives.alignment.soft_masks"
     contrastive = declaration.module.startswith(of_towers)
-    other = declaration.family in ("selections", "spaces")
+    other = declaration.family in ("selections", "spaces") or declaration.name == "self_distillation"
     return (contrastive and "model.name" not in declaration.needs) or other
 
 
@@ -65,13 +65,11 @@ def batch(model):
     if "write" in getattr(model, "can", ()):
         given = {"input_ids": TOKENS[rows[::-1]]}
     wrong = TOKENS[(rows[:, None] + [1, 2]) % len(TOKENS)]
-    return given | {
-        "token_ids": TOKENS[rows],
-        "texts": wrong,
-        "concept": rows,
-        "denoiser": rows % 2,
-        "visual": rows > 0,
-    }
+    tasks = {f"{task}_token_ids": TOKENS[(rows + i) % len(TOKENS)] for i, task in enumerate(("cap", "aref", "gcap"))}
+    tasks |= {key.replace("token_ids", "counts"): ids > i for i, (key, ids) in enumerate(tasks.items())}
+    crops = rng.normal(size=(3, ROWS, *IMAGES.shape[1:])).astype(np.float32)
+    tasks |= {"global": crops[0], "local": np.moveaxis(crops[1:], 0, 1), "visual": rows > 0}
+    return given | tasks | {"token_ids": TOKENS[rows], "texts": wrong, "concept": rows, "denoiser": rows % 2}
 
 
 def begin(objective, model, given):

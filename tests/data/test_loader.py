@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_jax.data import examples, loader, mixture
+from vlm_jax.data import examples, loader
+from vlm_jax.data import order as orders
 from vlm_jax.data.rows import collate
 from vlm_jax.errors import UserError
 
@@ -309,7 +310,7 @@ def test_the_generator_of_a_draw_is_that_of_a_fresh_philox():
 
 
 def test_a_very_large_epoch_needs_no_memory():
-    order = mixture.epoch_order(0, 3, 2**33)
+    order = orders.full(0, 3, 2**33)
     assert len({int(order[i]) for i in range(100)}) == 100
 
 
@@ -318,7 +319,7 @@ def test_tensorflow_is_not_imported_and_jax_not_by_this_package():
     code = (
         "import sys; sys.modules['jax'] = None; import vlm_jax.data.loader as l;"
         "l.train_loader(uri='tfds:emoji', split='train', ops='decode', batch_size=4);"
-        "assert not any(m.split('.')[0] in ('tensorflow', 'torch', 'flax', 'optax') for m in sys.modules)"
+        "assert not any(m.split('.')[0] in ('tensorflow', 'torch', 'flax', 'optax', 'fsspec') for m in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
 

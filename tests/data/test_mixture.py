@@ -6,7 +6,7 @@ import logging
 import numpy as np
 import pytest
 
-from vlm_jax.data import loader, mixture
+from vlm_jax.data import loader, mixture, turns
 from vlm_jax.errors import UserError
 
 OPS = "random_caption('words') | keep('n', 'text')"
@@ -46,12 +46,82 @@ def plain(batches):
 
 @pytest.mark.parametrize("weights", [(1,), (1, 3), (5, 2, 2, 7), (1, 1000)])
 def test_one_source_has_each_turn_and_shares_hold_over_any_stretch(weights):
-    counts = np.array([mixture.turns(position, weights) for position in range(2001)])
+    counts = np.array([turns.turns(position, weights) for position in range(2001)])
     steps = np.diff(counts, axis=0)
     assert set(steps.ravel()) <= {0, 1} and (steps.sum(1) == 1).all()
     off = counts - np.arange(2001)[:, None] * np.array(weights) / sum(weights)
     assert np.ptp(off, axis=0).max() < len(weights)
-    assert mixture.turns(10**15 * sum(weights), weights) == [10**15 * weight for weight in weights]
+    assert turns.turns(10**15 * sum(weights), weights) == [10**15 * weight for weight in weights]
+
+
+SCHEDULES = {
+    "fixed": (3.0, 1.0, 0.5),
+    "a ramp": ([(0, 3.0), (1000, 1.0)], 1.0, 0.5),
+    "a jump": ([(0, 2.0), (400, 2.0), (400, 0.1)], 1.0, 1.0),
+    "a source that never begins": (1.0, 2.0, [(0, 1.0), (0, 0)]),
+    "a late source": (1.0, [(500, 0), (700, 1.0)], [(0, 0.3), (900, 0)]),
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_weights_are_kept_to_a_percent_over_1e5_draws(kind):
+    size, batches = 100, 1000
+    points = [turns.points_of(weight, "weight") for weight in SCHEDULES[kind]]
+    own = turns.Turns(points, size)
+    counts = np.array([own(k * size) for k in range(batches + 1)])
+    values = np.array([[turns.value_at(one, k) for one in points] for k in range(batches)])
+    wanted = size * (values / values.sum(1, keepdims=True)).cumsum(0)
+    assert (counts.sum(1) == size * np.arange(batches + 1)).all()
+    np.testing.assert_allclose(counts[-1], wanted[-1], rtol=0.01)
+    assert np.abs(counts[1:] - wanted).max() <= 0.01 * wanted[-1].max()
+    last = own(size * batches)
+    for position in [*range(0, 300), *range(39_800, 40_200), *range(69_900, 70_100)]:
+        steps = np.subtract(own(position + 1), own(position))
+        assert sorted(steps) == [0, 0, 1]
+        assert (np.array(own(position)) <= last).all()
+
+
+def test_a_schedule_changes_the_batches_and_the_log_counts_them(tables):
+    weights = ([(0, 1.0), (5, 1.0), (5, 3.0)], 1.0)
+    mixed = dict(sources=sources(tables, weights), batch_size=8, seed=3)
+    batches = loader.train_loader(**mixed)
+    assert batches.taken()["data/few/examples"] == 0
+    out = take(batches, 10)
+    assert [(batch["n"] < 10).sum() for batch in out] == [4] * 5 + [6] * 5
+    assert batches.taken() == {
+        "data/few/examples": 50, "data/few/epochs": 5.0, "data/many/examples": 30, "data/many/epochs": 30 / 37,
+    }  # fmt: skip
+    again = loader.train_loader(**mixed)
+    again.set_state(json.loads(json.dumps(batches.get_state())) | {"batch": 3})
+    assert plain(take(again, 7)) == plain(out[3:])
+    assert loader.train_loader(uri=tables["few"], ops=OPS, batch_size=8).taken() == {}
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        ("much", "few.weight is 'much'; expected a number above 0, or"),
+        ([], r"few.weight is \[\]; expected"),
+        ([(5, 1.0), (2, 1.0)], "in the steps' order"),
+        ([(0.5, 1.0)], "few.weight is"),
+        ([(0, -1.0)], "few.weight is"),
+        ([(0, float("nan"))], "few.weight is"),
+        ([(0, 0)], "few.weight is"),
+        ([(0, 1.0), (9, 1.0, 2)], "few.weight is"),
+        (True, "few.weight is True"),
+    ],
+)
+def test_a_wrong_schedule_is_one_line(tables, weight, message):
+    with pytest.raises(UserError, match=message):
+        loader.train_loader(sources=sources(tables, (weight, 1.0)), batch_size=8)
+
+
+def test_weights_of_0_together_are_one_line(tables):
+    with pytest.raises(UserError, match="all weights of the sources are 0 after 7 steps"):
+        loader.train_loader(sources=sources(tables, ([(0, 1.0), (7, 0)], [(0, 1.0), (7, 0)])), batch_size=8)
+    late = sources(tables, ([(0, 0), (7, 1.0)], 1.0), few=dict(rows="texts"))
+    with pytest.raises(UserError, match="the row set `texts` has the weight 0 at the first step"):
+        loader.train_loader(sources=late, batch_size=8)
 
 
 def test_examples_take_turns_and_every_epoch_of_a_source_has_all_of_it(tables):

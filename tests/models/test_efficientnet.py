@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from vlm_jax.errors import UserError
-from vlm_jax.models.efficientnet import EfficientNetLite, FrozenBatchNorm, block_sizes, depthwise, lookup
+from vlm_jax.models.convolutions import FrozenBatchNorm, depthwise
+from vlm_jax.models.efficientnet import EfficientNetLite, block_sizes, lookup
 from vlm_jax.params.table import named_leaves
 
 KEY = jax.random.key(0)
@@ -31,7 +32,10 @@ def test_unknown_variant():
         lookup("b0")
 
 
-@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, "SAME"), (5, 2, "SAME"), (3, 2, "VALID")])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"),
+    [(3, 1, "SAME"), (5, 2, "SAME"), (3, 2, "VALID"), (7, 1, "SAME"), (7, 2, ((3, 2), (3, 3)))],
+)
 def test_depthwise(kernel, stride, padding):
     """Values and gradients of what runs on a CPU equal the grouped convolution's, at odd and even sizes."""
     rng = np.random.default_rng(0)

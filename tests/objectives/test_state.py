@@ -18,6 +18,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.objectives import Objective, Row, Selection, Teacher, Term
 from vlm_jax.params import optim, sharding
 from vlm_jax.params.table import named_leaves
+from vlm_jax.run import stages
 from vlm_jax.run.program import build_program
 
 B, STEPS = 8, 6
@@ -160,6 +161,44 @@ def test_reached(states):
         **dict.fromkeys(("objective/head_size/head/kernel", "objective/head_size/head/bias"), late),
     }
     assert [bool(objectives.active(reach, step)[late]) for step in (0, 1, 2, 5)] == [False, False, True, True]
+
+
+def test_a_teacher_of_some_parameters_follows_them_bit_for_bit():
+    """Of the image tower alone, for 20 steps, on a mesh."""
+    terms = dict(contrastive={}, feature_distillation=dict(of=["image_embedding"]))
+    objective = dict(terms=terms, teachers=dict(average=dict(decay=0.75, of="image.*")))
+    split = ((r"image_fc/kernel", ("fsdp", None)), (r".*", ()))
+    program = build(objective, mesh=sharding.make_mesh(data=2, fsdp=2, tensor=2), ema=None, partition=split)
+    state, step = program.init(jax.random.key(0), {}), program.compile_step()
+    batch = sharding.to_global(BATCH, program.mesh, B)
+    follow = jax.jit(lambda a, p: a + 0.25 * (p - a))
+    expected = {n: leaf for n, leaf in jax.device_get(named_leaves(state.params)).items() if n.startswith("image")}
+    for _ in range(20):
+        state, _, _ = step(state, batch, {})
+        params = jax.device_get(named_leaves(state.params))
+        expected = {n: follow(old, params[n]) for n, old in expected.items()}
+    found = jax.device_get(named_leaves(state.objective_state["teachers"]["average"]))
+    assert found.keys() == expected.keys() and len(found) == 4
+    jax.tree.map(np.testing.assert_array_equal, found, jax.device_get(expected))
+    assert not np.array_equal(found["image_fc/kernel"], params["image_fc/kernel"])
+
+
+def test_a_stage_that_adds_terms_begins_them_as_a_new_run_and_its_teacher_as_the_model():
+    before, term = build(dict(name="contrastive")), dict(reaches="text_head/.*|objective/.*")
+    terms = dict(contrastive={}, head_size=term, feature_distillation=dict(of=["image_embedding"]))
+    after = build(dict(terms=terms, teachers=dict(average=dict(decay=0.5, of="image.*"))))
+    stage = stages.Stage(2, 1, STEPS, {})
+    stages.check(before.abstract_state, after.abstract_state, stage)
+    state, new = before.init(jax.random.key(1), {}), jax.jit(after.init)(jax.random.key(0), {})
+    found = stages.carried(state, after.abstract_state, stage, partial(after.init, jax.random.key(0), {}))
+    found, state, new = (named_leaves(jax.device_get(tree)) for tree in (found, state, new))
+    assert found.keys() == new.keys() > state.keys()
+    for name, leaf in found.items():
+        teacher = name.replace("objective_state/teachers/average/", "params/")
+        np.testing.assert_array_equal(leaf, state.get(name, state.get(teacher, new[name])), err_msg=name)
+    own = [name for name in found if "objective/head_size" in name]
+    assert len(own) == 8 and np.any(found["params/objective/head_size/head/kernel"])  # kernel, bias: ema, mu, nu
+    stages.check(after.abstract_state, before.abstract_state, stage)  # and they may go
 
 
 # What a run holds.

@@ -1,6 +1,4 @@
-"""Weights and pictures that wheels carry.
-
-Torchvision, and open_clip and timm with it, is of the machine: its wheels fit one build of torch each."""
+"""Weights and pictures that wheels carry; torchvision, and open_clip and timm with it, are of the machine."""
 
 import importlib
 import importlib.util
@@ -9,7 +7,10 @@ import pathlib
 import numpy as np
 import pytest
 
-REASON = "needs a torchvision built for this torch: pip install open_clip_torch timm torchvision"
+from tests.support import torchvision_import
+
+REASON = "needs pip install --no-deps open_clip_torch timm torchvision, and ftfy"
+torchvision_import.prepare()
 
 
 @pytest.fixture(scope="session")

@@ -7,14 +7,17 @@ import jax
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-pytest.importorskip("open_clip", reason="open_clip_torch needs a torchvision built for this torch", exc_type=Exception)
+pytest.importorskip(
+    "open_clip", reason="pip install --no-deps open_clip_torch timm torchvision ftfy", exc_type=Exception
+)
 
 import open_clip
 
 import vlm_jax
 from tests.support import make_references as references
+from tests.support.open_clip_models import batch, new, save, theirs
 from tests.support.paths import GOLDEN
 from tests.support.released import by_their_names, loss_and_embeddings, read
 from tests.support.torch_parity import close, gradients_like
@@ -37,40 +40,6 @@ SMALL = {
     "tanh": dict(CUSTOM, vision_cfg=VISION, text_cfg=SIGLIP_WORDS | dict(act_kwargs=dict(approximate="tanh"))),
     "siglip": SIGLIP,
 }
-
-
-def new(config):
-    """A randomised model of open_clip with a `model_cfg`."""
-    torch.manual_seed(0)
-    if config.get("custom_text") and config is not SIGLIP:
-        model = open_clip.CustomTextCLIP(**{key: value for key, value in config.items() if key != "custom_text"})
-    else:
-        model = references.open_clip_model(config)
-    return references.randomised(model)
-
-
-def save(model, config, folder):
-    """As open_clip puts a model on the hub."""
-    (folder / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=config)))
-    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
-
-
-def batch(model, size=3):
-    """Images [B, H, W, 3] and token ids, the first text a short one."""
-    rng = np.random.default_rng(0)
-    sides = model.visual.image_size if hasattr(model.visual, "image_size") else (8, 8)
-    images = rng.normal(size=(size, *sides, 3)).astype(np.float32)
-    token_ids = rng.integers(3, 29, (size, model.context_length)).astype(np.int32)
-    token_ids[0, 5:], token_ids[1:, -1] = 0, 30
-    token_ids[0, 5] = 30
-    return images, token_ids
-
-
-def theirs(model, images, token_ids):
-    """Unit-norm image and text embeddings, and logits."""
-    image = model.encode_image(torch.tensor(images).permute(0, 3, 1, 2), normalize=True)
-    text = model.encode_text(torch.tensor(token_ids, dtype=torch.long), normalize=True)
-    return image, text, model.logit_scale.exp() * image @ text.T + (model.logit_bias or 0)
 
 
 @pytest.mark.parametrize("name", SMALL)

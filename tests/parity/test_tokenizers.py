@@ -177,6 +177,35 @@ def test_wordpiece(cased, tmp_path):
     agree_written(spec, "lower | tokenize(20, bos=False)", tmp_path / "lower", model_type="bert")
 
 
+# --- RoBERTa and XLM-R ----------------------------------------------------------------------------------------------
+
+
+def trained(model, trainer, pre_tokenizer):
+    """The `model` of tokenizer.json, trained on the texts."""
+    tokenizer = hf.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.train_from_iterator(texts(), trainer)
+    return json.loads(tokenizer.to_str())["model"]
+
+
+@pytest.mark.parametrize("model_type", ["roberta", "xlm-roberta"])
+def test_roberta(model_type, tmp_path):
+    options = dict(vocab_size=600, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"], show_progress=False)
+    if model_type == "roberta":
+        alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
+        trainer = hf.trainers.BpeTrainer(**options, initial_alphabet=alphabet)
+        state = trained(hf.models.BPE(), trainer, hf.pre_tokenizers.ByteLevel(add_prefix_space=False))
+        made = transformers.RobertaTokenizer(vocab=state["vocab"], merges=list(map(tuple, state["merges"])))
+    else:
+        trainer = hf.trainers.UnigramTrainer(**options, unk_token="<unk>")
+        state = trained(hf.models.Unigram(), trainer, hf.pre_tokenizers.Metaspace())
+        made = transformers.XLMRobertaTokenizer(vocab=list(map(tuple, state["vocab"])))
+    made.save_pretrained(tmp_path)
+    spec, ops = agree(tmp_path, 20, model_type)
+    assert tokenizers.build(spec).pad_id == 1
+    agree_written(spec, ops, tmp_path / "written", model_type=model_type)
+
+
 # --- SentencePiece --------------------------------------------------------------------------------------------------
 
 

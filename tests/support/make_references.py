@@ -53,7 +53,13 @@ TRANSFORMERS = {
     "dinov2": lambda: T.Dinov2Model(T.Dinov2Config(**DINO, layerscale_value=0.7)),
     "dinov2_gated": lambda: T.Dinov2Model(T.Dinov2Config(**DINO, use_swiglu_ffn=True)),
     "dinov2_registers": lambda: T.Dinov2WithRegistersModel(T.Dinov2WithRegistersConfig(**DINO)),
+    "dinov3": lambda: T.DINOv3ViTModel(
+        T.DINOv3ViTConfig(**IMAGE, num_register_tokens=2, layerscale_value=0.7, use_gated_mlp=True)
+    ),
     "bert": lambda: T.BertModel(T.BertConfig(**TEXT)),
+    "xlm_roberta": lambda: T.XLMRobertaModel(
+        T.XLMRobertaConfig(**TEXT | dict(max_position_embeddings=9, pad_token_id=0))
+    ),
 }
 
 # What open_clip_config.json holds: the fields that are not their defaults.
@@ -81,9 +87,30 @@ class TimmTower(torch.nn.Module):
         return self.head(self.trunk(images))
 
 
+SMALLER = {  # timm's name -> arguments that make it a small model
+    "eva02_base_patch16_clip_224": dict(embed_dim=64, num_heads=1, depth=1, img_size=8, patch_size=4),
+    "convnext_tiny": dict(depths=(1, 1, 2, 1), dims=(8, 8, 12, 16)),
+}
+EVA02 = dict(image_size=8, timm_model_name="eva02_base_patch16_clip_224", timm_pool="token", timm_proj="")
+CONVNEXT = dict(image_size=32, timm_model_name="convnext_tiny", timm_pool="", timm_proj="mlp")
+RESNET = dict(image_size=32, layers=[1, 1, 2, 1], width=2, head_width=32, patch_size=None)
+FAMILIES = {
+    "open_clip_eva02": dict(embed_dim=12, vision_cfg=EVA02, text_cfg=WORDS),
+    "open_clip_convnext": dict(embed_dim=12, vision_cfg=CONVNEXT, text_cfg=WORDS),
+    "open_clip_resnet": dict(embed_dim=12, quick_gelu=True, vision_cfg=RESNET, text_cfg=WORDS),
+}
+
+
 def open_clip_model(config):
-    """The model of a `model_cfg`; a trunk named `vit_siglip` is a small one."""
-    if "timm_model_name" not in config["vision_cfg"]:
+    """The model of a `model_cfg`; a trunk named `vit_siglip`, or in `SMALLER`, is a small one."""
+    timm_name = config["vision_cfg"].get("timm_model_name")
+    if timm_name in SMALLER:
+        create, timm.create_model = timm.create_model, lambda *args, **more: create(*args, **more, **SMALLER[timm_name])
+        try:
+            return open_clip.CLIP(**config)
+        finally:
+            timm.create_model = create
+    if timm_name is None:
         return open_clip.CLIP(**config)
     config = {key: value for key, value in config.items() if key != "custom_text"} | dict(vision_cfg=VISION)
     model = open_clip.CustomTextCLIP(**config)
@@ -91,7 +118,7 @@ def open_clip_model(config):
     return model
 
 
-OPEN_CLIP = {"open_clip": CLIP, "open_clip_siglip": SIGLIP, "openai": BARE}
+OPEN_CLIP = {"open_clip": CLIP, "open_clip_siglip": SIGLIP, "openai": BARE} | FAMILIES
 
 POOLER = dict(attentional_pool=True, attn_pooler_heads=2, attn_pooler_queries=5, output_tokens=True)
 COCA_WORDS = WORDS | dict(width=12)
@@ -115,16 +142,20 @@ def randomised(model):
         for parameter in model.parameters():
             noise = 0.05 * torch.randn_like(parameter) if parameter.ndim else 0
             parameter.copy_((parameter + noise).half().float())
+        for name, statistic in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                drawn = torch.rand_like(statistic) + (0.5 if name.endswith("var") else -0.5)
+                statistic.copy_(drawn.half().float())
     return model.eval()
 
 
-def inputs(packed=False):
+def inputs(packed=False, side=8):
     """Images and token ids, the first text a short one."""
     rng = np.random.default_rng(0)
     token_ids = rng.integers(3, 29, (3, 8)).astype(np.int32)
     token_ids[0, 5:], token_ids[1:, -1] = (30, 0, 0), 30
     if not packed:
-        return dict(image=rng.normal(size=(3, 8, 8, 3)).astype(np.float32), token_ids=token_ids)
+        return dict(image=rng.normal(size=(3, side, side, 3)).astype(np.float32), token_ids=token_ids)
     patches = rng.normal(size=(3, 6, 4 * 4 * 3)).astype(np.float32)
     return dict(patches=patches, grid=np.array([[2, 3], [1, 2], [1, 5]], np.int32), token_ids=token_ids)
 
@@ -144,10 +175,10 @@ def of_transformers(name, make):
     """The npz of one model."""
     model = randomised(make())
     arrays = inputs(name == "siglip2")
-    given = to_torch(arrays, sees_padding=name not in ("dual", "bert"))
+    given = to_torch(arrays, sees_padding=name not in ("dual", "bert", "xlm_roberta"))
     if name in ("siglip", "siglip2"):
         del given["attention_mask"]
-    takes_images = name in ("clip_vision", "vit", "vit_classifier") or name.startswith("dinov2")
+    takes_images = name in ("clip_vision", "vit", "vit_classifier") or name.startswith("dinov")
     two = name in ("clip_eos", "clip_argmax", "siglip", "siglip2", "dual")
     if not two:
         keep = ("pixel_values",) if takes_images else ("input_ids", "attention_mask")
@@ -169,7 +200,7 @@ def of_transformers(name, make):
     else:
         keys = ("image_embeds", "text_embeds", "logits", "pooler_output")
         found = dict(pooled=next(out[key] for key in keys if key in out))
-        if name in ("vit", "dinov2", "dinov2_gated", "dinov2_registers"):
+        if name == "vit" or name.startswith("dinov"):
             found["image_tokens"] = out.last_hidden_state
         elif not takes_images:
             found["text_tokens"] = out.last_hidden_state * seen
@@ -206,7 +237,7 @@ def gradients_of(model):
 def of_open_clip(name, config):
     """The npz of one model."""
     model = randomised(open_clip_model(config))
-    arrays = inputs()
+    arrays = inputs(side=config["vision_cfg"]["image_size"])
     images = torch.tensor(arrays["image"]).permute(0, 3, 1, 2)
     image = model.encode_image(images, normalize=True)
     text = model.encode_text(torch.tensor(arrays["token_ids"], dtype=torch.long), normalize=True)
@@ -219,7 +250,8 @@ def of_open_clip(name, config):
         gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
         stored["open_clip_config.json"] = text_of(dict(model_cfg=config))
         stored["open_clip_model.safetensors"] = file_of(model.state_dict(), torch.half)
-        stored["gradients.safetensors"] = file_of(gradients, torch.float)
+        if name not in FAMILIES:
+            stored["gradients.safetensors"] = file_of(gradients, torch.float)
     found = dict(image=image, text=text, logits=logits)
     return stored | {f"output/{key}": value.detach().numpy() for key, value in found.items()}
 

@@ -31,12 +31,15 @@ TOKENS = np.array([[BOS, 3, 4, EOS, 0, 0, 0, 0], [BOS, 5, 6, 7, 8, EOS, 0, 0], [
 
 
 def section(kind: str, scan: bool = False) -> dict:
-    """config.model of a kind: two_tower, captioner, coca, encoder_decoder, prefix_lm, many_tower."""
+    """config.model of a kind, a method of the family "models"."""
     sizes, t5 = dict(SIZES, scan=scan), dict(T5_SIZES, scan=scan)
     image, texts = dict(sizes, patch=8), dict(vocab_size=VOCAB, length=LENGTH)
     match kind:
         case "two_tower":
             return dict(name=kind, image=dict(image, out_dim=OUT), text=dict(sizes, **texts, out_dim=OUT))
+        case "two_tower_captioner":
+            image, text = dict(image, pool="map", image_size=16, any_size=True), dict(sizes, **texts)
+            return dict(name=kind, image=image, text=text, decoder=dict(text, mask_token=True), bias_init=-10.0)
         case "captioner":
             return dict(name=kind, image=image, decoder=dict(sizes, **texts, mask_token=True))
         case "coca":

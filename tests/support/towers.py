@@ -26,16 +26,18 @@ class Towers(nn.Module):
     outputs: ClassVar = EMBEDDINGS
 
     @nn.compact
-    def __call__(self, images, token_ids, *, train=False):
+    def __call__(self, images, token_ids, *, hidden=None, train=False):
         scale = jnp.exp(self.param("logit_scale", nn.initializers.constant(np.log(10.0)), ()))
         bias = self.param("logit_bias", nn.initializers.constant(-3.0), ())
-        image = text = patches = words = image_parts = text_parts = None
+        image = text = patches = words = pooled = image_parts = text_parts = None
         embed = nn.Embed(14, 6, name="embed")
         space = self.space and self.space(name="space")
         if images is not None:
             x = nn.Dropout(self.dropout, deterministic=not train)(images.reshape(len(images), 4, -1))
-            patches = nn.gelu(nn.Dense(7, name="image_fc")(x))
-            image = self._unit(nn.Dense(5, name="image_head")(patches))
+            x = nn.Dense(7, name="image_fc")(x)
+            patches = nn.gelu(x if hidden is None else jnp.where(hidden[0][..., None], hidden[1], x))
+            pooled = nn.Dense(5, name="image_head")(patches)
+            image, pooled = self._unit(pooled), pooled.mean(1)
         if token_ids is not None:
             words = embed(token_ids)
             text = self._unit(nn.Dense(5, name="text_head")(words))
@@ -43,7 +45,7 @@ class Towers(nn.Module):
             image, image_parts = space(Encoded(image, patches, None), "image", embed.embedding)
         if space and token_ids is not None:
             text, text_parts = space(Encoded(text, words, None), "text", embed.embedding)
-        return Embeddings(image, text, patches, words, scale, bias, image_parts, text_parts)
+        return Embeddings(image, text, patches, words, scale, bias, pooled, None, image_parts, text_parts)
 
     def _unit(self, x):
         x = x if self.tokens else x.mean(1)

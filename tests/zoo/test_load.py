@@ -16,6 +16,7 @@ from vlm_jax import models
 from vlm_jax.errors import UserError
 from vlm_jax.params import sharding
 from vlm_jax.params.table import named_leaves
+from vlm_jax.pretrained import Pretrained
 from vlm_jax.zoo import key_map, recognize
 from vlm_jax.zoo.readers.tensors import open_tensors, write_safetensors
 
@@ -150,6 +151,28 @@ def test_positions_never_resample_silently(clip):
         vlm_jax.load(clip, image_size=16, resample="area", **SAYS)
     same = vlm_jax.load(clip, image_size=8, **SAYS)
     assert np.array_equal(same.params["image"]["pos_embed"], vlm_jax.load(clip, **SAYS).params["image"]["pos_embed"])
+
+
+def test_longer_texts_keep_what_short_ones_were(tmp_path):
+    """A causal tower of 24 tokens reads 40: the first 20 places, and so short texts, are as they were."""
+    tower = dict(width=16, depth=1, heads=2, mlp_dim=16, out_dim=8)
+    text = dict(vocab_size=2985, length=24, pool="eos", eos_id=2, causal=True, **tower)
+    section = dict(image=dict(patch=8, image_size=8, **tower), text=text)
+    model = models.build(section)
+    params = model.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32), np.zeros((1, 24), int))["params"]
+    own = dict(preprocess="decode | resize(8) | normalize", tokenize="lower | tokenize(24, bos=False)")
+    about = dict(own, tokenizer="emoji", model=section)
+    vlm_jax.save_pretrained(Pretrained(model, params, None, **own, config=about), tmp_path / "a")
+    short, long = vlm_jax.load(tmp_path / "a"), vlm_jax.load(tmp_path / "a", text_length=40)
+    assert long.model.text.length == 40 and long.tokenize == "lower | tokenize(40, bos=False)"
+    close(long.embed_texts(["a cat", "two dogs"]), short.embed_texts(["a cat", "two dogs"]))
+    words = "a b c d e f g h i j k l m n o p q r s t u v w x y z " * 2
+    assert not np.allclose(long.embed_texts([words]), short.embed_texts([words]), atol=1e-4)
+    again = tmp_path / "long"
+    vlm_jax.save_pretrained(long, again)
+    close(vlm_jax.load(again).embed_texts([words]), long.embed_texts([words]))
+    with pytest.raises(UserError, match="text_length is 0; expected 1 or more"):
+        vlm_jax.load(tmp_path / "a", text_length=0)
 
 
 @pytest.mark.parametrize("size", [0, -8, 3, (8,), (8, 8, 8), "8", 8.5])

@@ -6,6 +6,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.flax
 
 import vlm_jax
 from tests.support.compare import same
@@ -40,6 +41,18 @@ def test_two_towers_through_every_format(name, format, tmp_path):
     same(params_of(middle), params_of(source))
     convert.convert(middle, back, "big_vision")
     same(params_of(back), params_of(source))
+
+
+@pytest.mark.parametrize("format", ["big_vision", "hf"])
+def test_of_two_towers_that_also_write_the_towers_are_written(format, tmp_path):
+    source, out = square("siglip_loop", tmp_path), tmp_path / "out.npz"
+    content = save.content_of(recognize.understand(source))
+    content = dataclasses.replace(content, **NEEDED)
+    section = content.section | dict(name="two_tower_captioner", decoder=dict(width=8, depth=1))
+    section["image"] = section["image"] | dict(any_size=True)
+    shapes = dict(content.shapes) | {"decoder/norm/scale": None, "head/kernel": None}
+    save.write(dataclasses.replace(content, section=section, shapes=shapes), out, format)
+    same(params_of(out), params_of(source))
 
 
 @pytest.mark.parametrize("name", ["vit_gap_learn", "vit_map_sincos2d", "vit_tok_learn", "text_last", "text_map"])
@@ -99,6 +112,32 @@ def test_a_card_says_what_the_folder_holds(siglip, licence, tmp_path):
     assert 'library_name: "transformers"\npipeline_tag: "zero-shot-image-classification"' in front
     assert f"{models.count(siglip.params):,} parameters" in text and siglip.preprocess in text
     assert recognize.understand(tmp_path / "a").licence == licence
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stablehlo_runs_without_the_project(dtype, tmp_path):
+    """The two programs and the file of parameters suffice, for any number of pictures and texts."""
+    model, out = vlm_jax.load("pkg:vlm_jax/zoo/clip_tiny"), tmp_path / "a"
+    vlm_jax.save_pretrained(model, out, "stablehlo", dtype=dtype)
+    params = safetensors.flax.load_file(out / "params.safetensors")
+    image, text = (jax.export.deserialize((out / f"{side}.stablehlo").read_bytes()) for side in ("image", "text"))
+    assert image.platforms == text.platforms == ("cpu", "cuda", "tpu")
+    model = vlm_jax.load(out)
+    for n in (1, 3):
+        pictures = np.random.default_rng(0).normal(size=(n, 32, 32, 3)).astype(np.float32)
+        texts = ["a cat", "two dogs", "umbrella"][:n]
+        token_ids = np.stack([model.tokenizer([one], 8, bos=False, eos=False)[0] for one in texts])
+        np.testing.assert_allclose(image.call(params, pictures), model.embed_image_batch(pictures), atol=1e-6)
+        np.testing.assert_allclose(text.call(params, token_ids), model.embed_texts(texts), atol=1e-6)
+
+
+def test_stablehlo_says_what_it_cannot_hold(siglip, tmp_path):
+    bare = dataclasses.replace(siglip, tokenize=None)
+    with pytest.raises(UserError, match="the shape of the text tower's input is not known; pass tokenize="):
+        vlm_jax.save_pretrained(bare, tmp_path / "a", "stablehlo")
+    with pytest.raises(UserError, match="this model has none; it can be written as native"):
+        convert.convert(GOLDEN / "cappa_loop.npz", tmp_path / "a", "stablehlo")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("format", ["native", "hf"])

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from vlm_jax.command import configs, help_page
 from vlm_jax.command.commands import COMMANDS, define
-from vlm_jax.errors import UserError, mendable, told
+from vlm_jax.errors import UserError, check_on_disk, mendable, told
 
 WIPED = "\r\033[K"  # erases a terminal's line
 line: str | None = None  # the command line of this process, as typed
@@ -270,6 +270,9 @@ def parse(name: str, argv: Sequence[str], values: flags.FlagValues = flags.FLAGS
     missing = [f"--{flag.name}" for flag in command.all() if flag.needed and not values[flag.name].value]
     if missing:
         raise UserError(f"{name} needs {', '.join(missing)}; vlm-jax {name} --help has an example")
+    for flag in command.all():
+        if flag.name in ("workdir", "out") and name != "index":  # an index may be in a store
+            check_on_disk(values[flag.name].value or "", f"--{flag.name}")
     if left[1:] and not command.arguments:
         raise UserError(f"{name} takes flags, --name=value, and not `{left[1]}`; see vlm-jax {name} --help")
     return left

@@ -91,6 +91,7 @@ LOADING = (  # the arguments of `vlm_jax.load`
     text("weights", "ema: the averaged weights of a training checkpoint"),
     listed("image_size", "Another size than the model's: 384 or 384,288; needs --resample"),
     text("resample", "Resampling of learned positions to --image_size: linear, bicubic, bicubic_sharp"),
+    whole("text_length", "Another number of tokens of texts: 248 for a CLIP of 77", None),
     text("dtype", "Compute dtype (the run's own, else float32)"),
     ADAPTER,
 )
@@ -158,7 +159,7 @@ COMMANDS = {
     "convert": Command(
         {
             "": (
-                text("format", "What to write: native, hf, open_clip, big_vision, t5x", "native"),
+                text("format", "What to write: native, hf, open_clip, big_vision, t5x, stablehlo", "native"),
                 text("dtype", "Of the weights in DST: float32 or bfloat16", "float32"),
                 switch("inspect", "Describe SRC and where each tensor goes; convert nothing"),
             ),
@@ -209,6 +210,45 @@ COMMANDS = {
             )
         },
         arguments="URI",
+    ),
+    "inspect": Command(
+        {
+            "": (
+                text("split", "The data set's split"),
+                whole("sample", "Records that are looked at", 1000),
+                path("out", "File to write as a page with pictures"),
+            )
+        },
+        arguments="URI",
+    ),
+    "score": Command(
+        {
+            "": (
+                MODEL,
+                DATA,
+                text("caption", "The field with the text", "text"),
+                listed("fields", "Further fields to store: concept,language"),
+                switch("embeddings", "Store embeddings of the pictures, by which near duplicates are found"),
+                path("out", "Folder of the scores", needed=True),
+            ),
+            "data": (*LABELLED[:2], *LABELLED[5:]),
+            "model": LOADING,
+            "machine": (
+                listed("mesh", "data=2,fsdp=4,tensor=1 (all devices in data)"),
+                Flag(flags.DEFINE_float, "memory_share", "Share of the free memory for the scores (0.25)"),
+                DISTRIBUTED,
+            ),
+        }
+    ),
+    "select": Command(
+        {
+            "": (
+                text("by", "Rules: top('similarity', 0.3) | unlike(0.95) | cap('concept', 100)", needed=True),
+                path("out", "The index to write, .npz", needed=True),
+                whole("seed", "Of what `cap` draws", 0),
+            )
+        },
+        arguments="SCORES",
     ),
     "data.train_tokenizer": Command(
         {

@@ -13,7 +13,7 @@ GROUPS = {
     "train": ("train", "precompute", "plan"),
     "use a model": ("evaluate", "adapt", "convert"),
     "look up": ("compare", "methods"),
-    "prepare data": ("index", "data.train_tokenizer", "data.emoji.build"),
+    "prepare data": ("inspect", "index", "score", "select", "data.train_tokenizer", "data.emoji.build"),
 }
 FIRST = ("evaluate", "train")  # the overview shows the first example of these commands
 

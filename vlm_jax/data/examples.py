@@ -16,7 +16,7 @@ from vlm_jax.data.ops import Pipeline
 from vlm_jax.data.rows import Batch, Fields, check, fields_of, stack
 from vlm_jax.data.source import BadExample, Source, check_field, select
 from vlm_jax.data.sources import open_source
-from vlm_jax.errors import CUT, UserError
+from vlm_jax.errors import CUT, StoreError, UserError
 
 log = logging.getLogger(__name__)
 # Number of records tried in place of a bad one before an error is raised.
@@ -106,15 +106,21 @@ class Examples:
             raise BadExample(*self.memory[i].args)
         return self.memory[i]
 
+    def soon(self, numbers: Iterable[int], next_: bool = False) -> None:
+        """Tells the source which examples will be read, see `Source.soon`."""
+        if self.source.remote:
+            self.source.soon(numbers if self.chosen is None else [self._number(i) for i in numbers], next_)
+
     def read(self, i: int, draw: int) -> dict[str, Any]:
         """Returns example `i` with the randomness of draw number `draw`.
 
         Raises:
           BadExample: anything is wrong with the record, an exception that nothing foresaw included.
+          StoreError: the store cannot be used; no record is at fault.
         """
         try:
             return self.pipeline.finish(self._prepared(i), generator(self.seed, draw))
-        except BadExample:
+        except (BadExample, StoreError):
             raise
         except BaseException as error:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust: a tokenizer's

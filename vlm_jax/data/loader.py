@@ -8,6 +8,7 @@ reads its rows of batch k: the batch is the same for any number of processes.
 import collections
 import contextlib
 import functools
+import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,20 +17,22 @@ from typing import Any
 import numpy as np
 
 from vlm_jax import config
-from vlm_jax.data import background, mixture
+from vlm_jax.data import background, mixture, remote
 from vlm_jax.data.examples import SUBSTITUTES, BadRecord, Examples, check_bad, log_bad, open_examples
 from vlm_jax.data.mixture import RowSet
 from vlm_jax.data.rows import Batch
 from vlm_jax.data.source import BadExample
 from vlm_jax.errors import UserError
 
+log = logging.getLogger(__name__)
 # The share of bad examples is computed over at least this many reads (or over a smaller data set): the share of the
 # first few reads says little.
 ENOUGH_READS = 10_000
+TOLD = 60.0  # seconds between two lines on repeated requests
 
 
 class TrainBatches:
-    """(batch, bad examples) by batch number.
+    """(batch, bad examples, requests that were made again, see `remote.Counts`) by batch number.
 
     A batch is a dict of arrays if its only row set is "batch", else a dict of row sets: `{row set: {field: array}}`.
     """
@@ -43,9 +46,10 @@ class TrainBatches:
     def __len__(self) -> int:
         return sys.maxsize // 2
 
-    def __getitem__(self, k: int) -> tuple[Batch, list[BadRecord]]:
+    def __getitem__(self, k: int) -> tuple[Batch, list[BadRecord], dict[str, float]]:
         bad = []
-        return self._shaped({name: rows.read(self.start + int(k), bad) for name, rows in self.sets.items()}), bad
+        batch = self._shaped({name: rows.read(self.start + int(k), bad) for name, rows in self.sets.items()})
+        return batch, bad, remote.counts.take()
 
     def one(self) -> Batch:
         """Returns a batch of one example in each row set."""
@@ -69,6 +73,8 @@ class Loader(Iterator[Batch]):
       read, bad: examples of this process read so far, and how many of them were bad (counts survive resuming).
       kinds: the bad examples by kind, see `BadExample`.
       left_out: what the data sets' files hold beside examples, by reason, see `Source.left_out`.
+      requests: requests to stores that were made again, and seconds waited for them, see `remote.Counts`; of this
+        process and its workers, since it began.
       wait_seconds: time spent waiting in `next`.
     """
 
@@ -79,7 +85,7 @@ class Loader(Iterator[Batch]):
         self._k = 0
         self.read = self.bad = 0
         self.kinds = collections.Counter()
-        self.wait_seconds = 0.0
+        self.wait_seconds, self.requests, self._told = 0.0, collections.Counter(), -TOLD
         sets = batches.sets.values()
         self.sizes, self.rows = batches.sizes, batches.slots
         self.first_row = next(iter(sets)).slots[0]
@@ -111,7 +117,7 @@ class Loader(Iterator[Batch]):
     def __next__(self) -> Batch:
         begin = time.perf_counter()
         self.start()
-        batch, bad = next(self._iterator)
+        batch, bad, requests = next(self._iterator)
         self.wait_seconds += time.perf_counter() - begin
         self._k += 1
         self.read += self._share + len(bad)
@@ -119,7 +125,19 @@ class Loader(Iterator[Batch]):
             self.bad += len(bad)
             self.kinds.update(record.kind for record in bad)
             self._check(bad)
+        if requests:
+            self._tell(requests)
         return batch
+
+    def _tell(self, requests: Mapping[str, float]) -> None:
+        self.requests.update(requests)
+        if time.monotonic() - self._told >= TOLD:
+            self._told = time.monotonic()
+            log.warning(
+                "requests to stores: %d were made again so far, after %.1f s of waiting",
+                self.requests["repeated_requests"],
+                self.requests["waited_seconds"],
+            )
 
     def _check(self, bad: list[BadRecord]) -> None:
         log_bad(bad)
@@ -128,6 +146,14 @@ class Loader(Iterator[Batch]):
         if self._max_bad_fraction > 0:
             allowed = max(allowed, epochs)  # one bad record of a small data set comes again in every epoch
         check_bad(self.bad, allowed, self.read, self._max_bad_fraction, bad)
+
+    def taken(self) -> dict[str, float]:
+        """Returns, for the log, the examples and epochs that the batches so far took of each source of a mixture."""
+        found = {}
+        for rows in self._batches.sets.values():
+            for name, (examples, epochs) in rows.counts(self._k).items():
+                found |= {f"data/{name}/examples": examples, f"data/{name}/epochs": epochs} if name else {}
+        return found
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position after the last returned batch, JSON-able."""
@@ -186,6 +212,7 @@ def train_loader(
     tokenizer: Any = None,
     where: Mapping[str, Iterable[Any]] | None = None,
     index: str | None = None,
+    order: str | Mapping[str, Any] | None = None,
     sources: Mapping[str, Mapping[str, Any]] | None = None,
     workers: int = 0,
     threads: int = 1,
@@ -203,7 +230,9 @@ def train_loader(
       tokenizer: for ops such as `tokenize`.
       where: field path -> accepted values; keeps the records that match: `{"style": ("twemoji", "fluent")}`.
       index: file that chooses examples by number, and may weight them (the field `weight`), see `index.read`.
-      sources: a mixture, name -> `mixture.Part`, in place of the five arguments of one source.
+      order: of an epoch's examples: "full", "windowed", or dict(name="windowed", block=..., window=..., lanes=...), see
+        `order.Windows`; defaults to "windowed" for a source in a store, else to "full".
+      sources: a mixture, name -> `mixture.Part`, in place of the six arguments of one source.
       workers: processes that compute batches; 0 computes them in threads of this process.
       threads: threads that compute batches, in this process or in each worker.
       max_bad_fraction: allowed share of bad examples (counted, logged and replaced); a larger one raises UserError.
@@ -215,7 +244,7 @@ def train_loader(
     config.check_least(0, "config.data", workers=workers, max_bad_fraction=max_bad_fraction)
     config.check_least(1, "config.data", threads=threads)
     config.check_least(0, "config", seed=seed)
-    one = dict(uri=uri, ops=ops, split=split, where=where, index=index)
+    one = dict(uri=uri, ops=ops, split=split, where=where, index=index, order=order)
     given = {name: value for name, value in one.items() if value is not None}
     if sources is None:
         parts = {"": config.call(mixture.Part, given, "config.data")}
@@ -247,6 +276,9 @@ class EvalBatches:
 
     def __getitem__(self, k: int) -> tuple[Batch, list[BadRecord]]:
         rows, bad, kinds = [], [], np.full(len(self.slots), "", object)
+        for batch in (k, k + 1):
+            last = min((batch + 1) * self.batch_size, self.num_examples)
+            self.examples.soon(range(batch * self.batch_size, last), next_=batch == k)
         for n, slot in enumerate(self.slots):
             i = k * self.batch_size + slot
             try:

@@ -5,21 +5,24 @@ or worker finds any row of any batch.
 """
 
 import dataclasses
-import functools
 import itertools
+import logging
 import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from fractions import Fraction
 from typing import Any
 
-import grain
 import numpy as np
 
 from vlm_jax import config
+from vlm_jax.data import order as orders
 from vlm_jax.data.examples import SUBSTITUTES, BadRecord, Examples, open_examples
 from vlm_jax.data.rows import Batch
+from vlm_jax.data.turns import Points, Turns, fraction, points_of, value_at
 from vlm_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+ANNOUNCED = 2**14  # blocks that a row set remembers having told its sources of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +30,8 @@ class Part:
     """A source of a batch.
 
     Attributes:
-      uri, ops, split, where, index: as of `loader.train_loader`.
-      weight: share of the batch, up to a factor.
+      uri, ops, split, where, index, order: as of `loader.train_loader`.
+      weight: share of the batch, up to a factor; a number, or pairs (step, weight), see `turns.points_of`.
       rows: name of the row set that the source's examples form, with the other sources of that name.
     """
 
@@ -37,7 +40,8 @@ class Part:
     split: str | None = None
     where: Mapping[str, Iterable[Any]] | None = None
     index: str | None = None
-    weight: float = 1.0
+    order: str | Mapping[str, Any] | None = None
+    weight: float | Sequence[Sequence[float]] = 1.0
     rows: str = "batch"
 
 
@@ -45,7 +49,7 @@ def parts(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Part]:
     """Returns the parts of a config's `data.sources`, by name, in the names' order.
 
     Raises:
-      UserError: a section has an unknown key, lacks one, or its weight is not above 0.
+      UserError: a section has an unknown key, lacks one, or its weight is no weight.
     """
     if not isinstance(sources, Mapping) or not sources:
         raise UserError(f"config.data.sources is {sources!r}; expected dict(NAME=dict(uri=..., ops=..., weight=...))")
@@ -55,15 +59,14 @@ def parts(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Part]:
         if not isinstance(section, Mapping):
             raise UserError(f"{where} is {section!r}; expected dict(uri=..., ops=..., weight=...)")
         part = found[name] = config.call(Part, section, where)
-        if not isinstance(part.weight, int | float) or not 1e-9 <= part.weight < math.inf:
-            raise UserError(f"{where}.weight is {part.weight!r}; expected a number above 0")
+        _points(name, part)
     return found
 
 
 def sizes(sources: Mapping[str, Mapping[str, Any]] | None, batch_size: int) -> int | dict[str, int]:
     """Returns the rows of a batch: `batch_size`, or {row set: rows} if the sources form other row sets than "batch".
 
-    A row set's rows are `batch_size` times the weights of its sources over all weights.
+    A row set's rows are `batch_size` times the weights of its sources over all weights, those of the first step.
 
     Raises:
       UserError: that is no whole number.
@@ -87,17 +90,19 @@ def row_sets(
     sizes, sets = _sizes(parts, batch_size), {}
     for name, size in sizes.items():
         own = {source: part for source, part in parts.items() if part.rows == name}
-        weights = _whole([_fraction(part) for part in own.values()])
+        turns = Turns([_points(*one) for one in own.items()], size)
         sources = [_open(source, part, seed, tokenizer) for source, part in own.items()]
-        for part, weight, examples in zip(own.values(), weights, sources, strict=True):
-            most = -(-size * weight // sum(weights))
+        for i, (part, examples) in enumerate(zip(own.values(), sources, strict=True)):
+            most = turns.most(i, size)
             if len(examples) < most:
                 chosen = [f"{key}={getattr(part, key)}" for key in ("index", "where") if getattr(part, key)]
                 after = f" after {' and '.join(chosen)}" if chosen else ""
                 needed = f"batch_size={batch_size}" if most == batch_size else f"its {most} of a batch of {batch_size}"
                 raise UserError(f"data set `{part.uri}` has {len(examples)} examples{after}, fewer than {needed}")
         slots = rows[name] if isinstance(rows, Mapping) else range(size) if rows is None else rows
-        sets[name] = RowSet(dict(zip(own, sources, strict=True)), weights, size, [int(slot) for slot in slots])
+        windows = [_windows(*one) for one in zip(own, own.values(), sources, strict=True)]
+        slots = [int(slot) for slot in slots]
+        sets[name] = RowSet(dict(zip(own, sources, strict=True)), turns, size, slots, windows)
     return sets
 
 
@@ -105,9 +110,12 @@ def _sizes(parts: Mapping[str, Part], batch_size: int) -> dict[str, int]:
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size}; expected 1 or more")
     weights = {}
-    for part in parts.values():
-        weights[part.rows] = weights.get(part.rows, 0) + _fraction(part)
+    for source, part in parts.items():
+        weights[part.rows] = weights.get(part.rows, 0) + fraction(value_at(_points(source, part), 0))
     total = sum(weights.values())
+    if not all(weights.values()):
+        name = next(name for name, weight in weights.items() if not weight)
+        raise UserError(f"the row set `{name}` has the weight 0 at the first step, which would give it no rows")
     step = math.lcm(*((weight / total).denominator for weight in weights.values()))
     for name, weight in weights.items():
         if batch_size % step:
@@ -119,14 +127,8 @@ def _sizes(parts: Mapping[str, Part], batch_size: int) -> dict[str, int]:
     return {name: int(batch_size * weight / total) for name, weight in weights.items()}
 
 
-def _fraction(part: Part) -> Fraction:
-    """The weight without the error of floats: 0.1 is 1/10."""
-    return Fraction(part.weight).limit_denominator(10**9)
-
-
-def _whole(weights: Sequence[Fraction]) -> list[int]:
-    factor = math.lcm(*(weight.denominator for weight in weights))
-    return [int(weight * factor) for weight in weights]
+def _points(name: str, part: Part) -> Points:
+    return points_of(part.weight, f"config.data.sources.{name}.weight")
 
 
 def _open(name: str, part: Part, seed: int, tokenizer: Any) -> Examples:
@@ -143,36 +145,15 @@ def _open(name: str, part: Part, seed: int, tokenizer: Any) -> Examples:
     return examples
 
 
-def turns(position: int, weights: Sequence[int]) -> list[int]:
-    """Returns how many of the first `position` turns each source has; exactly one has the next.
-
-    The first source's turns are its share of all turns, rounded down; the second's its share of those left, and so on:
-    over any stretch, the turns differ from the shares by less than the number of sources.
-    """
-    counts, left = [], sum(weights)
-    for weight in weights:
-        counts.append(position * weight // left)
-        position, left = position - counts[-1], left - weight
-    return counts
-
-
-def epoch_order(seed: int, epoch: int, n: int) -> Sequence[int]:
-    """Returns an epoch's permutation of range(n): an array up to 8 MB, computed index by index above."""
-    return _orders(seed, n)(epoch)
-
-
-@functools.lru_cache(maxsize=64)
-def _orders(seed, n):
-    """Epoch -> permutation; holds the last two of each source."""
-
-    @functools.lru_cache(maxsize=2)
-    def order(epoch):
-        if n <= 2**20:
-            return np.random.default_rng((seed, epoch)).permutation(n)
-        # A cipher over the indices needs no memory. On small ranges it walks long cycles (2 ms per index at n=40).
-        return grain.MapDataset.range(n).shuffle(seed=(seed * 1_000_003 + epoch) % 2**32)
-
-    return order
+def _windows(name: str, part: Part, examples: Examples) -> orders.Windows | None:
+    where = f"config.data.sources.{name}" if name else "config.data"
+    windows = orders.windows_of(part.order, examples.source.remote, where)
+    if windows and examples.source.remote:
+        mixed, shown = windows.block * windows.window * windows.lanes, dataclasses.asdict(windows)
+        if part.order is None:
+            log.warning("%s is in a store, so order=%r: %d examples are mixed at a time", part.uri, shown, mixed)
+        examples.source.warn_of_window(mixed)
+    return windows
 
 
 class RowSet:
@@ -183,28 +164,72 @@ class RowSet:
 
     Args:
       sources: name -> examples.
-      weights: the sources' shares, up to a factor.
+      turns: how many turns each source has.
       size: number of rows of a batch over all processes.
       slots: numbers of the rows that this process reads.
+      windows: of each source's order, None for a full one.
     """
 
-    def __init__(self, sources: Mapping[str, Examples], weights: Sequence[int], size: int, slots: Sequence[int]):
-        self.sources, self.weights, self.size, self.slots = list(sources.values()), weights, size, slots
+    def __init__(
+        self,
+        sources: Mapping[str, Examples],
+        turns: Turns,
+        size: int,
+        slots: Sequence[int],
+        windows: Sequence[orders.Windows | None],
+    ):
+        self.windows, self.announced = windows, set()
+        self.shares = [max(1, turns.most(i, size)) for i in range(len(sources))]  # rows of a batch, about
+        self.sources, self.turns, self.size, self.slots = list(sources.values()), turns, size, slots
         self.names = list(sources)
         dropped = size if len(sources) == 1 else 1
         self.lengths = [len(examples) // dropped * dropped for examples in self.sources]
 
     def read(self, k: int, bad: list[BadRecord]) -> Batch:
         """Returns this process's rows of batch k; appends bad examples to `bad`."""
+        if any(examples.source.remote for examples in self.sources):
+            self._announce(k)
         return self.sources[0].collate([self._row(k * self.size + slot, bad) for slot in self.slots])
 
-    def _row(self, position: int, bad: list[BadRecord]) -> dict[str, Any]:
-        draws = turns(position, self.weights)
-        after = turns(position + 1, self.weights)
+    def _drawn(self, position: int) -> tuple[int, int]:
+        """Returns the source of a position, and which of the source's draws it is."""
+        draws, after = self.turns(position), self.turns(position + 1)
         source = next(i for i in range(len(draws)) if after[i] > draws[i])
-        examples, draw = self.sources[source], draws[source]
+        return source, draws[source]
+
+    def _order(self, source: int, epoch: int) -> Sequence[int]:
+        examples, windows = self.sources[source], self.windows[source]
+        if windows is None:
+            return orders.full(examples.seed, epoch, len(examples))
+        return orders.windowed(examples.seed, epoch, len(examples), self.shares[source], windows)
+
+    def _announce(self, k: int) -> None:
+        """Tells sources in a store which examples batch k takes, and block by block what the next windows hold."""
+        soon: dict[int, list[int]] = {}
+        for slot in self.slots:
+            source, draw = self._drawn(k * self.size + slot)
+            epoch, at = divmod(draw, self.lengths[source])
+            order = self._order(source, epoch)
+            soon.setdefault(source, []).append(int(order[at]))
+            if isinstance(order, orders.Windowed):
+                lane, window, place = order.place(at)
+                block = source, epoch, lane, window, place // order.block
+                if block not in self.announced:
+                    self.announced = self.announced if len(self.announced) < ANNOUNCED else set()
+                    self.announced.add(block)
+                    following = order.block_of(lane, window + 1, block[-1])
+                    if following is None:
+                        following = self._order(source, epoch + 1).block_of(lane, 0, block[-1])
+                    for numbers in following or ():
+                        self.sources[source].soon(numbers)
+        for source, numbers in soon.items():
+            self.sources[source].soon(numbers, next_=True)
+
+    def _row(self, position: int, bad: list[BadRecord]) -> dict[str, Any]:
+        source, draw = self._drawn(position)
+        examples = self.sources[source]
         epoch, at = divmod(draw, self.lengths[source])
-        order, n = epoch_order(examples.seed, epoch, len(examples)), len(examples)
+        order, n = self._order(source, epoch), len(examples)
         # Substitutes come from the next batches: the records of this batch are already used.
         first = int(order[at])
         following = (i for t in range(n) if (i := int(order[(at + self.size + t) % n])) != first)
@@ -212,8 +237,13 @@ class RowSet:
 
     def epochs(self, k: int) -> int:
         """Returns how many epochs of its sources k batches have begun, all together."""
-        draws = turns(k * self.size, self.weights)
+        draws = self.turns(k * self.size)
         return sum(-(-draw // length) for draw, length in zip(draws, self.lengths, strict=True))
+
+    def counts(self, k: int) -> dict[str, tuple[int, float]]:
+        """Returns name of a source -> (examples, epochs) that k batches have taken of it."""
+        draws = zip(self.names, self.turns(k * self.size), self.lengths, strict=True)
+        return {name: (draw, draw / length) for name, draw, length in draws}
 
     def one(self) -> Batch:
         """Returns a batch of one example.

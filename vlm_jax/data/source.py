@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 
 from vlm_jax import catalogue
-from vlm_jax.errors import UserError
+from vlm_jax.errors import StoreError, UserError
 
 
 class BadExample(Exception):  # noqa: N818 (it is a property of the data, counted and skipped, not of the program)
@@ -39,9 +39,11 @@ class Source:
 
     Attributes:
       left_out: entries of the data set's files that are no record: what they are -> their number.
+      remote: records come from a store: reading them in order is faster than at random.
     """
 
     left_out: Mapping[str, int] = MappingProxyType({})
+    remote = False
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -62,6 +64,12 @@ class Source:
         """Returns a short hash that changes with the records; cheap, so it may miss a change inside of a record."""
         return str(len(self))
 
+    def soon(self, numbers: Iterable[int], next_: bool = False) -> None:
+        """Prepares for these records to be read, before all others if they are the `next_` ones; raises nothing."""
+
+    def warn_of_window(self, count: int) -> None:
+        """Logs a warning if a source in a store cannot hold two times `count` examples, which are mixed at a time."""
+
     def narrow(self, paths: frozenset[str]) -> Self:
         """Returns the same records; may leave out fields that are not in `paths`, if that is cheaper."""
         return self
@@ -79,6 +87,7 @@ def field(record: Mapping[str, Any], path: str) -> Any:
 
 
 TRIED = 100  # records in which a field is looked for
+AHEAD = 256  # records that a source is told of before a pass in order reads them
 
 
 def check_field(source: Source, path: str, about: str, whole: Callable[[], Source] | None = None) -> None:
@@ -91,6 +100,8 @@ def check_field(source: Source, path: str, about: str, whole: Callable[[], Sourc
         try:
             if path.split("/")[0] not in narrow[i]:
                 continue
+        except StoreError:
+            raise
         except Exception:  # of any odd record
             pass
         return
@@ -113,10 +124,14 @@ def select(source: Source, where: Mapping[str, Iterable[Any]], unusable: list[st
     source = source.narrow(frozenset(wanted))
     chosen = []
     for i in range(len(source)):
+        if i % AHEAD == 0:
+            source.soon(range(i + AHEAD, min(i + 2 * AHEAD, len(source))))
         try:
             record = source[i]
             if all(_is_in(field(record, path), values) for path, values in wanted.items()):
                 chosen.append(i)
+        except StoreError:
+            raise
         except Exception:  # of any odd record
             if unusable is not None:
                 unusable.append(source.key(i))

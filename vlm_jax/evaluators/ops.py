@@ -27,6 +27,12 @@ def thumbnail(example: dict, side: int = SIDE) -> dict:
 
 
 @op
+def measured(example: dict) -> dict:
+    """Sets `size` to the picture's height and width in pixels, int32 [2]."""
+    return example | {"size": np.array(height_and_width(example["image"]), np.int32)}
+
+
+@op
 def boxed(example: dict, *paths: str, to: str) -> dict:
     """Sets `to` to a list of the fields at `paths`, in an object array of shape (); a batch of them is [B]."""
     return example | {to: _one_cell([field(example, path) for path in paths])}

@@ -13,7 +13,7 @@ from vlm_jax.evaluators.progress import Table
 
 def check(pretrained: Any) -> None:
     """Raises UserError if a model writes no texts on pictures."""
-    if not getattr(pretrained, "is_captioner", False):
+    if not getattr(pretrained, "is_captioner", False) and "caption" not in getattr(pretrained, "can", ()):
         raise UserError("this task reads what a model writes on pictures: it needs a captioner, and this model is none")
 
 

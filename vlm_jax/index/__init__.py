@@ -6,17 +6,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlm_jax.data.sources import array_records, tar_columns, tar_index, tar_shards
+from vlm_jax.data import storage
+from vlm_jax.data.sources import array_records, index_copy, tar_columns, tar_index, tar_shards
 from vlm_jax.errors import UserError
 
 
 class Place(NamedTuple):
-    """Shards and where their index goes: names in the index, what stands before them in paths, the folder."""
+    """Shards and where their index goes: names in the index, what stands before them in paths, the folder.
+
+    Attributes:
+      published: the folder in a store that the index is copied to from `folder`, None if it is none.
+    """
 
     uri: str
     names: list[str]
     base: str
     folder: str
+    published: str | None = None
 
 
 def place(uri: str, out: str | None = None) -> Place:
@@ -28,15 +34,24 @@ def place(uri: str, out: str | None = None) -> Place:
     scheme, _, pattern = uri.partition(":")
     if scheme != "wds" or not pattern:
         raise UserError(f"`{uri}` has no index; expected tar shards, 'wds:/path/{{00000..00009}}.tar'")
-    paths, base, folder = tar_shards.located(os.path.expanduser(pattern))
+    paths, base, folder, _ = tar_shards.located(os.path.expanduser(pattern))
+    folder = out or folder
     tar_shards.check_there(uri, paths)
-    return Place(uri, [path[len(base) :] for path in paths], base, out or folder)
+    names = [path[len(base) :] for path in paths]
+    if not storage.is_remote(folder):
+        return Place(uri, names, base, folder)
+    return Place(uri, names, base, str(index_copy.place(folder)), folder)
 
 
 def write(to: Place, workers: int = 1, progress: Callable[[int], Any] = lambda count: None) -> dict[str, Any]:
     """Writes what the index lacks and returns what it says of the shards, JSON-able; see `tar_index.build`."""
+    if to.published:
+        index_copy.check_writable(to.published)
+        index_copy.fetched(to.published)
     index = tar_index.build(to.base, to.names, to.folder, workers, progress)
-    return {"out": to.folder, **report(index, to.names)}
+    if to.published:
+        index_copy.publish(to.published)
+    return {"out": to.published or to.folder, **report(index, to.names)}
 
 
 def copy(of: Place, out: str, workers: int = 1, progress: Callable[[int], Any] = lambda count: None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from functools import partial
 from absl import flags
 
 from vlm_jax import command, index
+from vlm_jax.data import storage
 from vlm_jax.errors import UserError
 from vlm_jax.run import folder
 
@@ -28,6 +29,8 @@ def main(argv: Sequence[str], values: flags.FlagValues) -> command.Answer:
         raise UserError(f"--to={values.to}: expected arrayrecord, or nothing for an index")
     if values.to and not values.out:
         raise UserError("--to=arrayrecord needs --out, the folder of the copies")
+    if values.to and storage.is_remote(values.out):
+        raise UserError(f"--out={values.out}: ArrayRecord files are written to disk; name a folder there, then copy it")
     of, workers = index.place(argv[1], values.out), values.workers or os.cpu_count() or 1
     with (
         folder.locked(of.folder, together=False),

@@ -16,6 +16,7 @@ from vlm_jax.models.prefix_lm import PrefixLM
 from vlm_jax.models.text import TextTransformer
 from vlm_jax.models.transformer import Encoder
 from vlm_jax.models.two_tower import Embeddings, TwoTower
+from vlm_jax.models.two_tower_captioner import TwoTowerCaptioner
 from vlm_jax.models.vit import ViT
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "PrefixLM",
     "TextTransformer",
     "TwoTower",
+    "TwoTowerCaptioner",
     "ViT",
     "build",
     "count",

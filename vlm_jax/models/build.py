@@ -1,6 +1,7 @@
 """Builds modules from config sections."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -8,16 +9,18 @@ import jax
 from vlm_jax import catalogue, config
 from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
-from vlm_jax.models import efficientnet, insertion, variants
+from vlm_jax.models import convnext, efficientnet, insertion, resnet, variants
 from vlm_jax.models.captioner import Captioner
 from vlm_jax.models.coca import CoCa, MultimodalDecoder, QueryPool, UnimodalDecoder
 from vlm_jax.models.decoder import Decoder
 from vlm_jax.models.encoder_decoder import T5, T5_DECODER, EncoderDecoder, TokenEncoder
 from vlm_jax.models.many_tower import ManyTower
 from vlm_jax.models.prefix_lm import PrefixLM
+from vlm_jax.models.rotary import Rotary
 from vlm_jax.models.text import TextTransformer
 from vlm_jax.models.transformer import Encoder, Trunk
 from vlm_jax.models.two_tower import TwoTower
+from vlm_jax.models.two_tower_captioner import TwoTowerCaptioner
 from vlm_jax.models.vit import ViT
 
 
@@ -68,6 +71,23 @@ def two_tower(image, text, scale_init=10.0, bias_init=None, space=None, shared=F
         scale_init=scale_init,
         bias_init=bias_init,
         space=space and catalogue.build("spaces", space, "config.model.space"),
+    )
+
+
+@method(
+    family="models",
+    paper="arXiv:2502.14786",
+    where="section 2.2",
+    differs="two towers, and a decoder that attends to the image tower's tokens",
+)
+def two_tower_captioner(image, text, decoder, scale_init=10.0, bias_init=None, dtype="float32"):
+    """Returns a `TwoTowerCaptioner`; `image`, `text` and `decoder` are sections for `tower`, with one compute dtype."""
+    return TwoTowerCaptioner(
+        image=tower("vit", image, "config.model.image", dtype),
+        text=tower("text", text, "config.model.text", dtype),
+        decoder=tower("decoder", decoder, "config.model.decoder", dtype),
+        scale_init=scale_init,
+        bias_init=bias_init,
     )
 
 
@@ -168,6 +188,7 @@ def tower(kind, section, where, dtype):
     """Returns a tower from its fields; `variant` gives default sizes (see `variants.lookup`).
 
     `mlp` in the section is the name of a part of the family "mlps", or dict(name=..., ...).
+    `rotary` in the section is a dict(...) of `rotary.Rotary`.
     `type` in the section is a key of `TOWERS`; defaults to `kind`.
     """
     if section is None:
@@ -176,6 +197,9 @@ def tower(kind, section, where, dtype):
     cls, lookup = config.choose(TOWERS, section.pop("type", kind), f"{where}.type")
     if section.get("mlp") is not None:
         section["mlp"] = catalogue.build("mlps", section["mlp"], f"{where}.mlp")
+    if isinstance(section.get("rotary"), Mapping):
+        own = {key: tuple(value) if isinstance(value, list) else value for key, value in section["rotary"].items()}
+        section["rotary"] = config.call(Rotary, own, f"{where}.rotary")
     sizes = lookup(section.pop("variant")) if "variant" in section else {}
     if "patch" in sizes and cls is not ViT:
         raise UserError(f"{where}.variant has a patch size, but the tower has none; leave out `/{sizes['patch']}`")
@@ -200,5 +224,7 @@ TOWERS = {  # the module, and the function that looks up its variants
     "multimodal": (MultimodalDecoder, variants.lookup),
     "token_encoder": (TokenEncoder, variants.t5),
     "token_decoder": (Decoder, variants.t5),
+    "convnext": (convnext.ConvNeXt, convnext.lookup),
+    "resnet": (resnet.ResNet, resnet.lookup),
     "efficientnet": (efficientnet.EfficientNetLite, efficientnet.lookup),
 }

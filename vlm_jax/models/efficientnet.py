@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from vlm_jax.config import choose
 from vlm_jax.errors import UserError
+from vlm_jax.models.convolutions import ConvNorm, check_images
 from vlm_jax.models.pooling import Encoded, pool
 
 LITE = {  # width multiplier, depth multiplier, side of the images in pixels
@@ -31,7 +31,6 @@ STAGES = (  # repeats, kernel, stride, expansion, outputs (table 1)
     (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 )
-BATCH_NORM_EPS = 1e-3
 
 
 class BlockSizes(NamedTuple):
@@ -63,90 +62,6 @@ def block_sizes(width_multiplier, depth_multiplier):
 def _round_to_8(channels):
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * channels else rounded + 8
-
-
-class FrozenBatchNorm(nn.Module):
-    """Batch normalisation (Ioffe and Szegedy 2015) by stored statistics: (x - mean) / sqrt(var + eps) * scale + bias.
-
-    The statistics are parameters, so that a model is a function of its parameters alone. The statistics have no
-    gradient and stay constant. Weight decay would change the statistics: exclude `.*/(mean|var)` in the parameter
-    table, or freeze the tower.
-
-    Attributes:
-      dtype: output dtype; the arithmetic is at least fp32.
-    """
-
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(self, x):
-        """Normalises channels: [..., C] -> [..., C]."""
-        ones, zeros, shape = nn.initializers.ones, nn.initializers.zeros, x.shape[-1:]
-        mean = jax.lax.stop_gradient(self.param("mean", zeros, shape))
-        var = jax.lax.stop_gradient(self.param("var", ones, shape))
-        factor = self.param("scale", ones, shape) * jax.lax.rsqrt(var + BATCH_NORM_EPS)
-        x = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) - mean) * factor + self.param("bias", zeros, shape)
-        return x.astype(self.dtype)
-
-
-def depthwise(x, kernel, strides, padding, **options):
-    """Depthwise `lax.conv_general_dilated`: each channel has its own kernel; without dilation.
-
-    A CPU computes a sum of shifted images, because XLA takes 10 to 40 times as long for a grouped convolution there.
-
-    Args:
-      x: [B, H, W, C].
-      kernel: [k, k, 1, C].
-      strides: (stride of H, stride of W).
-      padding: "SAME" or "VALID".
-      **options: for `lax.conv_general_dilated`.
-    """
-
-    def shifts(x, kernel):
-        pads = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
-        dtype, sums = x.dtype, jnp.promote_types(x.dtype, jnp.float32)
-        kernel, x = kernel.astype(sums), jnp.pad(x.astype(sums), ((0, 0), *pads, (0, 0)))
-        rows, columns = ((n - k) // s * s + 1 for n, k, s in zip(x.shape[1:3], kernel.shape[:2], strides, strict=True))
-        shifted = lambda i, j: x[:, i : i + rows : strides[0], j : j + columns : strides[1]]
-        y = sum(shifted(i, j) * kernel[i, j, 0] for i in range(kernel.shape[0]) for j in range(kernel.shape[1]))
-        return y.astype(dtype)
-
-    grouped = lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
-    return jax.lax.platform_dependent(x, kernel, cpu=shifts, default=grouped)
-
-
-class ConvNorm(nn.Module):
-    """A convolution without bias, "SAME" padding, and its norm: [B, H, W, C] -> [B, H / stride, W / stride, features].
-
-    Attributes:
-      features: output channels; None: a depthwise convolution with as many outputs as inputs.
-      kernel: side of the kernel.
-      stride: stride in both directions; odd sizes round up.
-      dtype: dtype of the convolution.
-    """
-
-    features: int | None
-    kernel: int
-    stride: int
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x):
-        alone = self.features is None
-        x = nn.Conv(
-            x.shape[-1] if alone else self.features,
-            (self.kernel, self.kernel),
-            self.stride,
-            padding="SAME",
-            feature_group_count=x.shape[-1] if alone else 1,
-            conv_general_dilated=depthwise if alone else None,
-            use_bias=False,
-            dtype=self.dtype,
-            # Variance 2 / (kernel pixels * outputs of one group): He et al. 2015, equation 14.
-            kernel_init=nn.initializers.variance_scaling(2.0, "fan_in" if alone else "fan_out", "normal"),
-            name="conv",
-        )(x)
-        return FrozenBatchNorm(self.dtype, name="norm")(x)
 
 
 class Block(nn.Module):
@@ -230,9 +145,4 @@ class EfficientNetLite(nn.Module):
             raise UserError(f"pool is `{self.pool}`; an EfficientNet has one of: gap, max, none")
         if self.pool == "none" and self.out_dim:
             raise UserError('pool "none" gives no vector for a head; leave out_dim unset')
-        if images.ndim != 4 or images.shape[-1] != 3:
-            raise UserError(f"images should be [B, H, W, 3]; got {list(images.shape)}")
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise UserError(
-                f"images should be floating and normalised; got {images.dtype}: add normalize to the data ops"
-            )
+        check_images(images)

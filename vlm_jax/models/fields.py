@@ -34,8 +34,13 @@ class Fields(nn.Module, kw_only=True):
       norm: "layernorm" or "rmsnorm".
       norm_eps: epsilon of the norms.
       norm_bias: whether the norms inside blocks have a bias (the final norm always has).
-      post_norm: whether norms follow the branches (BERT); the stack then has no final norm.
-      attn_bias: whether attention projections have biases.
+      post_norm: whether norms follow the sums (BERT); the stack then has no final norm. "branch": norms follow the
+        branches, before the sums (Liu et al. 2021, arXiv:2111.09883, section 3.2), and the stack has its final norm.
+      attn_bias: whether attention projections have biases; or the names of those that do, of query, key, value, out.
+      qk_norm: whether norms follow the heads of queries and keys (Dehghani et al. 2023, arXiv:2302.05442, section 2).
+      attn_norm: whether a norm stands before attention's last matrix, on all heads together (Wang et al. 2022,
+        arXiv:2210.06423, section 3, "Sub-LN").
+      mlp_norm: whether a norm stands before the MLP's last matrix, likewise.
       attn_scale: factor on attention's q k^T (T5: 1.0); defaults to head_dim ** -0.5.
       mlp_bias: whether MLP matrices have biases.
       cross: place of cross-attention to a context: "inside", "after" (see `Block`) or None.
@@ -55,8 +60,11 @@ class Fields(nn.Module, kw_only=True):
     norm: str = "layernorm"
     norm_eps: float = 1e-6
     norm_bias: bool = True
-    post_norm: bool = False
-    attn_bias: bool = True
+    post_norm: bool | str = False
+    attn_bias: bool | tuple[str, ...] = True
+    qk_norm: bool = False
+    attn_norm: bool = False
+    mlp_norm: bool = False
     attn_scale: float | None = None
     mlp_bias: bool = True
     cross: str | None = None

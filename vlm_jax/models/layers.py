@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from vlm_jax.config import choose
 from vlm_jax.errors import UserError
 from vlm_jax.kernels import attention
+from vlm_jax.models.rotary import rotate
 
 ACTIVATIONS: dict[str, Callable] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -85,24 +86,30 @@ class Attention(nn.Module):
     Attributes:
       heads: number of heads.
       head_dim: width of a head; defaults to input width / heads.
-      bias: whether the four projections have biases.
+      bias: whether the four projections have biases; or the names of those that do.
       causal: whether position i sees positions 0..i only.
       implementation: see `kernels.attention`.
       dtype: dtype of the matmuls.
       scale: factor on q k^T (T5: 1.0); defaults to head_dim ** -0.5. Query kernels start scaled by
         `head_dim**-0.5 / scale`.
+      qk_norm: a `Norm` but for its name, of each head of queries and keys; or None.
+      out_norm: a `Norm` but for its name, of all heads together before the last projection; or None.
     """
 
     heads: int
     head_dim: int | None = None
-    bias: bool = True
+    bias: bool | tuple[str, ...] = True
     causal: bool = False
     implementation: str | None = None
     dtype: str = "float32"
     scale: float | None = None
+    qk_norm: Callable | None = None
+    out_norm: Callable | None = None
 
     @nn.compact
-    def __call__(self, x, kv=None, mask=None, *, logits_bias=None, cache=None, position=None, prefix=None):
+    def __call__(
+        self, x, kv=None, mask=None, *, logits_bias=None, cache=None, position=None, prefix=None, rotation=None
+    ):
         """Attends from x to kv (x itself when None).
 
         Args:
@@ -114,6 +121,7 @@ class Attention(nn.Module):
             written into the cache.
           position: integer scalar, the place of x in the cache.
           prefix: `KeyValues` [P, H, head_dim] that every token sees before the others, or None.
+          rotation: `rotary.Rotation` of the last tokens of x and kv, or None.
 
         Returns:
           [B, Lq, D], and the attended `KeyValues`.
@@ -123,17 +131,20 @@ class Attention(nn.Module):
             raise UserError(f"width {width} does not divide into {self.heads} heads; set head_dim or change heads")
         head_dim = self.head_dim or width // self.heads
         init = nn.initializers.xavier_uniform()
-        dense = functools.partial(Dense, use_bias=self.bias, dtype=self.dtype)
         kv = x if kv is None else kv
 
+        def dense(width, name, init=init):
+            bias = self.bias if isinstance(self.bias, bool) else name in self.bias
+            return Dense(width, use_bias=bias, dtype=self.dtype, kernel_init=init, name=name)
+
         def project(name, t, init=init):
-            heads = dense(self.heads * head_dim, kernel_init=init, name=name)(t)
+            heads = dense(self.heads * head_dim, name, init)(t)
             return heads.reshape(*t.shape[:2], self.heads, head_dim)
 
         smaller = 1.0 if self.scale is None else head_dim**-0.5 / self.scale
-        q = project("query", x, init if smaller == 1 else lambda *args: smaller * init(*args))
+        q = self.turned("query", project("query", x, init if smaller == 1 else lambda *a: smaller * init(*a)), rotation)
         if cache is None or position is not None:
-            new = KeyValues(project("key", kv), project("value", kv))
+            new = KeyValues(self.turned("key", project("key", kv), rotation), project("value", kv))
             write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), position, axis=1)
             cache = new if cache is None else KeyValues(*map(write, cache, new))
         seen, causal = cache, self.causal
@@ -143,8 +154,16 @@ class Attention(nn.Module):
                 mask, causal = earlier[None, None] if mask is None else mask & earlier, False
             seen, mask, logits_bias = _after_prefix(prefix, cache, mask, logits_bias)
         options = dict(mask=mask, bias=logits_bias, causal=causal, scale=self.scale)
-        out = attention(q, *seen, implementation=self.implementation, **options)
-        return dense(width, kernel_init=init, name="out")(out.reshape(*x.shape[:2], -1)), cache
+        out = attention(q, *seen, implementation=self.implementation, **options).reshape(*x.shape[:2], -1)
+        if self.out_norm is not None:
+            out = self.out_norm(name="norm")(out)
+        return dense(width, "out")(out), cache
+
+    def turned(self, name, heads, rotation):
+        """Returns queries or keys [B, L, H, head_dim] as the logits have them: normalised, then rotated."""
+        if self.qk_norm is not None:
+            heads = self.qk_norm(name=f"{name}_norm")(heads)
+        return heads if rotation is None else rotate(heads, rotation)
 
 
 def _after_prefix(prefix, rest, mask, bias):
@@ -166,6 +185,7 @@ class Mlp(nn.Module):
       activation: a key of `ACTIVATIONS`.
       gated: whether the MLP has a third matrix, `gate`.
       bias: whether the matrices have biases.
+      norm: a `Norm` but for its name, before `fc2`; or None.
       dropout: rate after the activation.
       train: whether dropout is active (needs the rng `dropout`).
       dtype: dtype of the matmuls.
@@ -178,6 +198,7 @@ class Mlp(nn.Module):
     dropout: float = 0.0
     train: bool = False
     dtype: str = "float32"
+    norm: Callable | None = None
 
     @nn.compact
     def __call__(self, x):
@@ -189,4 +210,6 @@ class Mlp(nn.Module):
         hidden = dense(self.width, name="fc1")(x)
         hidden = act(dense(self.width, name="gate")(x)) * hidden if self.gated else act(hidden)
         hidden = nn.Dropout(self.dropout)(hidden, deterministic=not self.train)
+        if self.norm is not None:
+            hidden = self.norm(name="norm")(hidden)
         return dense(x.shape[-1], name="fc2")(hidden)

@@ -69,7 +69,7 @@ class Moe(Mlp, kw_only=True):
             out_axes=-1,
             axis_size=self.experts,
         )
-        fields = dict(width=self.width, activation=self.activation, gated=self.gated, bias=self.bias)
+        fields = dict(width=self.width, activation=self.activation, gated=self.gated, bias=self.bias, norm=self.norm)
         outputs = expert(**fields, dropout=self.dropout, train=self.train, dtype=self.dtype, name="experts")(x)
         y = jnp.einsum("blde,ble->bld", outputs, g.astype(outputs.dtype))
         weights = jnp.ones(x.shape[:2], exact) if real is None else real.astype(exact)

@@ -103,7 +103,8 @@ POOLS: dict[str, Callable] = {
 class MapPool(Fields, kw_only=True):
     """Multi-head attention pooling: y + mlp(norm(y)) with y = attn(probe, tokens).
 
-    Zhai et al. 2021, "Scaling Vision Transformers", section 3.2. Attributes: see `Fields`; the MLP is always `Mlp`.
+    Zhai et al. 2021, "Scaling Vision Transformers", section 3.2. Attributes: see `Fields`; the MLP is always `Mlp`, and
+    norms of queries, keys and branches are left out.
     """
 
     @nn.compact

@@ -131,6 +131,36 @@ def to_rows(table, rows, method="linear"):
     )
 
 
+def of_length(table, length, kept=20):
+    """Fits a learned table of text positions to another length: the first rows, or a stretched table.
+
+    Stretching keeps the first positions, which short captions have trained well, and reads the others between two old
+    ones, evenly spaced (Zhang et al. 2024, "Long-CLIP", arXiv:2403.15378: 77 positions become 248). The line through
+    the last two goes on to the end.
+
+    Args:
+      table: [1, n, D].
+      length: the new n.
+      kept: number of positions that stay where they are.
+
+    Returns:
+      float32 numpy array [1, length, D].
+
+    Raises:
+      UserError: the table is too short to be stretched.
+    """
+    table = np.asarray(table, np.float32)
+    count = table.shape[1]
+    if length <= count:
+        return table[:, :length]
+    if count < kept + 2:
+        raise UserError(f"{count} positions of texts cannot become {length}; expected a table of {kept + 2} or more")
+    at = np.concatenate([np.arange(kept), kept + np.arange(length - kept) * ((count - kept) / (length - kept))])
+    before = np.minimum(at.astype(int), count - 2)
+    share = (at - before).astype(np.float32)[:, None]
+    return table[:, before] * (1 - share) + table[:, before + 1] * share
+
+
 def resampled(table, old_grid, grids, length):
     """Resamples a learned table to each picture's grid: bilinear, antialiased (SigLIP 2's NaFlex).
 

@@ -14,22 +14,24 @@ class TextTransformer(Encoder, kw_only=True):
 
     CLIP (Radford et al. 2021): causal, pool "argmax" or "eos", head without bias. LiT and SigLIP (Zhai et al. 2022,
     2023): bidirectional, no padding mask, pool "last", head with bias. BERT (Devlin et al. 2018): post_norm, pre_norm,
-    pad_mask, token_types 2.
+    pad_mask, token_types 2. RoBERTa (Liu et al. 2019): as BERT, posemb "counted", pad_id 1, token_types 1.
 
     Attributes:
       vocab_size: V.
-      length: rows of the position table: the longest text.
+      length: the longest text: rows of the position table.
       pool: "last", "first", "eos" (the first eos_id), "argmax" (the largest id), "mean", "max", "map", "concat" or
         "none".
       causal: whether a token sees earlier tokens only.
-      posemb: "learned" or "none".
-      pad_id: the id of padding, for pad_mask.
+      posemb: "learned"; "counted", learned: token i has row pad_id + (number of tokens up to i that are no padding),
+        and padding row pad_id (RoBERTa); or "none".
+      pad_id: the id of padding, for pad_mask and posemb "counted".
       pad_mask: whether attention and the pool ignore padding.
       eos_id: the id that pool "eos" looks for.
       pool_exclude: ids left out of the pools "mean", "max", "map" and "concat", e.g. BOS and EOS; attention sees these
         ids.
       embed_std: standard deviation of the token embeddings at init; defaults to D ** -0.5.
       pre_norm: whether a norm follows the positions.
+      last_norm: with post_norm, whether a norm follows the blocks (AltCLIP); towers without post_norm always have one.
       token_types: rows of the token type table (BERT: 2); every token gets the first row. 0 for no table.
       Others: see `Encoder`.
     """
@@ -45,6 +47,7 @@ class TextTransformer(Encoder, kw_only=True):
     pool_exclude: tuple[int, ...] = ()
     embed_std: float | None = None
     pre_norm: bool = False
+    last_norm: bool = False
     token_types: int = 0
 
     @nn.compact
@@ -71,8 +74,12 @@ class TextTransformer(Encoder, kw_only=True):
         x = look_up(embed, token_ids)
         if self.posemb == "learned":
             x = x + positions.learned(self, self.length, self.width)[:, : x.shape[1]].astype(self.dtype)
+        elif self.posemb == "counted":
+            real = token_ids != self.pad_id
+            table = positions.learned(self, self.length + self.pad_id + 1, self.width)[0]
+            x = x + table.astype(self.dtype)[self.pad_id + jnp.cumsum(real, axis=1) * real]
         elif self.posemb != "none":
-            raise UserError(f"posemb of a text tower is `{self.posemb}`; expected one of: learned, none")
+            raise UserError(f"posemb of a text tower is `{self.posemb}`; expected one of: learned, counted, none")
         if self.token_types:
             table = self.param("token_type_embed", nn.initializers.normal(std), (self.token_types, self.width))
             x = x + table[0].astype(self.dtype)
@@ -81,6 +88,8 @@ class TextTransformer(Encoder, kw_only=True):
         mask = token_ids != self.pad_id if self.pad_mask else None
         options = dict(context=context, context_mask=context_mask, layers=layers, train=train)
         x, _, aux = self.encode(x, mask=mask, causal=self.causal, **options)
+        if self.last_norm and self.post_norm is True:
+            x = self.new_norm("norm")(x)
         pool_mask = mask
         if self.pool_exclude:
             kept = ~jnp.isin(token_ids, jnp.asarray(self.pool_exclude))

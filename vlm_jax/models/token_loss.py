@@ -1,7 +1,7 @@
 """Cross-entropy over a vocabulary, computed in chunks to save memory."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,12 +57,23 @@ def token_loss(
         correct = jnp.argmax(scores, axis=-1) == targets
         return TokenLoss(loss, own - lse, correct.astype(scores.dtype))
 
-    length = targets.shape[1]
+    return in_chunks(some, (hidden, targets), chunk)
+
+
+def in_chunks(function: Callable, arrays: Sequence[jax.Array], chunk: int) -> Any:
+    """Returns `function(*arrays)`, some positions at a time; its values are computed again for the gradient.
+
+    Args:
+      function: arrays [B, l, ...] -> tree of arrays [B, l], each position by itself.
+      arrays: [B, L, ...].
+      chunk: maximum number of positions at a time.
+    """
+    length = arrays[0].shape[1]
     count = -(-length // chunk)
-    if count == 1:
-        return some(hidden, targets)
+    if count <= 1:
+        return function(*arrays)
     chunk = -(-length // count)
     pad = lambda x: jnp.pad(x, ((0, 0), (0, count * chunk - length), *((0, 0),) * (x.ndim - 2)))
     cut = lambda x: jnp.moveaxis(pad(x).reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
     join = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :length]
-    return jax.tree.map(join, jax.lax.map(jax.checkpoint(lambda piece: some(*piece)), (cut(hidden), cut(targets))))
+    return jax.tree.map(join, jax.lax.map(jax.checkpoint(lambda piece: function(*piece)), tuple(map(cut, arrays))))

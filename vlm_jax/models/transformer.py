@@ -50,6 +50,7 @@ class AttentionInputs(NamedTuple):
       position: integer scalar, the tokens' place in the caches; None without caches.
       bias: [1, heads, L, Lk], added to the logits of self-attention, or None; `Encoder.stack` makes it.
       real: bool [B, L], False for tokens that statistics leave out, or None.
+      rotation: `rotary.Rotation` of the last tokens, in self-attention; or None.
     """
 
     mask: Any = None
@@ -58,6 +59,7 @@ class AttentionInputs(NamedTuple):
     position: Any = None
     bias: Any = None
     real: Any = None
+    rotation: Any = None
 
 
 class BlockResult(NamedTuple):
@@ -105,7 +107,8 @@ class Block(Fields, kw_only=True):
 
     With cross "inside", x + cross_attn(cross_norm(x), context) stands between the two (Vaswani et al. 2017). With
     "after", cross-attention follows them, reads context_norm(context) and has its own MLP (CoCa). Both are left out if
-    no context is given. With post_norm: norm1(x + attn(x)), then norm2(x + mlp(x)).
+    no context is given. With post_norm: norm1(x + attn(x)), then norm2(x + mlp(x)); with post_norm "branch":
+    x + norm1(attn(x)), then x + norm2(mlp(x)).
 
     Attributes:
       depth: number of blocks in the stack.
@@ -125,12 +128,17 @@ class Block(Fields, kw_only=True):
         """[B, L, D], `AttentionInputs`, the layer's number from 0, `Cache` or None -> [B, L, D], `BlockResult`."""
         drop_path = self.drop_path * layer / max(self.depth - 1, 1)
         norm = functools.partial(Norm, self.norm, self.norm_eps, self.norm_bias, self.dtype)
-        attention = functools.partial(Attention, self.heads, self.head_dim, self.attn_bias, scale=self.attn_scale)
+        of_attention = dict(
+            scale=self.attn_scale,
+            qk_norm=norm if self.qk_norm else None,
+            out_norm=norm if self.attn_norm else None,
+        )
+        attention = functools.partial(Attention, self.heads, self.head_dim, self.attn_bias, **of_attention)
         attn = attention(self.causal, self.implementation, self.dtype, name="attn")
         width = self.mlp_dim or 4 * x.shape[-1]
         of_mlp = dict(
             width=width, activation=self.activation, gated=self.gated, bias=self.mlp_bias,
-            dropout=self.dropout, train=self.train, dtype=self.dtype,
+            dropout=self.dropout, train=self.train, dtype=self.dtype, **({"norm": norm} if self.mlp_norm else {}),
         )  # fmt: skip
         own, read = (None, None) if cache is None else cache
         has_context = around.context is not None or read is not None
@@ -138,12 +146,12 @@ class Block(Fields, kw_only=True):
         def residual(x, name, norm, branch):
             """Returns the sum, and the branch's second result."""
             y, other = branch(x if self.post_norm else norm(x))
-            x = x + self._branch(name, y, drop_path)
-            return norm(x) if self.post_norm else x, other
+            x = x + self._branch(name, norm(y) if self.post_norm == "branch" else y, drop_path)
+            return norm(x) if self.post_norm is True else x, other
 
         self_attn = lambda x: attn(
-            x, mask=around.mask, logits_bias=around.bias, cache=own, position=around.position
-        )  # fmt: skip
+            x, mask=around.mask, logits_bias=around.bias, cache=own, position=around.position, rotation=around.rotation
+        )
 
         def mlp(x):
             if self.mlp is None:
@@ -189,8 +197,10 @@ class Encoder(Fields, kw_only=True):
       scan: whether the blocks are one `lax.scan`, with parameters stacked in `blocks` (leading layer axis).
       remat: a key of `REMAT`: the values that a block keeps for the backward pass ("none": all values).
       pool: the pool: "map" (attention with a learned query), a key of `pooling.POOLS`, or "none".
+      pool_heads, pool_mlp_dim: of the pool "map"; default to those of the blocks.
       rep_dim: width of tanh(dense(pooled)) before the head (ViTs pretrained on ImageNet-21k); None for no such layer.
-      rep_activation: "tanh", or a key of `layers.ACTIVATIONS` in its place.
+      rep_activation: "tanh", or a key of `layers.ACTIVATIONS` in its place, or "none".
+      rep_bias: whether that layer has a bias.
       out_dim: width of the projection head; None for no head.
       head_bias: whether the head has a bias.
       context_width: Dc, width of the context that cross-attention reads; defaults to width. Only parameters made
@@ -206,8 +216,11 @@ class Encoder(Fields, kw_only=True):
     scan: bool = False
     remat: str = "none"
     pool: str = "gap"
+    pool_heads: int | None = None
+    pool_mlp_dim: int | None = None
     rep_dim: int | None = None
     rep_activation: str = "tanh"
+    rep_bias: bool = True
     out_dim: int | None = None
     head_bias: bool = True
     context_width: int | None = None
@@ -224,7 +237,10 @@ class Encoder(Fields, kw_only=True):
         """Returns a norm of this encoder's kind."""
         return Norm(self.norm, self.norm_eps, dtype=self.dtype, name=name)
 
-    def encode(self, x, *, mask=None, causal=False, context=None, context_mask=None, layers=(), train=False, norm=True):
+    def encode(
+        self, x, *, mask=None, causal=False, context=None, context_mask=None, rotation=None, layers=(), train=False,
+        norm=True,
+    ):  # fmt: skip
         """Runs dropout, the blocks and the final norm; called from the compact method of a tower.
 
         Args:
@@ -233,6 +249,7 @@ class Encoder(Fields, kw_only=True):
           causal: whether token i sees tokens 0..i only.
           context: [B, Lc, Dc] that cross-attention reads; None leaves cross-attention out.
           context_mask: bool [B, Lc], False for padding; or [B, L, Lc], True where token i sees context j; or None.
+          rotation: `rotary.Rotation` of the last tokens, or None.
           layers: numbers of blocks whose outputs are returned, from 0; negative ones count from the end.
           train: whether dropout and drop path are active (they draw from the rng `dropout`).
           norm: whether the final norm follows.
@@ -243,7 +260,7 @@ class Encoder(Fields, kw_only=True):
         if context is not None and not self.cross:
             raise UserError('the tower got a context, but has no cross-attention; build it with cross="inside"')
         real = mask if self.mlp is not None and mask is not None and mask.ndim == 2 else None
-        around = AttentionInputs(over_heads(mask), context, over_heads(context_mask), real=real)
+        around = AttentionInputs(over_heads(mask), context, over_heads(context_mask), real=real, rotation=rotation)
         return self.stack(x, around, causal=causal, layers=layers, train=train, norm=norm)
 
     def stack(self, x, around, *, caches=None, causal=False, layers=(), train=False, norm=True):
@@ -263,6 +280,8 @@ class Encoder(Fields, kw_only=True):
         policy = choose(REMAT, self.remat, "remat")
         if self.cross not in (None, "inside", "after"):
             raise UserError(f"cross is `{self.cross}`; expected one of: inside, after, None")
+        if self.post_norm not in (False, True, "branch"):
+            raise UserError(f"post_norm is `{self.post_norm}`; expected one of: True, False, branch")
         chosen = [_number(layer, self.depth) for layer in layers]
         x = split_batch(nn.Dropout(self.dropout)(x.astype(self.dtype), deterministic=not train))
         if self.is_initializing() and self.cross and around.context is None:
@@ -297,7 +316,7 @@ class Encoder(Fields, kw_only=True):
             caches = None if caches is None else list(own)
             statistics = jax.tree.map(lambda *rows: jnp.stack(rows, 1), *statistics)
         aux = dict(statistics, layers=tuple(kept[i] for i in chosen)) if chosen else dict(statistics)
-        return Stacked(self.new_norm("norm")(x) if norm and not self.post_norm else x, caches, aux)
+        return Stacked(self.new_norm("norm")(x) if norm and self.post_norm is not True else x, caches, aux)
 
     def new_caches(self, batch, length):
         """Returns empty caches for `stack`: a list of `Cache`, or, with scan, one `Cache` with a leading layer axis."""
@@ -325,14 +344,15 @@ class Encoder(Fields, kw_only=True):
                 raise UserError('pool "none" gives no vector for a head; leave out_dim and rep_dim unset')
             return Encoded(None, tokens, mask)
         if self.pool == "map":
-            x = MapPool(**shared(self), name="map_pool")(tokens, pool_mask)
+            own = dict(heads=self.pool_heads or self.heads, mlp_dim=self.pool_mlp_dim or self.mlp_dim)
+            x = MapPool(**shared(self) | own, name="map_pool")(tokens, pool_mask)
         else:
             x = pool(self.pool, tokens, pool_mask, position)
         if norm:
             x = self.new_norm("norm")(x)
         if self.rep_dim:
-            act = choose({"tanh": jnp.tanh, **ACTIVATIONS}, self.rep_activation, "rep_activation")
-            x = act(nn.Dense(self.rep_dim, dtype=self.dtype, name="rep")(x))
+            act = choose({"tanh": jnp.tanh, "none": lambda x: x, **ACTIVATIONS}, self.rep_activation, "rep_activation")
+            x = act(nn.Dense(self.rep_dim, use_bias=self.rep_bias, dtype=self.dtype, name="rep")(x))
         if self.out_dim:
             x = self.project(x) if self.trunk is None else self.trunk(x)
         if self.pool == "all":

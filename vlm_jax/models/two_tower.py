@@ -23,6 +23,8 @@ class Embeddings:
       text_tokens: [B, L, D_text], before pool and head.
       scale: fp32 scalar, the factor on cosines: exp(logit_scale); None for one tower alone.
       bias: fp32 scalar added to logits, None for models without one.
+      image_pooled: [B, D], the image tower's output before it is normalised, compute dtype.
+      image_mask: bool [B, N], False for tokens of padding; None without padding.
       image_parts, text_parts: what the model's space says besides, name -> [B, ...]; None without a space.
     """
 
@@ -32,6 +34,8 @@ class Embeddings:
     text_tokens: Any
     scale: Any
     bias: Any
+    image_pooled: Any = None
+    image_mask: Any = None
     image_parts: Any = None
     text_parts: Any = None
 
@@ -49,8 +53,10 @@ EMBEDDINGS = {
     "of_text": lambda o: o.apply("__call__", None, o["token_ids"]),
     "of_both": lambda o: o.apply("__call__", None, None),
     "image_embedding": lambda o: o["of_image"].image,
+    "image_pooled": lambda o: o["of_image"].image_pooled,
     "image_tokens": lambda o: o["of_image"].image_tokens,
     "image_parts": lambda o: o["of_image"].image_parts,
+    "patch_tokens": lambda o: o["image_tokens"][:, getattr(getattr(o.model, "image", None), "tokens_before", 0) :],
     "text_embedding": lambda o: o["of_text"].text,
     "text_tokens": lambda o: o["of_text"].text_tokens,
     "text_parts": lambda o: o["of_text"].text_parts,
@@ -85,13 +91,14 @@ class TwoTower(nn.Module):
     outputs: ClassVar = EMBEDDINGS
 
     @nn.compact
-    def __call__(self, images, token_ids, *, train=False):
+    def __call__(self, images, token_ids, *, hidden=None, train=False):
         """Embeds images and texts; either may be None.
 
         Args:
           images: inputs of the image tower, floating [B, H, W, 3], already normalised; or precomputed pooled outputs
             [B, D] of a locked tower; or None.
           token_ids: integers [B, L], or None.
+          hidden: patches that are masked, see `ViT`; or None.
           train: whether dropout and drop path are active (they draw from the rng `dropout`).
 
         Returns:
@@ -106,14 +113,15 @@ class TwoTower(nn.Module):
             scale = jnp.exp(log_scale)
         if self.bias_init is not None:
             bias = self.param("logit_bias", nn.initializers.constant(self.bias_init), ())
-        image = text = image_tokens = text_tokens = None
+        image = text = image_tokens = text_tokens = image_pooled = image_mask = None
         if images is not None and getattr(images, "ndim", 4) == 2:
             if self.is_initializing():
                 self.image(jnp.zeros((1, *_picture_size(self.image), 3)))
             image = unit(images)
         elif images is not None:
-            encoded = of_image = self.image(images, train=train)
+            encoded = of_image = self.image(images, train=train, **({} if hidden is None else {"hidden": hidden}))
             image, image_tokens = self._embedding("image", encoded), encoded.tokens
+            image_pooled, image_mask = encoded.pooled, encoded.mask
         if token_ids is not None:
             encoded = of_text = self.text(token_ids, train=train)
             text, text_tokens = self._embedding("text", encoded), encoded.tokens
@@ -135,7 +143,8 @@ class TwoTower(nn.Module):
                 f"image embeddings have {image.shape[-1]} dimensions, text embeddings {text.shape[-1]}; "
                 "set out_dim of image and text to one number"
             )
-        return Embeddings(image, text, image_tokens, text_tokens, scale, bias, image_parts, text_parts)
+        more = image_pooled, image_mask, image_parts, text_parts
+        return Embeddings(image, text, image_tokens, text_tokens, scale, bias, *more)
 
     def _embedding(self, name, encoded):
         return None if self.space is not None else unit(_pooled(name, encoded))

@@ -28,7 +28,7 @@ def build(
         reaches: regex of the parameters that the term's gradient may move; defaults to all.
       selections: {row set: options}; the method, of the family "selections", is the option `name`, which defaults to
         the name here. `on` is the row set that the selection reads.
-      teachers: {name: dict(decay=0.999) or dict(spec="runs/clip"), inputs=...}, see `Teacher`.
+      teachers: {name: dict(decay=0.999, of="image/.*") or dict(spec="runs/clip"), inputs=...}, see `Teacher`.
       combine: what happens to the terms' gradients instead of their sum, a method of the family "combinations".
 
     In a section of one term, the term's `name` and options stand in the place of `terms`.
@@ -93,10 +93,16 @@ def _product(own: float, weight: float | Callable) -> float | Callable:
     return weight if own == 1.0 else lambda step: own * weight(step)
 
 
-def _teacher(*, load, decay: float | None = None, spec: str | None = None, inputs: Mapping[str, str] | None = None):
+def _teacher(
+    *, load, decay: float | None = None, of: str | None = None, spec: str | None = None, inputs=None
+) -> Teacher:
     if (decay is None) == (spec is None):
         raise UserError(f"a teacher of {WHERE} is an average, `decay=0.999`, or a checkpoint, `spec=...`: give one")
     if spec is None:
-        return Teacher(decay, inputs=dict(inputs or {}))
+        return Teacher(decay, inputs=dict(inputs or {}), of=of or ".*")
+    if of is not None:
+        raise UserError(
+            f"a teacher of {WHERE} has `of`, `{of}`, and `spec`: all parameters of a checkpoint are its own"
+        )
     loaded = load(spec)
     return Teacher(spec=spec, model=loaded.model, params=loaded.params, inputs=dict(inputs or {}))

@@ -104,6 +104,11 @@ class Outputs:
             own = self._made.setdefault(self._scope, {})
             if name not in own:
                 own[name] = module.init(fold(self._rng, f"{self._scope} {name}"), *args, **options).get("params", {})
+        if name not in own:
+            raise UserError(
+                f"{WHERE}: {self._owner} has no parameters {OWN}/{self._scope}/{name}; expected a teacher that is an "
+                "average, `decay=0.999`, of these, too"
+            )
         return module.apply({"params": own[name]}, *args, **options)
 
     def teacher(self, name: str) -> "Outputs":

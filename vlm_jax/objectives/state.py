@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from jax.interpreters import partial_eval
 
 from vlm_jax.errors import UserError
@@ -29,7 +30,8 @@ def make(
     parts.losses(params, features, rows)  # makes the parts that only losses call
     if made:
         params = {**params, OWN: made}
-    teachers = {name: params for name, teacher in objective.teachers.items() if teacher.model is None}
+    averaged = {name: teacher.of for name, teacher in objective.teachers.items() if teacher.model is None}
+    teachers = {name: _chosen(params, of, name) for name, of in averaged.items()}
     return params, {"terms": terms, "teachers": teachers} if terms or teachers else None
 
 
@@ -54,7 +56,8 @@ def update(objective: Objective, state: Any, params: Any, features: Any, rng: ja
             new = lambda term=term, given=given, context=context: term.update(context.state, given, context)
             old = lambda context=context: context.state
             terms[term.name] = jax.lax.cond(term.weight(step) != 0, new, old) if callable(term.weight) else new()
-    follow = lambda name, old: _average(old, params, objective.teachers[name].decay, step)
+    own = lambda name: _chosen(params, objective.teachers[name].of, name)
+    follow = lambda name, old: _average(old, own(name), objective.teachers[name].decay, step)
     return {"terms": terms, "teachers": {name: follow(name, old) for name, old in state["teachers"].items()}}
 
 
@@ -64,6 +67,17 @@ def _average(average, params, decay, step):
         return average
     share = 1 - (decay(step) if callable(decay) else decay)
     return jax.tree.map(lambda a, p: (a + share * (p - a)).astype(a.dtype), average, params)
+
+
+def _chosen(params: Any, of: str, teacher: str) -> Any:
+    """Returns the parameters whose names a regex matches."""
+    if of == ".*":
+        return params
+    leaves = traverse_util.flatten_dict(params, sep="/")
+    chosen = {name: leaf for name, leaf in leaves.items() if re.fullmatch(of, name)}
+    if not chosen:
+        raise UserError(f"{WHERE}.teachers.{teacher}.of, `{of}`, matches no parameter, such as {next(iter(leaves))}")
+    return traverse_util.unflatten_dict(chosen, sep="/")
 
 
 def reached(

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from vlm_jax.errors import UserError
 from vlm_jax.objectives.outputs import Outputs, Taught, fold
@@ -176,7 +177,8 @@ class Sum:
         teachers = {}
         for name, teacher in self.objective.teachers.items():
             own = self.frozen.get(name) if teacher.model is not None else averages.get(name)
-            teachers[name] = Taught(teacher.model or self.model, params if own is None else own, teacher.inputs)
+            own = params if own is None else own if teacher.of == ".*" else _over(params, own)
+            teachers[name] = Taught(teacher.model or self.model, own, teacher.inputs)
         options = dict(keys=keys, teachers=teachers, made=self.made)
         return Outputs(self.model, params, rows, train=self.train, rng=rng, **options)
 
@@ -201,6 +203,12 @@ class Sum:
         shapes = jax.eval_shape(run)
         fill = lambda value, tree: jax.tree.map(lambda x: jnp.full(x.shape, value, x.dtype), tree)
         return jax.lax.cond(self._on(schedules), run, lambda: jax.tree.map(fill, otherwise, shapes))
+
+
+def _over(params: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns parameters, some of them replaced by a teacher's own."""
+    leaves = [traverse_util.flatten_dict(tree, sep="/") for tree in (params, own)]
+    return traverse_util.unflatten_dict(leaves[0] | leaves[1], sep="/")
 
 
 def _check_sets(objective: Objective, sources: Mapping[str, Any]) -> None:

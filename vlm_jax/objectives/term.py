@@ -155,6 +155,7 @@ class Teacher:
       spec: a checkpoint, as for `vlm_jax.load`: frozen, read at every start, not saved with the run.
       model, params: of the checkpoint.
       inputs: {"image": "teacher_image"}: rows that the teacher reads in the place of the model's.
+      of: regex of whole parameter names that are averaged; all others are the run's own. Not with a `spec`.
     """
 
     decay: float | Callable | None = None
@@ -162,6 +163,7 @@ class Teacher:
     model: Any = None
     params: Any = dataclasses.field(default=None, repr=False)
     inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    of: str = ".*"
 
 
 @dataclasses.dataclass(frozen=True)

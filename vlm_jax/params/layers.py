@@ -7,7 +7,7 @@ import numpy as np
 
 from vlm_jax.params.table import named_leaves
 
-BEFORE = r"(.*/)?(patch_embed|pos_embed|cls|registers|pre_norm|token_embed|token_type_embed|relative|stem)(/.*)?"
+BEFORE = r"(.*/)?(patch_embed|pos_embed|cls|registers|pre_norm|token_embed|token_type_embed|relative|stem(_\w+)?)(/.*)?"
 
 
 class Place(NamedTuple):

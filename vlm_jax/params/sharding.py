@@ -78,6 +78,16 @@ def split_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
 
+def gathered(x: jax.Array) -> jax.Array:
+    """Returns x whole on every device of the mesh of `jax.set_mesh`: a loop over x then gathers it once, before.
+
+    XLA may otherwise multiply by its shards, and sum products that are much larger than x.
+    """
+    if not set(BATCH_AXES) <= set(jax.sharding.get_abstract_mesh().auto_axes):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
 def look_up(embed: Callable, token_ids: jax.Array) -> jax.Array:
     """Returns `embed(token_ids)`, [B, L] -> [B, L, D], for a table with columns sharded over `fsdp`.
 

@@ -198,11 +198,12 @@ def example_of(op_string: str) -> dict[str, np.ndarray]:
     picture = io.BytesIO()
     Image.new("RGB", (256, 256)).save(picture, "PNG")
     record: dict[str, Any] = collections.defaultdict(dict, image=picture.getvalue(), text="a text")
+    boxes = {step.kwargs.get("boxes") for step in (*pipeline.before, *pipeline.after)}
     for path in sorted(pipeline.paths - set(ops.SUBJECTS)):
         where, (*folders, name) = record, path.split("/")
         for folder in folders:
             where = where[folder]
-        where[name] = "a text"
+        where[name] = (0, 0, 1, 1) if path in boxes else "a text"
     example = pipeline(record, np.random.default_rng(0))
     # a value that no op has made is a label
     return collate([{name: 0 if isinstance(value, str) else value for name, value in example.items()}])

@@ -172,7 +172,7 @@ def _watched(model: nn.Module, params: Any, images: Any, look: Callable) -> Any:
 def _attention(model: nn.Module, params: Any, images: Any, grid: tuple[int, int]) -> jax.Array:
     """fp32 [B, h, w]."""
     tower, patches = model.image, grid[0] * grid[1]
-    first = _tokens_before(tower)
+    first = tower.tokens_before
     own = slice(None, patches) if isinstance(images, Mapping) else slice(-patches - first, None)  # no pad, no prompts
     has_pool = tower.pool == "map" or isinstance(getattr(model, "pool", None), QueryPool)
     from_cls = tower.pool in ("tok", "first") and not has_pool
@@ -184,9 +184,9 @@ def _attention(model: nn.Module, params: Any, images: Any, grid: tuple[int, int]
 
     def look(call, args, kwargs, module, method):
         path = module.path
-        if method == "__call__" and len(path) > 1 and path[-2:] in (("attn", "query"), ("attn", "key")):
-            projected[path[-1]] = call(*args, **kwargs)
-            return projected[path[-1]]
+        if isinstance(module, Attention) and method == "turned" and path[-1] == "attn":
+            projected[args[0]] = call(*args, **kwargs)
+            return projected[args[0]]
         result = call(*args, **kwargs)
         if isinstance(module, Attention) and method == "__call__" and path[-1] == "attn":
             projected["weights"] = _weights(module, projected, *args, **kwargs)
@@ -208,16 +208,10 @@ def _attention(model: nn.Module, params: Any, images: Any, grid: tuple[int, int]
     return seen[:, own][:, first:].reshape(-1, *grid)
 
 
-def _tokens_before(tower: nn.Module) -> int:
-    """Number of tokens before the patches of a ViT: the cls token and registers."""
-    has_cls = tower.pool == "tok" if tower.cls is None else tower.cls
-    return 1 + tower.registers if has_cls else 0
-
-
 def _weights(module: Attention, projected: Mapping, x, kv=None, mask=None, *, logits_bias=None, **_) -> jax.Array:
     """Computes the softmax of `Attention` again, fp32 [B, heads, Lq, Lk]."""
     del x, kv
-    query, key = (projected[name].reshape(*projected[name].shape[:2], module.heads, -1) for name in ("query", "key"))
+    query, key = projected["query"], projected["key"]
     scale = query.shape[-1] ** -0.5 if module.scale is None else module.scale
     logits = scale * jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
     logits = logits if logits_bias is None else logits + logits_bias

@@ -19,7 +19,7 @@ import jax
 
 from vlm_jax.config import flatten
 from vlm_jax.data.files import naming, read_kept, write_json
-from vlm_jax.errors import UserError
+from vlm_jax.errors import UserError, check_on_disk
 from vlm_jax.run import processes
 
 NAME = "lock"
@@ -37,6 +37,7 @@ def locked(folder: str | os.PathLike, together: bool = True) -> Iterator[None]:
     Raises:
       UserError: another run holds the folder; on every process.
     """
+    check_on_disk(folder, "folder")
     folder, held, mistake = Path(folder), contextlib.ExitStack(), None
     exchange = processes.exchange if together else lambda mistake: [mistake]
     if processes.is_first() or not together:

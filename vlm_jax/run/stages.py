@@ -6,16 +6,18 @@
     )
 
 A stage is the config with changes, which stand in the places that they have in the config. Schedules, seeds, batch
-numbers and the optimizer's state go on from stage to stage.
+numbers and the optimizer's state go on from stage to stage. Terms that a stage adds begin as in a new run, and their
+teachers as the model is then (SigLIP 2, arXiv:2502.14786, section 2.3).
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from vlm_jax.config import choose
 from vlm_jax.errors import UserError, near
@@ -26,6 +28,8 @@ from vlm_jax.params.table import map_with_name, named_leaves
 WHERE = "config.stages"
 CHANGES = ("accumulate", "data", "model", "objective", "optimizer", "preprocess", "tokenize")
 POSITIONS = "image/pos_embed"
+OF_TERMS = re.compile(r"(params|ema|opt_state/.*)/objective/.*|objective_state/.*")
+TEACHERS = re.compile(r"objective_state/teachers/[^/]+/")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,7 +105,7 @@ def left(stages: Sequence[Stage], step: int) -> list[Stage]:
 
 
 def check(before: Any, into: Any, stage: Stage) -> None:
-    """Raises a UserError if a state cannot become that of a stage: only learned positions may change.
+    """Raises a UserError if a state cannot become that of a stage: only positions may change, and terms come and go.
 
     Args:
       before, into: abstract `TrainState`s, of the stage before and of the new one.
@@ -110,14 +114,15 @@ def check(before: Any, into: Any, stage: Stage) -> None:
     shapes = [{name: tuple(leaf.shape) for name, leaf in named_leaves(tree).items()} for tree in (before, into)]
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
         old, new = (side.get(name, "absent") for side in shapes)
-        if old != new and not name.endswith(POSITIONS):
+        of_term = "absent" in (old, new) and OF_TERMS.fullmatch(name)
+        if old != new and not name.endswith(POSITIONS) and not of_term:
             raise UserError(
                 f"{WHERE}: stage {stage.number} changes `{name}`, {old} before, {new} in this stage; only positions of "
-                "pictures may change: declare parameters and terms in all stages, a term's weight may begin late"
+                "pictures may change, and terms may come and go: declare the model's parameters in all stages"
             )
 
 
-def carried(state: Any, into: Any, stage: Stage) -> Any:
+def carried(state: Any, into: Any, stage: Stage, begin: Callable[[], Any] | None = None) -> Any:
     """Returns the state at the beginning of a stage; learned positions of the picture are resampled everywhere.
 
     Moments are resampled linearly: other methods could make a second moment negative.
@@ -126,8 +131,15 @@ def carried(state: Any, into: Any, stage: Stage) -> Any:
       state: a `TrainState`, at the end of the stage before.
       into: the stage's abstract state, with shardings, see `check`.
       stage: the new one.
+      begin: the state of a new run, for what terms of the stage add; only this is computed.
     """
-    leaves = named_leaves(state)
+    leaves, targets = named_leaves(state), named_leaves(into)
+    own = {name: leaves.get(TEACHERS.sub("params/", name)) for name in targets if name not in leaves}
+    leaves |= {name: jnp.copy(leaf) for name, leaf in own.items() if leaf is not None}  # teachers begin as the model
+    new = {name: targets[name].sharding for name, leaf in own.items() if leaf is None}
+    if new:
+        pick = lambda tree: {name: leaf for name, leaf in named_leaves(tree).items() if name in new}
+        leaves |= jax.jit(lambda: pick(begin()), out_shardings=new)()
 
     def place(name: str, target: jax.ShapeDtypeStruct) -> jax.Array:
         leaf = leaves[name]

@@ -19,7 +19,7 @@ from vlm_jax.config import checked
 from vlm_jax.data import ops, tokenizers
 from vlm_jax.errors import UserError
 from vlm_jax.models import insertion
-from vlm_jax.models.positions import RESAMPLING, resample_posemb
+from vlm_jax.models.positions import RESAMPLING, of_length, resample_posemb
 from vlm_jax.params import sharding
 from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained
@@ -42,6 +42,7 @@ def load(
     weights: str | None = None,
     image_size: int | Sequence[int] | None = None,
     resample: str | None = None,
+    text_length: int | None = None,
     mesh: Mesh | None = None,
     partition: Sequence = sharding.RULES,
     dtype: jax.typing.DTypeLike | None = None,
@@ -67,6 +68,8 @@ def load(
         given does not.
       resample: resampling of learned positions: "linear" (big_vision), "bicubic" (open_clip) or
         "bicubic_sharp" (DINOv2).
+      text_length: number of tokens of texts; learned positions are cut, or stretched behind the first 20 as in
+        Long-CLIP (`positions.of_length`). The files' own `tokenize` follows.
       mesh: devices for the parameters, each read straight into its shards; None is one device.
       partition: partition rules of the parameters on the mesh.
       dtype: compute dtype (parameters are float32); defaults to a run's own, and to float32 for released weights.
@@ -104,7 +107,8 @@ def load(
     )
     if adapter := adapter or adapters.of_folder(path):
         pretrained = adapters.load_adapter(adapter, pretrained)
-    return pretrained if size is None else _resized(pretrained, size, resample)
+    pretrained = pretrained if size is None else _resized(pretrained, size, resample)
+    return pretrained if text_length is None else _of_length(pretrained, text_length, tokenize is None)
 
 
 def read_params(
@@ -193,11 +197,12 @@ def _resized(pretrained: Pretrained, size: tuple[int, int], method: str | None) 
     section, params = pretrained.config["model"]["image"], named_leaves(pretrained.params)
     table = params.get("image/pos_embed")
     if table is not None:  # else positions are computed, or there are none
-        patch, first = section["patch"], int(section.get("cls_position", False))
+        tower = pretrained.model.image
+        patch, first = getattr(tower, "patch", None) or tower.stride, int(tower.cls_position)
         new = size[0] // patch, size[1] // patch
         if not all(new):
             raise UserError(f"image_size {size} is smaller than a patch of {patch} px")
-        old = _grid(section, table.shape[1] - first, new)
+        old = _grid(section.get("image_size"), patch, table.shape[1] - first, new)
         if old != new:
             if method is None:
                 raise UserError(
@@ -207,7 +212,26 @@ def _resized(pretrained: Pretrained, size: tuple[int, int], method: str | None) 
             host = np.asarray(table)
             rows = resample_posemb(host[:, first:], old, new, method)
             params["image/pos_embed"] = jax.device_put(np.concatenate([host[:, :first], rows], axis=1), table.sharding)
-    section = dict(pretrained.config["model"], image=dict(section, image_size=size))
+    return _rebuilt(pretrained, dict(image=dict(section, image_size=size)), params)
+
+
+def _of_length(pretrained: Pretrained, length: int, follows: bool) -> Pretrained:
+    """The model for texts of `length` tokens; its op string `tokenize` follows."""
+    section, params = pretrained.config["model"].get("text"), named_leaves(pretrained.params)
+    if not section or length < 1:
+        raise UserError(f"text_length is {length}; expected 1 or more, and a model with a text tower")
+    if (table := params.get("text/pos_embed")) is not None:
+        params["text/pos_embed"] = jax.device_put(of_length(table, length), table.sharding)
+    pretrained = _rebuilt(pretrained, dict(text=dict(section, length=length)), params)
+    if not follows:
+        return pretrained
+    tokenize = op_strings.lengthened(pretrained.tokenize, length)
+    return dataclasses.replace(pretrained, tokenize=tokenize, config=pretrained.config | {"tokenize": tokenize})
+
+
+def _rebuilt(pretrained: Pretrained, towers: Mapping[str, Any], params: Mapping[str, Any]) -> Pretrained:
+    """The model with other sections of towers and parameters."""
+    section = pretrained.config["model"] | towers
     model = models.build(section)
     if own := getattr(pretrained.model, "insertions", ()):
         model = insertion.inserted(insertion.removed(model), *own)
@@ -215,11 +239,11 @@ def _resized(pretrained: Pretrained, size: tuple[int, int], method: str | None) 
     return dataclasses.replace(pretrained, model=model, params=_tree(params), config=config)
 
 
-def _grid(section: Mapping[str, Any], rows: int, new: tuple[int, int]) -> tuple[int, int]:
-    """Returns the grid of the checkpoint's positions: from image_size, else a square, else `new` if that fits."""
-    if section.get("image_size"):
-        height, width = _sides(section["image_size"])
-        return height // section["patch"], width // section["patch"]
+def _grid(size: Any, patch: int, rows: int, new: tuple[int, int]) -> tuple[int, int]:
+    """Returns the grid of the checkpoint's positions: from its image_size, else a square, else `new` if that fits."""
+    if size:
+        height, width = _sides(size)
+        return height // patch, width // patch
     side = math.isqrt(rows)
     if side * side == rows:
         return side, side

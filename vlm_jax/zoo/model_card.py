@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 PARTS = {"image": "image tower", "text": "text tower", "encoder": "encoder", "decoder": "decoder"}
-LIBRARIES = {"native": "vlm_jax", "hf": "transformers", "open_clip": "open_clip"}
+LIBRARIES = {"native": "vlm_jax", "hf": "transformers", "open_clip": "open_clip", "stablehlo": "vlm_jax"}
 
 
 def text(content: Any, format: str) -> str:
-    """Returns the model card of a `save.Content` in the format, a key of `LIBRARIES`.
+    """Returns the model card of a `read_back.Content` in the format, a key of `LIBRARIES`.
 
     What nobody has told, training data and results, the card says is not stated; whoever publishes the model adds it.
     """

@@ -24,7 +24,8 @@ from vlm_jax.zoo.released import ANY
 
 PARTS = ("image", "text", "encoder")
 WHERE = "config.model_init"
-POSITIONS = "image/pos_embed"
+# Tables whose number of rows may differ, and how they are fitted.
+POSITIONS = {"image/pos_embed": positions.to_rows, "text/pos_embed": positions.of_length}
 STARTS_ANEW = re.compile(r"\w*/?(map_pool|rep|head)/.*|(.*/)?inserted_\w+")
 
 
@@ -77,21 +78,22 @@ def _read_tower(tower: str, spec: str, own: Mapping[str, jax.ShapeDtypeStruct]) 
     kept = {entry.ours for entry in entries}
     own = {name: leaf for name, leaf in own.items() if not STARTS_ANEW.fullmatch(name) or name in kept}
     tensors = {entry.theirs: released.tensors[entry.theirs] for entry in entries if entry.theirs in released.tensors}
-    ours, theirs = own.get(POSITIONS), released.shapes.get(POSITIONS)
-    resample = (
-        ours is not None and theirs is not None and ours.shape != theirs.shape and ours.shape[2:] == theirs.shape[2:]
-    )
-    if resample:
-        own[POSITIONS] = jax.ShapeDtypeStruct(
-            theirs.shape, ours.dtype, sharding=sharding.replicated(ours.sharding.mesh)
-        )
+    wanted = {name: own[name] for name in POSITIONS if name in own and _differs(own[name], released.shapes.get(name))}
+    for name, ours in wanted.items():
+        everywhere = sharding.replicated(ours.sharding.mesh)
+        own[name] = jax.ShapeDtypeStruct(released.shapes[name].shape, ours.dtype, sharding=everywhere)
     plan = key_map.match(entries, own, tensors, (), f"{WHERE}: {spec}")
     arrays = read_params(plan, own, tensors, {name: leaf.sharding for name, leaf in own.items()})
-    if resample:
-        table = positions.to_rows(arrays[POSITIONS], ours.shape[1])
-        arrays[POSITIONS] = jax.make_array_from_callback(table.shape, ours.sharding, lambda index: table[index])
-        print(f"{WHERE}: positions resampled, from {theirs.shape[1]} to {ours.shape[1]}")
+    for name, ours in wanted.items():
+        table = POSITIONS[name](arrays[name], ours.shape[1])
+        arrays[name] = jax.make_array_from_callback(table.shape, ours.sharding, lambda index, table=table: table[index])
+        print(f"{WHERE}: {name} resampled, from {own[name].shape[1]} to {ours.shape[1]} rows")
     return arrays
+
+
+def _differs(ours: Any, theirs: Any) -> bool:
+    """Whether two tables of positions have another number of rows, and else the same shape."""
+    return theirs is not None and ours.shape != theirs.shape and ours.shape[2:] == theirs.shape[2:]
 
 
 def _fits(entry: key_map.Entry, shapes: Mapping[str, Any], tensors: Mapping[str, Any]) -> bool:

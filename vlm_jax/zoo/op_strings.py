@@ -1,5 +1,6 @@
 """Preprocessing as a string of ops: written, and rewritten for another size or for training."""
 
+import dataclasses
 import inspect
 
 import numpy as np
@@ -44,6 +45,16 @@ def resized(string: str, size: Size) -> str:
     spelled = [_spelled(step, scale if step in sized else None) for step in steps]
     spelled[len(pipeline.before) : len(pipeline.before)] = ["cache"] * pipeline.cached
     return " | ".join(spelled)
+
+
+def lengthened(string: str, length: int) -> str:
+    """Returns the op string that makes token ids, for another number of tokens."""
+    steps = ops.parse(string, tokenizer=len).after
+    if not any(step.name == "tokenize" for step in steps):
+        raise UserError(f"tokenize `{string}` has no `tokenize`, whose length can follow text_length; pass tokenize=")
+    own = lambda step: {name: value for name, value in step.kwargs.items() if name not in ops.INJECTED}
+    new = lambda step: own(step) | ({"length": length} if step.name == "tokenize" else {})
+    return " | ".join(_spelled(dataclasses.replace(step, kwargs=new(step))) for step in steps)
 
 
 def _size_of(step: ops.Step) -> np.ndarray:

@@ -10,6 +10,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.zoo.formats.settings import check
 from vlm_jax.zoo.tokenizer_files import FIX, from_transformers
 
+LENGTH = 77  # open_clip's default
 # Text ops of open_clip's cleaning, by its name.
 CLEAN = {"whitespace": ("clean",), "lower": ("clean", "lower"), "canonicalize": ("clean", "canonicalize")}
 
@@ -28,6 +29,8 @@ def read(folder: Path, length: int, text_cfg: Mapping[str, Any]) -> tuple[str, s
     kwargs = text_cfg.get("tokenizer_kwargs") or {}
     check(kwargs, ("clean", "strip_sep_token"), {}, "text_cfg.tokenizer_kwargs")
     named = bool(text_cfg.get("hf_tokenizer_name"))
+    if text_cfg.get("hf_model_name"):  # the tower takes longer texts than open_clip cuts
+        length = min(length, text_cfg.get("context_length") or LENGTH)
     clean = kwargs.get("clean") or ("whitespace" if named else "lower")
     ops_of_text = choose(CLEAN, clean, "text_cfg.tokenizer_kwargs.clean")
     if named:

@@ -6,61 +6,36 @@ Every layout is checked before writing: the description read back from the plann
 import contextlib
 import dataclasses
 import logging
-import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from vlm_jax import models
 from vlm_jax.config import checked, choose
 from vlm_jax.data import tokenizers
 from vlm_jax.data.files import naming, write_json
 from vlm_jax.errors import UserError
 from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained
-from vlm_jax.zoo import adapters, key_map, model_card, open_clip_tokenizers, preprocessing, recognize, tokenizer_files
-from vlm_jax.zoo.formats import big_vision, open_clip, t5, t5x, transformers
-from vlm_jax.zoo.readers.tensors import Tensor, write_npz, write_safetensors
-from vlm_jax.zoo.released import SIDES, Released, Told
+from vlm_jax.zoo import (
+    adapters,
+    key_map,
+    model_card,
+    open_clip_tokenizers,
+    preprocessing,
+    recognize,
+    tokenizer_files,
+)
+from vlm_jax.zoo.formats import big_vision, open_clip, stablehlo, t5, t5x, transformers
+from vlm_jax.zoo.read_back import DTYPES, Content, full_section, losses, their_arrays
+from vlm_jax.zoo.readers.tensors import write_npz, write_safetensors
+from vlm_jax.zoo.released import Released
+from vlm_jax.zoo.shapes import towers_alone
 
 log = logging.getLogger(__name__)
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
-# Fields that change how a model runs or starts, not its outputs.
-RUNTIME = ("scan", "remat", "implementation", "dtype", "dropout", "drop_path", "embed_std", "parent", "name")
-
-
-@dataclasses.dataclass(frozen=True)
-class Content:
-    """A model to write.
-
-    Attributes:
-      section: config section of the model.
-      shapes: parameter name -> anything with a shape.
-      read: parameter name, index (a slice for each axis) -> float32 array.
-      preprocess, tokenizer, tokenize: as in a config; None where unknown.
-      licence: of the weights, if known.
-      dtype: of the written arrays, a key of `DTYPES`.
-      adapter: writes the adapter's file of an adapted model; only "native" has a place for it.
-    """
-
-    section: Mapping[str, Any]
-    shapes: Mapping[str, Any]
-    read: Callable[[str, tuple[slice, ...]], np.ndarray]
-    preprocess: str | None = None
-    tokenizer: str | None = None
-    tokenize: str | None = None
-    licence: str | None = None
-    dtype: str = "float32"
-    adapter: Callable[[Path], None] | None = None
-
-    def array(self, shape: tuple[int, ...], load: Callable[[tuple[slice, ...]], np.ndarray]) -> Tensor:
-        """Returns an array to write, rounded to `dtype` when it is read."""
-        return Tensor(shape, np.dtype(DTYPES[self.dtype]), load)
 
 
 @checked
@@ -71,7 +46,7 @@ def save_pretrained(
 
     Args:
       pretrained: the model.
-      path: a folder to make ("native", "hf", "open_clip", "t5x"), or an .npz file ("big_vision").
+      path: a folder to make ("native", "hf", "open_clip", "t5x", "stablehlo"), or an .npz file ("big_vision").
       format: a key of `FORMATS`.
       dtype: of the weights in the file: "float32" or "bfloat16", half the size.
 
@@ -144,6 +119,9 @@ def write(content: Content, path: str | os.PathLike, format: str) -> None:
         raise UserError(f"{path} exists; remove it or write elsewhere")
     writer = choose(FORMATS, format, "--format")
     choose(DTYPES, content.dtype, "--dtype")
+    if format not in ("native", "stablehlo") and content.section.get("name") == "two_tower_captioner":
+        log.warning("%s has no place for the decoder: the two towers are written, as SigLIP 2 is released", format)
+        content = dataclasses.replace(content, **towers_alone(content.section, content.shapes))
     try:
         writes = writer(content)
     except UserError as error:
@@ -199,13 +177,14 @@ def _transformers(content: Content) -> Callable[[Path], None]:
         outlines = [t5.outline(section)]
     else:
         section = _of_towers(content, "Transformers")
+        _check_vit(section["image"], "Transformers'")
         outlines = transformers.outlines(section["image"], section["text"])
     for config, entries in outlines:
-        pooling = (section["text"] or {}).get("pool") if _is_sentence_model(section) else None
+        pooling = (section["text"] or {}).get("pool") if transformers.is_sentence_model(section) else None
         describe = lambda tensors, config=config, pooling=pooling: transformers.describe(
             config, {name: tensor.shape for name, tensor in tensors.items()}, pooling
         )
-        problems = _problems(content, entries, lambda tensors, describe=describe: describe(tensors)[0])
+        problems = losses(content, entries, lambda tensors, describe=describe: describe(tensors)[0])
         tried.append((problems, config))
         packed = "pack_patches" in (content.preprocess or "")
         if not problems and (not packed or config["model_type"].startswith("siglip2")):
@@ -227,7 +206,7 @@ def _transformers(content: Content) -> Callable[[Path], None]:
         write_json(folder / "config.json", config)
         if pooling:
             transformers.write_sentence_modules(folder, pooling, section["text"]["width"])
-        write_safetensors(folder / "model.safetensors", _their_arrays(content, entries), {"format": "pt"})
+        write_safetensors(folder / "model.safetensors", their_arrays(content, entries), {"format": "pt"})
 
     return write
 
@@ -239,16 +218,15 @@ def _of_towers(content: Content, format: str) -> dict[str, Any]:
     return section
 
 
-def _is_sentence_model(section) -> bool:
-    """Whether a BERT pools as in sentence-transformers; Transformers' own pool is dense, on the first token."""
-    text = section["text"]
-    return bool(text and not section["image"] and text["post_norm"] and not text["rep_dim"])
+def _check_vit(image: Mapping[str, Any] | None, whose: str) -> None:
+    if image and "patch" not in image:
+        raise UserError(f"{whose} format has no convolutional image tower, only Vision Transformers")
 
 
 def _open_clip(content: Content) -> Callable[[Path], None]:
     section = _of_towers(content, "open_clip")
     cfg, entries = open_clip.outline(section)
-    if problems := _problems(content, entries, lambda tensors: open_clip.describe(tensors, cfg)[0]):
+    if problems := losses(content, entries, lambda tensors: open_clip.describe(tensors, cfg)[0]):
         raise UserError(f"open_clip has no such model: {', '.join(problems)}")
     settings = {"model_cfg": cfg, "preprocess_cfg": {}}
     if content.preprocess:
@@ -261,7 +239,7 @@ def _open_clip(content: Content) -> Callable[[Path], None]:
             cfg["text_cfg"]["tokenizer_kwargs"] = {"clean": clean}
             tokenizer_files.to_transformers(content.tokenizer, content.tokenize, folder)
         write_json(folder / "open_clip_config.json", settings)
-        write_safetensors(folder / "open_clip_model.safetensors", _their_arrays(content, entries), {"format": "pt"})
+        write_safetensors(folder / "open_clip_model.safetensors", their_arrays(content, entries), {"format": "pt"})
 
     return write
 
@@ -270,22 +248,12 @@ def _big_vision(content: Content) -> Callable[[Path], None]:
     section = full_section(content)
     if section["decoder"] and not section["image"]:
         raise UserError("big_vision's format is of models with images; this one has none")
-    entries = big_vision.outline(section)
-    if problems := _problems(content, entries, lambda tensors: big_vision.describe(tensors, _pools(section))[0]):
+    _check_vit(section["image"], "big_vision's")
+    entries, pools = big_vision.outline(section), big_vision.pools(section)
+    if problems := losses(content, entries, lambda tensors: big_vision.describe(tensors, pools)[0]):
         raise UserError(f"big_vision has no such model: {', '.join(problems)}")
-    arrays = _their_arrays(content, entries)
+    arrays = their_arrays(content, entries)
     return lambda path: write_npz(path, {f"params/{name}": array for name, array in arrays.items()})
-
-
-def _pools(section: Mapping[str, Any]) -> Told:
-    """The pools, which an npz does not hold."""
-    pools = {side: section[side]["pool"] for side in ("image", "text") if section[side]}
-    for side, pool in pools.items():
-        if pool not in ("map", "tok", "none"):
-            log.info(
-                "an npz does not hold the %s tower's pool; `load` needs pool=%r, unless its name tells", side, pool
-            )
-    return Told(pool=pools)
 
 
 def _t5x(content: Content) -> Callable[[Path], None]:
@@ -295,9 +263,20 @@ def _t5x(content: Content) -> Callable[[Path], None]:
     if not section["encoder"]:
         raise UserError("T5X's format is of T5 and UL2, from texts to texts")
     entries, activation = t5x.table(section), section["encoder"]["activation"]
-    if problems := _problems(content, entries, lambda tensors: t5x.describe(tensors, activation)[0]):
+    if problems := losses(content, entries, lambda tensors: t5x.describe(tensors, activation)[0]):
         raise UserError(f"T5X has no such model: {', '.join(problems)}")
-    return lambda folder: t5x.write(folder, _their_arrays(content, entries))
+    return lambda folder: t5x.write(folder, their_arrays(content, entries))
+
+
+def _stablehlo(content: Content) -> Callable[[Path], None]:
+    stablehlo.check(content)
+    native = _native(content)
+
+    def write(folder: Path) -> None:
+        native(folder)
+        stablehlo.write(folder, content, DTYPES[content.dtype])
+
+    return write
 
 
 # Each checks that the format can express the content, and returns the function that writes a folder or file.
@@ -307,88 +286,5 @@ FORMATS = {
     "open_clip": _open_clip,
     "big_vision": _big_vision,
     "t5x": _t5x,
+    "stablehlo": _stablehlo,
 }
-
-
-def full_section(content: Content) -> dict[str, Any]:
-    """Returns the section with all fields of its towers, and an image size if the positions are a square."""
-    model = models.build(content.section)
-    section = {side: _fields(getattr(model, side, None)) for side in SIDES}
-    section |= {key: getattr(model, key, None) for key in ("bias_init", "pad_id")}
-    table = content.shapes.get("image/pos_embed")
-    if section["image"] and table is not None and section["image"].get("image_size") is None:
-        rows = table.shape[1] - section["image"]["cls_position"]
-        side = math.isqrt(rows)
-        if side * side == rows:
-            section["image"]["image_size"] = side * section["image"]["patch"]
-    return section
-
-
-def _fields(tower) -> dict[str, Any] | None:
-    if tower is None:
-        return None
-    return {field.name: getattr(tower, field.name) for field in dataclasses.fields(tower)}
-
-
-def _problems(content: Content, entries: list[key_map.Entry], describe: Callable) -> list[str]:
-    """Lists losses: fields that the layout reads back differently, and parameters without a place."""
-    placed = {entry.ours for entry in entries}
-    homeless = [name for name in content.shapes if name.replace("blocks/", "blocks_0/") not in placed]
-    if homeless:
-        return [f"it has no place for {key_map.listed(homeless)}"]
-    problems = []
-    try:
-        read_back = models.build(describe(_their_arrays(content, entries)))
-    except (UserError, LookupError, TypeError, ValueError, ArithmeticError) as error:
-        return [str(error)]
-    wanted = full_section(content)
-    for side in SIDES:
-        got = _fields(getattr(read_back, side, None)) or {}
-        want = wanted[side] or {}
-        for key in want.keys() - set(RUNTIME):
-            if not _same(key, got.get(key), want[key], want):
-                problems.append(f"{side}.{key} would be {got.get(key)!r}, not {want[key]!r}")
-    return sorted(problems)
-
-
-def _same(key: str, got: Any, want: Any, fields: Mapping[str, Any]) -> bool:
-    square = lambda size: (size, size) if isinstance(size, int) else tuple(size or ())
-    if key == "image_size":
-        return got is None or square(got) == square(want)
-    if key == "layer_scale":  # only its presence counts; the initial value is for training
-        return (got is None) == (want is None)
-    if key == "head_bias" and not fields.get("out_dim"):
-        return True
-    if key in ("eos_id", "pad_id"):
-        uses = fields.get("pool") == "eos" if key == "eos_id" else fields.get("pad_mask")
-        return not uses or got == want
-    if key == "cls":
-        return bool(got or fields.get("pool") == "tok") == bool(want or fields.get("pool") == "tok")
-    return got == want or (isinstance(want, tuple) and tuple(got or ()) == want)
-
-
-def _their_arrays(content: Content, entries: list[key_map.Entry]) -> dict[str, Tensor]:
-    """Returns their name -> tensor, assembled from our parameters when read."""
-    by_name: dict[str, list[key_map.Entry]] = {}
-    for entry in entries:
-        if key_map.array_shape(entry.ours, content.shapes) is not None:
-            by_name.setdefault(entry.theirs, []).append(entry)
-
-    def tensor(own: list[key_map.Entry]) -> Tensor:
-        shape = own[0].their_shape(key_map.array_shape(own[0].ours, content.shapes))
-
-        def load(index):
-            whole = np.empty(shape, np.float32)
-            for entry in own:
-                name, i = key_map.blocks_of(entry.ours, content.shapes)
-                rank = len(content.shapes[name].shape)
-                if i is None:
-                    entry.write(content.read(name, (slice(None),) * rank), whole)
-                else:
-                    row = content.read(name, (slice(i, i + 1), *(slice(None),) * (rank - 1)))
-                    entry.write(row[0], whole)
-            return whole[tuple(index)]
-
-        return content.array(shape, load)
-
-    return {name: tensor(own) for name, own in sorted(by_name.items())}

@@ -42,6 +42,13 @@ def inputs_of(model: nn.Module, positions: int | None = None) -> tuple[jax.Shape
     return tuple(_input_of(tower, positions) for tower in (model.image, reader))
 
 
+def towers_alone(section: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `section` and `shapes` of the two towers of a `TwoTowerCaptioner`, from those of the model."""
+    kept = {key: value for key, value in section.items() if key != "decoder"} | {"name": "two_tower"}
+    own = {name: leaf for name, leaf in shapes.items() if not name.startswith(("decoder/", "head/"))}
+    return dict(section=kept, shapes=own)
+
+
 def check_sizes(section: Any, where: str = "the model", largest: int = MAX_SIZE) -> None:
     """Raises a UserError if a config from elsewhere has sizes that tracing the model could not finish with."""
     if isinstance(section, Mapping):

@@ -111,6 +111,27 @@ def test_views_are_crops_of_the_whole_picture_with_draws_of_their_own(format):
     assert len(np.unique(out["local"].reshape(6, -1), axis=0)) == 6
 
 
+def test_a_view_is_one_of_views():
+    local = "random_resized_crop(16, scale=(0.05, 0.4)) | flip | normalize"
+    record = {"image": picture(40, 60)}
+    several = run(f"views('local', 2, {local})", record, 3)["local"]
+    one = run(f"view('local', {local})", record, 3)
+    np.testing.assert_array_equal(one["local"], several[0])
+    np.testing.assert_array_equal(one["image"], record["image"])
+    with pytest.raises(UserError, match=r"random_crop\(48, 48\) was given an image of 40x60"):
+        run("view('local', random_crop(48))", record)
+
+
+def test_random_blur_blurs_some():
+    image = np.zeros((9, 9, 3), np.uint8)
+    image[4, 4] = 255
+    outs = [np.asarray(run("random_blur(0.5, (1.0, 2.0))", {"image": image}, seed)["image"]) for seed in range(40)]
+    blurred = [out for out in outs if np.any(out != image)]
+    assert 10 < len(blurred) < 30 and len({out[4, 4, 0] for out in blurred}) > 5
+    for out in blurred:
+        assert out[4, 4, 0] == out.max() < 100 and np.array_equal(out, out[::-1, ::-1])
+
+
 def test_views_of_what_they_cannot_show():
     with pytest.raises(UserError, match="put `decode` first"):
         run("views('local', 2, flip)", {"image": encode(picture())})

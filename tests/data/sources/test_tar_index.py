@@ -1,6 +1,5 @@
 """The index of tar shards: the records of a scan, one by one; kills, changed and broken shards, damaged indexes."""
 
-import io
 import json
 import logging
 import os
@@ -12,28 +11,13 @@ import numpy as np
 import pytest
 
 from tests.support.records import red
+from tests.support.tars import plain, write
 from vlm_jax import command, index
 from vlm_jax.command import commands
 from vlm_jax.data import loader
 from vlm_jax.data.source import BadExample
 from vlm_jax.data.sources import open_source, tar_columns, tar_headers, tar_index, tar_shards
 from vlm_jax.errors import UserError
-
-
-def write(path, *members, format=tarfile.USTAR_FORMAT, mtime=1, encoding="utf-8", end=True):
-    """Writes members (name, bytes) in this order; without `end`, as a writer that was killed leaves them."""
-    with tarfile.open(path, "w", format=format, encoding=encoding) as tar:
-        for name, data in members:
-            entry = tarfile.TarInfo(name)
-            entry.size, entry.mtime = len(data), mtime
-            tar.addfile(entry, io.BytesIO(data))
-        written = tar.offset
-    if not end:
-        os.truncate(path, written)
-
-
-def plain(first, count=3):
-    return [(f"{i:05d}.{e}", d) for i in range(first, first + count) for e, d in (("png", red(i)), ("txt", b"%d" % i))]
 
 
 def write_all(folder):

@@ -138,7 +138,7 @@ def test_a_setting_is_read_or_refused(where, key, value, message):
         ("visual.trunk.blocks.0.attn.q_proj.weight", "EVA02"),
         ("visual.trunk.blocks.0.attn.q_bias", "EVA01"),
         ("visual.trunk.patch_embed.backbone.stem.conv1.weight", "ViTamin"),
-        ("visual.trunk.patch_embed.backbone.0.conv.weight", "MobileCLIP-B"),
+        ("visual.trunk.patch_embed.backbone.0.conv.weight", "a hybrid of convolutions"),
         ("visual.trunk.layers.0.blocks.0.attn.relative_position_bias_table", "Swin"),
         ("visual.layer1.0.conv1.weight", "ResNet"),
         ("visual.trunk.surprise", "of an unknown family"),
@@ -153,9 +153,17 @@ def test_a_family_names_itself_and_the_nearest(name, family):
 
 def test_rotary_positions_are_not_taken_for_learned_ones():
     pe = timm(cls=True, more=[("norm_pre.weight", (768,))])
-    for cfg in (None, dict(vision_cfg=dict(timm_model_name="vit_pe_core_base_patch16_224"), text_cfg=WORDS)):
-        with pytest.raises(UserError, match="PE-Core"):
-            open_clip.describe(pe, cfg, GELU)
+    with pytest.raises(UserError, match="PE-Core or alike, whose positions bare weights do not tell"):
+        open_clip.describe(pe, None, GELU)
+    vision = dict(timm_model_name="vit_pe_core_base_patch16_224", timm_pool="map", image_size=224)
+    image = open_clip.describe(pe, dict(vision_cfg=vision, text_cfg=WORDS))[0]["image"]
+    assert image["rotary"] == dict(reference=(14, 14), offset=1.0, columns_first=True)
+    assert (image["heads"], image["pool_heads"], image["norm_eps"]) == (12, 8, 1e-5)
+    with pytest.raises(UserError, match="timm_pool of vit_pe_core_base_patch16_224 is 'avg'; expected map"):
+        open_clip.describe(pe, dict(vision_cfg=vision | dict(timm_pool="avg"), text_cfg=WORDS))
+    for other in ("vit_pe_spatial_base_patch16_512", "vit_base_patch16_rope_reg1_gap_256"):
+        with pytest.raises(UserError, match="a ViT with rotary positions"):
+            open_clip.describe(pe, dict(vision_cfg=vision | dict(timm_model_name=other), text_cfg=WORDS))
 
 
 @pytest.mark.parametrize(

@@ -22,14 +22,28 @@ TOWERS = {
     "dinov2": "image",
     "dinov2_gated": "image",
     "dinov2_registers": "image",
+    "dinov3": "image",
     "bert": "text",
+    "xlm_roberta": "text",
 }
+FAMILIES = ("open_clip_eva02", "open_clip_resnet", "open_clip_convnext")
 
 
 def given(inputs):
     """Images (or packed patches) and token ids, as the model takes them."""
     images = {key: inputs[key] for key in ("patches", "grid")} if "patches" in inputs else inputs["image"]
     return images, inputs["token_ids"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_of_image_towers(name, tmp_path):
+    """Their gradients, and more families, are in the parity suite."""
+    inputs, outputs = unpack(name, tmp_path)
+    _, model, params = read(tmp_path)
+    out = jax.jit(model.apply)({"params": params}, *given(inputs))
+    close(out.image, outputs["image"])
+    close(out.text, outputs["text"])
+    close(out.scale * out.image @ out.text.T, outputs["logits"])
 
 
 @pytest.mark.parametrize("name", PAIRS)

@@ -8,7 +8,9 @@ import pytest
 from vlm_jax.errors import UserError
 from vlm_jax.zoo import recognize
 from vlm_jax.zoo.formats import t5, transformers
-from vlm_jax.zoo.formats.transformers_towers import TEXTS, VISION, read_config, write_config
+from vlm_jax.zoo.formats.transformers_texts import TEXTS
+from vlm_jax.zoo.formats.transformers_towers import read_config, write_config
+from vlm_jax.zoo.formats.transformers_vision import VISION
 from vlm_jax.zoo.readers.tensors import write_safetensors
 
 SIZES = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
@@ -35,6 +37,21 @@ def test_the_poolers_activation():
         image_of(dict(VIT, pooler_act="mish"), POOLER)
 
 
+def test_query_key_and_value_without_biases():
+    dino = dict(IMAGE, model_type="dinov2", qkv_bias=False)
+    del dino["intermediate_size"]
+    for config in (dict(VIT, qkv_bias=False), dino):
+        image = image_of(config)
+        assert image["attn_bias"] == ("out",)
+        assert write_config(VISION[config["model_type"]], image)["qkv_bias"] is False
+
+
+def test_rows_of_positions_before_the_first_token():
+    text = text_of(dict(BERT, model_type="roberta", max_position_embeddings=514))
+    assert (text["length"], text["pad_id"], text["posemb"]) == (512, 1, "counted")
+    assert write_config(TEXTS["roberta"], text)["max_position_embeddings"] == 514
+
+
 def test_a_decoder_is_causal():
     assert "causal" not in text_of(BERT)
     bert = text_of(dict(BERT, is_decoder=True))
@@ -51,9 +68,11 @@ def test_a_decoder_is_causal():
         (dict(VIT, pruned_heads={"0": [1]}), "config.json.pruned_heads is"),
         (dict(VIT, quantization_config={}), "config.json has quantization_config"),
         (dict(BERT, use_bert=1), "config.json has use_bert 1"),
-        (dict(model_type="dinov2", **IMAGE, qkv_bias=False), "DINOv2 with qkv_bias false"),
+        (dict(model_type="dinov3_vit", **IMAGE, rope_theta=0), "rope_theta 0; expected a number above 0"),
+        (dict(model_type="dinov3_vit", **IMAGE, rope_scaling={}), "config.json has rope_scaling {}"),
+        (dict(BERT, model_type="xlm-roberta", max_position_embeddings=2), "of which no token has one"),
         (dict(model_type="clip", surprise=1), "config.json has surprise 1"),
-        (dict(model_type="xlm-roberta"), "model_type `xlm-roberta`; known are: .*; the nearest is `bert`"),
+        (dict(model_type="electra"), "model_type `electra`; known are: .*; the nearest is `bert`"),
         (dict(model_type="siglip3"), "the nearest is `siglip2?`"),
     ],
 )

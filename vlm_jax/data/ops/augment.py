@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from vlm_jax.data.ops.geometry import METHODS, Method
 from vlm_jax.data.ops.image import Picture, array, check_pixels, composite, height_and_width, pil
@@ -140,6 +140,23 @@ def random_affine(
 def random_grey(image: object, rng: np.random.Generator, p: float = 0.1) -> Picture:
     """Replaces the colours by their grey level (still three channels) with probability `p`."""
     return pil(image).convert("L").convert("RGB") if rng.random() < p else image
+
+
+@op
+def random_blur(
+    image: object, rng: np.random.Generator, p: float = 0.5, sigma: tuple[float, float] = (0.1, 2.0)
+) -> Picture:
+    """Blurs with probability `p` by a Gaussian whose standard deviation, in pixels, is uniform in `sigma`."""
+    chance, place = rng.random(2).tolist()
+    blur = ImageFilter.GaussianBlur(sigma[0] + (sigma[1] - sigma[0]) * place)
+    return pil(image).filter(blur) if chance < p else image
+
+
+@op
+def view(example: dict, rng: np.random.Generator, to: str, ops: Pipeline) -> dict:
+    """Sets `to` to another view [H, W, C] of the picture, by `ops` with draws of its own; `image` stays as it is."""
+    example[to] = array(ops({"image": pil(field(example, "image"))}, rng)["image"])
+    return example
 
 
 @op

@@ -13,13 +13,13 @@ from typing import Any
 
 from array_record.python import array_record_module
 
-from vlm_jax.data import confined
+from vlm_jax.data import confined, storage
 from vlm_jax.data.files import naming
 from vlm_jax.data.source import BadExample, Source
 from vlm_jax.data.sources.tar_columns import Columns, read_shard
 from vlm_jax.data.sources.tar_shards import DIFFERS, check_there, cut, located, record_of, span, too_large
-from vlm_jax.data.storage import File, open_file
-from vlm_jax.errors import UserError, mendable
+from vlm_jax.data.storage import open_file, stamp_of
+from vlm_jax.errors import StoreError, UserError, mendable
 
 SUFFIX = ".array_record"
 
@@ -30,6 +30,11 @@ class ArrayRecords(Source):
     def __init__(self, pattern: str):
         from grain.sources import ArrayRecordDataSource  # imports JAX; 2 s, hence here
 
+        if storage.is_remote(pattern):
+            raise UserError(
+                f"data source `arrayrecord:{pattern}`: ArrayRecord files are read from disk alone; copy them, or read "
+                "the tar shards from the store by `wds:`"
+            )
         self.paths, *_ = located(pattern)
         check_there(f"arrayrecord:{pattern}", self.paths)
         try:
@@ -74,9 +79,9 @@ class ArrayRecords(Source):
 
 
 def copied(path: str, copy: str) -> bool:
-    """Returns whether a file is the copy of a shard as it is now: it has the shard's modification time."""
+    """Returns whether a file is the copy of a shard as it is now: its modification time is the shard's version."""
     try:
-        return os.stat(copy).st_mtime_ns == os.stat(path).st_mtime_ns
+        return stamp_of(copy).version == stamp_of(path).version
     except OSError:
         return False
 
@@ -85,6 +90,8 @@ def copy(path: str, to: str) -> str | None:
     """Writes a tar shard's copy, whole or not at all; returns why the shard cannot be read, None if it can."""
     try:
         columns = read_shard(path)
+    except StoreError:
+        raise
     except (UserError, OSError) as error:
         return mendable(error) or f"shard `{path}` cannot be read: {error.strerror}"
     temporary = f"{to}.{os.getpid()}.tmp"
@@ -102,7 +109,7 @@ def copy(path: str, to: str) -> str | None:
     return None
 
 
-def _entries(path: str, columns: Columns, file: File) -> Iterator[bytes]:
+def _entries(path: str, columns: Columns, file: Any) -> Iterator[bytes]:
     keys, bounds, members = columns.keys.tobytes(), columns.bounds.tolist(), columns.members.tolist()
     for (first, key, differs), (end, key_end, _) in itertools.pairwise(bounds):
         own = members[first:end]

@@ -55,6 +55,7 @@ class Precomputed(Source):
         if index["uri"].startswith("precomputed:"):
             raise UserError(f"{what} is of `{index['uri']:.80}`; expected a data set of pictures")
         self.source = open_source(index["uri"], index["split"])
+        self.remote = self.source.remote
         try:
             self.embeddings = ArrayRecordDataSource(self.shards)
             found = len(self.embeddings) if self.shards else 0
@@ -88,6 +89,12 @@ class Precomputed(Source):
 
     def key(self, i: int) -> str:
         return self.source.key(i)
+
+    def warn_of_window(self, count: int) -> None:
+        self.source.warn_of_window(count)
+
+    def soon(self, numbers: Iterable[int], next_: bool = False) -> None:
+        self.source.soon(numbers, next_)
 
     def fingerprint(self) -> str:
         return f"{confined.fingerprint(self.shards)} of {self.source.fingerprint()}"

@@ -39,7 +39,7 @@ class Table(ImageFiles):
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         row = self.row(i)
-        if self.with_image and (name := _picture(row, self.path.parent)) is not None:
+        if self.with_image and (name := picture_of(row, self.path.parent)) is not None:
             row["image"] = self.picture(self.path.parent, name)
         return row
 
@@ -50,7 +50,7 @@ class Table(ImageFiles):
         return f"{len(self)} rows, crc {self.checksum:08x}"
 
 
-def _picture(row: dict[str, Any], folder: Path) -> str | None:
+def picture_of(row: dict[str, Any], folder: Path) -> str | None:
     """The path of the row's picture: of the first column with a picture's ending, else of the first file."""
     names = [row[column] for column in PATH_COLUMNS if isinstance(row.get(column), str) and row[column]]
     for name in names:

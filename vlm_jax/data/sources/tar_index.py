@@ -26,8 +26,8 @@ from vlm_jax.data.confined import digest
 from vlm_jax.data.files import naming, read_json, replacing, write_json
 from vlm_jax.data.sources import tar_columns
 from vlm_jax.data.sources.tar_columns import SHARD, Columns
-from vlm_jax.data.storage import Stamp, stamp_of
-from vlm_jax.errors import UserError, mendable
+from vlm_jax.data.storage import Stamp, stamps_of
+from vlm_jax.errors import StoreError, UserError, mendable
 
 FOLDER = ".wds_index"  # beside the shards
 NAME = "index.json"
@@ -143,10 +143,13 @@ def build(
     with contextlib.suppress(UserError):  # a damaged one is written anew
         old = read(folder)
     numbers, broken = ({}, {}) if old is None else (old.numbers, dict(old.broken))
-    kept = {name for name, i in numbers.items() if _stamp_at(base + name) == _stamp(old.columns.shards[i])}
+    stamps = dict(
+        zip(found := [*{**numbers, **dict.fromkeys(names)}], stamps_of(base + name for name in found), strict=True)
+    )
+    kept = {name for name, i in numbers.items() if stamps[name] == _stamp(old.columns.shards[i])}
     todo = {name: folder / PARTS / f"{digest(os.fsencode(name))}.npz" for name in names if name not in kept}
     (folder / PARTS).mkdir(parents=True, exist_ok=True)
-    missing = [name for name, part in todo.items() if _stamp_at(base + name) != _part_stamp(part)]
+    missing = [name for name, part in todo.items() if stamps[name] != _part_stamp(part)]
     progress(len(names) - len(missing))
     broken = {name: mistake for name, mistake in broken.items() if name not in todo}
     with processes(min(workers, len(missing))) as each:
@@ -164,13 +167,6 @@ def build(
 
 def _stamp(row: np.void) -> Stamp:
     return Stamp(int(row["size"]), int(row["version"]))
-
-
-def _stamp_at(path: str) -> Stamp | None:
-    try:
-        return stamp_of(path)
-    except OSError:
-        return None
 
 
 @contextlib.contextmanager
@@ -196,6 +192,8 @@ def write_part(path: str, part: Path) -> str | None:
     """Writes a shard's columns; returns why they cannot be read, None if they can."""
     try:
         columns = tar_columns.read_shard(path)
+    except StoreError:
+        raise
     except (UserError, OSError) as error:
         return mendable(error) or f"shard `{path}` cannot be read: {error.strerror}"
     extensions = np.frombuffer(json.dumps(columns.extensions).encode(), np.uint8)

@@ -24,6 +24,14 @@ def caption_loss(features: Mapping[str, jax.Array], mean: str) -> tuple[jax.Arra
     return value, token_metrics(features, tokens > 0)
 
 
+def mean_loss(features: Mapping[str, jax.Array], mean: str) -> jax.Array:
+    """Returns the loss of the captions with tokens that count, from the result of `of_captions`; 0 without one."""
+    tokens = features["tokens"]
+    if mean == "token":
+        return jnp.sum(features["loss"]) / jnp.maximum(jnp.sum(tokens), 1)
+    return jnp.sum(features["loss"] / jnp.maximum(tokens, 1)) / jnp.maximum(jnp.sum(tokens > 0), 1)
+
+
 def token_metrics(features: Mapping[str, jax.Array], of: jax.Array) -> dict[str, jax.Array]:
     """Returns accuracy and perplexity over the tokens of chosen captions, `of`: bool [B]; NaN without tokens."""
     total = lambda name: jnp.sum(jnp.where(of, features[name], 0))

@@ -3,6 +3,7 @@
 The arrays' shapes give sizes, heads, pool and head. File names tell tokenizer and preprocessing of released files.
 """
 
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -11,6 +12,8 @@ from typing import Any
 from vlm_jax.errors import UserError
 from vlm_jax.zoo.key_map import expand
 from vlm_jax.zoo.released import NOTHING, Told
+
+log = logging.getLogger(__name__)
 
 ROOTS = ("params/", "opt/target/")  # of the parameters, in files that hold more
 OLD_NAMES = (  # (pattern, today's name): submodules were numbered over all classes, positions lived elsewhere
@@ -285,3 +288,14 @@ def outline(section: Mapping[str, Any]) -> list:
         rows = BERT if text["post_norm"] else TEXT
         entries += tower_entries(rows, "text", "txt/" if image else "", text, stacked=False)
     return entries + (expand(SCALES) if image and text else [])
+
+
+def pools(section: Mapping[str, Any]) -> Told:
+    """The towers' pools, which an npz does not hold; logs those that its reader has to be told."""
+    found = {side: section[side]["pool"] for side in ("image", "text") if section[side]}
+    for side, pool in found.items():
+        if pool not in ("map", "tok", "none"):
+            log.info(
+                "an npz does not hold the %s tower's pool; `load` needs pool=%r, unless its name tells", side, pool
+            )
+    return Told(pool=found)

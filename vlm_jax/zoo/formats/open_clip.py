@@ -11,14 +11,21 @@ from typing import Any
 from vlm_jax.config import choose
 from vlm_jax.errors import UserError
 from vlm_jax.zoo import families
-from vlm_jax.zoo.formats import open_clip_timm
+from vlm_jax.zoo.formats import (
+    open_clip_convnext,
+    open_clip_eva,
+    open_clip_mobileclip,
+    open_clip_resnet,
+    open_clip_texts,
+    open_clip_timm,
+)
 from vlm_jax.zoo.formats.head_counts import HEAD_WIDTH, heads_of
 from vlm_jax.zoo.formats.settings import check, neutral
 from vlm_jax.zoo.key_map import expand
 from vlm_jax.zoo.released import NOTHING, Told
 
 # Buffers, and what OpenAI's archives keep beside the weights.
-IGNORED = ("*attn_mask", "input_resolution", "context_length", "vocab_size")
+IGNORED = ("*attn_mask", "*.num_batches_tracked", "*position_ids", "input_resolution", "context_length", "vocab_size")
 
 BLOCKS = (
     ("blocks_{i}/norm1", "transformer.resblocks.{i}.ln_1", "norm"),
@@ -51,6 +58,12 @@ TEXT_HEAD = (("head/kernel", "text_projection", "same"),)
 TEXT_HEAD_WITH_BIAS = (("head", "text_projection", "dense"),)
 TEXT_POOLS = ("argmax", "last", "first", "eos")
 TRANSFORMER = "visual.transformer.resblocks"
+FAMILIES = (
+    open_clip_convnext,
+    open_clip_eva,
+    open_clip_mobileclip,
+    open_clip_resnet,
+)  # of image towers besides open_clip's own and timm's plain ViT
 SCALES = (("logit_scale", "logit_scale", "same"), ("logit_bias", "logit_bias", "same"))
 
 # Settings of model_cfg that are read here, or that tensors tell; and all others of open_clip 3.3.
@@ -62,7 +75,8 @@ READ = {
     },
     "text_cfg": {
         "context_length", "vocab_size", "hf_tokenizer_name", "tokenizer_kwargs", "width", "heads", "layers",
-        "mlp_ratio", "eos_id", "no_causal_mask", "pool_type", "act_kwargs", "norm_kwargs",
+        "mlp_ratio", "eos_id", "no_causal_mask", "pool_type", "act_kwargs", "norm_kwargs", "hf_model_name",
+        "hf_pooler_type",
     },
     "act_kwargs": (),
     "norm_kwargs": {"eps"},
@@ -75,11 +89,11 @@ NEUTRAL = {
     "vision_cfg": neutral(
         "ls_init_value patch_dropout attn_pooler_queries attn_pooler_heads no_ln_pre output_tokens "
         "timm_model_pretrained timm_proj_bias timm_drop timm_drop_path",
-        attentional_pool=[False], pos_embed_type=["learnable"], timm_proj=["linear", "none", ""],
+        attentional_pool=[False], pos_embed_type=["learnable"], timm_proj=["linear", "mlp", "none", ""],
         **PLAIN_BLOCK,
     ),
     "text_cfg": neutral(
-        "ls_init_value pad_id proj_bias output_tokens hf_model_pretrained hf_proj_type hf_pooler_type",
+        "ls_init_value pad_id proj_bias output_tokens hf_model_pretrained hf_proj_type",
         embed_cls=[False], final_ln_after_pool=[False], proj_type=["linear", "none"], tokenizer_mode=[""],
         **PLAIN_BLOCK,
     ),
@@ -110,11 +124,14 @@ def describe(
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     cfg = dict(model_cfg or {})
     vision, text = dict(cfg.get("vision_cfg") or {}), dict(cfg.get("text_cfg") or {})
-    if problem := families.of_open_clip(shapes, vision, text):
+    family = next((family for family in FAMILIES if family.recognise(shapes, vision)), None)
+    problem = None if family else families.image_of_open_clip(shapes, vision)
+    named_text = open_clip_texts.recognise(shapes, text)
+    if problem := problem or (None if named_text else families.text_of_open_clip(shapes, text)):
         raise UserError(problem)
     check_settings(cfg, vision, text)
     timm = any(name.startswith("visual.trunk.") for name in shapes)
-    prefix = "text." if "text.token_embedding.weight" in shapes else ""
+    prefix = "text." if named_text or "text.token_embedding.weight" in shapes else ""
     bare = model_cfg is None
     if bare and None in (told.of("activation", "image"), told.of("activation", "text")):
         raise UserError(
@@ -122,13 +139,14 @@ def describe(
             "tuned from them) or activation='gelu' (most of open_clip's)"
         )
     plain = lambda side: told.of("activation", side) if bare else "quick_gelu" if cfg.get("quick_gelu") else "gelu"
-    image = (
-        open_clip_timm.image_fields(shapes, vision, told)
-        if timm
-        else image_fields(shapes, vision, plain("image"), told)
-    )
-    as_openai = not timm and not prefix and image["pre_norm"] and "logit_bias" not in shapes
-    if bare and not timm and not image["pre_norm"]:
+    if family:
+        image = family.image_fields(shapes, vision)
+    elif timm:
+        image = open_clip_timm.image_fields(shapes, vision, told)
+    else:
+        image = image_fields(shapes, vision, plain("image"), told)
+    as_openai = not timm and not prefix and image.get("pre_norm", family) and "logit_bias" not in shapes
+    if bare and not timm and not image.get("pre_norm", family):
         why = "bare weights whose towers are not as OpenAI's do not tell the image tower's pool"
         image["pool"] = told.ask_pool("image", ("tok", "patches"), why)
     if bare and not as_openai:
@@ -137,9 +155,13 @@ def describe(
         )
         text["no_causal_mask"] = text["pool_type"] in ("last", "first")
         text["eos_id"] = 2
-    section = {"name": "two_tower", "image": image, "text": _text(shapes, prefix, text, plain("text"), told, bare)}
+    if named_text:
+        texts = open_clip_texts.text_fields(shapes, text)
+    else:
+        texts = _text(shapes, prefix, text, plain("text"), told, bare)
+    section = {"name": "two_tower", "image": image, "text": texts}
     section |= {"bias_init": -10.0 if "logit_bias" in shapes else None}
-    rows = open_clip_timm.rows_of(shapes) if timm else IMAGE
+    rows = family.rows_of(shapes, image) if family else open_clip_timm.rows_of(shapes) if timm else IMAGE
     return section, _entries(section, rows, prefix), IGNORED
 
 
@@ -155,9 +177,12 @@ def check_settings(cfg: Mapping[str, Any], vision: Mapping[str, Any], text: Mapp
 
 def _entries(section, rows, prefix):
     image, text = section["image"], section["text"]
-    texts = TEXT + (TEXT_HEAD_WITH_BIAS if text["head_bias"] else TEXT_HEAD)
-    entries = expand(rows, "image/", "visual.", depth=image["depth"], heads=image["heads"], patch=image["patch"])
-    entries += expand(texts, "text/", prefix, depth=text["depth"], heads=text["heads"])
+    if text.get("posemb", "learned") != "learned":
+        texts = open_clip_texts.rows_of({"rep_dim": None, **text})
+    else:
+        texts = TEXT + (TEXT_HEAD_WITH_BIAS if text["head_bias"] else TEXT_HEAD)
+    entries = expand(rows, "image/", "visual.", depth=image.get("depth", 0), patch=image.get("patch", 1))
+    entries += expand(texts, "text/", prefix, depth=text["depth"])
     return entries + expand(SCALES)
 
 
@@ -254,7 +279,34 @@ def config(section: Mapping[str, Any]) -> dict[str, Any]:
     image, text = section["image"], section["text"]
     if not image or not text:
         raise UserError("open_clip's format is of two towers; this model has one")
-    vision = _own_config(image) if image["pool"] in ("tok", "patches") else open_clip_timm.config(image)
+    vision = next((vision for family in FAMILIES if (vision := family.config(image))), None)
+    special = vision is not None
+    if not special and "patch" not in image:
+        raise UserError("open_clip has no such convolutional image tower")
+    if not special:
+        vision = _own_config(image) if image["pool"] in ("tok", "patches") else open_clip_timm.config(image)
+    texts = open_clip_texts.config(text)
+    hf_text = texts is not None
+    if not hf_text:
+        texts = _text_config(text)
+    own = [(vision, image)] if not special and "timm_model_name" not in vision else []
+    own += [] if hf_text else [(texts, text)]
+    for part, fields in own:
+        part["norm_kwargs"] = {"eps": fields.get("norm_eps", 1e-6)}
+        if fields.get("activation", "gelu_tanh") == "gelu_tanh":
+            part["act_kwargs"] = {"approximate": "tanh"}
+        if fields.get("layer_scale") is not None:
+            part["ls_init_value"] = fields["layer_scale"]
+    cfg = dict(embed_dim=text["out_dim"] or text["width"], vision_cfg=vision, text_cfg=texts)
+    cfg["quick_gelu"] = (image if hf_text else text).get("activation") == "quick_gelu"
+    if section.get("bias_init") is not None:
+        cfg["init_logit_bias"] = section["bias_init"]
+    if hf_text or "init_logit_bias" in cfg:
+        cfg["custom_text"] = True
+    return cfg
+
+
+def _text_config(text: Mapping[str, Any]) -> dict[str, Any]:
     texts = dict(context_length=text["length"], vocab_size=text["vocab_size"], width=text["width"])
     texts |= dict(heads=text["heads"], layers=text["depth"], mlp_ratio=text["mlp_dim"] / text["width"])
     texts |= dict(no_causal_mask=not text.get("causal", False), pool_type=text["pool"])
@@ -263,18 +315,7 @@ def config(section: Mapping[str, Any]) -> dict[str, Any]:
         texts["proj_bias"] = text.get("head_bias", True)
     else:
         texts["proj_type"] = "none"
-    own = [texts] if "timm_model_name" in vision else [vision, texts]
-    for part, fields in zip(own, [text] if len(own) == 1 else [image, text], strict=True):
-        part["norm_kwargs"] = {"eps": fields.get("norm_eps", 1e-6)}
-        if fields.get("activation", "gelu_tanh") == "gelu_tanh":
-            part["act_kwargs"] = {"approximate": "tanh"}
-        if fields.get("layer_scale") is not None:
-            part["ls_init_value"] = fields["layer_scale"]
-    cfg = dict(embed_dim=text["out_dim"] or text["width"], vision_cfg=vision, text_cfg=texts)
-    cfg["quick_gelu"] = text.get("activation") == "quick_gelu"
-    if section.get("bias_init") is not None:
-        cfg |= dict(custom_text=True, init_logit_bias=section["bias_init"])
-    return cfg
+    return texts
 
 
 def _own_config(image: Mapping[str, Any]) -> dict[str, Any]:
@@ -295,4 +336,6 @@ def outline(section: Mapping[str, Any]) -> tuple[dict, list]:
     cfg = config(section)
     prefix = "text." if cfg.get("custom_text") else ""
     rows = open_clip_timm.TIMM_IMAGE if "timm_model_name" in cfg["vision_cfg"] else IMAGE
+    if family := next((family for family in FAMILIES if family.config(section["image"])), None):
+        rows = family.rows_of((), section["image"])
     return cfg, _entries(section, rows, prefix)

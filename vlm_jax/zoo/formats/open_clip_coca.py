@@ -55,8 +55,10 @@ def describe(
     shapes, cfg = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, dict(model_cfg or {})
     activation = "quick_gelu" if cfg.get("quick_gelu") else "gelu"
     vision, text, multimodal = (dict(cfg.get(f"{part}_cfg") or {}) for part in ("vision", "text", "multimodal"))
-    if problem := families.of_open_clip(shapes, vision, text):
+    if problem := families.image_of_open_clip(shapes, vision):
         raise UserError(problem)
+    if name := text.get("hf_model_name"):
+        raise UserError(f"the text tower is {name!s:.60}; of CoCas, only those with open_clip's own text tower load")
     _check(cfg, vision, text, multimodal)
     two_pools = any(name.startswith("visual.attn_pool_contrastive.") for name in shapes)
     if two_pools or "visual.attn_pool.query" not in shapes or "text.cls_emb" not in shapes:

@@ -65,8 +65,6 @@ def image_fields(shapes: Mapping[str, tuple], cfg: Mapping[str, Any], told: Told
     width, _, patch, _ = shapes[f"{trunk}patch_embed.proj.weight"]
     depth = len({name.split(".")[3] for name in shapes if name.startswith(f"{trunk}blocks.")})
     mlp_dim, cls = shapes[f"{trunk}blocks.0.mlp.fc1.weight"][0], f"{trunk}cls_token" in shapes
-    if f"{trunk}blocks.0.attn.qkv.bias" not in shapes:
-        raise UserError("the image tower's query, key and value have no biases, which no tower here lacks")
     name = NAME.fullmatch(cfg.get("timm_model_name") or "")
     size = cfg.get("image_size")
     fields = dict(
@@ -80,6 +78,7 @@ def image_fields(shapes: Mapping[str, tuple], cfg: Mapping[str, Any], told: Told
         norm_eps=1e-5 if name and name["family"] == "clip" else (cfg.get("norm_kwargs") or {}).get("eps", 1e-6),
         pool=_pool(cfg, name, f"{trunk}attn_pool.latent" in shapes, cls, told),
         **({"layer_scale": 1.0} if f"{trunk}blocks.0.ls1.gamma" in shapes else {}),
+        **({} if f"{trunk}blocks.0.attn.qkv.bias" in shapes else {"attn_bias": ("out",)}),
     )
     if cls:
         fields |= dict(cls=True, cls_position=True)
@@ -140,6 +139,8 @@ def config(image: Mapping[str, Any]) -> dict[str, Any]:
     """
     if extra := [name for name in ("cls", "registers", "pre_norm", "layer_scale") if image.get(name)]:
         raise UserError(f"timm's SigLIP towers, which open_clip's format needs, have no {', '.join(extra)}")
+    if image.get("attn_bias", True) is not True:
+        raise UserError("timm's SigLIP towers, which open_clip's format needs, have biases of query, key and value")
     side, sizes = image.get("image_size"), (image["width"], image["depth"], image["mlp_dim"], image["heads"])
     side = side[0] if isinstance(side, list | tuple) and len({*side}) == 1 else side
     size = next((theirs for theirs, ours in SIZES.items() if VARIANTS[ours] == sizes), None)

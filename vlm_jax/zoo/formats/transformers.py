@@ -1,11 +1,12 @@
 """Checkpoints in the layout of Hugging Face Transformers: config.json and safetensors (or a .bin) in a folder.
 
-Two towers (CLIP, SigLIP, SigLIP 2, VisionTextDualEncoder), lone towers (CLIP's and SigLIP's own, ViT, DINOv2, BERT),
-and T5 (see `t5`).
+Pairs of towers (CLIP, SigLIP, MetaCLIP 2, ...: `PAIRS`), lone towers (`transformers_vision`, `transformers_texts`), and
+T5 (see `t5`).
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +16,36 @@ from vlm_jax.errors import UserError
 from vlm_jax.zoo import families
 from vlm_jax.zoo.formats import t5
 from vlm_jax.zoo.formats.settings import check
-from vlm_jax.zoo.formats.transformers_towers import COMMON, TEXTS, VISION, read_config, rows_of, write_config
-from vlm_jax.zoo.key_map import expand
+from vlm_jax.zoo.formats.transformers_texts import TEXTS
+from vlm_jax.zoo.formats.transformers_towers import COMMON, read_config, rows_of, write_config
+from vlm_jax.zoo.formats.transformers_vision import VISION
+from vlm_jax.zoo.key_map import Entry, expand
 
-IGNORED = ("*position_ids", "*embeddings.mask_token", "cls.*")  # buffers, and heads of pretraining
+IGNORED = ("*position_ids", "*embeddings.mask_token", "cls.*", "lm_head.*")  # buffers, and heads of pretraining
+DUAL = "vision-text-dual-encoder"
+CLIPS = ("clip", "metaclip_2", "chinese_clip", "altclip")  # their classes read configs, and heads, alike
 PAIRS = {
     "clip": ("clip_vision_model", "clip_text_model"),
     "siglip": ("siglip_vision_model", "siglip_text_model"),
     "siglip2": ("siglip2_vision_model", "siglip2_text_model"),
-    "vision-text-dual-encoder": (None, None),  # named by the towers' own configs
+    "metaclip_2": ("metaclip_2_vision_model", "metaclip_2_text_model"),
+    "chinese_clip": ("chinese_clip_vision_model", "chinese_clip_text_model"),
+    "altclip": ("altclip_vision_model", "altclip_text_model"),
+    DUAL: (None, None),  # named by the towers' own configs
 }
-SCALES = {
-    "clip": (("logit_scale", "logit_scale", "same"),),
-    "siglip": (("logit_scale", "logit_scale", "one"), ("logit_bias", "logit_bias", "one")),
-    "siglip2": (("logit_scale", "logit_scale", "one"), ("logit_bias", "logit_bias", "one")),
-    "vision-text-dual-encoder": (("logit_scale", "logit_scale", "same"),),
-}
+SCALE = (("logit_scale", "logit_scale", "same"),)
+SIGLIP_SCALES = (("logit_scale", "logit_scale", "one"), ("logit_bias", "logit_bias", "one"))
 # Further settings of a pair that are read here, or that its class ignores.
 OWN = {kind: {"vision_config", "text_config"} for kind in PAIRS}
-OWN |= {kind: OWN[kind] | {"vision_config_dict", "text_config_dict"} for kind in ("clip", "siglip", "siglip2")}
+OWN |= {kind: OWN[kind] | {"vision_config_dict", "text_config_dict"} for kind in (*CLIPS, "siglip", "siglip2")}
 UNUSED = dict.fromkeys(("siglip_vision_model", "siglip2_vision_model"), ("head",))  # by `...ForImageClassification`
-UNUSED |= {"clip_vision_model": ("post_layernorm",)}
+UNUSED |= {f"{kind}_vision_model": ("post_layernorm",) for kind in CLIPS}
 HEADS = {"image": ("visual_projection", "classifier"), "text": ("text_projection",)}  # outside of the towers' prefixes
 PREFIXES = {
     "image": ("vision_model.vision_model.", "vision_model.", "vit.", "dinov2.", "dinov2_with_registers.", ""),
-    "text": ("text_model.text_model.", "text_model.", "bert.", ""),
+    "text": ("text_model.text_model.", "text_model.", "bert.", "roberta.", ""),
 }
+BEGIN = ("embeddings.", "roberta.embeddings.")  # names below a prefix, the second in AltCLIP
 
 
 def describe(config: Mapping[str, Any], shapes: Mapping[str, tuple], pooling: str | None = None):
@@ -73,15 +78,18 @@ def describe(config: Mapping[str, Any], shapes: Mapping[str, tuple], pooling: st
     for side, types, own in (("image", VISION, "vision_config"), ("text", TEXTS, "text_config")):
         part = dict(config.get(own) or {}) if pair else dict(config)
         type_name = (PAIRS[kind][side == "text"] or part.get("model_type")) if pair else kind
-        prefix = next(p for p in PREFIXES[side] if any(n.startswith(p + "em") for n in shapes) or not p)
+        prefix = _prefix(shapes, side, type_name)
         if not pair and kind not in types:
             continue
         if pair and not prefix:
             continue  # the file holds only the other tower
         tower = choose(types, type_name, f"the model_type of config.json's {own}" if pair else "model_type")
-        if kind == "clip" and config.get(f"{own}_dict"):  # overrides `own`, its class's defaults included
+        if kind in CLIPS and config.get(f"{own}_dict"):  # overrides `own`, its class's defaults included
             part |= tower.defaults | config[f"{own}_dict"]
         names = {name.removeprefix(prefix) for name in shapes if name.startswith(prefix)}
+        if type_name == "chinese_clip_text_model" and pair:  # the pair's text tower has no pooler
+            names -= {"pooler.dense.weight"}
+            ignored.append(f"{prefix}pooler.*")
         fields = read_config(tower, part, names)
         if fields["depth"] > len(shapes):
             raise UserError(f"config.json has num_hidden_layers {fields['depth']}, the file {len(shapes)} tensors")
@@ -99,20 +107,37 @@ def describe(config: Mapping[str, Any], shapes: Mapping[str, tuple], pooling: st
             fields.pop("rep_dim", None)
             ignored.append(f"{prefix}pooler.*")
         section[side] = fields
-        entries += _tower_entries(side, tower, fields, prefix, head)
+        entries += _as_stored(_tower_entries(side, tower, fields, prefix, head), prefix, shapes)
     if not section["image"] and not section["text"]:
         raise UserError(f"no tensor has the names of a {kind} tower; expected e.g. vision_model.embeddings...")
     if pair and section["image"] and section["text"]:
-        entries += expand(SCALES[kind])
+        entries += expand(SIGLIP_SCALES if "siglip" in kind else SCALE)
         section["bias_init"] = -10.0 if "siglip" in kind else None
     return section, entries, ignored
+
+
+def _prefix(names: Iterable[str], side: str, type_name: str | None) -> str:
+    """Returns the prefix of a tower's tensors; "" also if there are none."""
+    found = (p for p in PREFIXES[side] if any(n.startswith(tuple(p + name for name in BEGIN)) for n in names))
+    prefix = next(found, "")
+    return "" if prefix == "roberta." and type_name == "altclip_text_model" else prefix
+
+
+def _as_stored(entries: list[Entry], prefix: str, names: Iterable[str]) -> list[Entry]:
+    """Renames blocks as the file has them: Transformers 5 writes some models with another name of its list."""
+    stored = {found[1] for name in names if (found := re.match(rf"{re.escape(prefix)}(.*?layers?\.)0\.", name))}
+    if len(stored) != 1:
+        return entries
+    own = re.compile(rf"{re.escape(prefix)}(.*?layers?\.)(\d+\.)")
+    rename = lambda name: own.sub(lambda found: prefix + next(iter(stored)) + found[2], name, count=1)
+    return [entry._replace(theirs=rename(entry.theirs)) for entry in entries]
 
 
 def _classifier_pool(type_name: str) -> dict[str, Any]:
     """Returns the fields of `...ForImageClassification` that differ from the tower's own."""
     if type_name.startswith("siglip"):
         return {"pool": "gap"}
-    if type_name == "clip_vision_model":  # the patches before the last norm, which is unused
+    if type_name in UNUSED:  # a CLIP: the patches before the last norm, which is unused
         return {"pool": "patches", "cls": True, "final_norm": "none"}
     if type_name == "vit":
         return {}
@@ -126,11 +151,18 @@ def _classifier_pool(type_name: str) -> dict[str, Any]:
 
 ARCHITECTURES = {
     "clip": "CLIPModel",
+    "metaclip_2": "MetaClip2Model",
+    "chinese_clip": "ChineseCLIPModel",
+    "altclip": "AltCLIPModel",
     "siglip": "SiglipModel",
     "siglip2": "Siglip2Model",
     "vision-text-dual-encoder": "VisionTextDualEncoderModel",
     "clip_vision_model": "CLIPVisionModelWithProjection",
     "clip_text_model": "CLIPTextModelWithProjection",
+    "metaclip_2_vision_model": "MetaClip2VisionModelWithProjection",
+    "metaclip_2_text_model": "MetaClip2TextModelWithProjection",
+    "chinese_clip_vision_model": "ChineseCLIPVisionModel",
+    "chinese_clip_text_model": "ChineseCLIPTextModel",
     "siglip_vision_model": "SiglipVisionModel",
     "siglip_text_model": "SiglipTextModel",
     "siglip2_vision_model": "Siglip2VisionModel",
@@ -138,8 +170,15 @@ ARCHITECTURES = {
     "vit": "ViTModel",
     "dinov2": "Dinov2Model",
     "dinov2_with_registers": "Dinov2WithRegistersModel",
+    "dinov3_vit": "DINOv3ViTModel",
     "bert": "BertModel",
+    "roberta": "RobertaModel",
+    "xlm-roberta": "XLMRobertaModel",
+    "camembert": "CamembertModel",
 }
+
+
+ALONE_NOWHERE = ("altclip_text_model", "altclip_vision_model")  # names of their files differ from the pair's
 
 
 def outlines(image: Mapping[str, Any] | None, text: Mapping[str, Any] | None) -> Iterator[tuple[dict, list]]:
@@ -156,20 +195,33 @@ def outlines(image: Mapping[str, Any] | None, text: Mapping[str, Any] | None) ->
         for kind, (vision_type, text_type) in PAIRS.items():
             for vision in [vision_type] if vision_type else VISION:
                 for texts in [text_type] if text_type else TEXTS:
+                    if kind == DUAL and not _has_poolers(vision, image, text):
+                        continue
                     yield _outline_pair(kind, vision, texts, image, text)
         return
     side, fields, types = ("image", image, VISION) if image else ("text", text, TEXTS)
     for kind, tower in types.items():
+        if kind in ALONE_NOWHERE:
+            continue
         config = {"model_type": kind, "architectures": [ARCHITECTURES[kind]], **write_config(tower, fields)}
         prefix, head = "", None
-        if kind.startswith(("clip", "siglip")):
+        if kind.startswith(("clip", "siglip", "metaclip_2")):
             prefix = "vision_model." if side == "image" else "text_model."
-            head = HEADS[side][0] if kind.startswith("clip") else None
-            config["projection_dim"] = fields.get("out_dim")
+            head = None if kind.startswith("siglip") else HEADS[side][0]
+            if head and not fields.get("out_dim"):
+                head, config["architectures"] = None, [ARCHITECTURES[kind].removesuffix("WithProjection")]
+            config |= {"projection_dim": fields["out_dim"]} if fields.get("out_dim") else {}
         elif kind == "vit" and fields.get("out_dim"):
             prefix, head, config["architectures"] = "vit.", "classifier", ["ViTForImageClassification"]
             config["num_labels"] = fields["out_dim"]
         yield config, _tower_entries(side, tower, fields, prefix, head)
+
+
+def _has_poolers(vision, image, text):
+    """Whether towers have the dense poolers that `VisionTextDualEncoderModel` always has."""
+    return all(
+        fields.get("rep_dim") for fields, pooled in ((image, vision == "vit"), (text, text["post_norm"])) if pooled
+    )
 
 
 def _outline_pair(kind, vision, texts, image, text):
@@ -181,7 +233,7 @@ def _outline_pair(kind, vision, texts, image, text):
         config["projection_dim"] = text.get("out_dim")
     entries = _tower_entries("image", VISION[vision], image, "vision_model.", heads[0])
     entries += _tower_entries("text", TEXTS[texts], text, "text_model.", heads[1])
-    return config, entries + expand(SCALES[kind])
+    return config, entries + expand(SIGLIP_SCALES if "siglip" in kind else SCALE)
 
 
 def _tower_entries(side, tower, fields, prefix, head):
@@ -212,6 +264,12 @@ def sentence_pooling(folder: Path) -> str | None:
     if len(modes) != 1 or modes[0] not in pools:
         raise UserError(f"{folder / where} pools by {', '.join(modes) or 'nothing'}; supported are {', '.join(pools)}")
     return pools[modes[0]]
+
+
+def is_sentence_model(section: Mapping[str, Any]) -> bool:
+    """Whether a BERT pools as in sentence-transformers; Transformers' own pool is dense, on the first token."""
+    text = section["text"]
+    return bool(text and not section["image"] and text["post_norm"] and not text["rep_dim"])
 
 
 def write_sentence_modules(folder: Path, pool: str, width: int) -> None:

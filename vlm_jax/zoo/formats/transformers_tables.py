@@ -76,6 +76,23 @@ DINOV2_GATED: Rows = (
     ("blocks_{i}/mlp/fc1", "encoder.layer.{i}.mlp.weights_in#1/2", "dense"),
     ("blocks_{i}/mlp/fc2", "encoder.layer.{i}.mlp.weights_out", "dense"),
 )
+DINOV3: Rows = (
+    ("patch_embed", "embeddings.patch_embeddings", "conv"),
+    ("cls", "embeddings.cls_token", "same"),
+    ("registers", "embeddings.register_tokens", "same"),
+    ("blocks_{i}/norm1", "layer.{i}.norm1", "norm"),
+    ("blocks_{i}/attn/query", "layer.{i}.attention.q_proj", "dense"),
+    ("blocks_{i}/attn/key", "layer.{i}.attention.k_proj", "dense"),
+    ("blocks_{i}/attn/value", "layer.{i}.attention.v_proj", "dense"),
+    ("blocks_{i}/attn/out", "layer.{i}.attention.o_proj", "dense"),
+    ("blocks_{i}/layer_scale1", "layer.{i}.layer_scale1.lambda1", "same"),
+    ("blocks_{i}/norm2", "layer.{i}.norm2", "norm"),
+    ("blocks_{i}/mlp/fc1", "layer.{i}.mlp.up_proj", "dense"),
+    ("blocks_{i}/mlp/fc2", "layer.{i}.mlp.down_proj", "dense"),
+    ("blocks_{i}/layer_scale2", "layer.{i}.layer_scale2.lambda1", "same"),
+    ("norm", "norm", "norm"),
+)
+DINOV3_GATED: Rows = (*DINOV3, ("blocks_{i}/mlp/gate", "layer.{i}.mlp.gate_proj", "dense"))
 BERT: Rows = (
     ("token_embed", "embeddings.word_embeddings", "embedding"),
     ("pos_embed", "embeddings.position_embeddings.weight", "table"),
@@ -90,4 +107,9 @@ BERT: Rows = (
     ("blocks_{i}/mlp/fc2", "encoder.layer.{i}.output.dense", "dense"),
     ("blocks_{i}/norm2", "encoder.layer.{i}.output.LayerNorm", "norm"),
     ("rep", "pooler.dense", "dense"),
+)
+ALTCLIP_TEXT: Rows = (
+    *((ours, f"roberta.{theirs}", kind) for ours, theirs, kind in BERT[:-1]),
+    ("norm", "pre_LN", "norm"),
+    ("rep", "transformation", "dense"),
 )

@@ -1,6 +1,5 @@
 """The tower types of Transformers: their configs in our fields, and their key tables."""
 
-import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -56,7 +55,7 @@ class Tower(NamedTuple):
     """A tower type (`model_type`) of Transformers.
 
     Attributes:
-      rows: the key table.
+      rows: the key table, or a function of our section that returns one.
       fields: our field -> their key.
       fixed: our fields that the type decides.
       defaults: their keys that a config.json may leave out.
@@ -65,7 +64,7 @@ class Tower(NamedTuple):
       neutral: keys besides `COMMON` that change nothing, see `settings.check`.
     """
 
-    rows: tables.Rows
+    rows: tables.Rows | Callable[[Mapping[str, Any]], tables.Rows]
     fields: Mapping[str, str]
     fixed: Mapping[str, Any]
     defaults: Mapping[str, Any]
@@ -74,170 +73,17 @@ class Tower(NamedTuple):
     neutral: Mapping[str, tuple] = {}
 
 
-def _clip_text(section, config, names):
-    if config["eos_token_id"] == 2:  # CLIPs converted before EOS had its real id: the largest id is EOS
-        return {"pool": "argmax"}
-    return {"pool": "eos", "eos_id": config["eos_token_id"]}
-
-
-def _siglip_text(section, config, names):
-    return {"out_dim": config.get("projection_size", section["width"])}
-
-
-def _siglip_vision(section, config, names):
-    return {"pool": "map" if config["vision_use_head"] else "none"}
-
-
-def _siglip2_vision(section, config, names):
-    side = math.isqrt(config["num_patches"]) * section["patch"]
-    return {"pool": "map" if config["vision_use_head"] else "none", "image_size": side}
-
-
-def _siglip2_vision_reverse(section):
-    size = section["image_size"]  # an int for a square: their table has one number of patches
-    patches = (size // section["patch"]) ** 2 if isinstance(size, int) else None
-    return {"vision_use_head": section["pool"] == "map", "num_patches": patches}
-
-
-def _vit(section, config, names):
-    if not config["qkv_bias"]:
-        raise UserError("a ViT with qkv_bias false is not supported: query, key and value have biases here")
-    pooler = "pooler.dense.weight" in names
-    if not pooler:
-        return {}
-    act = choose({"tanh": "tanh", **ACTIVATIONS}, config["pooler_act"], "pooler_act of config.json")
-    return {"rep_dim": config.get("pooler_output_size") or section["width"], "rep_activation": act}
-
-
-def _vit_reverse(section):
-    if not section.get("rep_dim"):
-        return {}
-    names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
-    act = section.get("rep_activation", "tanh")
-    return {"pooler_output_size": section["rep_dim"], "pooler_act": names.get(act, act)}
-
-
-def _dinov2(section, config, names):
-    if not config["qkv_bias"]:
-        raise UserError("a DINOv2 with qkv_bias false is not supported: query, key and value have biases here")
-    hidden = int(section["width"] * config["mlp_ratio"])
-    if config["use_swiglu_ffn"]:
-        return {"gated": True, "activation": "silu", "mlp_dim": (int(hidden * 2 / 3) + 7) // 8 * 8}
-    return {"mlp_dim": hidden}
-
-
-def _dinov2_reverse(section):
-    return {
-        "use_swiglu_ffn": section.get("gated", False),
-        "mlp_ratio": 4 if section.get("gated") else section["mlp_dim"] / section["width"],
-        "hidden_act": "gelu",
-    }
-
-
-def _bert(section, config, names):
-    if config["position_embedding_type"] != "absolute":
-        raise UserError(f"BERT with {config['position_embedding_type']} positions is not supported, only absolute")
-    pooler = {"rep_dim": section["width"]} if "pooler.dense.weight" in names else {}
-    return pooler | {"causal": True} if config["is_decoder"] else pooler
-
-
 CLIP_DEFAULTS = dict(hidden_act="quick_gelu", layer_norm_eps=1e-5)
 SIGLIP_DEFAULTS = dict(hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6, hidden_size=768, intermediate_size=3072)
 SIGLIP_DEFAULTS |= dict(num_hidden_layers=12, num_attention_heads=12)
-VIT_DEFAULTS = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
-VIT_DEFAULTS |= dict(hidden_act="gelu", layer_norm_eps=1e-12, image_size=224, patch_size=16, qkv_bias=True)
-DINOV2 = dict(
-    fields={**{k: v for k, v in IMAGE.items() if k != "mlp_dim"}, "layer_scale": "layerscale_value"},
-    defaults={**VIT_DEFAULTS, "layer_norm_eps": 1e-6, "mlp_ratio": 4, "use_swiglu_ffn": False, "layerscale_value": 1.0},
-    adapt=_dinov2,
-    reverse=_dinov2_reverse,
-    neutral=BACKBONE,
-)
-VISION = {
-    "clip_vision_model": Tower(
-        tables.CLIP_VISION,
-        IMAGE,
-        dict(pool="tok", cls_position=True, patch_bias=False, pre_norm=True, head_bias=False),
-        dict(CLIP_DEFAULTS, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-        | dict(image_size=224, patch_size=32),
-    ),
-    "siglip_vision_model": Tower(
-        tables.SIGLIP_VISION,
-        IMAGE,
-        {},
-        dict(SIGLIP_DEFAULTS, image_size=224, patch_size=16, vision_use_head=True),
-        _siglip_vision,
-        lambda section: {"vision_use_head": section["pool"] == "map"},
-    ),
-    "siglip2_vision_model": Tower(
-        tables.SIGLIP2_VISION,
-        {key: value for key, value in IMAGE.items() if key != "image_size"},
-        {},
-        dict(SIGLIP_DEFAULTS, num_patches=256, patch_size=16, vision_use_head=True),
-        _siglip2_vision,
-        _siglip2_vision_reverse,
-    ),
-    "vit": Tower(
-        tables.VIT,
-        IMAGE,
-        dict(pool="tok", cls_position=True),
-        dict(VIT_DEFAULTS, pooler_act="tanh"),
-        _vit,
-        _vit_reverse,
-        neutral("encoder_stride pooler_output_size"),
-    ),
-    "dinov2": Tower(tables.DINOV2, fixed=dict(pool="tok", cls_position=True), **DINOV2),
-    "dinov2_with_registers": Tower(
-        tables.DINOV2,
-        **DINOV2
-        | dict(
-            fixed=dict(pool="tok", cls_position=True),
-            fields=dict(DINOV2["fields"], registers="num_register_tokens"),
-            defaults=dict(DINOV2["defaults"], num_register_tokens=4),
-        ),
-    ),
-}
-TEXTS = {
-    "clip_text_model": Tower(
-        tables.CLIP_TEXT,
-        TEXT,
-        dict(causal=True, head_bias=False),
-        dict(CLIP_DEFAULTS, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8)
-        | dict(vocab_size=49_408, max_position_embeddings=77, eos_token_id=49_407),
-        _clip_text,
-        lambda section: {"eos_token_id": 2 if section["pool"] == "argmax" else section.get("eos_id")},
-    ),
-    "siglip_text_model": Tower(
-        tables.SIGLIP_TEXT,
-        TEXT,
-        dict(pool="last"),
-        dict(SIGLIP_DEFAULTS, vocab_size=32_000, max_position_embeddings=64),
-        _siglip_text,
-        lambda section: {"projection_size": section.get("out_dim")},
-        neutral("projection_size"),
-    ),
-    "bert": Tower(
-        tables.BERT,
-        {**TEXT, "token_types": "type_vocab_size", "pad_id": "pad_token_id"},
-        dict(post_norm=True, pre_norm=True, pad_mask=True, pool="first"),
-        dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, hidden_act="gelu")
-        | dict(layer_norm_eps=1e-12, vocab_size=30_522, max_position_embeddings=512, type_vocab_size=2)
-        | dict(pad_token_id=0, position_embedding_type="absolute", is_decoder=False),
-        _bert,
-        lambda section: {"is_decoder": True} if section.get("causal") else {},
-    ),
-}
-TEXTS["siglip2_text_model"] = TEXTS["siglip_text_model"]._replace(
-    defaults=dict(TEXTS["siglip_text_model"].defaults, vocab_size=256_000)
-)
 
 
 SQUARE = (tables.CLIP_VISION, tables.SIGLIP_VISION)  # Transformers makes these towers for squares only
 
 
 def rows_of(tower: Tower, section: Mapping[str, Any]) -> tables.Rows:
-    """Returns the tower's table; gated MLPs have another table."""
-    return tables.DINOV2_GATED if tower.rows is tables.DINOV2 and section.get("gated") else tower.rows
+    """Returns the tower's table."""
+    return tower.rows(section) if callable(tower.rows) else tower.rows
 
 
 def read_config(tower: Tower, config: Mapping[str, Any], names: Collection[str]) -> dict:
