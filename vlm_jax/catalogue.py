@@ -55,6 +55,7 @@ FAMILIES = {
     "recipes": Family("recipe", "variant -> config", "vlm-jax train --config={name}"),
     "models": _part("model", "sections of its parts -> module", "model.name"),
     "mlps": _part("mlp", "-> Part, from fields of Mlp to a module", "model.image.mlp"),
+    "spaces": _part("space", "-> Part, from `Encoded` of both towers to embeddings", "model.space"),
     "terms": _part("term", "model -> Term, or Objective", "objective.name"),
     "similarities": _part("similarity", "-> Similarity", "objective.similarity"),
     "targets": _part("targets", "-> Targets", "objective.targets"),

@@ -21,6 +21,11 @@ BOS, EOS = 11, 12
 SIZES = dict(width=32, depth=2, heads=2, mlp_dim=64)
 T5_SIZES = dict(width=32, depth=2, heads=4, head_dim=12, mlp_dim=48, relative_buckets=8, relative_distance=12)
 
+SPACES = {
+    "codes": dict(name="codes", size=24, width=8),
+    "boxes": dict(name="boxes", concepts=8, width=4),
+}  # those that are not of their default sizes
+
 IMAGES = np.random.default_rng(0).standard_normal((3, 16, 16, 3)).astype(np.float32)
 TOKENS = np.array([[BOS, 3, 4, EOS, 0, 0, 0, 0], [BOS, 5, 6, 7, 8, EOS, 0, 0], [BOS, 9, EOS, 0, 0, 0, 0, 0]])
 

@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_jax.models import Embeddings
+from vlm_jax.models import Embeddings, Encoded
+from vlm_jax.models.fields import Part
 from vlm_jax.models.two_tower import EMBEDDINGS
 
 
@@ -16,17 +17,21 @@ class Towers(nn.Module):
     Attributes:
       tokens: whether an embedding is a vector for each patch and token, as of pool "all".
       dropout: rate, of the patches.
+      space: see `TwoTower`.
     """
 
     tokens: bool = False
     dropout: float = 0.0
+    space: Part | None = None
     outputs: ClassVar = EMBEDDINGS
 
     @nn.compact
     def __call__(self, images, token_ids, *, hidden=None, train=False):
         scale = jnp.exp(self.param("logit_scale", nn.initializers.constant(np.log(10.0)), ()))
         bias = self.param("logit_bias", nn.initializers.constant(-3.0), ())
-        image = text = patches = words = pooled = None
+        image = text = patches = words = pooled = image_parts = text_parts = None
+        embed = nn.Embed(14, 6, name="embed")
+        space = self.space and self.space(name="space")
         if images is not None:
             x = nn.Dropout(self.dropout, deterministic=not train)(images.reshape(len(images), 4, -1))
             x = nn.Dense(7, name="image_fc")(x)
@@ -34,9 +39,13 @@ class Towers(nn.Module):
             pooled = nn.Dense(5, name="image_head")(patches)
             image, pooled = self._unit(pooled), pooled.mean(1)
         if token_ids is not None:
-            words = nn.Embed(14, 6, name="embed")(token_ids)
+            words = embed(token_ids)
             text = self._unit(nn.Dense(5, name="text_head")(words))
-        return Embeddings(image, text, patches, words, scale, bias, pooled)
+        if space and images is not None:
+            image, image_parts = space(Encoded(image, patches, None), "image", embed.embedding)
+        if space and token_ids is not None:
+            text, text_parts = space(Encoded(text, words, None), "text", embed.embedding)
+        return Embeddings(image, text, patches, words, scale, bias, pooled, None, image_parts, text_parts)
 
     def _unit(self, x):
         x = x if self.tokens else x.mean(1)

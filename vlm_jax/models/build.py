@@ -1,5 +1,6 @@
 """Builds modules from config sections."""
 
+import dataclasses
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -20,6 +21,7 @@ from vlm_jax.models.prefix_captioner import PrefixCaptioner
 from vlm_jax.models.prefix_lm import PrefixLM
 from vlm_jax.models.rotary import Rotary
 from vlm_jax.models.text import TextTransformer
+from vlm_jax.models.transformer import Encoder, Trunk
 from vlm_jax.models.two_tower import TwoTower
 from vlm_jax.models.two_tower_captioner import TwoTowerCaptioner
 from vlm_jax.models.vit import ViT
@@ -55,13 +57,23 @@ def build(section) -> nn.Module:
     where="section 2.4",
     differs="an image tower and a text tower in one space",
 )
-def two_tower(image, text, scale_init=10.0, bias_init=None, dtype="float32"):
-    """Returns a `TwoTower`; `image` and `text` are sections for `tower` (or None), `dtype` is their compute dtype."""
+def two_tower(image, text, scale_init=10.0, bias_init=None, space=None, shared=False, dtype="float32"):
+    """Returns a `TwoTower`; `image` and `text` are sections for `tower` (or None), `dtype` is their compute dtype.
+
+    `space` is the name of a part of the family "spaces", or dict(name=..., ...), or None. `shared` says whether the
+    towers share their blocks, final norm and head (SharedCLIP, arXiv:2406.17639).
+    """
+    towers = {
+        "image": tower("vit", image, "config.model.image", dtype),
+        "text": tower("text", text, "config.model.text", dtype),
+    }
+    if shared:
+        towers = with_trunk(**towers)
     return TwoTower(
-        image=tower("vit", image, "config.model.image", dtype),
-        text=tower("text", text, "config.model.text", dtype),
+        **towers,
         scale_init=scale_init,
         bias_init=bias_init,
+        space=space and catalogue.build("spaces", space, "config.model.space"),
     )
 
 
@@ -215,6 +227,24 @@ def _reader(section, dtype):
             "config.model.decoder.cross: this decoder reads the picture as a prefix; leave it out, or take captioner"
         )
     return tower("decoder", {**section, "cross": None}, "config.model.decoder", dtype)
+
+
+def with_trunk(image, text):
+    """Returns both towers and the trunk that they share, by name.
+
+    Raises:
+      UserError: there is one tower, or a field of the blocks or of the head differs.
+    """
+    fields = [field.name for field in dataclasses.fields(Encoder) if field.name not in ("parent", "name", "pool")]
+    for name in fields:
+        own = [getattr(one, name, None) for one in (image, text)]
+        if own[0] != own[1]:
+            raise UserError(
+                f"config.model.shared: the towers share their blocks and head, but {name} is {own[0]} in image and "
+                f"{own[1]} in text; give both one value"
+            )
+    trunk = Trunk(**{name: getattr(image, name) for name in fields})
+    return {"trunk": trunk} | {name: one.clone(trunk=trunk) for name, one in (("image", image), ("text", text))}
 
 
 def tower(kind, section, where, dtype):

@@ -227,6 +227,11 @@ class Encoder(Fields, kw_only=True):
     relative_buckets: int = 0
     relative_distance: int = 128
     relative_two_way: bool = True
+    trunk: nn.Module | None = None
+
+    def project(self, x):
+        """Projects [..., D] -> [..., out_dim]; called from the compact method."""
+        return nn.Dense(self.out_dim, use_bias=self.head_bias, dtype=self.dtype, name="head")(x)
 
     def new_norm(self, name):
         """Returns a norm of this encoder's kind."""
@@ -270,6 +275,8 @@ class Encoder(Fields, kw_only=True):
         Returns:
           `Stacked`.
         """
+        if self.trunk is not None:
+            return self.trunk(x, around, causal=causal, layers=layers, train=train, norm=norm)
         policy = choose(REMAT, self.remat, "remat")
         if self.cross not in (None, "inside", "after"):
             raise UserError(f"cross is `{self.cross}`; expected one of: inside, after, None")
@@ -386,10 +393,19 @@ class Encoder(Fields, kw_only=True):
             act = choose({"tanh": jnp.tanh, "none": lambda x: x, **ACTIVATIONS}, self.rep_activation, "rep_activation")
             x = act(nn.Dense(self.rep_dim, use_bias=self.rep_bias, dtype=self.dtype, name="rep")(x))
         if self.out_dim:
-            x = nn.Dense(self.out_dim, use_bias=self.head_bias, dtype=self.dtype, name="head")(x)
+            x = self.project(x) if self.trunk is None else self.trunk(x)
         if self.pool == "all":
             x = pool("all", x, pool_mask)  # heads' biases make left-out tokens nonzero
         return Encoded(x, tokens, mask)
+
+
+class Trunk(Encoder, kw_only=True):
+    """Blocks, final norm and head that two towers share; each keeps its embedding of inputs and its pool."""
+
+    @nn.compact
+    def __call__(self, x, around=None, **options):
+        """Runs `stack`; without `around`, the head."""
+        return self.project(x) if around is None else self.stack(x, around, **options)
 
 
 def _number(layer, depth):

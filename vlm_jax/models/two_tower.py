@@ -1,5 +1,6 @@
 """Two towers, one embedding space: CLIP (Radford et al. 2021), LiT (Zhai et al. 2022), SigLIP (Zhai et al. 2023)."""
 
+import dataclasses
 import math
 from typing import Any, ClassVar
 
@@ -8,6 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from vlm_jax.errors import UserError
+from vlm_jax.models.fields import Part
 
 
 @flax.struct.dataclass
@@ -23,6 +25,7 @@ class Embeddings:
       bias: fp32 scalar added to logits, None for models without one.
       image_pooled: [B, D], the image tower's output before it is normalised, compute dtype.
       image_mask: bool [B, N], False for tokens of padding; None without padding.
+      image_parts, text_parts: what the model's space says besides, name -> [B, ...]; None without a space.
     """
 
     image: Any
@@ -33,6 +36,8 @@ class Embeddings:
     bias: Any
     image_pooled: Any = None
     image_mask: Any = None
+    image_parts: Any = None
+    text_parts: Any = None
 
 
 def unit(x, eps=1e-8):
@@ -50,9 +55,11 @@ EMBEDDINGS = {
     "image_embedding": lambda o: o["of_image"].image,
     "image_pooled": lambda o: o["of_image"].image_pooled,
     "image_tokens": lambda o: o["of_image"].image_tokens,
+    "image_parts": lambda o: o["of_image"].image_parts,
     "patch_tokens": lambda o: o["image_tokens"][:, getattr(getattr(o.model, "image", None), "tokens_before", 0) :],
     "text_embedding": lambda o: o["of_text"].text,
     "text_tokens": lambda o: o["of_text"].text_tokens,
+    "text_parts": lambda o: o["of_text"].text_parts,
     "scale": lambda o: o["of_both"].scale,
     "bias": lambda o: o["of_both"].bias,
 }
@@ -63,16 +70,22 @@ class TwoTower(nn.Module):
     """An image tower and a text tower, with the scale and bias of their logits; or one tower alone.
 
     Attributes:
+      trunk: a `Trunk` that is the attribute `trunk` of both towers as well, or None. It stands first: a module in
+        several attributes has the name of the first.
       image: the image tower, or None.
       text: the text tower, or None.
       scale_init: initial factor on cosines (stored as its log, `logit_scale`).
       bias_init: initial `logit_bias`; None for a model without one (softmax losses do not need it).
+      space: a part of the family "spaces", which makes embeddings of the towers' tokens; None: each tower's pool and
+        head do.
     """
 
+    trunk: nn.Module | None = dataclasses.field(default=None, kw_only=True)
     image: nn.Module | None
     text: nn.Module | None
     scale_init: float = 10.0
     bias_init: float | None = None
+    space: Part | None = None
     can: ClassVar = frozenset({"embed"})
 
     outputs: ClassVar = EMBEDDINGS
@@ -106,12 +119,21 @@ class TwoTower(nn.Module):
                 self.image(jnp.zeros((1, *_picture_size(self.image), 3)))
             image = unit(images)
         elif images is not None:
-            encoded = self.image(images, train=train, **({} if hidden is None else {"hidden": hidden}))
-            image_pooled, image_tokens, image_mask = _pooled("image", encoded), encoded.tokens, encoded.mask
-            image = unit(image_pooled)
+            encoded = of_image = self.image(images, train=train, **({} if hidden is None else {"hidden": hidden}))
+            image, image_tokens = self._embedding("image", encoded), encoded.tokens
+            image_pooled, image_mask = encoded.pooled, encoded.mask
         if token_ids is not None:
-            encoded = self.text(token_ids, train=train)
-            text, text_tokens = unit(_pooled("text", encoded)), encoded.tokens
+            encoded = of_text = self.text(token_ids, train=train)
+            text, text_tokens = self._embedding("text", encoded), encoded.tokens
+        image_parts = text_parts = None
+        if self.space is not None:
+            space = self.space(name="space")
+            if image_tokens is not None:
+                image, image_parts = space(of_image, "image", self._words())
+            elif images is not None:
+                raise UserError("config.model.space reads an image tower's tokens; precomputed embeddings have none")
+            if text_tokens is not None:
+                text, text_parts = space(of_text, "text", self._words())
         if image is not None and text is not None and image.ndim != text.ndim:
             raise UserError(
                 'one tower has pool "all", a vector for every token, the other has one vector; give both "all"'
@@ -121,7 +143,16 @@ class TwoTower(nn.Module):
                 f"image embeddings have {image.shape[-1]} dimensions, text embeddings {text.shape[-1]}; "
                 "set out_dim of image and text to one number"
             )
-        return Embeddings(image, text, image_tokens, text_tokens, scale, bias, image_pooled, image_mask)
+        more = image_pooled, image_mask, image_parts, text_parts
+        return Embeddings(image, text, image_tokens, text_tokens, scale, bias, *more)
+
+    def _embedding(self, name, encoded):
+        return None if self.space is not None else unit(_pooled(name, encoded))
+
+    def _words(self):
+        """Returns the token embeddings [V, D] of the text tower; at init, after the tower has been called."""
+        own = {} if self.text is None else self.text.variables.get("params", {})
+        return own.get("token_embed", {}).get("embedding")
 
 
 def _picture_size(tower):

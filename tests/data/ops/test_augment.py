@@ -139,3 +139,15 @@ def test_views_of_what_they_cannot_show():
         run("decode | views('local', 0, flip)", {"image": encode(picture())})
     with pytest.raises(BadExample, match="has no field `image`"):
         run("views('local', 2, flip)", {"text": "x"})
+
+
+def test_texts_that_show_nothing_have_one_null_image():
+    shown, *null = (
+        run("null_image('visual')", {"image": picture(8, 9, seed), "visual": seed == 0}) for seed in range(3)
+    )
+    np.testing.assert_array_equal(shown["image"], picture(8, 9, 0))
+    assert shown["visual"] is True and null[0]["visual"] is False
+    np.testing.assert_array_equal(null[0]["image"], null[1]["image"])
+    assert null[0]["image"].shape == (8, 9, 3) and null[0]["image"].std() > 60
+    with pytest.raises(BadExample, match="has no field `visual`"):
+        run("null_image('visual')", {"image": picture(8, 9)})

@@ -1,5 +1,6 @@
 """FILIP's similarity against loops over all tokens, its objective, and a model of it in use."""
 
+import itertools
 from contextlib import nullcontext
 from functools import partial
 from typing import ClassVar
@@ -12,10 +13,11 @@ import pytest
 
 import vlm_jax
 from configs import filip
+from tests.support import lookup
 from vlm_jax import evaluators, objectives
 from vlm_jax.models import Embeddings, build
 from vlm_jax.models.two_tower import EMBEDDINGS
-from vlm_jax.objectives.contrastive.similarity import token_wise
+from vlm_jax.objectives.contrastive.similarity import multiple_instance, token_wise
 from vlm_jax.params import sharding
 from vlm_jax.pretrained import attention_maps
 from vlm_jax.pretrained.similarity import similarity, similarity_of_pairs
@@ -47,6 +49,125 @@ def test_scores_are_the_equations(chunk):
     np.testing.assert_allclose(of_texts, by_hand(TEXTS, IMAGES).T, atol=1e-6)
     np.testing.assert_allclose(similarity(IMAGES, TEXTS), by_hand(IMAGES, TEXTS), atol=1e-6)
     np.testing.assert_allclose(similarity_of_pairs(IMAGES, TEXTS), np.diag(by_hand(IMAGES, TEXTS)), atol=1e-6)
+
+
+def pooled_by_hand(images, texts, pool, b, non_local):
+    """Scores of `multiple_instance` [n, m], in loops, over the tokens that are there."""
+    real = lambda z: z[np.any(z != 0, axis=-1)].astype(np.float64)
+    soften = lambda x: np.exp(b * x) / np.sum(np.exp(b * x))
+    pools = {
+        "max": np.max,
+        "mean": np.mean,
+        "lse": lambda x: np.log(np.mean(np.exp(b * x))) / b,
+        "attention": lambda x: soften(x) @ x,
+    }
+    found = np.zeros((len(images), len(texts)))
+    for i, patches in enumerate(map(real, images)):
+        for j, words in enumerate(map(real, texts)):
+            for word in words:
+                products = patches @ word
+                alike = soften(patches @ patches[np.argmax(products)])
+                found[i, j] += (pools[pool](products) + non_local * (alike @ patches) @ word) / len(words)
+    return found
+
+
+@pytest.mark.parametrize(("pool", "non_local"), [("lse", 1.0), ("attention", 0.0), ("max", 0.5), ("mean", 0.0)])
+def test_pools_of_patches(pool, non_local):
+    """Scores against loops in fp64, and their gradient against differences of the loops."""
+    images, texts = IMAGES.astype(np.float64), TEXTS.astype(np.float64)
+    images[2, 3:] = 0
+    weights = np.random.default_rng(2).normal(size=(6, 6))
+    move = [np.where(z != 0, np.random.default_rng(3).normal(size=z.shape), 0) for z in (images, texts)]
+    value = lambda *z: np.sum(weights * pooled_by_hand(*z, pool, 3.0, non_local))
+    with jax.enable_x64(True):
+        similarity = multiple_instance(pool=pool, sharpness=3.0, non_local=non_local, chunk=4)
+        scores = lambda image, text: similarity.scores({"image": image, "text": text})
+        of_images, of_texts = jax.jit(scores)(images, texts)
+        np.testing.assert_allclose(of_images, pooled_by_hand(images, texts, pool, 3.0, non_local), rtol=1e-12)
+        np.testing.assert_array_equal(of_texts, of_images)
+        grads = jax.jit(jax.grad(lambda *z: jnp.sum(weights * scores(*z)[0]), (0, 1)))(images, texts)
+        shuffled = jax.jit(scores)(images[:, [2, 0, 3, 1]], texts)[0]
+    moved = [value(*(z + s * m for z, m in zip((images, texts), move, strict=True))) for s in (1e-6, -1e-6)]
+    slope = sum(np.vdot(g, m) for g, m in zip(grads, move, strict=True))
+    np.testing.assert_allclose(slope, (moved[0] - moved[1]) / 2e-6, rtol=1e-6)
+    np.testing.assert_allclose(shuffled, of_images, rtol=1e-14)  # the order of patches says nothing
+
+
+def test_limits_of_pools():
+    """The maximum is FILIP's, bit for bit; the mean is that of mean vectors; lse lies between, and reaches both."""
+    scores = lambda **options: multiple_instance(non_local=0, **options).scores({"image": IMAGES, "text": TEXTS})[0]
+    filip = token_wise().scores({"image": IMAGES, "text": TEXTS})[1]
+    np.testing.assert_array_equal(scores(pool="max"), filip)
+    words = np.sum(TEXTS, axis=1) / np.sum(np.any(TEXTS != 0, axis=2), axis=1)[:, None]
+    np.testing.assert_allclose(scores(pool="mean"), IMAGES.mean(1) @ words.T, atol=1e-6)
+    np.testing.assert_array_equal(scores(pool="lse", sharpness=0), scores(pool="mean"))
+    np.testing.assert_allclose(scores(pool="attention", sharpness=0), scores(pool="mean"), atol=1e-6)
+    for pool in ("lse", "attention"):
+        np.testing.assert_allclose(scores(pool=pool, sharpness=1e6), filip, atol=1e-5)
+    between = scores(pool="lse", sharpness=2.0)
+    assert np.all(between >= scores(pool="mean") - 1e-6) and np.all(between <= filip + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(pool="median"), "similarity.pool is `median`; expected one of: max, mean, lse, attention"),
+        (dict(sharpness=-1), "similarity.sharpness is -1; expected at least 0"),
+    ],
+)
+def test_pools_that_do_not_exist_are_named(options, message):
+    with pytest.raises(vlm_jax.UserError, match=message):
+        multiple_instance(**options)
+
+
+class Distributions(lookup.Lookup):
+    """Rows of tables: `image` and `text` are means, `image_sigma` and `text_sigma` standard deviations."""
+
+    outputs: ClassVar = lookup.Lookup.outputs | {
+        "image_parts": lambda o: {"sigma": o.params["image_sigma"][o["image"]]},
+        "text_parts": lambda o: {"sigma": o.params["text_sigma"][o["token_ids"]]},
+    }
+
+
+@pytest.mark.parametrize("penalty", ["softmax", "sigmoid"])
+def test_wasserstein(penalty):
+    ids = np.arange(6)
+    batch, section = {"image": ids, "token_ids": ids}, dict(similarity="wasserstein", penalty=penalty)
+    sigmas = np.random.default_rng(8).uniform(0.1, 0.6, size=(2, 6, 5))
+    with jax.enable_x64(True):
+        means = lookup.tables(size=6, width=5)
+        params = means | {"image_sigma": sigmas[0], "text_sigma": sigmas[1]}
+
+        def by_hand(params, batch):
+            logits = np.zeros((6, 6))
+            for i, j in itertools.product(ids, ids):
+                square = np.sum((params["image"][i] - params["text"][j]) ** 2)
+                square += np.sum((params["image_sigma"][i] - params["text_sigma"][j]) ** 2)
+                logits[i, j] = -np.exp(params["logit_scale"]) * square + params["logit_bias"]
+            return lookup.LOSSES[penalty](logits, logits.T, np.eye(6), np.eye(6))
+
+        run = lambda params, **more: lookup.differentiate(section | more, params, batch, model=Distributions(6, 5))
+        lookup.check(run(params), by_hand, params, batch)
+        close = lambda *found: jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), *found)
+        close(run(params)[::2], run(params, implementation="blockwise")[::2])
+        # without width, or with one width for all: the Euclidean score, which for CLIP is half the scale
+        points = params | {"image_sigma": 0 * sigmas[0], "text_sigma": 0 * sigmas[1]}
+        same = params | {"image_sigma": sigmas[0] * 0 + 0.3, "text_sigma": sigmas[1] * 0 + 0.3}
+        np.testing.assert_allclose(run(same)[0], run(points)[0], rtol=1e-12)
+        if penalty == "softmax":
+            half = params | {"logit_scale": params["logit_scale"] - np.log(2)}
+            half |= {"image_sigma": 0 * sigmas[0], "text_sigma": 0 * sigmas[1]}
+            np.testing.assert_allclose(run(half)[0], lookup.differentiate({}, means, batch)[0], rtol=1e-12)
+
+
+def test_wasserstein_of_points_is_named():
+    ids = np.arange(6)
+    for section, message in (
+        (dict(similarity="wasserstein"), "`wasserstein` needs normal distributions: model.space=gaussian"),
+        (dict(similarity="wasserstein", negatives="queue"), "negatives need a similarity of one vector each"),
+    ):
+        with pytest.raises(vlm_jax.UserError, match=message):
+            lookup.differentiate(section, lookup.tables(size=6, width=5), {"image": ids, "token_ids": ids})
 
 
 def test_chunks_have_the_gradients_of_the_whole():

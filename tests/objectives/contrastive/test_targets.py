@@ -40,6 +40,27 @@ def test_labels(penalty):
 
 
 @pytest.mark.parametrize("penalty", ["softmax", "sigmoid"])
+def test_null_image(penalty):
+    """Rows 1, 3 and 4 have the NULL image and texts that show nothing; all of them match."""
+    visual = np.array([True, False, True, False, False, True])
+    params, batch = tables(), BATCH | {"visual": visual}
+    params["image"][~visual] = params["image"][1]
+    same = np.array([[float(i == j or not (visual[i] or visual[j])) for j in IDS] for i in IDS])
+
+    def by_hand(params, batch):
+        return lookup.LOSSES[penalty](*lookup.logits_of(params, params["image"], params["text"]), same, same)
+
+    section = dict(targets="null_image", penalty=penalty)
+    lookup.check(lookup.differentiate(section, params, batch), by_hand, params, batch)
+
+
+def test_a_null_image_for_no_text_is_the_identity():
+    batch = BATCH | {"visual": np.ones(N, bool)}
+    found = [lookup.differentiate(section, tables(), batch) for section in (dict(targets="null_image"), {})]
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+@pytest.mark.parametrize("penalty", ["softmax", "sigmoid"])
 def test_cwcl(penalty):
     """Equation 4: the weights are similarities of what the anchor says, of any length."""
     anchor = np.random.default_rng(3).normal(size=(N, 4))
@@ -89,6 +110,7 @@ def test_accuracy_under_soft_weights_counts_the_text_that_fits_best():
     "section, more, message",
     [
         (dict(targets="concept"), {}, "targets is `concept`, which the batch lacks; expected `identity` or one of: im"),
+        (dict(targets="null_image"), {}, "targets is `visual`, which the batch lacks; expected `identity` or one of"),
         (dict(targets="concept"), {"concept": jnp.zeros((N, 2))}, r"`concept` has shape \(6, 2\) in the batch; expect"),
         (
             dict(targets=dict(name="cwcl", anchor="depth")),

@@ -172,3 +172,17 @@ def views(example: dict, rng: np.random.Generator, to: str, n: Number, ops: Pipe
     check_pixels(n * first.shape[0], first.shape[1])
     example[to] = np.stack([first, *(array(ops({"image": image}, rng)["image"]) for _ in range(n - 1))])
     return example
+
+
+@op
+def null_image(example: dict, path: str, seed: int = 0) -> dict:
+    """Replaces the picture by the NULL image where the field at `path` is false: its text shows nothing (TIP-CLIP).
+
+    The NULL image is uniform noise of the picture's size, the same for all examples. The op stands after crops and
+    before `normalize`. See the targets `null_image` (arXiv:2305.10434).
+    """
+    example[path] = visual = bool(field(example, path))
+    if not visual:
+        height, width = array(example["image"]).shape[:2]
+        example["image"] = np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8)
+    return example

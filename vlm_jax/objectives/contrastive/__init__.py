@@ -45,9 +45,12 @@ def contrastive(
 
     Args:
       model: linen module with the outputs `image_embedding`, `text_embedding`, `scale` and `bias`.
-      penalty: "softmax", "sigmoid", or a dict with the name and options, `dict(name="softmax", label_smoothing=0.1)`.
-      similarity: "cosine" or "token_wise", for towers with pool "all".
-      targets: "identity", a dict, or a batch key such as "concept": pictures and texts with equal values are positives.
+      penalty: "softmax", "sigmoid", "focal", "margin", or a dict with the name and options,
+        `dict(name="softmax", label_smoothing=0.1)`.
+      similarity: "cosine"; "token_wise" or "multiple_instance", for towers with pool "all"; "wasserstein", for a model
+        with the space `gaussian`.
+      targets: "identity", "null_image", a dict, or a batch key such as "concept": pictures and texts with equal values
+        are positives.
       negatives: "in_batch", or more candidates: `dict(name="queue", size=65536)`, `dict(name="texts", key="texts")`.
       max_scale: upper limit of the scale (100 in CLIP, Section 2.5); gradients that lower the scale still pass.
       mask: a batch key, bool [B]; examples with False are no negatives, and loss and metrics ignore them.
@@ -69,7 +72,7 @@ def contrastive(
         raise UserError(_BY_NAME.format(lacks))
     if parts.penalty.hard and parts.targets.labels is None:
         raise UserError(f"{WHERE}.penalty needs targets that match or do not, such as `identity`, not soft ones")
-    if parts.similarity.embeddings is None and negatives != "in_batch":
+    if not parts.similarity.own and negatives != "in_batch":
         raise UserError(f"{WHERE}.negatives need a similarity of one vector each, such as `cosine`")
 
     def features(outputs, ctx):

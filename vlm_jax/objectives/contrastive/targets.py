@@ -63,20 +63,46 @@ def identity() -> Targets:
 def labels(*, key: str) -> Targets:
     """Images and texts with equal values of the batch's `key`, [B], match."""
 
+    return Targets(labels=lambda rows, size: column(rows, key, size))
+
+
+def column(rows: Mapping[str, Any], key: str, size: int, where: str = f"{WHERE}.targets") -> jax.Array:
+    """Returns the entry `key` of the rows, [B].
+
+    Raises:
+      UserError: the batch lacks the key, or its shape is another.
+    """
+    if key not in rows:
+        raise UserError(f"{where} is `{key}`, which the batch lacks; expected `identity` or one of: {', '.join(rows)}")
+    if rows[key].shape != (size,):
+        raise UserError(f"{where} `{key}` has shape {rows[key].shape} in the batch; expected ({size},)")
+    return rows[key]
+
+
+@method(
+    family="targets",
+    system="TIP-CLIP",
+    paper="arXiv:2305.10434",
+    differs="texts that show nothing have one NULL image in common",
+    needs={"objective.targets.key": "visual"},
+)
+def null_image(*, key: str = "visual") -> Targets:
+    """Text i describes image i; texts that show nothing describe one NULL image (TIP-CLIP, Verma et al. 2023).
+
+    `key` is bool [B], False for a text that shows nothing, whose image is the NULL image: the op `null_image(key)`.
+    All NULL images of a batch and all such texts match each other. The visualness of a text is minus its similarity to
+    the NULL image. If all texts are visual, the targets are the identity.
+    """
+
     def of(rows, size):
-        if key not in rows:
-            raise UserError(
-                f"{WHERE}.targets is `{key}`, which the batch lacks; expected `identity` or one of: {', '.join(rows)}"
-            )
-        if rows[key].shape != (size,):
-            raise UserError(f"{WHERE}.targets `{key}` has shape {rows[key].shape} in the batch; expected ({size},)")
-        return rows[key]
+        return jnp.where(column(rows, key, size).astype(bool), jnp.arange(size), size)
 
     return Targets(labels=of)
 
 
 @method(
     family="targets",
+    system="CWCL",
     paper="arXiv:2309.14580",
     where="equation 4",
     differs="a text describes other images as well, by how much they look like its own",
@@ -93,9 +119,14 @@ def cwcl(*, anchor: str = "image_embedding", teacher: str | None = None) -> Targ
         return {"anchor": jax.lax.stop_gradient(given[anchor])}
 
     def weights(features):
-        p = features["anchor"].astype(jnp.promote_types(features["anchor"].dtype, jnp.float32))
-        p = p / jnp.maximum(jnp.linalg.norm(p, axis=-1, keepdims=True), 1e-12)
-        cosines = jnp.matmul(p, p.T, precision=jax.lax.Precision.HIGHEST)
-        return (1 + cosines) / 2, jnp.eye(len(p), dtype=cosines.dtype)
+        cosines = cosines_of(features["anchor"])
+        return (1 + cosines) / 2, jnp.eye(len(cosines), dtype=cosines.dtype)
 
     return Targets(weights=weights, features=features)
+
+
+def cosines_of(x: jax.Array) -> jax.Array:
+    """Returns the cosines [B, B] of all pairs of rows of x, [B, D]."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+    return jnp.matmul(x, x.T, precision=jax.lax.Precision.HIGHEST)
