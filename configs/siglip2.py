@@ -141,13 +141,14 @@ def small(variant: str) -> ConfigDict:
     single, several = (settings.data.sources[name].to_dict() for name in ("emoji", "scenes"))
     begin, end = (48, base.SIZE) if variant != "smoke" else (16, 32)
     tokenize = base.tokenize(base.LENGTH)
+    preprocess = lambda size: f"decode(exif=True) | resize({size}) | normalize"
 
     def data(size: int, distil: bool) -> dict:
         seen = [views(size, settings.model.image.patch)] * distil
         of_scenes = [regions("regions/text", "regions/box", ""), *seen, f"resize({size}) | jitter(0.2, 0.2, 0.2)"]
-        of_emoji = [f"decode | resize({base.SIZE}) | cache", *seen, f"{base.AUGMENT} | resize({size})"]
+        of_emoji = [f"decode | resize({base.SIZE}) | cache", *seen, f"{base.STRONG} | resize({size})"]
         ends = lambda located: [prompts(base.LENGTH, located), tokenize, keep(distil, "concept")]
-        texts = {"emoji": base.NAME, "scenes": base.CAPTION}
+        texts = {"emoji": base.NAME, "scenes": "random_caption('caption', 'sub_captions', weights=(3, 1))"}
         sources = dict(
             emoji=single | dict(ops=" | ".join([*of_emoji, "normalize", texts["emoji"], *ends(False)])),
             scenes=several | dict(ops=" | ".join([*of_scenes, "normalize", texts["scenes"], *ends(True)])),
@@ -166,12 +167,12 @@ def small(variant: str) -> ConfigDict:
         scale_init=10.0,
         bias_init=-10.0,
     )
-    settings.data, settings.tokenize, settings.preprocess = data(begin, False), tokenize, base.preprocess(begin)
+    settings.data, settings.tokenize, settings.preprocess = data(begin, False), tokenize, preprocess(begin)
     contrastive = dict(penalty="sigmoid", targets="concept")
     settings.objective = dict(terms=dict(contrastive=contrastive, locca=dict()))
     head = dict(hidden=4 * width, bottleneck=64)
     late = distilled(1.0, head=head, prototypes=1024 if variant != "smoke" else 64)
-    large = dict(data=data(end, True), model=dict(image=dict(image_size=end)), preprocess=base.preprocess(end))
+    large = dict(data=data(end, True), model=dict(image=dict(image_size=end)), preprocess=preprocess(end))
     settings.stages = (
         dict(share="80%"),
         dict(share="15%", data=data(begin, True), objective=late),

@@ -24,7 +24,8 @@ from vlm_jax.adapt.heads.checks import unit
 from vlm_jax.adapt.heads.training import descend, finite, shuffled
 from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
-from vlm_jax.models.transformer import AttentionInputs, Encoder
+from vlm_jax.models.block import AttentionInputs
+from vlm_jax.models.transformer import Encoder
 from vlm_jax.objectives.contrastive.penalty import softmax
 
 ROWS = 1024  # refined at a time

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.models import positions
+from vlm_jax.models.block import AttentionInputs
 from vlm_jax.models.decoder import Decoded, Decoder, Logits
 from vlm_jax.models.layers import Attention, Norm
-from vlm_jax.models.transformer import AttentionInputs
 from vlm_jax.models.two_tower import EMBEDDINGS, Embeddings, unit
 
 

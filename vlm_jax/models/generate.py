@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.errors import UserError
+from vlm_jax.models.block import Cache
 from vlm_jax.models.decoder import shift_right
 from vlm_jax.models.token_loss import token_loss
-from vlm_jax.models.transformer import Cache
 from vlm_jax.models.vocabulary import is_text
 
 HIDDEN = -1e30

@@ -25,8 +25,9 @@ from flax.traverse_util import unflatten_dict
 from vlm_jax import catalogue, config
 from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
+from vlm_jax.models.block import Block
 from vlm_jax.models.layers import ACTIVATIONS, Attention, KeyValues
-from vlm_jax.models.transformer import Block, Encoder
+from vlm_jax.models.transformer import Encoder
 from vlm_jax.params.table import check_alike, named_leaves
 
 NEW = r"(.*/)?inserted_.*"

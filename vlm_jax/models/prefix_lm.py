@@ -5,8 +5,8 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from vlm_jax.errors import UserError
+from vlm_jax.models.block import room
 from vlm_jax.models.decoder import WRITING, Conditional
-from vlm_jax.models.transformer import room
 
 
 class Prefixed(Conditional, kw_only=True):

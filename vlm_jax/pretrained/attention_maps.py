@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.errors import UserError
+from vlm_jax.models.block import Block
 from vlm_jax.models.coca import CoCa, QueryPool
 from vlm_jax.models.layers import Attention
-from vlm_jax.models.transformer import Block
 from vlm_jax.models.vit import ViT
 from vlm_jax.pretrained import Pretrained
 

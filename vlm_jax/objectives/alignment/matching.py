@@ -9,7 +9,8 @@ import optax
 
 from vlm_jax import config
 from vlm_jax.catalogue import method
-from vlm_jax.models.transformer import AttentionInputs, Encoder, over_heads
+from vlm_jax.models.block import AttentionInputs, over_heads
+from vlm_jax.models.transformer import Encoder
 from vlm_jax.models.vocabulary import is_text
 from vlm_jax.objectives.selections import hard_pairs
 from vlm_jax.objectives.term import WHERE, Objective, Term
