@@ -5,7 +5,7 @@ base_select   one style (emojione) held out of training; the recipes are chosen 
 
 Most of a run sees single emoji of 32 px with short texts, its end 64 px, scenes and their captions, as CLIPA
 (arXiv:2305.07017) does. In the first part embeddings of pictures follow those of `clip:tiny` (CLIP-KD,
-arXiv:2307.12732): its head reads patches by their place, which a class token takes ten times as long to learn. For
+arXiv:2307.12732): its head reads patches by their place, which a class token takes long to learn. For
 base_select, the teacher is the run runs/clip_select of `clip:select`. Not yet trained to the end: no numbers.
 """
 
