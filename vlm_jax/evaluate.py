@@ -2,8 +2,7 @@
 
     vlm-jax evaluate --model=pkg:vlm_jax/zoo/clip_tiny --task=zeroshot --data=tfds:emoji --split=unseen_style \\
         --classes=emoji:seen --out=runs/zeroshot
-    vlm-jax evaluate --model=pkg:vlm_jax/zoo/clip_tiny --task=probe --data=tfds:emoji --split=unseen_style \\
-        --label=concept --option=shots=1 --out=runs/probe
+    vlm-jax evaluate --model=runs/demo --task=probe --data=tfds:emoji --split=unseen_style --label=group --out=runs/p
 
 The command prints a table and writes results.json, artifacts/ and report/index.html to --out. After an interruption the
 same command continues after the last complete chunk and gives the same results, bit for bit. On several hosts, run the
