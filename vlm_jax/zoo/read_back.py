@@ -54,7 +54,7 @@ class Content:
 def full_section(content: Content) -> dict[str, Any]:
     """Returns the section with all fields of its towers, and an image size if the positions are a square."""
     model = models.build(content.section)
-    section = {side: fields(getattr(model, side, None)) for side in SIDES}
+    section = {side: _fields(getattr(model, side, None)) for side in SIDES}
     section |= {key: getattr(model, key, None) for key in ("bias_init", "pad_id")}
     table = content.shapes.get("image/pos_embed")
     if section["image"] and table is not None and section["image"].get("image_size") is None:
@@ -65,7 +65,7 @@ def full_section(content: Content) -> dict[str, Any]:
     return section
 
 
-def fields(tower) -> dict[str, Any] | None:
+def _fields(tower) -> dict[str, Any] | None:
     if tower is None:
         return None
     return {field.name: getattr(tower, field.name) for field in dataclasses.fields(tower)}
@@ -84,15 +84,15 @@ def losses(content: Content, entries: list[key_map.Entry], describe: Callable) -
         return [str(error)]
     wanted = full_section(content)
     for side in SIDES:
-        got = fields(getattr(read_back, side, None)) or {}
+        got = _fields(getattr(read_back, side, None)) or {}
         want = wanted[side] or {}
         for key in want.keys() - set(RUNTIME):
-            if not same(key, got.get(key), want[key], want):
+            if not _same(key, got.get(key), want[key], want):
                 problems.append(f"{side}.{key} would be {got.get(key)!r}, not {want[key]!r}")
     return sorted(problems)
 
 
-def same(key: str, got: Any, want: Any, fields: Mapping[str, Any]) -> bool:
+def _same(key: str, got: Any, want: Any, fields: Mapping[str, Any]) -> bool:
     square = lambda size: (size, size) if isinstance(size, int) else tuple(size or ())
     if key == "image_size":
         return got is None or square(got) == square(want)
