@@ -44,6 +44,7 @@ def test_by_values(columns):
     assert rows(columns, "top('similarity', 0.3)") == sorted(sorted(range(60), key=lambda i: -similarity[i])[:18])
     both = "least('similarity', 0.2) | top('similarity', 0.5)"
     above = [i for i in range(60) if similarity[i] >= 0.2]
+    assert rows(columns, both.replace("|", "| cache |")) == rows(columns, both)  # no rule is left out
     assert rows(columns, both) == sorted(sorted(above, key=lambda i: -similarity[i])[: round(len(above) / 2)])
 
 

@@ -69,7 +69,7 @@ EVERY = (
 DISTRIBUTED = text("distributed", "On several hosts: auto, or address:port,processes,index")
 
 MODEL = text("model", "A workdir, a folder, a file, hf:org/name, pkg:package/path", needed=True)
-DATA = text("data", "Data set: tfds:, wds:, arrayrecord:, jsonl:, csv:, folder:", needed=True)
+DATA = text("data", "Data set: tfds:, wds:, arrayrecord:, parquet:, jsonl:, csv:, folder:", needed=True)
 OUTSIDE = switch("allow_outside", "Pictures may be outside of the data set's folder")
 LABELLED = (
     text("split", "The data set's split"),

@@ -131,7 +131,10 @@ def to_rows(table, rows, method="linear"):
     )
 
 
-def of_length(table, length, kept=20):
+KEPT = 20  # positions of texts that stay where they are in a longer table
+
+
+def of_length(table, length):
     """Fits a learned table of text positions to another length: the first rows, or a stretched table.
 
     Stretching keeps the first positions, which short captions have trained well, and reads the others between two old
@@ -141,7 +144,6 @@ def of_length(table, length, kept=20):
     Args:
       table: [1, n, D].
       length: the new n.
-      kept: number of positions that stay where they are.
 
     Returns:
       float32 numpy array [1, length, D].
@@ -153,9 +155,9 @@ def of_length(table, length, kept=20):
     count = table.shape[1]
     if length <= count:
         return table[:, :length]
-    if count < kept + 2:
-        raise UserError(f"{count} positions of texts cannot become {length}; expected a table of {kept + 2} or more")
-    at = np.concatenate([np.arange(kept), kept + np.arange(length - kept) * ((count - kept) / (length - kept))])
+    if count < KEPT + 2:
+        raise UserError(f"{count} positions of texts cannot become {length}; expected a table of {KEPT + 2} or more")
+    at = np.concatenate([np.arange(KEPT), KEPT + np.arange(length - KEPT) * ((count - KEPT) / (length - KEPT))])
     before = np.minimum(at.astype(int), count - 2)
     share = (at - before).astype(np.float32)[:, None]
     return table[:, before] * (1 - share) + table[:, before + 1] * share

@@ -46,11 +46,11 @@ def select(columns: Columns, rules: str, seed: int = 0) -> Columns:
     Raises:
       UserError: a rule is unknown, needs a column that is not there, or leaves no row.
     """
-    steps = ops.parse(rules).after
+    pipeline = ops.parse(rules)
     rng, order = np.random.default_rng(seed), np.argsort(columns["record"], kind="stable")
     columns = _rows(columns, order)
-    for step in steps:
-        if step.function.__module__ != __name__:
+    for step in (*pipeline.before, *pipeline.after):
+        if step.name not in RULES:
             raise UserError(f"`{step.name}` is no rule; expected one of {', '.join(sorted(RULES))}")
         columns = step(columns, rng)
         if not len(columns["record"]):

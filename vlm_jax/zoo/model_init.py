@@ -6,7 +6,8 @@ A tower takes the checkpoint's part of the same name, or the part after the colo
 an `EncoderDecoder`, for a text tower of T5's kind (with the token table). One string instead of the dict initialises
 the whole model. A tower's pool and head may differ from the checkpoint; they then start anew, and so do insertions
 that the checkpoint lacks. The image tower's learned positions are resampled from one square grid to another ("linear"
-of `positions.resample_posemb`, as big_vision does). All other parameters must fit.
+of `positions.resample_posemb`, as big_vision does), those of texts are cut or stretched (`positions.of_length`). All
+other parameters must fit.
 """
 
 import re

@@ -43,7 +43,7 @@ def pair_scores(
     Args:
       uri, split: the data set, as for `sources.open_source`.
       caption: the field with the text, the first of a list.
-      fields: further fields to store: numbers, or texts as a 64-bit hash (`number_of`).
+      fields: further fields to store: numbers, or texts as a hash (`number_of`).
       embeddings: whether to store embeddings of the pictures, which near duplicates are found by.
       where: field -> values; other examples have no row.
       batch_size: examples at a time.
