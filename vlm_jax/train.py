@@ -111,11 +111,13 @@ def _train(
         own = stage.settings
         with doing("building the model"):
             batches = of_config if own["data"] == data else opened(own["data"])
-            return batches, build_program(
+            program = build_program(
                 batches.example, batches.sizes, mesh, steps, model=own["model"], objective=own["objective"],
                 optimizer=own["optimizer"], partition=partition, accumulate=own.get("accumulate", 1), ema=ema,
                 seed=seed, tokenizer=tokenizer, load=load,
             )  # fmt: skip
+            objectives.check_stored(program.objective, batches.teachers)
+            return batches, program
 
     for before, stage in pairwise([parts[0], *parts]):  # finds mistakes in any of them now
         staging.check(built(before)[1].abstract_state, built(stage)[1].abstract_state, stage)

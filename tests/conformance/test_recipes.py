@@ -11,6 +11,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.params import optim, sharding
 from vlm_jax.plan.train_step import example_of
 from vlm_jax.run.program import build_program
+from vlm_jax.zoo.load import load
 
 MILLIONS = {  # parameters, of what its authors released; None of what nobody did
     "clip": {"B/32": 151.3, "B/16": 149.6, "L/14": 427.6, "base": None},
@@ -50,7 +51,7 @@ def test_builds(name, variant, millions):
     steps = lambda length: optim.duration_to_steps(length, 256, 10**6, 10**6)
     program = build_program(
         example, 256, sharding.make_mesh(fsdp=8), steps, **sections,
-        partition=sharding.RULES, accumulate=1, ema=None, seed=0,
+        partition=sharding.RULES, accumulate=1, ema=None, seed=0, load=load,
     )  # fmt: skip
     if millions:
         assert models.count(program.abstract_state.params) == pytest.approx(millions * 1e6, rel=0.005)

@@ -174,10 +174,11 @@ COMMANDS = {
     "precompute": Command(
         {
             "": (
-                config("Experiment with model_init, e.g. lit:tiny or configs/lit.py:tiny"),
-                DATA,
+                config("Experiment with model_init or teachers, e.g. lit:tiny or configs/lit.py:tiny"),
+                DATA._replace(needed=False),
                 path("out", "Folder of the embeddings", needed=True),
                 text("split", "The data set's split"),
+                whole("views", "Views of each example of the config's data, embedded by its teachers", None),
                 whole("batch_size", "Pictures at a time", 64),
                 OUTSIDE,
                 DISTRIBUTED,

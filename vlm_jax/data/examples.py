@@ -13,6 +13,7 @@ from vlm_jax.data import index as index_lib
 from vlm_jax.data import ops as ops_lib
 from vlm_jax.data.confined import digest
 from vlm_jax.data.ops import Pipeline
+from vlm_jax.data.reinforced import Reinforced
 from vlm_jax.data.rows import Batch, Fields, check, fields_of, stack
 from vlm_jax.data.source import BadExample, Source, check_field, select
 from vlm_jax.data.sources import open_source
@@ -61,6 +62,7 @@ class Examples:
       name: stands before the keys of records.
       uri: the source's, for messages.
       left_out: what is no example, by reason, see `Source.left_out`.
+      reinforced: views of which one is drawn, with what teachers say of it; None draws anew every time.
     """
 
     def __init__(
@@ -73,9 +75,11 @@ class Examples:
         name: str = "",
         uri: str = "",
         left_out: Mapping[str, int] | None = None,
+        reinforced: Reinforced | None = None,
     ):
         self.source, self.pipeline, self.chosen, self.seed = source, pipeline, chosen, seed
         self.weight, self.name, self.uri, self.left_out = weight, name, uri, left_out or {}
+        self.reinforced = reinforced
         self.memory: dict[int, dict[str, Any] | BadExample] = {}
 
     def __len__(self) -> int:
@@ -119,7 +123,7 @@ class Examples:
           StoreError: the store cannot be used; no record is at fault.
         """
         try:
-            return self.pipeline.finish(self._prepared(i), generator(self.seed, draw))
+            return self._finished(i, draw)
         except (BadExample, StoreError):
             raise
         except BaseException as error:
@@ -128,6 +132,14 @@ class Examples:
             kind = "ops" if isinstance(error, UserError) else type(error).__name__
             reason = " ".join(str(error).split())[:CUT]
             raise BadExample(reason if kind == "ops" else f"{kind}: {reason}", kind) from error
+
+    def _finished(self, i: int, draw: int) -> dict[str, Any]:
+        rng = generator(self.seed, draw)
+        if self.reinforced is None:
+            return self.pipeline.finish(self._prepared(i), rng)
+        view = self._number(i) * self.reinforced.views + int(rng.integers(self.reinforced.views))
+        example = self.pipeline.finish(self._prepared(i), generator(self.reinforced.seed, view))
+        return example | self.reinforced[view]
 
     def row(self, i: int, draw: int) -> dict[str, Any]:
         """Returns example `i` with the fields of other examples; raises BadExample. See `read`."""
@@ -173,7 +185,8 @@ class Examples:
     def fingerprint(self) -> str:
         """Returns a short hash that changes with the records and with the choice among these."""
         chosen, weight = (b"" if x is None else x.tobytes() for x in (self.chosen, self.weight))
-        return digest(self.source.fingerprint().encode(), chosen, weight)
+        views = [] if self.reinforced is None else [self.reinforced.fingerprint().encode()]
+        return digest(self.source.fingerprint().encode(), chosen, weight, *views)
 
 
 def _all_bad(bad: Sequence[BadRecord]) -> UserError:
@@ -187,6 +200,7 @@ def open_examples(
     split: str | None,
     where: Mapping[str, Iterable[Any]] | None,
     index: str | None = None,
+    reinforced: str | None = None,
     tokenizer: Any,
     seed: int,
     name: str = "",
@@ -211,8 +225,9 @@ def open_examples(
             chosen, weight = chosen[keep], weight[keep]
     for what, count in left_out.items():
         log.warning("%s: left out %d %s", uri, count, what)
+    views = None if reinforced is None else Reinforced(reinforced, uri, split, ops, len(source))
     source = source.narrow(pipeline.paths) if pipeline.paths else source
-    return Examples(source, pipeline, chosen, seed, weight, name, uri, left_out)
+    return Examples(source, pipeline, chosen, seed, weight, name, uri, left_out, views)
 
 
 def log_bad(bad: list[BadRecord]) -> None:

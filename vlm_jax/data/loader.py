@@ -73,6 +73,7 @@ class Loader(Iterator[Batch]):
       read, bad: examples of this process read so far, and how many of them were bad (counts survive resuming).
       kinds: the bad examples by kind, see `BadExample`.
       left_out: what the data sets' files hold beside examples, by reason, see `Source.left_out`.
+      teachers: name -> spec of the teachers whose embeddings the data has, see `Reinforced`.
       requests: requests to stores that were made again, and seconds waited for them, see `remote.Counts`; of this
         process and its workers, since it began.
       wait_seconds: time spent waiting in `next`.
@@ -94,6 +95,8 @@ class Loader(Iterator[Batch]):
         self.left_out = sum(
             (collections.Counter(one.left_out) for one in self._examples.values()), collections.Counter()
         )
+        reinforced = [one.reinforced for one in self._examples.values() if one.reinforced]
+        self.teachers = {name: spec for own in reinforced for name, spec in own.teachers.items()}
         self._batch_size, self._share = sum(rows.size for rows in sets), sum(len(rows.slots) for rows in sets)
         self.batches_per_epoch = self.num_examples // self._batch_size
 
@@ -212,6 +215,7 @@ def train_loader(
     tokenizer: Any = None,
     where: Mapping[str, Iterable[Any]] | None = None,
     index: str | None = None,
+    reinforced: str | None = None,
     order: str | Mapping[str, Any] | None = None,
     sources: Mapping[str, Mapping[str, Any]] | None = None,
     workers: int = 0,
@@ -230,9 +234,10 @@ def train_loader(
       tokenizer: for ops such as `tokenize`.
       where: field path -> accepted values; keeps the records that match: `{"style": ("twemoji", "fluent")}`.
       index: file that chooses examples by number, and may weight them (the field `weight`), see `index.read`.
+      reinforced: folder of views and what teachers say of them; each draw takes one of the views, see `Reinforced`.
       order: of an epoch's examples: "full", "windowed", or dict(name="windowed", block=..., window=..., lanes=...), see
         `order.Windows`; defaults to "windowed" for a source in a store, else to "full".
-      sources: a mixture, name -> `mixture.Part`, in place of the six arguments of one source.
+      sources: a mixture, name -> `mixture.Part`, in place of the seven arguments of one source.
       workers: processes that compute batches; 0 computes them in threads of this process.
       threads: threads that compute batches, in this process or in each worker.
       max_bad_fraction: allowed share of bad examples (counted, logged and replaced); a larger one raises UserError.
@@ -244,7 +249,7 @@ def train_loader(
     config.check_least(0, "config.data", workers=workers, max_bad_fraction=max_bad_fraction)
     config.check_least(1, "config.data", threads=threads)
     config.check_least(0, "config", seed=seed)
-    one = dict(uri=uri, ops=ops, split=split, where=where, index=index, order=order)
+    one = dict(uri=uri, ops=ops, split=split, where=where, index=index, reinforced=reinforced, order=order)
     given = {name: value for name, value in one.items() if value is not None}
     if sources is None:
         parts = {"": config.call(mixture.Part, given, "config.data")}

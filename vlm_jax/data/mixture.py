@@ -30,7 +30,7 @@ class Part:
     """A source of a batch.
 
     Attributes:
-      uri, ops, split, where, index, order: as of `loader.train_loader`.
+      uri, ops, split, where, index, reinforced, order: as of `loader.train_loader`.
       weight: share of the batch, up to a factor; a number, or pairs (step, weight), see `turns.points_of`.
       rows: name of the row set that the source's examples form, with the other sources of that name.
     """
@@ -40,6 +40,7 @@ class Part:
     split: str | None = None
     where: Mapping[str, Iterable[Any]] | None = None
     index: str | None = None
+    reinforced: str | None = None
     order: str | Mapping[str, Any] | None = None
     weight: float | Sequence[Sequence[float]] = 1.0
     rows: str = "batch"
@@ -133,7 +134,8 @@ def _points(name: str, part: Part) -> Points:
 
 def _open(name: str, part: Part, seed: int, tokenizer: Any) -> Examples:
     """The examples of a part; in a mixture, each has an order and draws of its own, and keys with its name."""
-    own = dict(uri=part.uri, ops=part.ops, split=part.split, where=part.where, index=part.index, tokenizer=tokenizer)
+    given = ("uri", "ops", "split", "where", "index", "reinforced")
+    own = {name: getattr(part, name) for name in given} | {"tokenizer": tokenizer}
     if not name:
         return open_examples(**own, seed=seed)
     mixed = int(np.random.SeedSequence((seed, zlib.crc32(name.encode()))).generate_state(1)[0])

@@ -6,9 +6,9 @@ objective=dict(terms=..., teachers=dict(average=dict(decay=0.999)), combine="pro
 """
 
 from vlm_jax.objectives.accumulation import value_and_grad
-from vlm_jax.objectives.build import build
+from vlm_jax.objectives.build import build, teachers_of
 from vlm_jax.objectives.outputs import Outputs, of_model
-from vlm_jax.objectives.state import active, frozen, make, reached, update
+from vlm_jax.objectives.state import active, check_stored, frozen, make, reached, update
 from vlm_jax.objectives.sum import value
 from vlm_jax.objectives.term import Context, Feature, Objective, Row, Selection, Teacher, Term, model_inputs
 
@@ -23,11 +23,13 @@ __all__ = [
     "Term",
     "active",
     "build",
+    "check_stored",
     "frozen",
     "make",
     "model_inputs",
     "of_model",
     "reached",
+    "teachers_of",
     "update",
     "value",
     "value_and_grad",

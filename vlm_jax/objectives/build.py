@@ -28,7 +28,8 @@ def build(
         reaches: regex of the parameters that the term's gradient may move; defaults to all.
       selections: {row set: options}; the method, of the family "selections", is the option `name`, which defaults to
         the name here. `on` is the row set that the selection reads.
-      teachers: {name: dict(decay=0.999, of="image/.*") or dict(spec="runs/clip"), inputs=...}, see `Teacher`.
+      teachers: {name: dict(decay=0.999, of="image/.*") or dict(spec="runs/clip", inputs=..., stored=...)}: see
+        `Teacher`.
       combine: what happens to the terms' gradients instead of their sum, a method of the family "combinations".
 
     In a section of one term, the term's `name` and options stand in the place of `terms`.
@@ -81,10 +82,15 @@ def _build(*, terms, model, steps, tokenizer, load, selections=None, teachers=No
             given["name"] = name if len(found) == 1 else f"{name}_{term.name}"
             given["weight"] = term.weight if weight is None else _product(term.weight, weight)
             parts.append(dataclasses.replace(term, **given))
-    for name, options in (teachers or {}).items():
-        known[name] = config.call(_teacher, options, f"{WHERE}.teachers.{name}", load=load)
+    known |= teachers_of(teachers, load)
     combine = combine and catalogue.build("combinations", combine, f"{WHERE}.combine")
     return Objective(tuple(parts), tuple(made), known, combine, tokenizer)
+
+
+def teachers_of(section: Mapping[str, Any] | None, load: Callable[[str], Any] | None) -> dict[str, Teacher]:
+    """Returns the teachers of a config's `objective.teachers`; `load` as for `build`."""
+    where = f"{WHERE}.teachers"
+    return {name: config.call(_teacher, own, f"{where}.{name}", load=load) for name, own in (section or {}).items()}
 
 
 def _product(own: float, weight: float | Callable) -> float | Callable:
@@ -94,15 +100,25 @@ def _product(own: float, weight: float | Callable) -> float | Callable:
 
 
 def _teacher(
-    *, load, decay: float | None = None, of: str | None = None, spec: str | None = None, inputs=None
+    *,
+    load,
+    decay: float | None = None,
+    of: str | None = None,
+    spec: str | None = None,
+    inputs=None,
+    stored: bool = False,
 ) -> Teacher:
     if (decay is None) == (spec is None):
         raise UserError(f"a teacher of {WHERE} is an average, `decay=0.999`, or a checkpoint, `spec=...`: give one")
+    if spec is None and stored:
+        raise UserError(f"a teacher of {WHERE} is `stored` and an average, which changes; give a `spec`")
     if spec is None:
         return Teacher(decay, inputs=dict(inputs or {}), of=of or ".*")
     if of is not None:
         raise UserError(
             f"a teacher of {WHERE} has `of`, `{of}`, and `spec`: all parameters of a checkpoint are its own"
         )
+    if stored:
+        return Teacher(spec=spec, stored=True)
     loaded = load(spec)
     return Teacher(spec=spec, model=loaded.model, params=loaded.params, inputs=dict(inputs or {}))

@@ -58,10 +58,13 @@ class Outputs:
         train: bool = False,
         rng: jax.Array | None = None,
         keys: jax.Array | None = None,
-        teachers: Mapping[str, Taught] | None = None,
+        teachers: Mapping[str, Taught | None] | None = None,
         made: dict | None = None,
     ):
-        """`made` is filled with the parameters of parts that `params` lack, while a run's parameters are made."""
+        """`made` is filled with the parameters of parts that `params` lack, while a run's parameters are made.
+
+        A teacher is None if what it says is stored in the rows, as "<teacher>/<output>".
+        """
         self.model, self.params, self.rows, self.train, self.keys = model, params, rows, train, keys
         self._rng, self._teachers, self._made = rng, teachers or {}, made
         self._memo, self._taught = {}, {}
@@ -116,6 +119,15 @@ class Outputs:
         if name not in self._teachers:
             known = ", ".join(self._teachers) or "none"
             raise UserError(f"{WHERE}: `{self._user}` asks for the teacher `{name}`; {WHERE}.teachers has: {known}")
+        if name not in self._taught and self._teachers[name] is None:
+            stored = {key.removeprefix(f"{name}/"): row for key, row in self.rows.items() if key.startswith(f"{name}/")}
+            if self.rows and not stored:
+                raise UserError(
+                    f"{WHERE}.teachers.{name} is stored, and the batch has no `{name}/...`, from "
+                    f"config.data.reinforced; it has: {', '.join(self.rows)}"
+                )
+            self._taught[name] = Outputs(None, {}, stored, keys=self.keys)
+            self._taught[name]._owner = f"the stored teacher `{name}`"
         if name not in self._taught:
             model, params, inputs = self._teachers[name]
             lacks = [row for row in inputs.values() if self.rows and row not in self.rows]

@@ -30,7 +30,7 @@ def make(
     parts.losses(params, features, rows)  # makes the parts that only losses call
     if made:
         params = {**params, OWN: made}
-    averaged = {name: teacher.of for name, teacher in objective.teachers.items() if teacher.model is None}
+    averaged = {name: teacher.of for name, teacher in objective.teachers.items() if teacher.spec is None}
     teachers = {name: _chosen(params, of, name) for name, of in averaged.items()}
     return params, {"terms": terms, "teachers": teachers} if terms or teachers else None
 
@@ -126,5 +126,15 @@ def active(reach: Mapping[str, tuple[Callable, ...] | None], step: Any) -> dict[
 
 
 def frozen(objective: Objective) -> dict[str, Any]:
-    """Returns the parameters of the teachers with a `spec`."""
-    return {name: teacher.params for name, teacher in objective.teachers.items() if teacher.spec is not None}
+    """Returns the parameters of the teachers with a `spec` that are not stored."""
+    return {name: teacher.params for name, teacher in objective.teachers.items() if teacher.model is not None}
+
+
+def check_stored(objective: Objective, stored: Mapping[str, str]) -> None:
+    """Raises a UserError if a stored teacher has another checkpoint than what was stored, {name: spec}."""
+    for name, teacher in objective.teachers.items():
+        if teacher.stored and stored.get(name, teacher.spec) != teacher.spec:
+            raise UserError(
+                f"{WHERE}.teachers.{name} is `{teacher.spec}`, what config.data.reinforced holds is of "
+                f"`{stored[name]}`; precompute it anew"
+            )

@@ -176,6 +176,9 @@ class Sum:
         averages = self.state.get("teachers", {})
         teachers = {}
         for name, teacher in self.objective.teachers.items():
+            if teacher.stored:
+                teachers[name] = None
+                continue
             own = self.frozen.get(name) if teacher.model is not None else averages.get(name)
             own = params if own is None else own if teacher.of == ".*" else _over(params, own)
             teachers[name] = Taught(teacher.model or self.model, own, teacher.inputs)

@@ -153,6 +153,8 @@ class Teacher:
       decay: d of the average d * average + (1 - d) * parameters that follows the run's own parameters after each step,
         a number or a function of the step. 1.0 keeps the initial parameters. Not for a teacher with a `spec`.
       spec: a checkpoint, as for `vlm_jax.load`: frozen, read at every start, not saved with the run.
+      stored: what the teacher says stands in the rows, as "<teacher>/<output>" (`config.data.reinforced`); the
+        checkpoint is not read.
       model, params: of the checkpoint.
       inputs: {"image": "teacher_image"}: rows that the teacher reads in the place of the model's.
       of: regex of whole parameter names that are averaged; all others are the run's own. Not with a `spec`.
@@ -160,6 +162,7 @@ class Teacher:
 
     decay: float | Callable | None = None
     spec: str | None = None
+    stored: bool = False
     model: Any = None
     params: Any = dataclasses.field(default=None, repr=False)
     inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)

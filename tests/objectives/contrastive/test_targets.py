@@ -129,3 +129,49 @@ def test_what_lacks_is_named(section, more, message):
     with pytest.raises(UserError, match=message) as error:
         lookup.differentiate(section, tables(), BATCH | more)
     assert "\n" not in str(error.value)
+
+
+SAYS = {
+    f"{name}/{output}": lookup.unit(np.random.default_rng(seed).normal(size=(N, width)))
+    for name, width, seeds in (("a", 4, (7, 8)), ("b", 3, (9, 10)))
+    for output, seed in zip(("image_embedding", "text_embedding"), seeds, strict=True)
+}
+
+
+def taught(scale):
+    return dict(
+        targets=dict(name="affinities", teachers=("a", "b"), scale=scale),
+        teachers={name: dict(spec="x", stored=True) for name in "ab"},
+    )
+
+
+def test_affinities():
+    """Targets are the mean of the teachers' softmaxes, over texts for each image and over images for each text."""
+    params, batch = tables(), BATCH | SAYS
+    weights = np.zeros((2, N, N))
+    for name in "ab":
+        logits = 7 * SAYS[f"{name}/image_embedding"] @ SAYS[f"{name}/text_embedding"].T
+        for i in IDS:
+            for j in IDS:
+                weights[0, i, j] += np.exp(logits[i, j]) / np.exp(logits[i]).sum() / 2
+                weights[1, i, j] += np.exp(logits[i, j]) / np.exp(logits[:, j]).sum() / 2
+
+    def by_hand(params, batch):
+        logits = lookup.logits_of(params, params["image"], params["text"])
+        return lookup.softmax(*logits, weights[0], weights[1].T)
+
+    lookup.check(lookup.differentiate(taught(7.0), params, batch), by_hand, params, batch)
+
+
+def test_affinities_of_teachers_without_a_doubt_are_the_identity():
+    batch = BATCH | {key: np.eye(N) for key in SAYS}
+    certain, plain = (lookup.differentiate(section, tables(), batch) for section in (taught(1e6), {}))
+    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-13), certain[0], plain[0])
+    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, atol=1e-15), certain[2], plain[2])
+
+
+def test_a_stored_teacher_that_said_nothing_is_named():
+    with pytest.raises(
+        UserError, match=r"teachers\.a is stored, and the batch has no `a/\.\.\.`, from config\.data\.rein"
+    ):
+        lookup.differentiate(taught(7.0), tables(), BATCH)

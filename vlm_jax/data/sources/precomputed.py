@@ -8,7 +8,7 @@ import contextlib
 import copy
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -35,35 +35,16 @@ class Precomputed(Source):
     with_image = True
 
     def __init__(self, path: str, open_source: Callable[[str, str | None], Source]):
-        from grain.sources import ArrayRecordDataSource  # imports JAX; 2 s, hence here
-
-        self.path = Path(path)
-        if not (self.path / INDEX).is_file():
-            raise UserError(f"data source `precomputed:{path}` has no {INDEX}; write it with vlm_jax.precompute")
         what = f"data source `precomputed:{path}`"
-        index = _read(self.path / INDEX, what)
-        count = -(-index["records"] // index["shard_size"])
-        there = {entry.name for entry in os.scandir(self.path) if entry.is_file()}
-        missing = next((name for name in _names(index["records"], index["shard_size"]) if name not in there), None)
-        if missing:
-            lacking = count - sum(name.endswith(f"-of-{count:05d}.array_record") for name in there)
-            raise UserError(
-                f"{what} lacks {lacking} of {count} shards, {missing} first; "
-                "run the same vlm_jax.precompute again to write the rest"
-            )
-        self.shards = [str(self.path / name) for name in shard_names(index["records"], index["shard_size"])]
+        index = read_index(Path(path), what)
         if index["uri"].startswith("precomputed:"):
             raise UserError(f"{what} is of `{index['uri']:.80}`; expected a data set of pictures")
+        self.embeddings, self.shards = open_shards(Path(path), index, what)
         self.source = open_source(index["uri"], index["split"])
         self.remote = self.source.remote
-        try:
-            self.embeddings = ArrayRecordDataSource(self.shards)
-            found = len(self.embeddings) if self.shards else 0
-        except Exception as error:  # of a damaged shard
-            raise UserError(f"{what} cannot be read: {error}") from None
-        if not len(self.source) == found == index["records"]:
+        if len(self.source) != index["records"]:
             raise UserError(
-                f"{what} has {found} embeddings, {index['uri']} has "
+                f"{what} has {index['records']} embeddings, {index['uri']} has "
                 f"{len(self.source)} records: the data set has changed; write to another folder"
             )
 
@@ -100,9 +81,21 @@ class Precomputed(Source):
         return f"{confined.fingerprint(self.shards)} of {self.source.fingerprint()}"
 
 
-def _read(path: Path, what: str) -> dict[str, Any]:
-    """Returns the content of an index.json, its types checked; `what` begins messages."""
-    kinds = dict(records=(int,), shard_size=(int,), uri=(str,), split=(str, type(None)))
+def read_index(folder: Path, what: str, also: Mapping[str, tuple[type, ...]] | None = None) -> dict[str, Any]:
+    """Returns the content of a folder's index.json, its types checked.
+
+    Args:
+      folder: with the shards.
+      what: begins messages.
+      also: {key: its types} beside those that every index has.
+
+    Raises:
+      UserError: the file cannot be read, or is another.
+    """
+    kinds = dict(records=(int,), shard_size=(int,), uri=(str,), split=(str, type(None)), **also or {})
+    path = folder / INDEX
+    if not path.is_file():
+        raise UserError(f"{what} has no {INDEX}; write it with vlm_jax.precompute")
     try:
         index = json.loads(path.read_text("utf-8")) if path.stat().st_size <= MAX_INDEX_BYTES else None
     except (OSError, ValueError, RecursionError):
@@ -116,6 +109,34 @@ def _read(path: Path, what: str) -> dict[str, Any]:
     return index | {"split": index.get("split")}
 
 
+def open_shards(folder: Path, index: Mapping[str, Any], what: str) -> tuple[Sequence[bytes], list[str]]:
+    """Returns the rows of all shards, and the shards' paths; arguments as of `read_index`.
+
+    Raises:
+      UserError: a shard is missing, or damaged.
+    """
+    from grain.sources import ArrayRecordDataSource  # imports JAX; 2 s, hence here
+
+    count = -(-index["records"] // index["shard_size"])
+    there = {entry.name for entry in os.scandir(folder) if entry.is_file()}
+    missing = next((name for name in _names(index["records"], index["shard_size"]) if name not in there), None)
+    if missing:
+        lacking = count - sum(name.endswith(f"-of-{count:05d}.array_record") for name in there)
+        raise UserError(
+            f"{what} lacks {lacking} of {count} shards, {missing} first; "
+            "run the same vlm_jax.precompute again to write the rest"
+        )
+    shards = [str(folder / name) for name in shard_names(index["records"], index["shard_size"])]
+    try:
+        rows = ArrayRecordDataSource(shards) if shards else []
+        found = len(rows)
+    except Exception as error:  # of a damaged shard
+        raise UserError(f"{what} cannot be read: {error}") from None
+    if found != index["records"]:
+        raise UserError(f"{what} has {found} embeddings, its {INDEX} says {index['records']}; write it anew")
+    return rows, shards
+
+
 def shard_names(records: int, shard_size: int) -> list[str]:
     """Returns the file names of the shards of `records` records."""
     return list(_names(records, shard_size))
@@ -127,26 +148,26 @@ def _names(records: int, shard_size: int) -> Iterator[str]:
 
 
 def write_shard(path: Path, embeddings: Iterable[np.ndarray | None]) -> None:
-    """Writes float32 [D], or None for an unusable picture, each; the file appears once complete."""
+    """Writes vectors, or None for an unusable picture, each; the file appears once complete."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with naming(path):
             writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
             for embedding in embeddings:
-                writer.write(b"" if embedding is None else np.asarray(embedding, np.float32).tobytes())
+                writer.write(b"" if embedding is None else embedding.tobytes())
             writer.close()
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def read_shard(path: Path) -> list[np.ndarray | None]:
-    """Returns what `write_shard` wrote; an empty list if there is no such file, or if it is damaged."""
+def read_shard(path: Path, dtype: Any = np.float32) -> list[np.ndarray | None]:
+    """Returns what `write_shard` wrote of this dtype; an empty list if there is no such file, or if it is damaged."""
     if not path.is_file():
         return []
     try:
         with contextlib.closing(array_record_module.ArrayRecordReader(str(path))) as reader:
-            rows = [np.frombuffer(data, np.float32) for data in reader.read_all()]
+            rows = [np.frombuffer(data, dtype) for data in reader.read_all()]
     except (ValueError, RuntimeError):
         return []
     return [row if row.size else None for row in rows]

@@ -1,6 +1,6 @@
 """Targets: which pairs of a batch's images and texts match, and how much."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -125,8 +125,43 @@ def cwcl(*, anchor: str = "image_embedding", teacher: str | None = None) -> Targ
     return Targets(weights=weights, features=features)
 
 
+@method(
+    family="targets",
+    system="MobileCLIP",
+    paper="arXiv:2311.17049",
+    differs="texts describe an image as much as teachers say, each by the softmax over the batch",
+    needs={"objective.teachers": {"teacher": {"decay": 1.0}}},
+)
+def affinities(*, teachers: Sequence[str] = ("teacher",), scale: float = 100.0) -> Targets:
+    """Rows (images -> texts) or columns (texts -> images) of softmax(scale x cosine) by each teacher, their mean.
+
+    The distillation of MobileCLIP (Vasu et al. 2024): the softmax penalty is then the cross-entropy between the
+    teachers' and the model's distributions, the KL divergence plus what no parameter changes.
+
+    Args:
+      teachers: names of teachers with two embeddings, of any widths.
+      scale: 1 / temperature of the teachers.
+    """
+
+    def features(outputs):
+        seen = [
+            (outputs.teacher(name)["image_embedding"], outputs.teacher(name)["text_embedding"]) for name in teachers
+        ]
+        return {"affinities": jax.lax.stop_gradient(seen)}
+
+    def weights(features):
+        logits = [scale * _product(image, text.T) for image, text in features["affinities"]]
+        return tuple(sum(jax.nn.softmax(one, axis) for one in logits) / len(logits) for axis in (1, 0))
+
+    return Targets(weights=weights, features=features)
+
+
 def cosines_of(x: jax.Array) -> jax.Array:
     """Returns the cosines [B, B] of all pairs of rows of x, [B, D]."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-    return jnp.matmul(x, x.T, precision=jax.lax.Precision.HIGHEST)
+    return _product(x, x.T)
+
+
+def _product(x, y):
+    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
