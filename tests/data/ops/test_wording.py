@@ -1,0 +1,78 @@
+"""Ops that make texts of a text."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from tests.support.records import run
+from vlm_jax.data import english, loader
+from vlm_jax.data.source import BadExample
+from vlm_jax.errors import DataError, UserError
+
+FOX = {"caption": "two red foxes and a dog"}
+
+
+def test_hard_negatives_take_turns_among_kinds():
+    kinds = {"red": "attribute", "two": "count", "dog": "object"}
+    for seed in range(10):
+        example = run("caption('caption') | hard_negatives(3)", FOX, seed)
+        gone = [word for text in example["texts"] for word in kinds if word not in text.split()]
+        assert len({kinds[word] for word in gone}) == len(gone) >= 2
+        assert example["text"] == FOX["caption"] and FOX["caption"] not in example["texts"]
+    few = run(
+        "caption('caption') | hard_negatives(4, kinds=('attribute',), words={'attribute': ('red; blue',)})", FOX, 0
+    )
+    assert few["texts"] == ["two blue foxes and a dog", "", "", ""]
+    np.testing.assert_array_equal(few["texts_mask"], [True, False, False, False])
+
+
+def test_each_runs_ops_on_every_text():
+    texts = run("each('t', lower | random_template('a {}', 'the {}'))", {"t": ["Fox", "", "Owl"]}, 1)["t"]
+    assert texts[1] == "" and {text.split()[1] for text in texts if text} == {"fox", "owl"}
+    with pytest.raises(UserError, match="op `each` was given `text` of type str; expected a list of texts"):
+        run("each('text', lower)", {"text": "a"}, 0)
+
+
+def test_the_data_s_own_false_texts_come_first():
+    record = FOX | {"foils": {"object": "two red owls and a dog", "attribute": None, "order": FOX["caption"]}}
+    for seed in range(5):
+        texts = run("caption('caption') | hard_negatives(2, foils='foils')", record, seed)["texts"]
+        assert texts[0] == "two red owls and a dog" != texts[1] != ""
+
+
+def test_facts_leave_out_what_may_be_true():
+    record = FOX | {"objects": {"name": ["fox", "fox", "dog", "owl"], "attributes": [["red"], ["red"], [], []]}}
+    op = "caption('caption') | hard_negatives(9, kinds=('count',), objects='objects')"
+    texts = run(op, record | {"objects": {"name": ["fox", "fox", "dog"]}}, 0)["texts"]
+    assert all(texts[:8]) and "two" not in " ".join(texts)
+    with pytest.raises(BadExample, match="`objects` holds no columns of objects"):
+        run(op, record | {"objects": 3}, 0)
+
+
+def test_what_is_wrong_is_named():
+    with pytest.raises(BadExample, match="`text` has 0 of 1 hard negatives"):
+        run("caption('c') | hard_negatives(1, least=1)", {"c": "ein Hund"}, 0)
+    with pytest.raises(UserError, match="kinds has `objects`; expected some of: object, attribute"):
+        run("caption('caption') | hard_negatives(1, kinds=('objects',))", FOX, 0)
+    with pytest.raises(UserError, match="was given `c` of type list; expected a text: use `caption` first"):
+        run("hard_negatives(1, key='c')", {"c": ["a", "b"]}, 0)
+    with pytest.raises(BadExample, match="has no field `facts`"):
+        run("caption('caption') | hard_negatives(1, objects='facts')", FOX, 0)
+
+
+def test_words_that_match_nothing_end_the_run(tmp_path):
+    """One line, after a thousand texts; the data are not bad."""
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"c": f"ein roter Hund {i}"}) + "\n" for i in range(1200)))
+    op = "caption('c') | hard_negatives(1, words={'object': ('Katze; Maus',)}) | keep('text', 'texts')"
+    message = r"op `hard_negatives`: none of its words \(Katze, \.\.\.\) can be changed in 1,000 texts; give `words`"
+    with pytest.raises(DataError, match=message) as error:
+        for _ in itertools.islice(loader.train_loader(uri=f"jsonl:{path}", ops=op, batch_size=100), 12):
+            pass
+    assert "\n" not in str(error.value)
+    known = english.words({"object": ("Hund; Katze",)})
+    known.check(True, "hard_negatives")
+    for _ in range(1001):  # met once: the list belongs to the data
+        known.check(False, "hard_negatives")

@@ -1,0 +1,110 @@
+"""Ops that make texts of a text: false by a word, in other words, cut to a length."""
+
+from typing import Annotated
+
+import numpy as np
+
+from vlm_jax.catalogue import method
+from vlm_jax.data import english, false_texts
+from vlm_jax.data.ops.pipeline import Pipeline
+from vlm_jax.data.ops.registry import Number, op
+from vlm_jax.data.source import BadExample, field
+from vlm_jax.errors import UserError
+
+Least = Annotated[int, range(1025)]
+
+
+@method(
+    family="ops",
+    system="HardNeg-texts",
+    paper="arXiv:2403.02875",
+    differs="a caption's words for things, colours, sizes and places are replaced: texts that are wrong by a word",
+    needs={"data.ops": "caption('caption') | hard_negatives(2, objects='objects', relations='relations')"},
+)
+@op
+def hard_negatives(
+    example: dict,
+    rng: np.random.Generator,
+    n: Number,
+    *,
+    kinds: tuple[str, ...] = false_texts.KINDS,
+    words: dict | None = None,
+    foils: str | None = None,
+    objects: str | None = None,
+    relations: str | None = None,
+    key: str = "text",
+    to: str = "texts",
+    least: Least = 0,
+) -> dict:
+    """Sets `texts` to n texts that the text is not, each wrong by a word, and `texts_mask` to bool [n]: see `captions`.
+
+    `caption('caption') | hard_negatives(2) | tokenize(16) | tokenize(16, key='texts', to='texts')` suits the negatives
+    `texts` of the term `contrastive`. Kinds take turns, so that n texts are of as many kinds as there are.
+
+    Args:
+      example: holds the text.
+      rng: the example's generator.
+      n: number of texts.
+      kinds: some of "object", "attribute", "relation", "count", "order", see `vlm_jax.data.false_texts`.
+      words: your own words by kind, `{'object': ('cat|kitty; dog', 'rose; tulip')}`, in the place of the packaged
+        English ones, see `vlm_jax.data.english`.
+      foils: path of the data's own false texts, {kind: text}; they come before those by rules.
+      objects: path of the picture's objects, {"name": [...], "attributes": [[...], ...]}: texts that may be true by
+        them are left out.
+      relations: path of relations between the objects, {"subject": [...], "relation": [...], "object": [...]}.
+      key: the field of the text.
+      to: the field to set.
+      least: with fewer texts, the example is bad.
+    """
+    text = _text_of(example, key, "hard_negatives")
+    for kind in kinds:
+        if kind not in false_texts.KINDS:
+            raise UserError(
+                f"op `hard_negatives`: kinds has `{kind}`; expected some of: {', '.join(false_texts.KINDS)}"
+            )
+    known, facts = english.words(words), None
+    if objects is not None:
+        facts = _facts(example, objects, relations)
+    own = field(example, foils) if foils is not None else {}
+    found = [own[kinds[i]] for i in rng.permutation(len(kinds)) if own.get(kinds[i]) not in (None, text)][:n]
+    if len(found) < n:
+        made = false_texts.draw(text, kinds, n, known, rng, facts)
+        found += [false for false in made if false not in found][: n - len(found)]
+    known.check(bool(found), "hard_negatives")
+    return _put(example, found, n, to, least, f"`{key}` has {len(found)} of {least} hard negatives")
+
+
+@op
+def each(example: dict, rng: np.random.Generator, key: str, ops: Pipeline) -> dict:
+    """Runs ops on each text of the list at `key`, such as `each('texts', lower)`; empty texts stay empty."""
+    texts = field(example, key)
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"op `each` was given `{key}` of type {type(texts).__name__}; expected a list of texts")
+    example[key] = [text and ops(example | {"text": text}, rng)["text"] for text in texts]
+    return example
+
+
+def _text_of(example: dict, key: str, name: str) -> str:
+    text = field(example, key)
+    if not isinstance(text, str):
+        raise UserError(
+            f"op `{name}` was given `{key}` of type {type(text).__name__}; expected a text: use `caption` first"
+        )
+    return text
+
+
+def _facts(example: dict, objects: str, relations: str | None) -> false_texts.Facts:
+    columns = field(example, objects), None if relations is None else field(example, relations)
+    try:
+        return false_texts.Facts(*columns)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadExample(f"`{objects}` holds no columns of objects: {type(error).__name__} {error}") from None
+
+
+def _put(example: dict, texts: list[str], n: int, to: str, least: int, lacks: str) -> dict:
+    """Sets n texts, padded with empty ones, and which of them are texts."""
+    if len(texts) < least:
+        raise BadExample(lacks, "text")
+    example[to] = texts + [""] * (n - len(texts))
+    example[f"{to}_mask"] = np.arange(n) < len(texts)
+    return example
