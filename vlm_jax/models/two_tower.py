@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from vlm_jax.errors import UserError
-from vlm_jax.models.fields import Part
+from vlm_jax.models.fields import Part, shared
+from vlm_jax.models.pooling import MapPool
 
 
 @flax.struct.dataclass
@@ -48,6 +49,49 @@ def unit(x, eps=1e-8):
     return x / (jnp.where(square == 0, 0.0, norm) + eps)
 
 
+def _tokens_before(outputs):
+    return getattr(getattr(outputs.model, "image", None), "tokens_before", 0)
+
+
+def token_embeddings(model, params, embeddings):
+    """Returns each token of the image tower in the space of the texts, unit norm [B, N, D]; zeros for padding.
+
+    Each token passes alone through the layers after the blocks: the pool, if it is attention, and the head.
+
+    Args:
+      model: a model with an image tower, `image`.
+      params: its parameters.
+      embeddings: `Embeddings` of pictures.
+
+    Raises:
+      UserError: the pool couples tokens, or the tower has other layers than these.
+    """
+    tower, tokens = getattr(model, "image", None), embeddings.image_tokens
+    pool = getattr(tower, "pool", None)
+    if pool == "all":
+        return embeddings.image
+    if pool in (None, "none", "concat") or getattr(model, "space", None) is not None or _has_other_layers(tower):
+        raise UserError(
+            "patches in the space of the texts need an image tower that ends with a pool and a head; this one has pool "
+            f"`{pool}`: set model.image.pool to gap, patches, tok or map, without space, shared, rep_dim, final_norm"
+        )
+    own = params["image"]
+    if pool == "map":
+        sizes = dict(heads=tower.pool_heads or tower.heads, mlp_dim=tower.pool_mlp_dim or tower.mlp_dim)
+        alone = tokens.reshape(-1, 1, tokens.shape[-1])
+        mapped = MapPool(**shared(tower) | sizes, parent=None).apply({"params": own["map_pool"]}, alone)
+        tokens = mapped.reshape(tokens.shape)
+    if tower.out_dim:
+        head = nn.Dense(tower.out_dim, use_bias=tower.head_bias, dtype=tower.dtype, parent=None)
+        tokens = head.apply({"params": own["head"]}, tokens)
+    mask = embeddings.image_mask
+    return unit(tokens) if mask is None else jnp.where(mask[..., None], unit(tokens), 0)
+
+
+def _has_other_layers(tower):
+    return tower.rep_dim or tower.trunk is not None or tower.final_norm == "pooled"
+
+
 EMBEDDINGS = {
     "of_image": lambda o: o.apply("__call__", o["image"], None),
     "of_text": lambda o: o.apply("__call__", None, o["token_ids"]),
@@ -56,7 +100,10 @@ EMBEDDINGS = {
     "image_pooled": lambda o: o["of_image"].image_pooled,
     "image_tokens": lambda o: o["of_image"].image_tokens,
     "image_parts": lambda o: o["of_image"].image_parts,
-    "patch_tokens": lambda o: o["image_tokens"][:, getattr(getattr(o.model, "image", None), "tokens_before", 0) :],
+    "token_embeddings": lambda o: token_embeddings(o.model, o.params, o["of_image"]),
+    "class_embeddings": lambda o: o["token_embeddings"][:, : _tokens_before(o)],
+    "patch_embeddings": lambda o: o["token_embeddings"][:, _tokens_before(o) :],
+    "patch_tokens": lambda o: o["image_tokens"][:, _tokens_before(o) :],
     "text_embedding": lambda o: o["of_text"].text,
     "text_tokens": lambda o: o["of_text"].text_tokens,
     "text_parts": lambda o: o["of_text"].text_parts,
