@@ -20,12 +20,27 @@ SIZE, LENGTH = 64, 32  # pixels, tokens
 TOKENIZE = f"tokenize({LENGTH}, bos=False, eos=False)"
 TOKENIZE_TEXTS = f"each('texts', lower) | tokenize({LENGTH}, bos=False, eos=False, key='texts', to='texts')"
 FACTS = "objects='objects', relations='relations'"
-WRONG = f"caption('caption') | hard_negatives(2, foils='foils', {FACTS}) | {TOKENIZE_TEXTS} | lower | {TOKENIZE}"
+CAPTION = f"{TOKENIZE_TEXTS} | lower | {TOKENIZE}"
+WRONG = f"caption('caption') | hard_negatives(2, foils='foils', {FACTS}) | {CAPTION}"
+SWAPPED = f"caption('caption') | hard_negatives(1, kinds=('order',), foils='foils', {FACTS}) | {CAPTION}"
 KEEP = "keep('image', 'token_ids', 'concept', 'texts')"
 
 CLIP = dict(name="contrastive", targets="concept")
+TOKENS = dict(image=dict(pool="gap"), text=dict(pool="mean", pad_mask=True))  # whose heads tokens can pass alone
 METHODS = {  # changes of the model, the objective, ops after those on the picture
     "hard_negatives": ({}, CLIP | dict(negatives="texts"), f"{WRONG} | {KEEP}"),
+    "wrong_texts": (
+        TOKENS,
+        dict(
+            terms=dict(
+                contrastive=CLIP,
+                wrong_texts=dict(weight=0.5),
+                wrong_words=dict(name="wrong_texts", scores="local", weight=0.2),
+            )
+        ),
+        f"{WRONG} | {KEEP}",
+    ),
+    "semantic_margin": ({}, dict(terms=dict(contrastive=CLIP, semantic_margin=dict())), f"{SWAPPED} | {KEEP}"),
 }
 
 

@@ -24,8 +24,9 @@ class Towers(nn.Module):
     dropout: float = 0.0
     space: Part | None = None
     outputs: ClassVar = EMBEDDINGS | {
-        "patch_embeddings": lambda o: each_patch(o.params["image_head"], o["image_tokens"]),
+        "patch_embeddings": lambda o: each_token(o.params["image_head"], o["image_tokens"]),
         "class_embeddings": lambda o: o["patch_embeddings"][:, :2],
+        "word_embeddings": lambda o: each_token(o.params["text_head"], o["text_tokens"]),
     }
 
     @nn.compact
@@ -55,7 +56,7 @@ class Towers(nn.Module):
         return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def each_patch(head, patches):
-    """Unit vectors of patches [B, N, 7], by the parameters of a head."""
-    x = patches @ head["kernel"] + head["bias"]
+def each_token(head, tokens):
+    """Unit vectors of tokens [B, N, D], by the parameters of a head."""
+    x = tokens @ head["kernel"] + head["bias"]
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

@@ -53,29 +53,33 @@ def _tokens_before(outputs):
     return getattr(getattr(outputs.model, "image", None), "tokens_before", 0)
 
 
-def token_embeddings(model, params, embeddings):
-    """Returns each token of the image tower in the space of the texts, unit norm [B, N, D]; zeros for padding.
+def token_embeddings(model, params, embeddings, side="image"):
+    """Returns each token of a tower in the space of both, unit norm [B, N, D]; of pictures zeros for padding.
 
     Each token passes alone through the layers after the blocks: the pool, if it is attention, and the head.
 
     Args:
-      model: a model with an image tower, `image`.
+      model: a model with the tower.
       params: its parameters.
-      embeddings: `Embeddings` of pictures.
+      embeddings: `Embeddings` of pictures, or of texts.
+      side: the tower, "image" or "text".
 
     Raises:
       UserError: the pool couples tokens, or the tower has other layers than these.
     """
-    tower, tokens = getattr(model, "image", None), embeddings.image_tokens
+    tower, tokens = getattr(model, side, None), getattr(embeddings, f"{side}_tokens")
     pool = getattr(tower, "pool", None)
     if pool == "all":
-        return embeddings.image
+        return getattr(embeddings, side)
     if pool in (None, "none", "concat") or getattr(model, "space", None) is not None or _has_other_layers(tower):
-        raise UserError(
-            "patches in the space of the texts need an image tower that ends with a pool and a head; this one has pool "
-            f"`{pool}`: set model.image.pool to gap, patches, tok or map, without space, shared, rep_dim, final_norm"
+        what, pools = (
+            ("patches", "gap, patches, tok or map") if side == "image" else ("words", "mean, last, eos or map")
         )
-    own = params["image"]
+        raise UserError(
+            f"{what} in the space of both towers need an {side} tower that ends with a pool and a head; this one has "
+            f"pool `{pool}`: set model.{side}.pool to {pools}, without space, shared, rep_dim, final_norm"
+        )
+    own = params[side]
     if pool == "map":
         sizes = dict(heads=tower.pool_heads or tower.heads, mlp_dim=tower.pool_mlp_dim or tower.mlp_dim)
         alone = tokens.reshape(-1, 1, tokens.shape[-1])
@@ -84,12 +88,12 @@ def token_embeddings(model, params, embeddings):
     if tower.out_dim:
         head = nn.Dense(tower.out_dim, use_bias=tower.head_bias, dtype=tower.dtype, parent=None)
         tokens = head.apply({"params": own["head"]}, tokens)
-    mask = embeddings.image_mask
+    mask = embeddings.image_mask if side == "image" else None
     return unit(tokens) if mask is None else jnp.where(mask[..., None], unit(tokens), 0)
 
 
 def _has_other_layers(tower):
-    return tower.rep_dim or tower.trunk is not None or tower.final_norm == "pooled"
+    return tower.rep_dim or tower.trunk is not None or getattr(tower, "final_norm", None) == "pooled"
 
 
 EMBEDDINGS = {
@@ -107,6 +111,7 @@ EMBEDDINGS = {
     "text_embedding": lambda o: o["of_text"].text,
     "text_tokens": lambda o: o["of_text"].text_tokens,
     "text_parts": lambda o: o["of_text"].text_parts,
+    "word_embeddings": lambda o: token_embeddings(o.model, o.params, o["of_text"], "text"),
     "scale": lambda o: o["of_both"].scale,
     "bias": lambda o: o["of_both"].bias,
 }

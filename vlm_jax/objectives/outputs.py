@@ -43,6 +43,7 @@ class Outputs:
         outputs.apply("describe", x)      a call of the model's method; not shared between terms
         outputs.part("head", module, x)   a module of the term's own; its parameters are "objective/<term>/head"
         outputs.once("name", compute)     compute(outputs), shared between terms by its name
+        outputs.on(token_ids=ids)         a view on other rows
         outputs.teacher("momentum")       the same rows under a teacher
         outputs.rows, outputs.params, outputs.train
         outputs.keys                      a `jax.random.key` for each row, [B]; the same for any accumulation
@@ -131,6 +132,13 @@ class Outputs:
             self._taught[name] = Outputs(model, params, rows, keys=self.keys, made=self._made)
             self._taught[name]._rng, self._taught[name]._owner = self._rng, f"the teacher `{name}`"
         return self._taught[name].of(self._scope)
+
+    def on(self, **rows: Any) -> "Outputs":
+        """Returns a view on other rows, such as more texts: `outputs.on(token_ids=ids)["text_embedding"]`."""
+        view = copy.copy(self)
+        view.rows, view.keys, view._memo, view._taught = rows, None, {}, {}
+        view._calls = collections.Counter()
+        return view
 
     def of(self, scope: str) -> "Outputs":
         """Returns a view for one term, which shares what was computed."""

@@ -41,15 +41,20 @@ def texts_of(outputs: Outputs, ctx: Context, key: str, pad_id: int | None = None
       UserError: the batch lacks the key, or its shape is another.
     """
     ids = ids_of(outputs.rows, key)
-    given = jnp.any(ids != ctx.special(pad_id)[0], axis=-1)
-    if f"{key}_mask" in outputs.rows:
-        given &= jnp.reshape(outputs.rows[f"{key}_mask"], given.shape).astype(bool)
 
     def encode(outputs):
         found = one_vector(outputs.apply("__call__", None, ids.reshape(-1, ids.shape[-1])).text, "text")
         return found.reshape(*ids.shape[:2], -1)
 
-    return Texts(outputs.once(f"texts of {key}", encode), given)
+    return Texts(outputs.once(f"texts of {key}", encode), given_of(outputs, ctx, key, pad_id))
+
+
+def given_of(outputs: Outputs, ctx: Context, key: str, pad_id: int | None = None) -> jax.Array:
+    """Returns which texts of a key there are, bool [B, K], see `texts_of`."""
+    given = jnp.any(ids_of(outputs.rows, key) != ctx.special(pad_id)[0], axis=-1)
+    if f"{key}_mask" in outputs.rows:
+        given &= jnp.reshape(outputs.rows[f"{key}_mask"], given.shape).astype(bool)
+    return given
 
 
 def ids_of(rows: Any, key: str) -> jax.Array:
