@@ -40,6 +40,11 @@ METHODS = {  # changes of the model, the objective, ops after those on the pictu
         ),
         f"{WRONG} | {KEEP}",
     ),
+    "knowledge": (
+        {},
+        dict(terms=dict(knowledge=dict(strength=0.2, targets="concept"), semantic_margin=dict())),
+        f"{SWAPPED} | triples(6, 4) | {KEEP[:-1]}, 'triples')",
+    ),
     "semantic_margin": ({}, dict(terms=dict(contrastive=CLIP, semantic_margin=dict())), f"{SWAPPED} | {KEEP}"),
 }
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.support.records import run
-from vlm_jax.data import english, loader
+from vlm_jax.data import english, loader, tokenizers
 from vlm_jax.data.source import BadExample
 from vlm_jax.errors import DataError, UserError
 
@@ -33,6 +33,17 @@ def test_each_runs_ops_on_every_text():
     assert texts[1] == "" and {text.split()[1] for text in texts if text} == {"fox", "owl"}
     with pytest.raises(UserError, match="op `each` was given `text` of type str; expected a list of texts"):
         run("each('text', lower)", {"text": "a"}, 0)
+
+
+def test_triples_are_token_ids_of_their_parts():
+    tokenizer = tokenizers.build("emoji")
+    text = {"caption": "a red fox to the left of two owls"}
+    ids = run("caption('caption') | triples(3, 4)", text, 0, tokenizer)["triples"]
+    assert ids.shape == (3, 3, 4) and ids.dtype == np.int32 and not ids[2].any()
+    assert [[tokenizer.decode(part) for part in triple] for triple in ids[:2]] == [
+        ["fox", "left of", "owls"], ["fox", "is", "red"],
+    ]  # fmt: skip
+    assert not run("caption('caption') | triples(3, 4)", {"caption": "hello"}, 0, tokenizer)["triples"].any()
 
 
 def test_the_data_s_own_false_texts_come_first():

@@ -1,13 +1,13 @@
 """Ops that make texts of a text: false by a word, in other words, cut to a length."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 
 from vlm_jax.catalogue import method
-from vlm_jax.data import english, false_texts
+from vlm_jax.data import english, false_texts, phrases
 from vlm_jax.data.ops.pipeline import Pipeline
-from vlm_jax.data.ops.registry import Number, op
+from vlm_jax.data.ops.registry import Length, Number, op
 from vlm_jax.data.source import BadExample, field
 from vlm_jax.errors import UserError
 
@@ -72,6 +72,49 @@ def hard_negatives(
         found += [false for false in made if false not in found][: n - len(found)]
     known.check(bool(found), "hard_negatives")
     return _put(example, found, n, to, least, f"`{key}` has {len(found)} of {least} hard negatives")
+
+
+@method(
+    family="ops",
+    system="Structure-CLIP",
+    paper="arXiv:2305.06152",
+    differs="subject, relation and object of what a caption states, by a small grammar",
+    needs={"data.ops": "caption('caption') | triples(4, 6)"},
+)
+@op
+def triples(
+    example: dict,
+    tokenizer: Any,
+    n: Number,
+    length: Length,
+    *,
+    words: dict | None = None,
+    key: str = "text",
+    to: str = "triples",
+) -> dict:
+    """Sets `triples` to the token ids int32 [n, 3, length] of (subject, relation, object) that the text states.
+
+    "a red fox to the left of two owls" states (fox, left of, owls) and (fox, is, red), see `vlm_jax.data.phrases`. Of
+    more than n, the first count; what lacks is padding. See the term `knowledge`.
+
+    Args:
+      example: holds the text.
+      tokenizer: the run's.
+      n: number of triples.
+      length: tokens of each part.
+      words: your own words by kind, as of `hard_negatives`.
+      key: the field of the text.
+      to: the field to set.
+    """
+    known = english.words(words)
+    stated = phrases.triples(_text_of(example, key, "triples"), known)[:n]
+    known.check(bool(stated), "triples")
+    ids = np.full((n, 3, length), tokenizer.pad_id, np.int32)
+    if stated:
+        parts = tokenizer([part for triple in stated for part in triple], length, bos=False, eos=False)
+        ids[: len(stated)] = parts.reshape(len(stated), 3, length)
+    example[to] = ids
+    return example
 
 
 @op
