@@ -46,6 +46,11 @@ METHODS = {  # changes of the model, the objective, ops after those on the pictu
         f"{SWAPPED} | triples(6, 4) | {KEEP[:-1]}, 'triples')",
     ),
     "semantic_margin": ({}, dict(terms=dict(contrastive=CLIP, semantic_margin=dict())), f"{SWAPPED} | {KEEP}"),
+    "tag_softmax": (
+        {},
+        dict(name="tag_softmax", resample=0.5, rare=0.01),
+        f"caption('tags', join=' ') | lower | bag | {TOKENIZE} | keep('image', 'token_ids', 'concept', 'tags')",
+    ),
 }
 
 

@@ -69,6 +69,7 @@ def batch(model):
     tasks |= {key.replace("token_ids", "counts"): ids > i for i, (key, ids) in enumerate(tasks.items())}
     crops = rng.normal(size=(3, ROWS, *IMAGES.shape[1:])).astype(np.float32)
     tasks |= {"global": crops[0], "local": np.moveaxis(crops[1:], 0, 1), "visual": rows > 0}
+    tasks["has"] = (rows[:, None] + np.arange(5)) % 3 == 0
     tasks["triples"] = np.stack([wrong[..., :3]] * 3, axis=2)
     return given | tasks | {"token_ids": TOKENS[rows], "texts": wrong, "concept": rows, "denoiser": rows % 2}
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from vlm_jax.errors import DataError, UserError
 
@@ -125,19 +125,38 @@ class Match(NamedTuple):
     many: bool = False
 
 
-class Words:
+class Tried:
+    """Words that texts are searched for; raises an error if they do not belong to the data.
+
+    Attributes:
+      tried, met: texts that were searched, and whether any had a word.
+    """
+
+    def __init__(self, shown: Sequence[str]):
+        self.tried, self.met, self._shown = 0, False, ", ".join(shown[:3])
+
+    def check(self, met: bool, op: str) -> None:
+        """Counts a text; raises `DataError` if none of the first `TRIED` texts has a word of use."""
+        self.met = self.met or met
+        self.tried += 1
+        if self.tried >= TRIED and not self.met:
+            raise DataError(
+                f"op `{op}`: its words ({self._shown}, ...) are of no use in {TRIED:,} texts; give words of these texts"
+            )
+
+
+class Words(Tried):
     """Lists of words by kind, searched at once.
 
     Attributes:
       lists: kind -> list -> entry -> wordings.
-      tried, met: texts that were searched for something to change, and whether any had it; see `check`.
     """
 
     def __init__(self, lists: Mapping[str, tuple[str, ...]]):
         """Raises UserError: a kind is unknown, or two entries have one wording."""
         self.lists = {kind: tuple(_entries(kind, one) for one in some) for kind, some in lists.items()}
         self._known: dict[str, tuple[str, tuple[int, int, int], bool]] = {}
-        self.tried, self.met = 0, False
+        super().__init__([one[0][0] for some in self.lists.values() for one in some[:1]])
         for kind, some in self.lists.items():
             if kind not in KINDS:
                 raise UserError(f"there are no words of the kind `{kind}`; expected some of: {', '.join(KINDS)}")
@@ -157,16 +176,8 @@ class Words:
 
     def find(self, text: str) -> list[Match]:
         """Returns the words of the lists in a text, in order; of words that overlap the longest."""
-        spans, found, i = [token.span() for token in TOKEN.finditer(text)], [], 0
-        while i < len(spans):
-            for j in range(min(i + self._longest, len(spans)), i, -1):
-                start, end = spans[i][0], spans[j - 1][1]
-                if place := self._known.get(text[start:end].lower()):
-                    found.append(Match(start, end, *place))
-                    i = j - 1
-                    break
-            i += 1
-        return found
+        found = longest(text, self._known, self._longest)
+        return [Match(start, end, *place) for start, end, place in found]
 
     def place(self, kind: str, word: str) -> tuple[int, int] | None:
         """Returns (list, entry) of a word of a kind, or None."""
@@ -190,18 +201,26 @@ class Words:
         i, j, _ = match.place
         return self.lists[match.kind][i][j][0]
 
-    def check(self, met: bool, op: str) -> None:
-        """Counts a text; raises `DataError` if the words occur in none of the first `TRIED` texts."""
-        if self.met or met:
-            self.met = True
-            return
-        self.tried += 1
-        if self.tried >= TRIED:
-            first = [one[0][0] for some in self.lists.values() for one in some[:1]]
-            raise DataError(
-                f"op `{op}`: none of its words ({', '.join(first)}, ...) can be changed in {TRIED:,} texts; give "
-                "`words` of the data, or other kinds"
-            )
+
+def longest(text: str, known: Mapping[str, Any], most: int, key: Callable[[str], str] = str.lower) -> list[tuple]:
+    """Returns (start, end, value) of the words of a mapping in a text; of words that overlap the longest.
+
+    Args:
+      text: any.
+      known: word, as `key` gives it, -> value.
+      most: tokens of the longest word.
+      key: of a part of the text.
+    """
+    spans, found, i = [token.span() for token in TOKEN.finditer(text)], [], 0
+    while i < len(spans):
+        for j in range(min(i + most, len(spans)), i, -1):
+            start, end = spans[i][0], spans[j - 1][1]
+            if (value := known.get(key(text[start:end]))) is not None:
+                found.append((start, end, value))
+                i = j - 1
+                break
+        i += 1
+    return found
 
 
 def _entries(kind: str, one: str) -> tuple[tuple[str, ...], ...]:

@@ -78,7 +78,7 @@ def test_words_that_match_nothing_end_the_run(tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"c": f"ein roter Hund {i}"}) + "\n" for i in range(1200)))
     op = "caption('c') | hard_negatives(1, words={'object': ('Katze; Maus',)}) | keep('text', 'texts')"
-    message = r"op `hard_negatives`: none of its words \(Katze, \.\.\.\) can be changed in 1,000 texts; give `words`"
+    message = r"op `hard_negatives`: its words \(Katze, \.\.\.\) are of no use in 1,000 texts; give words of these"
     with pytest.raises(DataError, match=message) as error:
         for _ in itertools.islice(loader.train_loader(uri=f"jsonl:{path}", ops=op, batch_size=100), 12):
             pass
