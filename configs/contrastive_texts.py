@@ -25,6 +25,9 @@ WRONG = f"caption('caption') | hard_negatives(2, foils='foils', {FACTS}) | {CAPT
 SWAPPED = f"caption('caption') | hard_negatives(1, kinds=('order',), foils='foils', {FACTS}) | {CAPTION}"
 KEEP = "keep('image', 'token_ids', 'concept', 'texts')"
 
+ALONE = f"lower | {TOKENIZE} | keep('image', 'token_ids', 'concept')"
+TEMPLATES = "'{}', 'one can see {}', 'the picture shows {}', 'here {} can be found', 'look: {}', '{}, drawn by hand'"
+
 CLIP = dict(name="contrastive", targets="concept")
 TOKENS = dict(image=dict(pool="gap"), text=dict(pool="mean", pad_mask=True))  # whose heads tokens can pass alone
 METHODS = {  # changes of the model, the objective, ops after those on the picture
@@ -46,6 +49,8 @@ METHODS = {  # changes of the model, the objective, ops after those on the pictu
         f"{SWAPPED} | triples(6, 4) | {KEEP[:-1]}, 'triples')",
     ),
     "semantic_margin": ({}, dict(terms=dict(contrastive=CLIP, semantic_margin=dict())), f"{SWAPPED} | {KEEP}"),
+    "shear": ({}, CLIP, f"random_caption('caption', 'long_caption') | shear(key='text', like='caption') | {ALONE}"),
+    "random_template": ({}, CLIP, f"caption('caption') | random_template({TEMPLATES}) | {ALONE}"),
     "tag_softmax": (
         {},
         dict(name="tag_softmax", resample=0.5, rare=0.01),
@@ -78,6 +83,14 @@ def get_config(variant: str = "hard_negatives") -> ConfigDict:
         config.duration = "150k examples"
     if "pixel_neighbour" in config.evals:  # of single emoji, which the run does not see
         del config.evals.pixel_neighbour
+    config.evals.prompts = dict(
+        type="prompt_spread",
+        uri="tfds:emoji",
+        split="unseen_style",
+        label="concept",
+        classes="emoji:seen",
+        templates=("a {}", "{} {}", "a picture of a {}", "an image of a {}", "a drawing of a {}", "there is a {}"),
+    )
     config.evals.foils = dict(
         type="foils",
         uri=f"scenes:?size={SIZE}&examples={200 if size == 'smoke' else 2000}",

@@ -87,3 +87,47 @@ def test_words_that_match_nothing_end_the_run(tmp_path):
     known.check(True, "hard_negatives")
     for _ in range(1001):  # met once: the list belongs to the data
         known.check(False, "hard_negatives")
+
+
+def test_paraphrases_are_other_wordings_and_keywords():
+    record = {"c": "an image of a big car and a sofa", "keywords": ["vehicle", "an image of a big car and a sofa"]}
+    seen = set()
+    for seed in range(30):
+        example = run("caption('c') | paraphrases(2)", record, seed)
+        seen |= {*example["texts"]} - {""}
+        assert record["c"] not in example["texts"] and len(set(example["texts"])) == 2
+    sizes, cars, sofas = ("big", "large"), ("car", "automobile"), ("sofa", "couch")
+    texts = {f"an image of a {one} {two} and a {three}" for one in sizes for two in cars for three in sofas}
+    assert seen == texts - {record["c"]}
+    pool = {*run("caption('c') | paraphrases(20, 'keywords', 'none')", record, 0)["texts"]}
+    assert pool == seen | {"vehicle", ""}
+    assert run("caption('c') | paraphrases(1)", {"c": "A photo"}, 0)["texts"] == ["A photograph"]
+    with pytest.raises(BadExample, match="`text` has 0 of 1 paraphrases"):
+        run("caption('c') | paraphrases(1, least=1)", {"c": "a rat"}, 0)
+
+
+def test_shear_cuts_to_the_words_of_the_caption():
+    record = {"text": "a red fox", "texts": ["one two three four", "one  two", "", "a b c"], "long": "a b c d e f"}
+    assert run("shear", record)["texts"] == ["one two three", "one  two", "", "a b c"]
+    assert run("shear | shear", record)["texts"] == run("shear", record)["texts"]
+    assert run("shear(length=1)", record)["texts"] == ["one", "one", "", "a"]
+    assert run("shear(like='long')", record)["texts"] == record["texts"]  # none is longer
+    drawn = {
+        run("random_caption('text', 'long') | shear(key='text', like='long')", record, s)["text"] for s in range(9)
+    }
+    assert drawn == {"a red fox", "a b c d e f"}
+    with pytest.raises(BadExample, match="caption `none` is empty"):
+        run("shear(like='none')", record | {"none": []})
+    with pytest.raises(UserError, match="op `shear` was given `n` of type int; expected a text or a list"):
+        run("shear(key='n')", record | {"n": 3})
+
+
+def test_templates_are_drawn_anew():
+    drawn = {run("random_template('imagenet80')", {"text": "fox"}, seed)["text"] for seed in range(60)}
+    assert len(drawn) > 30 and all("fox" in text for text in drawn)
+    example = run("random_templates(3, 'a {}', 'the {}', 'my {}', 'no {}')", {"text": "fox"}, 1)
+    assert len(set(example["texts"])) == 3 and all(text.endswith(" fox") for text in example["texts"])
+    few = run("random_templates(3, 'a {}')", {"text": "fox"}, 1)
+    assert few["texts"] == ["a fox", "", ""] and few["texts_mask"].tolist() == [True, False, False]
+    with pytest.raises(UserError, match="did you mean `imagenet80`"):
+        run("random_template('imagenet81')", {"text": "fox"}, 1)

@@ -1,11 +1,13 @@
 """Ops that make texts of a text: false by a word, in other words, cut to a length."""
 
+import contextlib
 from typing import Annotated, Any
 
 import numpy as np
 
 from vlm_jax.catalogue import method
 from vlm_jax.data import english, false_texts, phrases
+from vlm_jax.data.english import article
 from vlm_jax.data.ops.pipeline import Pipeline
 from vlm_jax.data.ops.registry import Length, Number, op
 from vlm_jax.data.source import BadExample, field
@@ -114,6 +116,97 @@ def triples(
         parts = tokenizer([part for triple in stated for part in triple], length, bos=False, eos=False)
         ids[: len(stated)] = parts.reshape(len(stated), 3, length)
     example[to] = ids
+    return example
+
+
+@op
+def paraphrases(
+    example: dict,
+    rng: np.random.Generator,
+    n: Number,
+    *paths: str,
+    words: dict | None = None,
+    key: str = "text",
+    to: str = "texts",
+    least: Least = 0,
+) -> dict:
+    """Sets `texts` to n texts that mean the same, and `texts_mask` to bool [n]: see `captions`.
+
+    A paraphrase is the text with other wordings of its words, such as "picture" for "image", or a text of the fields at
+    the paths, such as keywords. None is the text itself.
+
+    Args:
+      example: holds the text.
+      rng: the example's generator.
+      n: number of texts.
+      *paths: fields with texts, or lists of texts, that are true of the example; absent ones do not count.
+      words: your own words by kind, as of `hard_negatives`.
+      key: the field of the text.
+      to: the field to set.
+      least: with fewer texts, the example is bad.
+    """
+    text, known = _text_of(example, key, "paraphrases"), english.words(words)
+    found = dict.fromkeys(reworded(text, known, n, rng))
+    if not paths:
+        known.check(bool(found), "paraphrases")
+    for path in paths:
+        with contextlib.suppress(BadExample):
+            value = field(example, path)
+            found |= dict.fromkeys([value] if isinstance(value, str) else [one for one in value if one])
+    found.pop(text, None)
+    texts = list(found)
+    chosen = [texts[i] for i in rng.permutation(len(texts))[:n]]
+    return _put(example, chosen, n, to, least, f"`{key}` has {len(chosen)} of {least} paraphrases")
+
+
+def reworded(text: str, words: english.Words, n: int, rng: np.random.Generator) -> list[str]:
+    """Returns up to n different texts in which words of the lists have other wordings."""
+    options = []
+    for match in words.find(text):
+        before, own = text[: match.start].split()[-1:], text[match.start : match.end]
+        fits = [one for one in words.wordings(match) if before not in (["a"], ["an"]) or before == [article(one)]]
+        if any(one.lower() != own.lower() for one in fits):
+            options.append((match, [own.lower(), *(one for one in fits if one.lower() != own.lower())]))
+    found: dict[str, None] = {}
+    for _ in range(4 * n if options else 0):
+        drawn = [(match, others[int(rng.random() * len(others))]) for match, others in options]
+        edits = [false_texts.Edit(*match[:2], one) for match, one in drawn]
+        found[false_texts.edited(text, edits)] = None
+    return [one for one in found if one.lower() != text.lower()][:n]
+
+
+@method(
+    family="ops",
+    system="Text-shearing",
+    paper="arXiv:2311.18765",
+    differs="captions that a model wrote are cut to the length of the picture's own caption",
+    needs={"data.ops": "random_caption('caption', 'long_caption') | shear(key='text', like='caption')"},
+)
+@op
+def shear(example: dict, *, like: str = "text", length: Length | None = None, key: str = "texts") -> dict:
+    """Cuts the text, or each text of the list, at `key` to as many words as the text at `like` has.
+
+    `random_caption('caption', 'long_caption') | shear(key='text', like='caption')` trains on one of a picture's
+    captions at a time, its own or a sheared one. `caption('caption') | captions(3, 'sub_captions') | shear` gives
+    several at once. Words are what white space separates.
+
+    Args:
+      example: holds the texts.
+      like: the field of the picture's own caption, a text or a list of texts, of which the first counts.
+      length: number of words, in the place of the caption's.
+      key: the field that is cut.
+    """
+    if length is None:
+        own = field(example, like)
+        own = own if isinstance(own, str) else next((one for one in own if isinstance(one, str)), "")
+        length = len(own.split())
+        if not length:
+            raise BadExample(f"caption `{like}` is empty", "text")
+    value = field(example, key)
+    if not isinstance(value, str | list):
+        raise UserError(f"op `shear` was given `{key}` of type {type(value).__name__}; expected a text or a list")
+    cut = lambda text: text if len(text.split()) <= length else " ".join(text.split()[:length])
+    example[key] = cut(value) if isinstance(value, str) else [cut(text) for text in value]
     return example
 
 
