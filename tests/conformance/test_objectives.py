@@ -69,6 +69,7 @@ def batch(model):
     tasks |= {key.replace("token_ids", "counts"): ids > i for i, (key, ids) in enumerate(tasks.items())}
     crops = rng.normal(size=(3, ROWS, *IMAGES.shape[1:])).astype(np.float32)
     tasks |= {"global": crops[0], "local": np.moveaxis(crops[1:], 0, 1), "visual": rows > 0}
+    tasks |= {"paraphrases": wrong[:, ::-1], "tags": TOKENS[rows][:, 1:4, None]}
     return given | tasks | {"token_ids": TOKENS[rows], "texts": wrong, "concept": rows, "denoiser": rows % 2}
 
 

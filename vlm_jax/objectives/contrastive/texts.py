@@ -40,7 +40,13 @@ def texts_of(outputs: Outputs, ctx: Context, key: str, pad_id: int | None = None
     Raises:
       UserError: the batch lacks the key, or its shape is another.
     """
-    ids = ids_of(outputs.rows, key)
+    try:
+        ids = ids_of(key, outputs[key])
+    except UserError as error:
+        raise UserError(
+            f"{error}; texts are made in data.ops: `captions(4, 'sub_captions', to='{key}') | "
+            f"tokenize(32, key='{key}', to='{key}') | keep(..., '{key}')`"
+        ) from None
     given = jnp.any(ids != ctx.special(pad_id)[0], axis=-1)
     if f"{key}_mask" in outputs.rows:
         given &= jnp.reshape(outputs.rows[f"{key}_mask"], given.shape).astype(bool)
@@ -52,14 +58,8 @@ def texts_of(outputs: Outputs, ctx: Context, key: str, pad_id: int | None = None
     return Texts(outputs.once(f"texts of {key}", encode), given)
 
 
-def ids_of(rows: Any, key: str) -> jax.Array:
-    """Returns the token ids [B, K, L] of a key of the batch."""
-    if key not in rows:
-        raise UserError(
-            f"{WHERE}: the batch lacks the texts `{key}`, it has: {', '.join(rows)}; make them in data.ops, "
-            f"`captions(4, 'sub_captions', to='{key}') | tokenize(32, key='{key}', to='{key}')`, and keep('{key}')"
-        )
-    ids = jnp.asarray(rows[key])
+def ids_of(key: str, ids: jax.Array) -> jax.Array:
+    """Returns the token ids of a key of the batch as [B, K, L]."""
     if ids.ndim not in (2, 3) or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise UserError(f"{WHERE}: `{key}` is {ids.dtype} {list(ids.shape)}; expected token ids [B, K, L] or [B, L]")
     return ids if ids.ndim == 3 else ids[:, None]
