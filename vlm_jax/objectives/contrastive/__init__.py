@@ -176,7 +176,7 @@ def _matches(parts, features, rows, candidates, of_images, of_texts):
         size = matches.shape[1]
         new = jnp.zeros((len(matches), length - size), matches.dtype)
         if rows is not None:
-            new = jnp.where(rows < 0, new, matches[:, rows])
+            new = jnp.where(rows < 0, new, jnp.asarray(matches)[:, rows])
             new = new if counts is None else jnp.where(counts[size:], new, 0)
         return jnp.concatenate([matches, new.astype(matches.dtype)], axis=1)
 

@@ -77,7 +77,7 @@ class Pairs(NamedTuple):
 
     def _statistics(self, x, y, y_mask, y_rows, options):
         new = jnp.full(len(y) - len(x), jnp.min(self.labels) - 1, self.labels.dtype)
-        new = new if y_rows is None else jnp.where(y_rows < 0, new, self.labels[y_rows])
+        new = new if y_rows is None else jnp.where(y_rows < 0, new, jnp.asarray(self.labels)[y_rows])
         labels = jnp.concatenate([self.labels, new]) if len(new) else self.labels
         return kernel.statistics(
             x, y, self.scale, self.bias, x_labels=self.labels, y_labels=labels, x_mask=self.mask, y_mask=y_mask,

@@ -62,7 +62,7 @@ def ids_of(key: str, ids: jax.Array) -> jax.Array:
     """Returns the token ids of a key of the batch as [B, K, L]."""
     if ids.ndim not in (2, 3) or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise UserError(f"{WHERE}: `{key}` is {ids.dtype} {list(ids.shape)}; expected token ids [B, K, L] or [B, L]")
-    return ids if ids.ndim == 3 else ids[:, None]
+    return jnp.asarray(ids if ids.ndim == 3 else ids[:, None])
 
 
 def compared(
