@@ -130,7 +130,7 @@ def test_texts_are_encoded_once():
         (
             dict(key="sub_captions"),
             {},
-            "the batch lacks the texts `sub_captions`, it has: image, texts, texts_mask, token_ids",
+            "`several_texts` needs `sub_captions`, which neither .* texts are made in data.ops",
         ),
         (dict(among="each"), {}, "config.objective.among is `each`; expected one of: place, all"),
         (dict(penalty="margin"), {}, "config.objective.penalty is `margin`; expected one of: softmax, sigmoid"),

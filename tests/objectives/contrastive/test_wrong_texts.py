@@ -170,7 +170,10 @@ def test_words_pass_the_head_alone():
     [
         (dict(name="wrong_texts", gamma=-1.0), "gamma is -1.0, label_smoothing 0.02; expected >= 0, and 0 to below 1"),
         (dict(name="wrong_texts", scores="words"), "config.objective.scores .*`words`"),
-        (dict(name="wrong_texts", key="wrong"), "the batch lacks the texts `wrong`, it has: image, texts, token"),
+        (
+            dict(name="wrong_texts", key="wrong"),
+            "`wrong_texts` needs `wrong`, which neither the batch nor .*; texts are made in data.ops",
+        ),
         (dict(name="wrong_texts", scores="local"), "patches in the space of both towers need an image tower"),
         (dict(name="semantic_margin", key="image"), r"`image` is int64 \[5\]; expected token ids \[B, K, L\]"),
     ],

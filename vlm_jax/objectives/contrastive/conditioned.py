@@ -140,7 +140,8 @@ def grouping(
         groups, texts = features["groups"], features["texts"]
         factor, bias = outputs["scale"] if scale is None else scale, outputs["bias"]
         if among == "picture":
-            return _within(groups, texts.embeddings, texts.given, factor)
+            losses, best = within(groups, texts.embeddings, texts.given, factor)
+            return mean(losses, texts.given), {"accuracy": mean(best, texts.given)}
         y, given = texts.flat
         labels = jnp.arange(len(y))
         both = dict(labels=(labels, labels), masks=(given, given))
@@ -150,14 +151,19 @@ def grouping(
     return Term("grouping", features, loss)
 
 
-def _within(x, y, given, scale):
-    """Returns the loss and metrics of x and y [B, K, D]; candidates are those of the same row of the batch."""
+def within(x: jax.Array, y: jax.Array, given: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns half the sum of both directions' cross-entropies [B, K], and whether y_k is the nearest to x_k.
+
+    Args:
+      x, y: [B, K, D], unit norm; candidates are those of the same row of the batch.
+      given: bool [B, K], False for those that lack: no candidates, and no use of their own results.
+      scale: the factor on cosines.
+    """
     logits = scale * jnp.einsum("bkd,bld->bkl", x, y, precision="highest")
-    both = given[:, :, None] & given[:, None]
+    logits = jnp.where(given[:, :, None] & given[:, None], logits, -1e30)
     own = jnp.diagonal(logits, axis1=1, axis2=2)
-    of = lambda axis: mean(jax.nn.logsumexp(jnp.where(both, logits, -1e30), axis=axis) - own, given)
-    best = jnp.argmax(jnp.where(both, logits, -jnp.inf), axis=2) == jnp.arange(x.shape[1])
-    return (of(1) + of(2)) / 2, {"accuracy": mean(best, given)}
+    losses = (jax.nn.logsumexp(logits, axis=1) + jax.nn.logsumexp(logits, axis=2)) / 2 - own
+    return losses, jnp.argmax(logits, axis=2) == jnp.arange(x.shape[1])
 
 
 @method(

@@ -40,7 +40,7 @@ def texts_of(outputs: Outputs, ctx: Context, key: str, pad_id: int | None = None
     Raises:
       UserError: the batch lacks the key, or its shape is another.
     """
-    ids = ids_of(outputs.rows, key)
+    ids = read(outputs, key)
 
     def encode(outputs):
         found = one_vector(outputs.apply("__call__", None, ids.reshape(-1, ids.shape[-1])).text, "text")
@@ -51,23 +51,28 @@ def texts_of(outputs: Outputs, ctx: Context, key: str, pad_id: int | None = None
 
 def given_of(outputs: Outputs, ctx: Context, key: str, pad_id: int | None = None) -> jax.Array:
     """Returns which texts of a key there are, bool [B, K], see `texts_of`."""
-    given = jnp.any(ids_of(outputs.rows, key) != ctx.special(pad_id)[0], axis=-1)
+    given = jnp.any(read(outputs, key) != ctx.special(pad_id)[0], axis=-1)
     if f"{key}_mask" in outputs.rows:
         given &= jnp.reshape(outputs.rows[f"{key}_mask"], given.shape).astype(bool)
     return given
 
 
-def ids_of(rows: Any, key: str) -> jax.Array:
-    """Returns the token ids [B, K, L] of a key of the batch."""
-    if key not in rows:
+def read(outputs: Outputs, key: str) -> jax.Array:
+    """Returns the token ids [B, K, L] of the rows' texts `key`; errors say which ops make them."""
+    try:
+        return ids_of(key, outputs[key])
+    except UserError as error:
         raise UserError(
-            f"{WHERE}: the batch lacks the texts `{key}`, it has: {', '.join(rows)}; make them in data.ops, "
-            f"`captions(4, 'sub_captions', to='{key}') | tokenize(32, key='{key}', to='{key}')`, and keep('{key}')"
-        )
-    ids = jnp.asarray(rows[key])
+            f"{error}; texts are made in data.ops: `captions(4, 'sub_captions', to='{key}') | "
+            f"tokenize(32, key='{key}', to='{key}') | keep(..., '{key}')`"
+        ) from None
+
+
+def ids_of(key: str, ids: jax.Array) -> jax.Array:
+    """Returns the token ids of a key of the batch as [B, K, L]."""
     if ids.ndim not in (2, 3) or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise UserError(f"{WHERE}: `{key}` is {ids.dtype} {list(ids.shape)}; expected token ids [B, K, L] or [B, L]")
-    return ids if ids.ndim == 3 else ids[:, None]
+    return jnp.asarray(ids if ids.ndim == 3 else ids[:, None])
 
 
 def compared(

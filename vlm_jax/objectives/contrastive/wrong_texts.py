@@ -12,7 +12,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.models.two_tower import unit
 from vlm_jax.models.vocabulary import is_text
 from vlm_jax.objectives.contrastive.conditioned import grouped, patches_of
-from vlm_jax.objectives.contrastive.texts import given_of, ids_of, mean, one_vector, texts_of
+from vlm_jax.objectives.contrastive.texts import given_of, mean, one_vector, read, texts_of
 from vlm_jax.objectives.outputs import Outputs
 from vlm_jax.objectives.term import WHERE, Context, Term
 
@@ -130,7 +130,7 @@ def _global(features: Mapping[str, jax.Array], scale: Any) -> tuple[jax.Array, j
 def _words(outputs: Outputs, ctx: Context, key: str, pad_id: int | None) -> dict[str, Any]:
     """Returns the cosines of words with what they see, of the own text and of wrong ones [B, C, L], and masks."""
     seen = patches_of(outputs)
-    ids = ids_of(outputs.rows, key)
+    ids = read(outputs, key)
 
     def encode(outputs):
         words = outputs.on(token_ids=ids.reshape(-1, ids.shape[-1]))["word_embeddings"]
