@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vlm_jax.errors import DataError, UserError
@@ -125,27 +125,7 @@ class Match(NamedTuple):
     many: bool = False
 
 
-class Tried:
-    """Words that texts are searched for; raises an error if they do not belong to the data.
-
-    Attributes:
-      tried, met: texts that were searched, and whether any had a word.
-    """
-
-    def __init__(self, shown: Sequence[str]):
-        self.tried, self.met, self._shown = 0, False, ", ".join(shown[:3])
-
-    def check(self, met: bool, op: str) -> None:
-        """Counts a text; raises `DataError` if none of the first `TRIED` texts has a word of use."""
-        self.met = self.met or met
-        self.tried += 1
-        if self.tried >= TRIED and not self.met:
-            raise DataError(
-                f"op `{op}`: its words ({self._shown}, ...) are of no use in {TRIED:,} texts; give words of these texts"
-            )
-
-
-class Words(Tried):
+class Words:
     """Lists of words by kind, searched at once.
 
     Attributes:
@@ -156,7 +136,6 @@ class Words(Tried):
         """Raises UserError: a kind is unknown, or two entries have one wording."""
         self.lists = {kind: tuple(_entries(kind, one) for one in some) for kind, some in lists.items()}
         self._known: dict[str, tuple[str, tuple[int, int, int], bool]] = {}
-        super().__init__([one[0][0] for some in self.lists.values() for one in some[:1]])
         for kind, some in self.lists.items():
             if kind not in KINDS:
                 raise UserError(f"there are no words of the kind `{kind}`; expected some of: {', '.join(KINDS)}")
@@ -167,6 +146,11 @@ class Words(Tried):
                         if kind == "object":
                             self._add(plural(word), kind, (i, j, k), True)
         self._longest = max((len(TOKEN.findall(word)) for word in self._known), default=0)
+
+    @property
+    def shown(self) -> list[str]:
+        """The first word of each kind."""
+        return [some[0][0][0] for some in self.lists.values() if some]
 
     def _add(self, word: str, kind: str, place: tuple[int, int, int], many: bool) -> None:
         if not word:
@@ -245,3 +229,31 @@ def words(lists: Mapping[str, tuple[str, ...]] | None = None) -> Words:
     if lists is None:
         return _of(_PACKAGED)
     return _of(tuple((kind, (some,) if isinstance(some, str) else tuple(some)) for kind, some in lists.items()))
+
+
+class Tried:
+    """Counts texts, and raises an error if words are of no use in any of them.
+
+    Attributes:
+      texts: the number of texts so far.
+      met: whether words were of use in any.
+    """
+
+    def __init__(self, op: str, shown: Sequence[str]):
+        self.op, self.shown, self.texts, self.met = op, ", ".join(shown[:3]), 0, False
+
+    def __call__(self, met: bool) -> None:
+        """Counts a text; raises `DataError` if words are of use in none of the first `TRIED` texts."""
+        self.met = self.met or met
+        self.texts += 1
+        if self.texts >= TRIED and not self.met:
+            raise DataError(
+                f"op `{self.op}`: its words ({self.shown}, ...) are of no use in {TRIED:,} texts; give words "
+                "of these texts"
+            )
+
+
+@functools.lru_cache(256)
+def tried(op: str, words: Any, *options: Hashable) -> Tried:
+    """Returns the counter of an op with some words and options, one a process; `words.shown` is for the message."""
+    return Tried(op, words.shown)

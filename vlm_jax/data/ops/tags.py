@@ -7,23 +7,22 @@ import numpy as np
 
 from vlm_jax.catalogue import method
 from vlm_jax.data import class_lists
-from vlm_jax.data.english import TOKEN, Tried, longest
+from vlm_jax.data.english import TOKEN, longest, tried
 from vlm_jax.data.ops.registry import Number, op
 from vlm_jax.data.source import BadExample, field
 from vlm_jax.errors import UserError
 
 
-class Vocabulary(Tried):
+class Vocabulary:
     """Tags, in order.
 
     Attributes:
-      names: the tags as given.
+      names, shown: the tags as given.
       number: small letters without "#" -> place.
     """
 
     def __init__(self, names: tuple[str, ...]):
-        super().__init__(names)
-        self.names = names
+        self.names = self.shown = names
         self.number: dict[str, int] = {}
         for i, name in enumerate(names):
             if not isinstance(name, str) or not plain(name):
@@ -106,7 +105,7 @@ def tags(
     """
     known = vocabulary_of(vocabulary)
     found = known.of(_texts(example, (path, *paths)), within)
-    known.check(bool(found), "tags")
+    tried("tags", known, path, *paths)(bool(found))
     if len(found) < least:
         raise BadExample(f"tags {', '.join((path, *paths))} have {len(found)} of {least} in the vocabulary", "text")
     example[to] = np.zeros(len(known.names), bool)
@@ -128,7 +127,7 @@ def wrong_tags(
     """Sets `texts` to n drawn tags of a vocabulary that the fields lack, and `texts_mask` to bool [n]: see `tags`."""
     known = vocabulary_of(vocabulary)
     own = set(known.of(_texts(example, (path, *paths)), within))
-    known.check(bool(own), "wrong_tags")
+    tried("wrong_tags", known, path, *paths)(bool(own))
     count, chosen = min(n, len(known.names) - len(own)), {}
     while len(chosen) < count and 2 * n < len(known.names) - len(own):
         i = int(rng.random() * len(known.names))

@@ -72,7 +72,7 @@ def hard_negatives(
     if len(found) < n:
         made = false_texts.draw(text, kinds, n, known, rng, facts)
         found += [false for false in made if false not in found][: n - len(found)]
-    known.check(bool(found), "hard_negatives")
+    english.tried("hard_negatives", known, key, kinds)(bool(found))
     return _put(example, found, n, to, least, f"`{key}` has {len(found)} of {least} hard negatives")
 
 
@@ -110,7 +110,7 @@ def triples(
     """
     known = english.words(words)
     stated = phrases.triples(_text_of(example, key, "triples"), known)[:n]
-    known.check(bool(stated), "triples")
+    english.tried("triples", known, key)(bool(stated))
     ids = np.full((n, 3, length), tokenizer.pad_id, np.int32)
     if stated:
         parts = tokenizer([part for triple in stated for part in triple], length, bos=False, eos=False)
@@ -148,7 +148,7 @@ def paraphrases(
     text, known = _text_of(example, key, "paraphrases"), english.words(words)
     found = dict.fromkeys(reworded(text, known, n, rng))
     if not paths:
-        known.check(bool(found), "paraphrases")
+        english.tried("paraphrases", known, key)(bool(found))
     for path in paths:
         with contextlib.suppress(BadExample):
             value = field(example, path)
