@@ -17,7 +17,7 @@ TRIPLES = np.random.default_rng(0).integers(1, VOCAB, size=(N, T, 3, L))
 TRIPLES[1, 1:] = TRIPLES[3] = 0  # texts with fewer triples, with none
 TRIPLES[0, :, :, 1] = 0  # shorter words
 BATCH = {"image": IDS, "token_ids": IDS[:, None], "triples": TRIPLES}
-ENCODER = dict(width=4, heads=2, mlp_dim=8, depth=1, dtype="float64")
+ENCODER = dict(width=4, heads=2, mlp_dim=8, depth=0, dtype="float64")
 SECTION = dict(name="knowledge", vocab_size=VOCAB, encoder=ENCODER, strength=0.5)
 
 
@@ -39,10 +39,13 @@ def params():
         return jax.tree.map(lambda x: np.asarray(x) + 0.1 * rng.normal(size=x.shape), made)
 
 
+def encoder(depth):
+    return Knowledge(**ENCODER | {"depth": depth}, pool="none", vocab_size=VOCAB, out_dim=WIDTH)
+
+
 @jax.jit
 def encoded(own, triples):
-    module = Knowledge(**ENCODER, pool="none", vocab_size=VOCAB, out_dim=WIDTH)
-    return module.apply({"params": own}, triples, 0)
+    return encoder(0).apply({"params": own}, triples, 0)
 
 
 def test_the_loss_is_clip_s_of_texts_with_knowledge(params):
@@ -60,15 +63,15 @@ def test_the_loss_is_clip_s_of_texts_with_knowledge(params):
 def test_without_strength_it_is_contrastive(params):
     base = {key: value for key, value in params.items() if key != "objective"}
     want = lookup.differentiate(dict(penalty="sigmoid", targets="image"), base, BATCH)
-    got = lookup.differentiate(SECTION | dict(strength=0.0, penalty="sigmoid", targets="image"), params, BATCH)
+    section = SECTION | dict(strength=0.0, penalty="sigmoid", targets="image")
+    got = lookup.differentiate(section, params, BATCH)
     assert got[0] == want[0]
     jax.tree.map(np.testing.assert_array_equal, {key: got[2][key] for key in base}, dict(want[2]))
 
 
 def test_the_encoder_by_hand(params):
-    """With blocks that add nothing: the sum of the roles' mean words, normalised, averaged over triples, projected."""
+    """The sum of the roles' mean words, normalised, averaged over triples, projected."""
     own = params["objective"]["knowledge"]["encoder"]
-    own = own | {"blocks_0": jax.tree.map(np.zeros_like, own["blocks_0"])}
     norm, got = next(own[name] for name in own if "norm" in name), encoded(own, TRIPLES)
     for i in range(N):
         rows = []
@@ -86,11 +89,16 @@ def test_the_encoder_by_hand(params):
         np.testing.assert_allclose(got[i], want, rtol=1e-6, atol=1e-7)
 
 
-def test_roles_matter_and_the_order_of_triples_does_not(params):
-    own = params["objective"]["knowledge"]["encoder"]
-    whole = encoded(own, TRIPLES)
-    np.testing.assert_allclose(encoded(own, TRIPLES[:, ::-1]), whole, rtol=1e-9, atol=1e-12)
-    assert np.abs(encoded(own, TRIPLES[:, :, ::-1]) - whole)[0].max() > 1e-3
+def test_roles_matter_and_the_order_of_triples_does_not():
+    """With a block, in which triples see each other, and no padding."""
+    module = encoder(1)
+    own = jax.jit(module.init)(jax.random.key(0), TRIPLES, 0)["params"]
+    run = jax.jit(lambda triples: module.apply({"params": own}, triples, 0))
+    whole = np.asarray(run(TRIPLES))
+    np.testing.assert_allclose(run(TRIPLES[:, ::-1]), whole, rtol=1e-9, atol=1e-12)
+    assert np.abs(run(TRIPLES[:, :, ::-1]) - whole)[0].max() > 1e-3
+    assert not whole[3].any()
+    np.testing.assert_allclose(np.linalg.norm(whole[[0, 1, 2, 4]], axis=1), 1, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,12 @@ def test_variants_run(name):
     data = settings["data"] | {"uri": settings["data"]["uri"] + "&examples=64"}
     batch = next(loader.train_loader(**data, batch_size=4, tokenizer=tokenizer))
     params = initial(model, *objectives.model_inputs(batch, model))
-    shapes = jax.eval_shape(lambda params: objectives.value(
-        objective, model, objectives.make(objective, model, params, batch, jax.random.key(0))[0], batch,
-        jax.random.key(1), state=objectives.make(objective, model, params, batch, jax.random.key(0))[1],
-    ), params)  # fmt: skip
+
+    def step(params):
+        made, state = objectives.make(objective, model, params, batch, jax.random.key(0))
+        return objectives.value(objective, model, made, batch, jax.random.key(1), state=state)
+
+    shapes = jax.eval_shape(step, params)
     assert shapes[0].shape == () and settings["duration"] == "40 steps"
     assert all(np.isfinite(array).all() for array in batch.values())
 

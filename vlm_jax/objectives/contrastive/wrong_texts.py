@@ -22,7 +22,7 @@ from vlm_jax.objectives.term import WHERE, Context, Term
     system="FSC-CLIP",
     paper="arXiv:2410.05210",
     differs="a picture's own text against its hard negatives, also word by word; those told apart count less",
-    needs={"objective.key": "texts", "objective.scores": "local"},
+    needs={"objective.key": "texts"},
 )
 def wrong_texts(
     *,
