@@ -56,6 +56,7 @@ FAMILIES = {
     "models": _part("model", "sections of its parts -> module", "model.name"),
     "mlps": _part("mlp", "-> Part, from fields of Mlp to a module", "model.image.mlp"),
     "spaces": _part("space", "-> Part, from `Encoded` of both towers to embeddings", "model.space"),
+    "ops": Family("op", "example, perhaps with a generator -> example", "{name}(...) in config.data.ops"),
     "terms": _part("term", "model -> Term, or Objective", "objective.name"),
     "similarities": _part("similarity", "-> Similarity", "objective.similarity"),
     "targets": _part("targets", "-> Targets", "objective.targets"),

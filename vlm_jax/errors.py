@@ -32,6 +32,10 @@ class DeniedError(StoreError):
     """Raised if a store gives no access to a file; some stores say so of files that are not there."""
 
 
+class DataError(UserError):
+    """Raised if the ops do not suit the data: no example is bad by itself, so the run ends."""
+
+
 class DivergedError(UserError):
     """Raised if the loss of a training is not finite."""
 

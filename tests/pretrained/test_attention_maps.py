@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from configs import clip
-from vlm_jax import UserError, config, models
+from vlm_jax import UserError, config, models, objectives
 from vlm_jax.data import tokenizers
 from vlm_jax.models import insertion
 from vlm_jax.models.pooling import MapPool
@@ -230,3 +230,27 @@ def test_maps_lie_on_what_the_tower_sees(towers):
     crop = Image.fromarray(PICTURES[1][:, 2:22]).resize((30, 17), Image.Resampling.BILINEAR)
     np.testing.assert_array_equal(pictures[1], np.asarray(crop)[:16, :24])
     np.testing.assert_array_equal(attention_maps.seen(towers["gap"], [Image.fromarray(PICTURES[0])])[0], PICTURES[0])
+
+
+def test_terms_see_the_same_patches(towers):
+    outputs = objectives.Outputs(towers["map"].model, towers["map"].params, {"image": PIXELS})
+    found = attention_maps.patch_embeddings(towers["map"], PICTURES)
+    np.testing.assert_allclose(outputs["patch_embeddings"].reshape(found.shape), found, atol=1e-5)
+
+
+def test_class_tokens_pass_the_head(towers):
+    """The second one is the first register; the pool `second` embeds pictures by it."""
+    tok = towers["tok"]
+    outputs = objectives.Outputs(tok.model, tok.params, {"image": PIXELS})
+    first, second, _ = np.moveaxis(outputs["class_embeddings"], 1, 0)
+    np.testing.assert_allclose(first, outputs["image_embedding"], atol=1e-6)
+    model = tok.model.clone(image=tok.model.image.clone(pool="second", cls=True))
+    again = objectives.Outputs(model, tok.params, {"image": PIXELS})
+    np.testing.assert_allclose(second, again["image_embedding"], atol=1e-6)
+    assert outputs["patch_embeddings"].shape == (3, 6, 12)
+
+
+def test_patches_that_a_pool_couples_are_named(towers):
+    outputs = objectives.Outputs(towers["concat"].model, towers["concat"].params, {"image": PIXELS})
+    with pytest.raises(UserError, match="this one has pool `concat`: set model"):
+        outputs["patch_embeddings"]

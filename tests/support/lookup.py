@@ -43,12 +43,18 @@ def tables(seed=0, size=48, width=16, dtype=np.float64):
     return {"image": unit(image).astype(dtype), "text": unit(text).astype(dtype)} | scalars
 
 
-def differentiate(section, params, batch, *, state=None, model=None, rng=None):
-    """(loss, metrics, gradients, features) of a contrastive section, jitted."""
+def program(section, params, *, model=None, rng=None):
+    """run(params, batch, state=None) -> (loss, metrics, gradients, features) of a section, jitted; its name is
+    `contrastive` if it has none."""
     model = model or Lookup(*params["image"].shape)
-    objective = objectives.build({"name": "contrastive", **section}, model)
+    objective = objectives.build(section if "terms" in section else {"name": "contrastive", **section}, model)
     run = partial(objectives.value_and_grad, objective, model, rng=rng)
-    return jax.jit(lambda params, batch, state: run(params, batch, state=state))(params, batch, state)
+    return jax.jit(lambda params, batch, state=None: run(params, batch, state=state))
+
+
+def differentiate(section, params, batch, *, state=None, model=None, rng=None):
+    """(loss, metrics, gradients, features) of a section, see `program`."""
+    return program(section, params, model=model, rng=rng)(params, batch, state)
 
 
 def check(got, by_hand, params, batch):

@@ -23,7 +23,11 @@ class Towers(nn.Module):
     tokens: bool = False
     dropout: float = 0.0
     space: Part | None = None
-    outputs: ClassVar = EMBEDDINGS
+    outputs: ClassVar = EMBEDDINGS | {
+        "patch_embeddings": lambda o: each_token(o.params["image_head"], o["image_tokens"]),
+        "class_embeddings": lambda o: o["patch_embeddings"][:, :2],
+        "word_embeddings": lambda o: each_token(o.params["text_head"], o["text_tokens"]),
+    }
 
     @nn.compact
     def __call__(self, images, token_ids, *, hidden=None, train=False):
@@ -50,3 +54,9 @@ class Towers(nn.Module):
     def _unit(self, x):
         x = x if self.tokens else x.mean(1)
         return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def each_token(head, tokens):
+    """Unit vectors of tokens [B, N, D], by the parameters of a head."""
+    x = tokens @ head["kernel"] + head["bias"]
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

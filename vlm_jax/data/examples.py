@@ -17,7 +17,7 @@ from vlm_jax.data.reinforced import Reinforced
 from vlm_jax.data.rows import Batch, Fields, check, fields_of, stack
 from vlm_jax.data.source import BadExample, Source, check_field, select
 from vlm_jax.data.sources import open_source
-from vlm_jax.errors import CUT, StoreError, UserError
+from vlm_jax.errors import CUT, DataError, StoreError, UserError
 
 log = logging.getLogger(__name__)
 # Number of records tried in place of a bad one before an error is raised.
@@ -121,10 +121,11 @@ class Examples:
         Raises:
           BadExample: anything is wrong with the record, an exception that nothing foresaw included.
           StoreError: the store cannot be used; no record is at fault.
+          DataError: the ops do not suit the data; no record is at fault.
         """
         try:
             return self._finished(i, draw)
-        except (BadExample, StoreError):
+        except (BadExample, DataError, StoreError):
             raise
         except BaseException as error:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust: a tokenizer's

@@ -77,6 +77,10 @@ def _first(tokens, mask, position):
     return tokens[:, 0]
 
 
+def _second(tokens, mask, position):
+    return tokens[:, 1]
+
+
 def _last(tokens, mask, position):
     return tokens[:, -1]  # padding or not, as in SigLIP and LiT
 
@@ -94,6 +98,7 @@ POOLS: dict[str, Callable] = {
     "all": _all,
     "tok": _first,
     "first": _first,
+    "second": _second,
     "last": _last,
     "eos": _at,
     "argmax": _at,

@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from vlm_jax.errors import UserError
-from vlm_jax.models.fields import Part
+from vlm_jax.models.fields import Part, shared
+from vlm_jax.models.pooling import MapPool
 
 
 @flax.struct.dataclass
@@ -48,6 +49,53 @@ def unit(x, eps=1e-8):
     return x / (jnp.where(square == 0, 0.0, norm) + eps)
 
 
+def _tokens_before(outputs):
+    return getattr(getattr(outputs.model, "image", None), "tokens_before", 0)
+
+
+def token_embeddings(model, params, embeddings, side="image"):
+    """Returns each token of a tower in the space of both, unit norm [B, N, D]; of pictures zeros for padding.
+
+    Each token passes alone through the layers after the blocks: the pool, if it is attention, and the head.
+
+    Args:
+      model: a model with the tower.
+      params: its parameters.
+      embeddings: `Embeddings` of pictures, or of texts.
+      side: the tower, "image" or "text".
+
+    Raises:
+      UserError: the pool couples tokens, or the tower has other layers than these.
+    """
+    tower, tokens = getattr(model, side, None), getattr(embeddings, f"{side}_tokens")
+    pool = getattr(tower, "pool", None)
+    if pool == "all":
+        return getattr(embeddings, side)
+    if pool in (None, "none", "concat") or getattr(model, "space", None) is not None or _has_other_layers(tower):
+        what, pools = (
+            ("patches", "gap, patches, tok or map") if side == "image" else ("words", "mean, last, eos or map")
+        )
+        raise UserError(
+            f"{what} in the space of both towers need an {side} tower that ends with a pool and a head; this one has "
+            f"pool `{pool}`: set model.{side}.pool to {pools}, without space, shared, rep_dim, final_norm"
+        )
+    own = params[side]
+    if pool == "map":
+        sizes = dict(heads=tower.pool_heads or tower.heads, mlp_dim=tower.pool_mlp_dim or tower.mlp_dim)
+        alone = tokens.reshape(-1, 1, tokens.shape[-1])
+        mapped = MapPool(**shared(tower) | sizes, parent=None).apply({"params": own["map_pool"]}, alone)
+        tokens = mapped.reshape(tokens.shape)
+    if tower.out_dim:
+        head = nn.Dense(tower.out_dim, use_bias=tower.head_bias, dtype=tower.dtype, parent=None)
+        tokens = head.apply({"params": own["head"]}, tokens)
+    mask = embeddings.image_mask if side == "image" else None
+    return unit(tokens) if mask is None else jnp.where(mask[..., None], unit(tokens), 0)
+
+
+def _has_other_layers(tower):
+    return tower.rep_dim or tower.trunk is not None or getattr(tower, "final_norm", None) == "pooled"
+
+
 EMBEDDINGS = {
     "of_image": lambda o: o.apply("__call__", o["image"], None),
     "of_text": lambda o: o.apply("__call__", None, o["token_ids"]),
@@ -56,10 +104,14 @@ EMBEDDINGS = {
     "image_pooled": lambda o: o["of_image"].image_pooled,
     "image_tokens": lambda o: o["of_image"].image_tokens,
     "image_parts": lambda o: o["of_image"].image_parts,
-    "patch_tokens": lambda o: o["image_tokens"][:, getattr(getattr(o.model, "image", None), "tokens_before", 0) :],
+    "token_embeddings": lambda o: token_embeddings(o.model, o.params, o["of_image"]),
+    "class_embeddings": lambda o: o["token_embeddings"][:, : _tokens_before(o)],
+    "patch_embeddings": lambda o: o["token_embeddings"][:, _tokens_before(o) :],
+    "patch_tokens": lambda o: o["image_tokens"][:, _tokens_before(o) :],
     "text_embedding": lambda o: o["of_text"].text,
     "text_tokens": lambda o: o["of_text"].text_tokens,
     "text_parts": lambda o: o["of_text"].text_parts,
+    "word_embeddings": lambda o: token_embeddings(o.model, o.params, o["of_text"], "text"),
     "scale": lambda o: o["of_both"].scale,
     "bias": lambda o: o["of_both"].bias,
 }

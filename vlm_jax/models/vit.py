@@ -48,7 +48,7 @@ class ViT(Encoder, kw_only=True):
       image_size: (height, width) in pixels or one int; other sizes raise. None accepts every size that fits the
         parameters. Packed patches need `image_size`: the position table is resampled from this size to each picture's.
       pool: "gap" (the mean of all tokens, cls included), "patches" (without cls and registers), "map", "tok", "concat",
-        "max", "all" or "none".
+        "max", "all", "none", or "second": with cls, the first register, a second cls token (TIPS: arXiv:2410.16512).
       posemb: "learned", "sincos2d" or "none".
       rotary: rotary positions of the patches besides `posemb`, or None. In configs: dict(...) of `rotary.Rotary`.
       cls: whether a cls token comes first; None: only if pool is "tok".

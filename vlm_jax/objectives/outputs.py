@@ -4,7 +4,7 @@ import collections
 import copy
 import inspect
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax
@@ -42,6 +42,8 @@ class Outputs:
         outputs["image_embedding"]        an output that the model declares, or an entry of the rows of this name
         outputs.apply("describe", x)      a call of the model's method; not shared between terms
         outputs.part("head", module, x)   a module of the term's own; its parameters are "objective/<term>/head"
+        outputs.once("name", compute)     compute(outputs), shared between terms by its name
+        outputs.on(token_ids=ids)         a view on other rows
         outputs.teacher("momentum")       the same rows under a teacher
         outputs.rows, outputs.params, outputs.train
         outputs.keys                      a `jax.random.key` for each row, [B]; the same for any accumulation
@@ -74,14 +76,18 @@ class Outputs:
     def __getitem__(self, name: str) -> Any:
         if name in self.rows:
             return self.rows[name]
+        declared = getattr(self.model, "outputs", {})
+        if name not in self._memo and name not in declared:
+            raise UserError(
+                f"{WHERE}: `{self._user}` needs `{name}`, which neither the batch nor {self._owner} has; the batch "
+                f"has: {', '.join(self.rows) or 'nothing here'}; {self._owner}: {', '.join(declared) or 'nothing'}"
+            )
+        return self.once(name, declared.get(name))
+
+    def once(self, name: str, compute: Callable[["Outputs"], Any]) -> Any:
+        """Returns `compute(outputs)`, computed once for all terms that ask for the name."""
         if name not in self._memo:
-            declared = getattr(self.model, "outputs", {})
-            if name not in declared:
-                raise UserError(
-                    f"{WHERE}: `{self._user}` needs `{name}`, which neither the batch nor {self._owner} has; the batch "
-                    f"has: {', '.join(self.rows) or 'nothing here'}; {self._owner}: {', '.join(declared) or 'nothing'}"
-                )
-            self._memo[name] = declared[name](self.of(name))
+            self._memo[name] = compute(self.of(name))
         return self._memo[name]
 
     def apply(self, method: str, *args: Any, **options: Any) -> Any:
@@ -138,6 +144,13 @@ class Outputs:
             self._taught[name] = Outputs(model, params, rows, keys=self.keys, made=self._made)
             self._taught[name]._rng, self._taught[name]._owner = self._rng, f"the teacher `{name}`"
         return self._taught[name].of(self._scope)
+
+    def on(self, **rows: Any) -> "Outputs":
+        """Returns a view on other rows, such as more texts: `outputs.on(token_ids=ids)["text_embedding"]`."""
+        view = copy.copy(self)
+        view.rows, view.keys, view._memo, view._taught = rows, None, {}, {}
+        view._calls = collections.Counter()
+        return view
 
     def of(self, scope: str) -> "Outputs":
         """Returns a view for one term, which shares what was computed."""

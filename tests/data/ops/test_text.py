@@ -138,3 +138,14 @@ def test_what_is_no_caption_is_a_bad_example(value):
             run(op, {"c": value})
         assert error.value.kind == "text"
     assert run("caption('c')", {"c": [None, "a cat"]})["text"] == "a cat"
+
+
+def test_templates_are_drawn_anew():
+    drawn = {run("random_template('imagenet80')", {"text": "fox"}, seed)["text"] for seed in range(60)}
+    assert len(drawn) > 30 and all("fox" in text for text in drawn)
+    example = run("random_templates(3, 'a {}', 'the {}', 'my {}', 'no {}')", {"text": "fox"}, 1)
+    assert len(set(example["texts"])) == 3 and all(text.endswith(" fox") for text in example["texts"])
+    few = run("random_templates(3, 'a {}')", {"text": "fox"}, 1)
+    assert few["texts"] == ["a fox", "", ""] and few["texts_mask"].tolist() == [True, False, False]
+    with pytest.raises(UserError, match="did you mean `imagenet80`"):
+        run("random_template('imagenet81')", {"text": "fox"}, 1)

@@ -1,12 +1,14 @@
 """Text ops: choose a caption, fill a template, make tokens, hide spans."""
 
 import contextlib
+import functools
 import string
 from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from vlm_jax.data import spans
+from vlm_jax.catalogue import method
+from vlm_jax.data import class_lists, spans
 from vlm_jax.data.ops.pipeline import Pipeline
 from vlm_jax.data.ops.registry import Length, Number, op
 from vlm_jax.data.source import BadExample, field
@@ -136,11 +138,50 @@ def template(text: str, template: str, *templates: str) -> str:
     return template.replace("{}", text)
 
 
+@method(
+    family="ops",
+    system="PAFT",
+    paper="arXiv:2502.12859",
+    differs="a prompt's template is drawn anew for each example and step, so that no wording is learned",
+    needs={"data.ops": "caption('caption') | random_template('imagenet80')"},
+)
 @op
 def random_template(text: str, rng: np.random.Generator, template: str, *templates: str) -> str:
-    """Replaces `{}` of a template, drawn at random, by the text."""
-    templates = (template, *templates)
+    """Replaces `{}` of a template, drawn at random, by the text.
+
+    `random_template('imagenet80')` draws from packaged templates, see `vlm_jax.data.class_lists.read_templates`.
+    """
+    templates = prompts_named(template, *templates)
     return templates[int(rng.random() * len(templates))].replace("{}", text)
+
+
+@op
+def random_templates(
+    example: dict,
+    rng: np.random.Generator,
+    n: Number,
+    template: str,
+    *templates: str,
+    key: str = "text",
+    to: str = "texts",
+) -> dict:
+    """Sets `texts` to n prompts of the text at `key`, in different templates drawn at random: a prompt ensemble.
+
+    `texts_mask`, bool [n], is False where there are fewer templates. Templates as of `random_template`.
+    """
+    text, known = field(example, key), prompts_named(template, *templates)
+    drawn = [known[i].replace("{}", _text(text, key)) for i in rng.permutation(len(known))[:n]]
+    example[to] = drawn + [""] * (n - len(drawn))
+    example[f"{to}_mask"] = np.arange(n) < len(drawn)
+    return example
+
+
+@functools.lru_cache(64)
+def prompts_named(*templates: str) -> tuple[str, ...]:
+    """Returns the templates, or those of the packaged set or file that a single one names."""
+    if len(templates) == 1 and "{}" not in templates[0]:
+        return tuple(class_lists.read_templates(templates[0]))
+    return templates
 
 
 @op

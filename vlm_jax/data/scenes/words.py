@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vlm_jax.data import emoji
+from vlm_jax.data.english import article, plural  # noqa: F401 (of things, too)
 
 # No thing to put into a scene, or a picture that fills its square.
 NO_THING = (
@@ -81,16 +82,6 @@ ALIKE = (
     "notebook; closed book; ledger",
     "television; desktop computer; laptop",
 )
-UNCHANGED = {"sheep", "fish", "deer", "moose", "bison", "shrimp", "squid", "goldfish", "blowfish", "starfish"}
-IRREGULAR = {
-    "mouse": "mice", "goose": "geese", "ox": "oxen", "wolf": "wolves", "leaf": "leaves", "knife": "knives",
-    "loaf": "loaves", "scarf": "scarves", "tooth": "teeth", "foot": "feet", "octopus": "octopuses", "T-Rex": "T-Rexes",
-    "volcano": "volcanoes", "potato": "potatoes", "tomato": "tomatoes", "mango": "mangoes", "mosquito": "mosquitoes",
-    "bus": "buses", "trolleybus": "trolleybuses", "minibus": "minibuses", "dress": "dresses", "jellyfish": "jellyfish",
-    "fly": "flies", "die": "dice", "sheaf": "sheaves", "snowman": "snowmen", "tornado": "tornadoes",
-}  # fmt: skip
-VOWEL_BUT_A = ("uni", "ewe", "euro", "one", "eucalyptus", "ukulele", "utensil")
-AN = ("hourglass", "x-ray", "heir")
 
 
 class Thing(NamedTuple):
@@ -104,30 +95,6 @@ class Thing(NamedTuple):
     name: str
     plural: str
     names: dict[str, str]  # by language
-
-
-def article(word: str) -> str:
-    """Returns "a" or "an", for the word that follows."""
-    if word.startswith(AN):
-        return "an"
-    return "an" if word[0].lower() in "aeiou" and not word.lower().startswith(VOWEL_BUT_A) else "a"
-
-
-def plural(name: str) -> str:
-    """Returns the plural of an English name: its head noun's, before `of`."""
-    head, of, rest = name.partition(" of ")
-    before, space, noun = head.rpartition(" ")
-    if noun in UNCHANGED:
-        many = noun
-    elif noun in IRREGULAR:
-        many = IRREGULAR[noun]
-    elif re.search("(s|x|z|ch|sh)$", noun):
-        many = f"{noun}es"
-    elif re.search("[^aeiou]y$", noun):
-        many = f"{noun[:-1]}ies"
-    else:
-        many = f"{noun}s"
-    return f"{before}{space}{many}{of}{rest}"
 
 
 def _listed(text: str) -> list[str]:

@@ -45,13 +45,14 @@ def contrastive(
 
     Args:
       model: linen module with the outputs `image_embedding`, `text_embedding`, `scale` and `bias`.
-      penalty: "softmax", "sigmoid", "focal", "margin", or a dict with the name and options,
+      penalty: "softmax", "sigmoid", "any_positive", "focal", "margin", or a dict with the name and options,
         `dict(name="softmax", label_smoothing=0.1)`.
       similarity: "cosine"; "token_wise" or "multiple_instance", for towers with pool "all"; "wasserstein", for a model
         with the space `gaussian`.
       targets: "identity", "null_image", a dict, or a batch key such as "concept": pictures and texts with equal values
         are positives.
-      negatives: "in_batch", or more candidates: `dict(name="queue", size=65536)`, `dict(name="texts", key="texts")`.
+      negatives: "in_batch", or more candidates: `dict(name="queue", size=65536)`, `dict(name="texts", key="texts")`,
+        `dict(name="rewritten", positives="paraphrases")`.
       max_scale: upper limit of the scale (100 in CLIP, Section 2.5); gradients that lower the scale still pass.
       mask: a batch key, bool [B]; examples with False are no negatives, and loss and metrics ignore them.
       implementation: that of `kernels.contrastive`. None holds all logits of a small batch on one device, and otherwise
@@ -92,7 +93,7 @@ def contrastive(
             candidates = parts.negatives.candidates(features, ctx.state)
         if explain(parts, features, candidates).implementation == "plain":
             of_images, of_texts = _logits(parts, features, candidates, scale, bias)
-            matches = _matches(parts, features, rows, of_images, of_texts)
+            matches = _matches(parts, features, rows, candidates, of_images, of_texts)
             value = parts.penalty.plain(of_images, of_texts, *matches)
             best = [m >= jnp.max(m, axis, keepdims=True) for m, axis in zip(matches, (1, 0), strict=True)]
             accuracies = accuracy(of_images, best[0], axis=1), accuracy(of_texts, best[1], axis=0)
@@ -153,7 +154,7 @@ def explain(parts: Parts, features: Mapping[str, Any], candidates: Candidates | 
 def _logits(parts, features, candidates, scale, bias):
     """Returns logits [B, M] of images with texts and [M', B] of images with texts."""
     scores = parts.similarity.scores(features)
-    if candidates is not None and len(candidates.texts) > len(features["text"]):
+    if candidates is not None and (len(candidates.texts) > len(features["text"]) or candidates.images is not None):
         of = lambda image, text: parts.similarity.scores({"image": image, "text": text})[0]
         images = candidates.images
         scores = of(features["image"], candidates.texts), scores[1] if images is None else of(images, features["text"])
@@ -166,12 +167,23 @@ def _logits(parts, features, candidates, scale, bias):
     return hide(logits[0], candidates.text_mask), hide(logits[1].T, candidates.image_mask).T
 
 
-def _matches(parts, features, rows, of_images, of_texts):
-    """Returns the targets of `_logits`: no image or text matches a candidate that is not of the batch."""
-    size = of_images.shape[0]
-    of_image, of_text = parts.targets.of(features, rows, size)
-    wider = lambda x, shape: jnp.pad(x, [(0, new - old) for new, old in zip(shape, x.shape, strict=True)])
-    return wider(of_image, of_images.shape), wider(of_text, of_texts.shape)
+def _matches(parts, features, rows, candidates, of_images, of_texts):
+    """Returns the targets of `_logits`: further candidates match what their row's own one matches."""
+    of_image, of_text = parts.targets.of(features, rows, of_images.shape[0])
+    none = Candidates(None) if candidates is None else candidates
+
+    def wider(matches, length, rows, counts):
+        size = matches.shape[1]
+        new = jnp.zeros((len(matches), length - size), matches.dtype)
+        if rows is not None:
+            new = jnp.where(rows < 0, new, jnp.asarray(matches)[:, rows])
+            new = new if counts is None else jnp.where(counts[size:], new, 0)
+        return jnp.concatenate([matches, new.astype(matches.dtype)], axis=1)
+
+    return (
+        wider(of_image, of_images.shape[1], none.text_rows, none.text_mask),
+        wider(of_text.T, of_texts.shape[0], none.image_rows, none.image_mask).T,
+    )
 
 
 def _pairs(parts, features, candidates, rows, scale, bias):
@@ -197,10 +209,12 @@ def _pairs(parts, features, candidates, rows, scale, bias):
         scale.astype(dtype),
         None if bias is None else bias.astype(dtype),
         parts.targets.labels(rows, len(image)),
-        parts.targets.differ,
+        parts.targets.differ and candidates.text_rows is None and candidates.image_rows is None,
         valid,
         counted(candidates.texts, candidates.text_mask),
         counted(candidates.images, candidates.image_mask),
+        candidates.text_rows,
+        candidates.image_rows,
         parts.implementation,
     )
 

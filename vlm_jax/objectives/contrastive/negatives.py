@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
+from vlm_jax.objectives.contrastive.texts import texts_of
 from vlm_jax.objectives.term import WHERE, Context
 
 
@@ -18,12 +19,16 @@ class Candidates(NamedTuple):
       texts: for the images, [M, D].
       images: for the texts, [M', D]; None: the batch's images, so that one matrix of logits serves both directions.
       text_mask, image_mask: bool [M], [M'], candidates that count; None for all.
+      text_rows, image_rows: int [M - B], [M' - B], the row of the batch that a further candidate belongs to, which its
+        row's partners match as well; -1 for none. None: -1 for all.
     """
 
     texts: jax.Array
     images: jax.Array | None = None
     text_mask: jax.Array | None = None
     image_mask: jax.Array | None = None
+    text_rows: jax.Array | None = None
+    image_rows: jax.Array | None = None
 
 
 class Negatives(NamedTuple):
@@ -59,20 +64,10 @@ def in_batch() -> Negatives:
 def texts(*, key: str = "texts", pad_id: int | None = None) -> Negatives:
     """More texts of the batch, `key` int [B, K, L]: wrong for every image, candidates for every image.
 
-    For hard negatives: texts that are wrong by a word or by the order of words. Texts of padding alone do not count.
+    For hard negatives: texts that are wrong by a word or by the order of words. Texts of padding alone do not count,
+    nor those that bool [B, K] `<key>_mask` of the batch leaves out.
     """
-
-    def features(outputs, ctx):
-        ids = outputs[key]
-        embedded = outputs.apply("__call__", None, ids.reshape(-1, ids.shape[-1])).text
-        return {"texts": embedded.reshape(*ids.shape[:2], -1), "given": jnp.any(ids != ctx.special(pad_id)[0], axis=-1)}
-
-    def candidates(features, state):
-        more, size = features["texts"], len(features["text"])
-        counts = jnp.concatenate([jnp.ones(size, bool), features["given"].reshape(-1)])
-        return Candidates(jnp.concatenate([features["text"], more.reshape(-1, more.shape[-1])]), text_mask=counts)
-
-    return Negatives(features, candidates)
+    return rewritten(negatives=key, positives=None, pad_id=pad_id)
 
 
 @method(
@@ -115,3 +110,63 @@ def queue(*, size: int = 65_536, teacher: str | None = "momentum") -> Negatives:
         return keys | {"filled": put(state["filled"], jnp.ones(count, bool)), "next": (state["next"] + count) % rows}
 
     return Negatives(features, candidates, init, update)
+
+
+@method(
+    family="negatives",
+    system="UNIMO",
+    paper="arXiv:2012.15409",
+    where="section 2.2",
+    differs="an image also matches rewritten texts, and a text also matches similar images; wrong texts are negatives",
+)
+def rewritten(
+    *,
+    positives: str | None = "paraphrases",
+    negatives: str | None = "texts",
+    images: str | None = None,
+    pad_id: int | None = None,
+) -> Negatives:
+    """More texts and images of a row, some of which match it, and some match none (CMCL of UNIMO, Li et al. 2021).
+
+    All of them are candidates for the whole batch. UNIMO's loss has the penalty `any_positive`. Without keys, the batch
+    alone.
+
+    Args:
+      positives: a key of the batch, texts int [B, P, L] that say what the row's text says: rewritten, or retrieved.
+      negatives: a key of the batch, texts int [B, K, L] that are wrong for every image.
+      images: a key of the batch, images [B, R, H, W, 3] that the row's text describes, too: retrieved ones.
+      pad_id: id of padding; the tokenizer's, which is the default. Texts that lack do not count, see `texts`.
+    """
+    kinds = {key: kind for key, kind in ((negatives, "wrong"), (positives, "right")) if key}
+
+    def features(outputs, ctx):
+        found = {kind: texts_of(outputs, ctx, key, pad_id) for key, kind in kinds.items()}
+        if images:
+            pictures = outputs[images]
+            if pictures.ndim != 5:
+                raise UserError(
+                    f"{WHERE}.negatives: `{images}` has the shape {pictures.shape}; expected [B, R, h, w, 3]"
+                )
+            embedded = outputs.apply("__call__", pictures.reshape(-1, *pictures.shape[2:]), None).image
+            found["images"] = embedded.reshape(*pictures.shape[:2], -1)
+        return found
+
+    def candidates(features, state):
+        own = features["text"], jnp.ones(len(features["text"]), bool)
+        more = [own, *(features[kind].flat for kind in kinds.values())]
+        rows = [rows_of(features[kind].given.shape, kind == "right") for kind in kinds.values()]
+        texts, counts = (jnp.concatenate(parts) for parts in zip(*more, strict=True))
+        found = Candidates(texts, text_mask=counts, text_rows=jnp.concatenate(rows) if positives else None)
+        if not images:
+            return found
+        others = features["images"]
+        pictures = jnp.concatenate([features["image"], others.reshape(-1, others.shape[-1])])
+        return found._replace(images=pictures, image_rows=rows_of(others.shape[:2], True))
+
+    return Negatives(features, candidates)
+
+
+def rows_of(shape: tuple[int, int], right: bool) -> jax.Array:
+    """Returns the rows [B K] of K candidates a row; -1 for those that are not right for it."""
+    size, count = shape
+    return jnp.repeat(jnp.arange(size), count) if right else jnp.full(size * count, -1)

@@ -47,6 +47,7 @@ class Pairs(NamedTuple):
       identity: whether all labels differ: text i is the only positive of image i.
       mask: bool [B], the examples that count; None for all.
       text_mask, image_mask: bool [M], [M'], the candidates that count; None for all.
+      text_rows, image_rows: int [M - B], [M' - B], see `Candidates`.
       implementation: the implementation of `kernels.contrastive`.
     """
 
@@ -61,19 +62,22 @@ class Pairs(NamedTuple):
     mask: jax.Array | None
     text_mask: jax.Array | None
     image_mask: jax.Array | None
+    text_rows: jax.Array | None
+    image_rows: jax.Array | None
     implementation: str | None
 
     def statistics(self, **options):
         """Returns the results of images and of texts of `kernels.contrastive.statistics`."""
-        of_images, of_texts = self._statistics(self.image, self.texts, self.text_mask, options)
+        of_images, of_texts = self._statistics(self.image, self.texts, self.text_mask, self.text_rows, options)
         if self.images is not None:
-            return of_images, self._statistics(self.text, self.images, self.image_mask, options)[0]
+            return of_images, self._statistics(self.text, self.images, self.image_mask, self.image_rows, options)[0]
         return of_images, of_texts if len(self.texts) == len(self.text) else of_texts._replace(
             **{name: None if one is None else one[: len(self.text)] for name, one in of_texts._asdict().items()}
         )
 
-    def _statistics(self, x, y, y_mask, options):
+    def _statistics(self, x, y, y_mask, y_rows, options):
         new = jnp.full(len(y) - len(x), jnp.min(self.labels) - 1, self.labels.dtype)
+        new = new if y_rows is None else jnp.where(y_rows < 0, new, jnp.asarray(self.labels)[y_rows])
         labels = jnp.concatenate([self.labels, new]) if len(new) else self.labels
         return kernel.statistics(
             x, y, self.scale, self.bias, x_labels=self.labels, y_labels=labels, x_mask=self.mask, y_mask=y_mask,
@@ -158,6 +162,27 @@ def sigmoid() -> Penalty:
         return pairs.mean(images.loss), images, texts
 
     return Penalty(_over_pairs(of_each), of_pairs, one_matrix=True)
+
+
+@method(
+    family="penalties",
+    paper="arXiv:1912.06430",
+    where="equation 1",
+    differs="one positive of several suffices: their probabilities are summed",
+)
+def any_positive() -> Penalty:
+    """Mean of -log of the positives' probability, image -> texts and text -> images (MIL-NCE, Miech et al. 2020).
+
+        -log (sum of exp(l_ij) over positives j / sum of exp(l_ij) over all candidates j)
+
+    With one positive each: `softmax`, whose target is uniform over several.
+    """
+
+    def directed(logits, targets, axis):
+        own = jax.nn.logsumexp(jnp.where((targets > 0) & (logits > HIDDEN / 2), logits, 2 * HIDDEN), axis)
+        return jnp.mean(jax.nn.logsumexp(logits, axis) - own)
+
+    return Penalty(lambda *given: 0.5 * (directed(*given[0::2], axis=1) + directed(*given[1::2], axis=0)), hard=True)
 
 
 @method(
