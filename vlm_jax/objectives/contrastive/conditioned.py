@@ -24,7 +24,7 @@ from vlm_jax.params.sharding import split_batch
 class TextPool(nn.Module):
     """Attention pooling of patches by texts: softmax over the patches and a zero, which a text finds that sees nothing.
 
-    FLAIR (arXiv:2412.03561, section 3.2): norms of queries and of keys, no residual, no MLP.
+    FLAIR (arXiv:2412.03561): norms of queries and of keys, no residual, no MLP.
 
     Attributes:
       heads: attention heads; None: 8, or the largest power of two below that divides the width.
@@ -52,7 +52,7 @@ def attention(*, heads: int | None = None) -> Callable:
 
 
 def sparse(*, threshold: float | None = None) -> Callable:
-    """Returns a pool without parameters: sum_n a_n v_n (SPARC, arXiv:2401.09865, section 3).
+    """Returns a pool without parameters: sum_n a_n v_n (SPARC, arXiv:2401.09865).
 
     a is the similarity of the text and the patches, scaled to 0 to 1 over the picture's patches, 0 below the threshold,
     and divided by its sum. The threshold is 1 / N by default, N patches; with 1, the text sees its best patch alone.
@@ -171,7 +171,6 @@ def within(x: jax.Array, y: jax.Array, given: jax.Array, scale: jax.Array) -> tu
     family="terms",
     system="FLAIR",
     paper="arXiv:2412.03561",
-    where="section 3.3",
     differs="a picture is compared with a text as the text sees it: attention pooling with the text as the query",
 )
 def conditioned(
