@@ -24,7 +24,7 @@ GIVEN = dict(  # the slices hold all pictures of the four classes
 )  # fmt: skip
 SCENES = dict(uri="scenes:?examples=8", split="train")  # their fields are the defaults
 OF_SCENES = {
-    "minimal_pairs": {}, "composed_retrieval": {}, "questions": {}, "counting": {}, "answers": {},
+    "minimal_pairs": {}, "composed_retrieval": {}, "rank_overlap": {}, "questions": {}, "counting": {}, "answers": {},
     "regions": {"ops": "resize(32) | normalize"}, "grounding": {"ops": "resize(32) | normalize"},
 }  # fmt: skip
 

@@ -165,10 +165,11 @@ def test_weights_of_patches():
         (dict(name="grouping", pool="mean"), "config.objective.pool is `mean`; expected one of: attention, sparse"),
         (dict(name="grouping", pool=dict(name="sparse", threshold=2)), "pool.threshold is 2; expected 0 to 1"),
         (dict(name="conditioned", pool=dict(name="sparse", heads=2)), "config.objective.pool has no key `heads`"),
+        (dict(name="conditioned", pool=dict(name="attention", heads=4)), "pool: 4 heads do not divide embeddings of 6"),
         (dict(name="conditioned", key="sub_captions"), "`conditioned` needs `sub_captions`, which"),
     ],
 )
 def test_what_lacks_is_named(section, message):
     with pytest.raises(UserError, match=message) as error:
-        lookup.differentiate(section, tables(), BATCH, model=Patches(SIZE, WIDTH))
+        lookup.differentiate(section, tables(pools=("conditioned",)), BATCH, model=Patches(SIZE, WIDTH))
     assert "\n" not in str(error.value)

@@ -53,17 +53,22 @@ def by_hand(params, penalty, images):
     return lookup.LOSSES[penalty](of_images, of_texts, 1.0 * own, 1.0 * own_texts)
 
 
-@pytest.mark.parametrize("images", [None, "similar"])
-def test_rewritten(images):
-    """Each penalty, and softmax through the kernels."""
-    negatives = dict(name="rewritten", images=images)
-    penalties = ("any_positive", "softmax", "sigmoid")
-    terms = {name: dict(name="contrastive", penalty=name, negatives=negatives) for name in penalties}
-    terms["blocks"] = terms["softmax"] | dict(implementation="blockwise")
-    value = lambda params, batch: sum(by_hand(params, penalty, images) for penalty in (*penalties, "softmax"))
+def test_rewritten():
+    """Each penalty, softmax through the kernels too, with and without images."""
+    kinds = {
+        "any": ("any_positive", "similar"), "softmax": ("softmax", "similar"), "sigmoid": ("sigmoid", "similar"),
+        "blocks": ("softmax", "similar"), "texts": ("sigmoid", None), "text_blocks": ("softmax", None),
+    }  # fmt: skip
+    terms = {
+        name: dict(name="contrastive", penalty=penalty, negatives=dict(name="rewritten", images=images))
+        for name, (penalty, images) in kinds.items()
+    }
+    for name in ("blocks", "text_blocks"):
+        terms[name]["implementation"] = "blockwise"
     got = lookup.differentiate(dict(terms=terms), tables(), BATCH)
-    lookup.check(got, value, tables(), BATCH)
-    np.testing.assert_allclose(got[1]["blocks/loss"], by_hand(tables(), "softmax", images), rtol=1e-12)
+    lookup.check(got, lambda params, batch: sum(by_hand(params, *kind) for kind in kinds.values()), tables(), BATCH)
+    for name, kind in kinds.items():
+        np.testing.assert_allclose(got[1][f"{name}/loss"], by_hand(tables(), *kind), rtol=1e-12)
     for key in ("accuracy_image_to_text", "accuracy_text_to_image"):
         np.testing.assert_allclose(got[1][f"blocks/{key}"], got[1][f"softmax/{key}"], rtol=1e-6)
 

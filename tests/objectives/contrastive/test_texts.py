@@ -25,7 +25,7 @@ def logits_of(params, images, texts):
     return np.exp(params["logit_scale"]) * params["image"][images] @ params["text"][texts].T + params["logit_bias"]
 
 
-KINDS = [(among, penalty) for among in ("place", "all") for penalty in ("softmax", "sigmoid")]
+KINDS = [("place", "softmax"), ("all", "softmax"), ("all", "sigmoid")]
 TERMS = {f"{a}_{p}": dict(name="several_texts", among=a, penalty=p) for a, p in KINDS}
 
 
@@ -81,12 +81,6 @@ def by_pairs(params, pairs, penalty):
     return total
 
 
-def test_paraphrases():
-    terms = {p: dict(name="paraphrases", penalty=p) for p in ("softmax", "sigmoid")}
-    by_hand = lambda params, batch: sum(by_pairs(params, PARAPHRASES, penalty) for penalty in terms)
-    lookup.check(lookup.differentiate(dict(terms=terms), tables(), BATCH), by_hand, tables(), BATCH)
-
-
 class Pictures(lookup.Lookup):
     """With two class tokens."""
 
@@ -95,8 +89,8 @@ class Pictures(lookup.Lookup):
     }
 
 
-def test_two_captions():
-    """Both class tokens with their captions; and one pair, of pictures and captions, is the contrastive term."""
+def test_pairs():
+    """Paraphrases; both class tokens with their captions; pictures and captions alone are the contrastive term."""
     pairs = (("image", "text"), ("image:1", "texts:1"))
     one = dict(pairs=(("image", "text"),))
     terms = dict(
@@ -104,10 +98,13 @@ def test_two_captions():
         base=dict(name="contrastive"), one=dict(name="two_captions", **one), same=dict(name="paraphrases", **one),
     )  # fmt: skip
 
+    terms |= {p: dict(name="paraphrases", penalty=p) for p in ("softmax", "sigmoid")}
+
     def by_hand(params, batch):
         second = params | {"image": params["image"][N:]}
         tips = by_pairs(params, pairs[:1], "softmax") + by_pairs(second, (("image", "texts:1"),), "softmax")
-        return tips / 2 + 3 * by_pairs(params, pairs[:1], "softmax")
+        rewritten = sum(by_pairs(params, PARAPHRASES, penalty) for penalty in ("softmax", "sigmoid"))
+        return tips / 2 + 3 * by_pairs(params, pairs[:1], "softmax") + rewritten
 
     got = lookup.differentiate(dict(terms=terms), tables(), BATCH, model=Pictures(SIZE, WIDTH))
     lookup.check(got, by_hand, tables(), BATCH)

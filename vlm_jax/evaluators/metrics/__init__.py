@@ -6,6 +6,7 @@ from vlm_jax.evaluators.metrics.multi_label import average_precision, mean_avera
 from vlm_jax.evaluators.metrics.ranking import (
     Pairs,
     Ranks,
+    overlap,
     recall,
     retrieval_ranks,
     retrieval_recall,
@@ -23,6 +24,7 @@ __all__ = [
     "intervals",
     "mean_average_precision",
     "mean_per_class_accuracy",
+    "overlap",
     "percentiles",
     "recall",
     "resampled",

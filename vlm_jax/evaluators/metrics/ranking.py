@@ -91,6 +91,23 @@ def top_k(scores: Scores, queries: int, candidates: int, k: int) -> tuple[np.nda
     return np.concatenate(index), np.concatenate(best)
 
 
+def overlap(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns how much two lists of the k best have in common, float64 [N] each: (average overlap, Jaccard index).
+
+    The average over d = 1 to k of |A_d and B_d| / d, A_d the first d of a list, counts the first ranks more (Webber et
+    al. 2010, "A similarity measure for indefinite rankings", section 3.2); |A and B| / |A or B| counts all alike.
+
+    Args:
+      first, second: int [N, k], best first, without repetition, see `top_k`.
+    """
+    check(first.shape == second.shape and first.ndim == 2, "two lists [N, k]", first, second)
+    depth = np.arange(1, first.shape[1] + 1)
+    meet = np.maximum(depth[:, None], depth)  # from which depth on both lists have a candidate
+    equal = first[:, :, None] == second[:, None]
+    common = np.array([(equal & (meet <= d)).sum(axis=(1, 2)) for d in depth])  # [k, N]
+    return (common / depth[:, None]).mean(axis=0), common[-1] / (2 * depth[-1] - common[-1])
+
+
 class Pairs:
     """Which images and texts belong together: an image has one or several texts; equal texts may count as one another.
 

@@ -118,7 +118,6 @@ class Painter(Encoder, kw_only=True):
     family="terms",
     system="PRIOR",
     paper="arXiv:2307.12577",
-    where="section 3",
     differs="sentences and patches attend to each other; both are reconstructed from the other side, by prototypes",
 )
 def sentences(

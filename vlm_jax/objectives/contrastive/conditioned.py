@@ -1,5 +1,6 @@
 """Pictures seen by a text: patches that a text pools, and terms on such pictures."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,35 +24,35 @@ from vlm_jax.params.sharding import split_batch
 class TextPool(nn.Module):
     """Attention pooling of patches by texts: softmax over the patches and a zero, which a text finds that sees nothing.
 
-    FLAIR (arXiv:2412.03561, section 3.2): norms of queries and of keys, no residual, no MLP.
+    FLAIR (arXiv:2412.03561): norms of queries and of keys, no residual, no MLP.
 
     Attributes:
-      heads: attention heads.
+      heads: attention heads; None: 8, or the largest power of two below that divides the width.
     """
 
-    heads: int = 8
+    heads: int | None = None
 
     @nn.compact
     def __call__(self, texts, patches, real):
         """[B, M, D], [B, N, D], bool [B, N] -> [B, M, D]."""
         norm = lambda name, x: Norm(dtype=x.dtype.name, eps=1e-5, name=name)(x)
-        if texts.shape[-1] % self.heads:
-            raise UserError(
-                f"{WHERE}.pool: {self.heads} heads do not divide embeddings of {texts.shape[-1]}; set heads"
-            )
-        nothing = jnp.zeros((1, self.heads, texts.shape[-1] // self.heads), texts.dtype)
-        attention = Attention(self.heads, dtype=texts.dtype.name, name="attn")
+        width = texts.shape[-1]
+        heads = math.gcd(8, width) if self.heads is None else self.heads
+        if width % heads:
+            raise UserError(f"{WHERE}.pool: {heads} heads do not divide embeddings of {width}; set heads")
+        nothing = jnp.zeros((1, heads, width // heads), texts.dtype)
+        attention = Attention(heads, dtype=texts.dtype.name, name="attn")
         query, context = norm("query_norm", texts), norm("norm", patches)
         return attention(query, context, real[:, None, None], prefix=KeyValues(nothing, nothing))[0]
 
 
-def attention(*, heads: int = 8) -> Callable:
-    """Returns `TextPool` of the term's own; `heads` divides the embeddings' width."""
+def attention(*, heads: int | None = None) -> Callable:
+    """Returns `TextPool` of the term's own."""
     return lambda outputs, *args: outputs.part("pool", TextPool(heads), *args)
 
 
 def sparse(*, threshold: float | None = None) -> Callable:
-    """Returns a pool without parameters: sum_n a_n v_n (SPARC, arXiv:2401.09865, section 3).
+    """Returns a pool without parameters: sum_n a_n v_n (SPARC, arXiv:2401.09865).
 
     a is the similarity of the text and the patches, scaled to 0 to 1 over the picture's patches, 0 below the threshold,
     and divided by its sum. The threshold is 1 / N by default, N patches; with 1, the text sees its best patch alone.
@@ -170,9 +171,7 @@ def within(x: jax.Array, y: jax.Array, given: jax.Array, scale: jax.Array) -> tu
     family="terms",
     system="FLAIR",
     paper="arXiv:2412.03561",
-    where="section 3.3",
     differs="a picture is compared with a text as the text sees it: attention pooling with the text as the query",
-    needs={"objective.pool": {"name": "attention", "heads": 1}},
 )
 def conditioned(
     *,

@@ -116,7 +116,6 @@ def queue(*, size: int = 65_536, teacher: str | None = "momentum") -> Negatives:
     family="negatives",
     system="UNIMO",
     paper="arXiv:2012.15409",
-    where="section 2.2",
     differs="an image also matches rewritten texts, and a text also matches similar images; wrong texts are negatives",
 )
 def rewritten(

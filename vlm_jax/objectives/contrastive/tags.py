@@ -18,7 +18,6 @@ from vlm_jax.objectives.term import WHERE, Term
     family="terms",
     system="TagAlign",
     paper="arXiv:2312.14149",
-    where="section 3.2",
     differs="a picture is classified by the tags of its caption, whose text embeddings are the classes",
 )
 def tags(

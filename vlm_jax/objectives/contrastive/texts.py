@@ -228,7 +228,6 @@ def paraphrases(
     family="terms",
     system="TIPS",
     paper="arXiv:2410.16512",
-    where="section 3.1",
     differs="two class tokens: one is compared with the web's caption, one with a synthetic caption",
     needs={"model.image.pool": "tok", "model.image.cls": True, "model.image.registers": 1},
 )
