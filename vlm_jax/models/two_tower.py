@@ -55,6 +55,7 @@ EMBEDDINGS = {
     "image_embedding": lambda o: o["of_image"].image,
     "image_pooled": lambda o: o["of_image"].image_pooled,
     "image_tokens": lambda o: o["of_image"].image_tokens,
+    "image_mask": lambda o: o["of_image"].image_mask,
     "image_parts": lambda o: o["of_image"].image_parts,
     "patch_tokens": lambda o: o["image_tokens"][:, getattr(getattr(o.model, "image", None), "tokens_before", 0) :],
     "text_embedding": lambda o: o["of_text"].text,

@@ -109,8 +109,10 @@ def queue(*, size: int = 65_536, teacher: str | None = "momentum") -> Negatives:
         return keys | {"filled": jnp.zeros(rows, bool), "next": jnp.zeros((), jnp.int32)}
 
     def update(state: Mapping[str, Any], features: Mapping[str, Any], ctx: Context):
-        put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, state["next"], axis=0)
         count, rows = len(features["key_text"]), len(state["filled"])
+        put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, state["next"], axis=0)
+        if rows % count:  # batches of several sizes, the first of which divides the queue
+            put = lambda old, new: old.at[(state["next"] + jnp.arange(count)) % rows].set(new)
         keys = {key: put(state[key], features[key]) for key in ("key_image", "key_text")}
         return keys | {"filled": put(state["filled"], jnp.ones(count, bool)), "next": (state["next"] + count) % rows}
 
