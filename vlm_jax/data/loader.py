@@ -88,7 +88,9 @@ class Loader(Iterator[Batch]):
       examples: length -> a batch of one example, for its fields, shapes and dtypes. Lengths are those of
         `data.naflex`; without it, the only length is None.
       example: that of the first length.
+      lengths: of `data.naflex`, or (None,).
       length: of the last batch.
+      batch_size: rows of a batch over all processes, of all row sets together; of several lengths, a list.
       num_examples: examples of the data set, the length of an epoch. An epoch of a mixture is as many examples as its
         sources have together: each once, if the weights are as the sources' sizes.
       sizes: rows of a batch over all processes; of several row sets, {row set: rows}; of several lengths, {length:
@@ -122,7 +124,7 @@ class Loader(Iterator[Batch]):
         )
         rows_of = lambda own, count: sum(count(rows) for rows in own.values())
         sizes = [rows_of(own, lambda rows: rows.size) for own in batches.sets.values()]
-        self._batch_size = sizes[0] if len(sizes) == 1 else sizes
+        self.lengths, self.batch_size = tuple(batches.sets), sizes[0] if len(sizes) == 1 else sizes
         self._share = {key: rows_of(own, lambda rows: len(rows.slots)) for key, own in batches.sets.items()}
         self.batches_per_epoch = len(sizes) * self.num_examples // sum(sizes)
 
@@ -190,12 +192,15 @@ class Loader(Iterator[Batch]):
         check_bad(self.bad, allowed, self.read, self._max_bad_fraction, bad)
 
     def taken(self) -> dict[str, float]:
-        """Returns, for the log, the examples and epochs that the batches so far took of each source of a mixture."""
+        """Returns, for the log, the examples and epochs that the batches so far took of each source of a mixture.
+
+        And the length of the last batch, with `data.naflex`.
+        """
         found = {}
         for rows in self._sets:
             for name, (examples, epochs) in rows.counts(self._batches.first(self._k, rows)).items():
                 found |= {f"data/{name}/examples": examples, f"data/{name}/epochs": epochs} if name else {}
-        return found
+        return found if self.length is None else found | {"data/length": self.length}
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position after the last returned batch, JSON-able."""
@@ -204,7 +209,7 @@ class Loader(Iterator[Batch]):
             "read": self.read,
             "bad": self.bad,
             "kinds": dict(self.kinds),
-            "batch_size": self._batch_size,
+            "batch_size": self.batch_size,
             "num_examples": self.num_examples,
             "seed": self._batches.seed,
             "fingerprints": self.fingerprints,

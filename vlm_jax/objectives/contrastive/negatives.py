@@ -110,9 +110,8 @@ def queue(*, size: int = 65_536, teacher: str | None = "momentum") -> Negatives:
 
     def update(state: Mapping[str, Any], features: Mapping[str, Any], ctx: Context):
         count, rows = len(features["key_text"]), len(state["filled"])
-        put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, state["next"], axis=0)
-        if rows % count:  # batches of several sizes, the first of which divides the queue
-            put = lambda old, new: old.at[(state["next"] + jnp.arange(count)) % rows].set(new)
+        at = (state["next"] + jnp.arange(count)) % rows  # batches may have several sizes
+        put = lambda old, new: old.at[at].set(new, unique_indices=True)
         keys = {key: put(state[key], features[key]) for key in ("key_image", "key_text")}
         return keys | {"filled": put(state["filled"], jnp.ones(count, bool)), "next": (state["next"] + count) % rows}
 
