@@ -23,10 +23,10 @@ class FusionWithMap(Encoder, kw_only=True):
     """Words attend to a picture's tokens, in the open, and then pass blocks as in `matching.Fusion`. See `Encoder`."""
 
     @nn.compact
-    def __call__(self, text_tokens, image_tokens, mask, image_mask=None, more=0.0):
-        """[B, L, Dt], [B, N, Di], bool [B, L], bool [B, N] or None -> logits [B, 2], attention [B, H, L, N].
+    def __call__(self, text_tokens, image_tokens, mask, more=0.0, image_mask=None):
+        """[B, L, Dt], [B, N, Di], bool [B, L] -> logits [B, 2], attention [B, H, L, N], to which `more` is added.
 
-        `more` is added to the attention.
+        `image_mask`: bool [B, N], False for padding; or None.
         """
         dense = lambda name, x: nn.Dense(self.width, dtype=self.dtype, name=name)(x)
         split = lambda x: x.reshape(*x.shape[:2], self.heads, -1)
@@ -87,14 +87,15 @@ def soft_masks(
     )  # fmt: skip
 
     def of_pairs(outputs, ctx):
-        return outputs.part("fusion", fusion, *inputs(outputs, ctx), outputs.rows.get("image_mask"))[0]
+        real = outputs.rows.get("image_mask")
+        return outputs.part("fusion", fusion, *inputs(outputs, ctx), image_mask=real)[0]
 
     def of_masked(outputs, ctx):
         (text, image, mask), real = inputs(outputs, ctx), outputs["image_mask"]
-        run = lambda *args: outputs.part("fusion", fusion, *args)
+        run = lambda image, more=0.0: outputs.part("fusion", fusion, text, image, mask, more, image_mask=real)
 
         def score(more):
-            logits, attention = run(text, image, mask, real, more)
+            logits, attention = run(image, more)
             return jnp.sum(logits[:, 1]), attention  # rows do not depend on each other
 
         nothing = jnp.zeros((len(image), fusion.heads, text.shape[1], image.shape[1]), image.dtype)
@@ -108,7 +109,7 @@ def soft_masks(
         low = jnp.min(cam, axis=1, keepdims=True, where=real, initial=jnp.inf)
         high = jnp.max(cam, axis=1, keepdims=True)  # at least 0, as of padding
         fading = jax.lax.stop_gradient((cam - low) / jnp.maximum(high - low, 1e-12))
-        return run(text, image * (1 - strength * fading[..., None]).astype(image.dtype), mask, real)[0]
+        return run(image * (1 - strength * fading[..., None]).astype(image.dtype))[0]
 
     def loss(outputs, features, rows, ctx):
         match = rows[pairs.name]["match"]
