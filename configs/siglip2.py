@@ -31,7 +31,7 @@ from vlm_jax.errors import UserError
 FACTORS = {"B": 0.25, "L": 0.5, "So400m": 1.0, "g": 0.5}  # on the weights 1 and 0.25, section 2.3
 SIZE, ENDS = 256, (256, 384, 512)  # pixels; of the last 5 %
 SMALL = ("base", "base_select", "tiny", "smoke")
-NAFLEX = dict(lengths=(128, 256, 576, 784, 1024), budget=2**23, multiple=256)
+NAFLEX = dict(lengths=(128, 256, 576, 784, 1024), budget=2**23, multiple=1024)
 TOWER = "image/.*|objective/(self_distillation|masked_patches)/.*"
 DISTORTED = "flip | jitter(0.4, 0.4, 0.2) | random_grey(0.2) | random_blur(0.5) | normalize"
 TASKS = ("cap", "aref", "gcap")
@@ -101,7 +101,8 @@ def get_config(variant: str = "So400m/16") -> ConfigDict:
     preprocess = lambda size: f"decode(exif=True) | {shown(size)}"
 
     def ops(size: int | None, more: bool) -> str:
-        found = ["decode(exif=True)", regions("json/phrases", "json/boxes", ", shares=True"), *[views(size, 16)] * more]
+        found = ["decode(exif=True)", regions("json/phrases", "json/boxes", ", shares=True")]
+        found += [views(size, 16)] if more else []
         found += [f"{shown(size)} | caption('txt')", prompts(64), tokenize]
         return " | ".join([*found, keep(more)])
 
@@ -162,7 +163,7 @@ def small(variant: str, native: bool) -> ConfigDict:
 
     def data(size: int | None, distil: bool) -> dict:
         fit, *end = [f"resize({size})", "normalize"] if size else packed(patch).split(" | ", 1)
-        seen = [views(size, patch)] * distil
+        seen = [views(size, patch)] if distil else []
         of_scenes = [regions("regions/text", "regions/box", ""), *seen, f"{fit} | jitter(0.2, 0.2, 0.2)", *end]
         of_emoji = [f"decode | resize({base.SIZE}) | cache", *seen, f"{base.STRONG} | {fit}", *end]
         ends = lambda located: [prompts(base.LENGTH, located), tokenize, keep(distil, "concept")]
