@@ -316,7 +316,7 @@ def _lengths(result: Plan) -> list[str]:
     for length, one in result.lengths.items():
         line = f"{length:7,}{one.rows:9,}{sum(one.memory.values()) / 2**30:8.2f}{one.flops / 1e12:9.3f}"
         known = one.compiled and math.isfinite(one.chip.flops)
-        lines.append(line + (f"{one.seconds * 1e3:9.1f}" if known else "") + ("" if one.fits else "  does not fit"))
+        lines.append(line + (f"{one.seconds * 1e3:9,.1f}" if known else "") + ("" if one.fits else "  does not fit"))
     return [*lines, "the numbers above are of the length that takes most memory"]
 
 
