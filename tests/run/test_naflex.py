@@ -2,13 +2,17 @@
 
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
+from configs import siglip2
 from tests.support.pictures import write_pictures
 from tests.support.runs import lines, on_pictures
-from vlm_jax import load
+from vlm_jax import config, load
 from vlm_jax.errors import UserError
+from vlm_jax.plan import train_step
+from vlm_jax.run import stages
 from vlm_jax.train import train
 
 PACKED = "decode | resize_to_patches(8{0}) | normalize | pack_patches(8{0})"
@@ -65,6 +69,14 @@ def test_the_model_embeds_pictures_at_their_aspect(whole):
     pretrained = load(whole[0])
     assert pretrained.preprocess == PACKED.format(", 16")
     assert np.linalg.norm(pretrained.embed_images([wide])) == pytest.approx(1, abs=1e-5)
+
+
+def test_siglip2_ends_at_the_native_aspect():
+    settings = config.plain(siglip2.get_config("smoke-naflex"))
+    first, _, last = stages.read(settings, 40)
+    assert (last.last - last.first, last.settings["model"]) == (4, first.settings["model"])
+    batch = train_step.traced(last.settings, jax.devices()[:1]).program.abstract_batch
+    assert batch["image"]["patches"].shape == (16, 16, 192) and batch["cap_token_ids"].shape == (16, 32)
 
 
 @pytest.mark.parametrize(

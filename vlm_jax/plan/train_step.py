@@ -216,10 +216,12 @@ def example_of(op_string: str, max_patches: int | None = None) -> dict[str, np.n
     pipeline = ops.parse(op_string, _Tokenizer(), max_patches)
     if not pipeline.keeps:
         raise UserError("config.data.ops should end with keep('image', 'token_ids', ...), a batch's fields")
-    picture = io.BytesIO()
-    Image.new("RGB", (256, 256)).save(picture, "PNG")
-    record: dict[str, Any] = collections.defaultdict(dict, image=picture.getvalue(), text="a text")
-    boxes = {step.kwargs.get("boxes") for step in (*pipeline.before, *pipeline.after)}
+    steps, picture, file = (*pipeline.before, *pipeline.after), Image.new("RGB", (256, 256)), io.BytesIO()
+    picture.save(file, "PNG")
+    is_file = any(step.name == "decode" for step in steps)  # scenes need no `decode`
+    image = file.getvalue() if is_file else np.asarray(picture)
+    record: dict[str, Any] = collections.defaultdict(dict, image=image, text="a text")
+    boxes = {step.kwargs.get("boxes") for step in steps}
     for path in sorted(pipeline.paths - set(ops.SUBJECTS)):
         where, (*folders, name) = record, path.split("/")
         for folder in folders:
