@@ -48,10 +48,7 @@ class TrainBatches:
     def __init__(self, sets: Mapping[int | None, Mapping[str, RowSet]], seed: int, buckets: Buckets | None = None):
         self.sets, self.seed, self.buckets = sets, seed, buckets
         self.start = 0
-        of = lambda what: {
-            length: self._shaped({name: what(rows) for name, rows in own.items()}) for length, own in sets.items()
-        }
-        self.sizes, self.slots = of(lambda rows: rows.size), of(lambda rows: rows.slots)
+        self.sizes, self.slots = self._all("size"), self._all("slots")
 
     def __len__(self) -> int:
         return sys.maxsize // 2
@@ -76,6 +73,10 @@ class TrainBatches:
         if length is not None:
             check_example(length, found)
         return found
+
+    def _all(self, field: str) -> dict[int | None, Any]:
+        of = lambda sets: self._shaped({name: getattr(rows, field) for name, rows in sets.items()})
+        return {length: of(sets) for length, sets in self.sets.items()}
 
     def _shaped(self, by_set: dict[str, Any]) -> Any:
         return by_set["batch"] if list(by_set) == ["batch"] else by_set
@@ -122,10 +123,9 @@ class Loader(Iterator[Batch]):
         self.left_out = sum(
             (collections.Counter(one.left_out) for one in self._examples.values()), collections.Counter()
         )
-        rows_of = lambda own, count: sum(count(rows) for rows in own.values())
-        sizes = [rows_of(own, lambda rows: rows.size) for own in batches.sets.values()]
+        sizes = [sum(rows.size for rows in own.values()) for own in batches.sets.values()]
         self.lengths, self.batch_size = tuple(batches.sets), sizes[0] if len(sizes) == 1 else sizes
-        self._share = {key: rows_of(own, lambda rows: len(rows.slots)) for key, own in batches.sets.items()}
+        self._share = {key: sum(len(rows.slots) for rows in own.values()) for key, own in batches.sets.items()}
         self.batches_per_epoch = len(sizes) * self.num_examples // sum(sizes)
 
     @functools.cached_property

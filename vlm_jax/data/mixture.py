@@ -95,7 +95,7 @@ def row_sets(
     for name, size in sizes.items():
         own = {source: part for source, part in parts.items() if part.rows == name}
         slots = rows[name] if isinstance(rows, Mapping) else rows
-        sets[name] = _row_set(own, size, size, size, batch_size, seed, tokenizer, slots)
+        sets[name] = _row_set(own, size, batch_size, seed, tokenizer, slots)
     return sets
 
 
@@ -109,9 +109,8 @@ def row_sets_by_length(
     """Like `row_sets`, for each length of `data.naflex`: all read on in one stream of examples."""
     if {part.rows for part in parts.values()} != {"batch"}:
         raise UserError(f"{NAFLEX} is for one row set, `batch`; config.data.sources has others: leave out `rows`")
-    first, *_ = buckets.lengths
-    largest, mean = buckets.sizes[first], buckets.round // len(buckets.lengths)
-    base = _row_set(parts, largest, mean, buckets.round, largest, seed, tokenizer, None, max_patches=first)
+    first, largest = buckets.lengths[0], max(buckets.sizes.values())
+    base = _row_set(parts, largest, largest, seed, tokenizer, None, buckets)
     found = {}
     for length, size in buckets.sizes.items():
         own = found[length] = copy.copy(base)
@@ -125,17 +124,16 @@ def row_sets_by_length(
 def _row_set(
     parts: Mapping[str, Part],
     size: int,
-    step: int,
-    whole: int,
     batch_size: int,
     seed: int,
     tokenizer: Any,
     slots: Sequence[int] | None,
-    max_patches: int | None = None,
+    buckets: Buckets | None = None,
 ) -> "RowSet":
-    """Opens a row set of `size` rows, of which a step takes `step` on average; `whole` as of `RowSet`."""
+    """Opens a row set of `size` rows; with buckets, `size` is the largest, and its pictures have the first length."""
+    step, whole, length = (size, size, None) if buckets is None else (buckets.mean, buckets.round, buckets.lengths[0])
     turns = Turns([_points(*one) for one in parts.items()], step)
-    sources = [_open(source, part, seed, tokenizer, max_patches) for source, part in parts.items()]
+    sources = [_open(source, part, seed, tokenizer, length) for source, part in parts.items()]
     for i, (part, examples) in enumerate(zip(parts.values(), sources, strict=True)):
         most = turns.most(i, size)
         if len(examples) < most:

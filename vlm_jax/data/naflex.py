@@ -64,6 +64,11 @@ class Buckets:
         """The number of examples of a round."""
         return sum(self.sizes.values())
 
+    @property
+    def mean(self) -> int:
+        """The mean number of rows of a batch, rounded down."""
+        return self.round // len(self.lengths)
+
     def check(self, shards: int, accumulate: int) -> None:
         """Raises a UserError if a batch cannot be split over devices and cut into micro-batches."""
         for length, size in self.sizes.items():
