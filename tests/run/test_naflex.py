@@ -84,7 +84,6 @@ def test_siglip2_ends_at_the_native_aspect():
     [
         (dict(accumulate=3), r"a batch of length 8 has 32 rows, .* with accumulate=3 cannot share; set multiple=24"),
         (dict(stages=[dict(share="50%"), dict(share="50%", data=dict(naflex=dict(budget=15)))]), "budget is 15, too s"),
-        (dict(stages=[dict(share="50%"), dict(share="50%", accumulate=5)]), "accumulate=5 cannot share"),
     ],
 )
 def test_mistakes_are_named_before_the_first_step(settings, tmp_path, change, message):
