@@ -9,6 +9,11 @@ B/16, L/16, So400m/16 and g/16 follow sections 2.1 to 2.4.1 of the paper: 40B ex
 boxes of phrases and phrases of boxes from the start (LocCa); local crops and masked patches against an average of the
 image tower from 80 %; pictures of 384 px from 95 %. `So400m/16-512` ends with 512 px, `So400m/16-256` with 256 px.
 
+`So400m/16-naflex` ends with pictures at their native aspect (section 2.4.2): after 90 % of the 40B examples, batches of
+128 to 1024 patches, without the self-supervised losses. As in the paper, this part is stretched by 3.75. In the paper
+only its schedule is; here the cosine goes over all steps. Here every batch has 2^23 patches, in the paper most have 32k
+pictures. `tiny-naflex`, `smoke-naflex` end so on scenes of 3:2.
+
 The paper gives no numbers for views, prototypes and the teacher's average: crops are those of SILC (arXiv:2310.13355),
 the rest is DINO's (arXiv:2104.14294). Text towers read the last place, as those released do. `phrases` and `boxes`, in
 shares of the picture's sides, are fields of the JSON beside a picture, which a detector has made.
@@ -26,6 +31,7 @@ from vlm_jax.errors import UserError
 FACTORS = {"B": 0.25, "L": 0.5, "So400m": 1.0, "g": 0.5}  # on the weights 1 and 0.25, section 2.3
 SIZE, ENDS = 256, (256, 384, 512)  # pixels; of the last 5 %
 SMALL = ("base", "base_select", "tiny", "smoke")
+NAFLEX = dict(lengths=(128, 256, 576, 784, 1024), budget=2**23, multiple=1024)
 TOWER = "image/.*|objective/(self_distillation|masked_patches)/.*"
 DISTORTED = "flip | jitter(0.4, 0.4, 0.2) | random_grey(0.2) | random_blur(0.5) | normalize"
 TASKS = ("cap", "aref", "gcap")
@@ -36,6 +42,12 @@ def views(size: int, patch: int) -> str:
     local = f"random_resized_crop({round(size * 3 / 8 / patch) * patch}, scale=(0.05, 0.4)) | {DISTORTED}"
     whole = f"random_resized_crop({size}, scale=(0.4, 1.0)) | {DISTORTED}"
     return f"view('global', {whole}) | views('local', 8, {local})"
+
+
+def packed(patch: int, length: int | None = None) -> str:
+    """A picture at its native aspect, in patches; without a length, of the batch's."""
+    most = f"{patch}" if length is None else f"{patch}, {length}"
+    return f"resize_to_patches({most}) | normalize | pack_patches({most})"
 
 
 def regions(phrases: str, boxes: str, options: str) -> str:
@@ -72,36 +84,42 @@ def distilled(factor: float, **options) -> dict:
     differs="sigmoid loss and LocCa's decoder, then self-distillation and masked patches, then larger pictures",
 )
 def get_config(variant: str = "So400m/16") -> ConfigDict:
-    if variant in SMALL:
-        return small(variant)
     name, _, end = variant.partition("-")
+    if name in SMALL and end in ("", "naflex"):
+        return small(name, native=end == "naflex")
     size, _, patch = name.partition("/")
-    if size not in FACTORS or patch != "16" or end not in ("", *map(str, ENDS)):
-        known = ", ".join([*(f"{size}/16" for size in FACTORS), "So400m/16-512", *SMALL])
+    if size not in FACTORS or patch != "16" or end not in ("", "naflex", *map(str, ENDS)):
+        known = ", ".join([*(f"{size}/16" for size in FACTORS), "So400m/16-512", "So400m/16-naflex", *SMALL])
         raise UserError(f"there is no variant `{variant}` of siglip2; such are {known}")
-    end, text = int(end or 384), "So400m" if size == "g" else size  # section 2.1
+    native, text = end == "naflex", "So400m" if size == "g" else size  # section 2.1
+    end = SIZE if native else int(end or 384)
     width, depth = {"B": (768, 6), "L": (1024, 12), "So400m": (1152, 13), "g": (1536, 13)}[size]
     tower = dict(scan=True, remat="full")
     words = dict(variant=text, vocab_size=256_000, length=64, **tower)
     tokenize = "lower | tokenize(64, bos=False)"
-    preprocess = lambda size: f"decode(exif=True) | resize({size}, method='bilinear') | normalize"
+    shown = lambda size: f"resize({size}, method='bilinear') | normalize" if size else packed(16)
+    preprocess = lambda size: f"decode(exif=True) | {shown(size)}"
 
-    def ops(size: int, more: bool) -> str:
-        found = ["decode(exif=True)", regions("json/phrases", "json/boxes", ", shares=True"), *[views(size, 16)] * more]
-        found += [f"resize({size}, method='bilinear') | normalize | caption('txt')", prompts(64), tokenize]
+    def ops(size: int | None, more: bool) -> str:
+        found = ["decode(exif=True)", regions("json/phrases", "json/boxes", ", shares=True")]
+        found += [views(size, 16)] if more else []
+        found += [f"{shown(size)} | caption('txt')", prompts(64), tokenize]
         return " | ".join([*found, keep(more)])
 
     late = distilled(FACTORS[size])
-    stages = [dict(share="80%")]
-    stages += [dict(share="15%" if end > SIZE else "20%", data=dict(ops=ops(SIZE, True)), objective=late)]
+    shares = ("62.745%", "7.843%", "29.412%") if native else ("80%", "15%", "5%") if end > SIZE else ("80%", "20%")
+    stages = [dict(share=shares[0]), dict(share=shares[1], data=dict(ops=ops(SIZE, True)), objective=late)]
+    if native:
+        last = dict(data=dict(ops=ops(None, False), naflex=NAFLEX), preprocess=f"decode(exif=True) | {packed(16, 256)}")
+        stages += [dict(share=shares[2], accumulate=4, **last)]
     if end > SIZE:
         large = dict(data=dict(ops=ops(end, True)), model=dict(image=dict(image_size=end)), preprocess=preprocess(end))
-        stages += [dict(share="5%", accumulate=4, objective=late, **large)]
+        stages += [dict(share=shares[2], accumulate=4, objective=late, **large)]
     return ConfigDict(
         dict(
             batch_size=32_768,
             accumulate=1,
-            duration="40B examples",
+            duration="51B examples" if native else "40B examples",
             tokenizer="sentencepiece:gemma.model",
             preprocess=preprocess(SIZE),
             tokenize=tokenize,
@@ -135,23 +153,24 @@ def get_config(variant: str = "So400m/16") -> ConfigDict:
     )
 
 
-def small(variant: str) -> ConfigDict:
+def small(variant: str, native: bool) -> ConfigDict:
     """Scenes, whose objects have phrases and boxes, and single emoji, which have none."""
     settings = base.two_towers("base" if variant in ("tiny", "smoke") else variant, "sigmoid")
     single, several = (settings.data.sources[name].to_dict() for name in ("emoji", "scenes"))
     begin, end = (48, base.SIZE) if variant != "smoke" else (16, 32)
     tokenize = base.tokenize(base.LENGTH)
-    preprocess = lambda size: f"decode(exif=True) | resize({size}) | normalize"
+    preprocess, patch = lambda size: f"decode(exif=True) | resize({size}) | normalize", settings.model.image.patch
 
-    def data(size: int, distil: bool) -> dict:
-        seen = [views(size, settings.model.image.patch)] * distil
-        of_scenes = [regions("regions/text", "regions/box", ""), *seen, f"resize({size}) | jitter(0.2, 0.2, 0.2)"]
-        of_emoji = [f"decode | resize({base.SIZE}) | cache", *seen, f"{base.STRONG} | resize({size})"]
+    def data(size: int | None, distil: bool) -> dict:
+        fit, *end = [f"resize({size})", "normalize"] if size else packed(patch).split(" | ", 1)
+        seen = [views(size, patch)] if distil else []
+        of_scenes = [regions("regions/text", "regions/box", ""), *seen, f"{fit} | jitter(0.2, 0.2, 0.2)", *end]
+        of_emoji = [f"decode | resize({base.SIZE}) | cache", *seen, f"{base.STRONG} | {fit}", *end]
         ends = lambda located: [prompts(base.LENGTH, located), tokenize, keep(distil, "concept")]
         texts = {"emoji": base.NAME, "scenes": "random_caption('caption', 'sub_captions', weights=(3, 1))"}
         sources = dict(
-            emoji=single | dict(ops=" | ".join([*of_emoji, "normalize", texts["emoji"], *ends(False)])),
-            scenes=several | dict(ops=" | ".join([*of_scenes, "normalize", texts["scenes"], *ends(True)])),
+            emoji=single | dict(ops=" | ".join([*of_emoji, texts["emoji"], *ends(False)])),
+            scenes=several | dict(ops=" | ".join([*of_scenes, texts["scenes"], *ends(True)])),
         )
         return dict(sources=sources, workers=0)
 
@@ -178,14 +197,23 @@ def small(variant: str) -> ConfigDict:
         dict(share="15%", data=data(begin, True), objective=late),
         dict(share="5%", objective=late, **large),
     )
+    if variant == "smoke":
+        settings.batch_size = 32
     examples = 32 if variant == "smoke" else 1000
     unseen = dict(uri=f"scenes:?size={base.SIZE}&examples={examples}", split="unseen_style")
     settings.evals.regions = dict(type="regions", **unseen)
     settings.evals.grounding = dict(type="grounding", template="aref : {text} :", **unseen)
+    if native:
+        length = (end // patch) ** 2
+        naflex = dict(lengths=(length // 2, length), budget=length // 2 * settings.batch_size)
+        shown = data(None, False) | dict(naflex=naflex)
+        shown["sources"]["scenes"]["uri"] = several["uri"].replace(f"size={base.SIZE}", "size=96x64")
+        last = dict(data=shown, preprocess=f"decode(exif=True) | {packed(patch, length)}")
+        settings.stages = (*settings.stages[:1], dict(settings.stages[1], share="10%"), dict(share="10%", **last))
     if variant == "tiny":
         settings.duration = "150k examples"
     if variant == "smoke":
-        settings.update(dict(batch_size=32, duration="40 steps"))
+        settings.duration = "40 steps"
         settings.optimizer = dict(name="adamw", lr=1e-3, schedule=dict(name="cosine", warmup="2 steps"))
         settings.log.every, settings.checkpoint.every = "2 steps", "8 steps"
         settings.evals.unseen_style.update(dict(split="unseen_style[800:864]", every=None))

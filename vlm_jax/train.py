@@ -20,7 +20,7 @@ import jax
 from absl import flags
 
 from vlm_jax import command, config, evaluators, objectives, report
-from vlm_jax.data import loader, mixture, tokenizers
+from vlm_jax.data import loader, tokenizers
 from vlm_jax.data.files import write_json
 from vlm_jax.errors import UserError
 from vlm_jax.models import vocabulary
@@ -34,7 +34,7 @@ from vlm_jax.run.divergence import check_finite
 from vlm_jax.run.flops import model_flops
 from vlm_jax.run.folder import locked
 from vlm_jax.run.metric_writer import MetricWriter
-from vlm_jax.run.program import Program, TrainState, build_program
+from vlm_jax.run.program import Program, TrainState, batch_sizes, build_program
 from vlm_jax.run.summary import summary
 from vlm_jax.run.throughput import Profile, Throughput
 from vlm_jax.zoo import tokenizer_files
@@ -89,9 +89,7 @@ def _train(
     doing = partial(command.doing, seen=processes.is_first())
 
     def opened(data: Mapping[str, Any]) -> loader.Loader:
-        sizes = mixture.sizes(data.get("sources"), batch_size)
-        sharding.check_batch_size(sizes, mesh)
-        rows = sharding.rows_of_process(mesh, sizes)
+        rows = sharding.rows_of_process(mesh, batch_sizes(data, batch_size, mesh))
         fixed = dict(batch_size=batch_size, seed=seed, tokenizer=tokenizer, rows=rows)
         batches = config.call(loader.train_loader, data, "config.data", **fixed)
         processes.check_equal(batches.fingerprints, "data")
@@ -110,18 +108,27 @@ def _train(
     def built(stage: staging.Stage) -> tuple[loader.Loader, Program]:
         own = stage.settings
         with doing("building the model"):
+            batch_sizes(own["data"], batch_size, mesh, own.get("accumulate", 1))
             batches = of_config if own["data"] == data else opened(own["data"])
+            first, *others = batches.examples
             program = build_program(
-                batches.example, batches.sizes, mesh, steps, model=own["model"], objective=own["objective"],
-                optimizer=own["optimizer"], partition=partition, accumulate=own.get("accumulate", 1), ema=ema,
-                seed=seed, tokenizer=tokenizer, load=load,
+                batches.examples[first], batches.size_of(first), mesh, steps, model=own["model"],
+                objective=own["objective"], optimizer=own["optimizer"], partition=partition,
+                accumulate=own.get("accumulate", 1), ema=ema, seed=seed, tokenizer=tokenizer, load=load,
             )  # fmt: skip
+            for length in others:  # finds mistakes in any of them now
+                program.on(batches.examples[length], batches.size_of(length)).trace_step()
             objectives.check_stored(program.objective, batches.teachers)
             return batches, program
 
     for before, stage in pairwise([parts[0], *parts]):  # finds mistakes in any of them now
         staging.check(built(before)[1].abstract_state, built(stage)[1].abstract_state, stage)
     evals = [Evaluation(name, section, steps) for name, section in (evals or {}).items()]
+
+    def seen(step: int) -> int:
+        """Returns the number of examples in the batches up to a step."""
+        counts = [(built(stage)[0].count, stage) for stage in parts if stage.first < step]
+        return sum(count(min(step, stage.last)) - count(stage.first) for count, stage in counts)
 
     def pretrained(state: TrainState, stage: staging.Stage) -> Pretrained:
         own, params = stage.settings, objectives.of_model(state.params if state.ema is None else state.ema)
@@ -162,25 +169,26 @@ def _train(
         batches, program = built(stage)
         batches.start()  # reads data while the step compiles
         with doing("compiling the train step"):
-            train_step, frozen = program.compile_step(), program.frozen()
-        step_flops, every = model_flops(program), {"checkpoints": save_every, "metrics": log_every}
+            programs = {key: program.on(one, batches.size_of(key)) for key, one in batches.examples.items()}
+            train_steps, frozen = {key: one.compile_step() for key, one in programs.items()}, program.frozen()
+        step_flops = {key: model_flops(one) for key, one in programs.items()}
+        every = {"checkpoints": save_every, "metrics": log_every}
         if len(parts) > 1:
             processes.say(
                 f"stage {stage.number} of {len(parts)}, {stage.last - stage.first:,} steps to step {stage.last:,}"
             )
-        processes.say(
-            summary(program, data_name(stage), batches.num_examples, batch_size, total, step_flops, workdir, every)
-        )
+        processes.say(summary(program, data_name(stage), batches, total, seen(total), step_flops, workdir, every))
         first, known_ids, before = int(state.step), vocabulary.vocab_size(program.model), None
-        clock = Throughput(batches, batch_size, step_flops, progress["seconds"], progress["data_wait"])
+        clock = Throughput(batches, progress["seconds"], progress["data_wait"])
         bar = command.bar(total=total, initial=first, desc="train", unit="step", disable=not processes.is_first())
         with closing(batches), closing(bar):
             for step in range(first + 1, stage.last + 1):
                 with tracer.step(step):
                     batch = next(batches)
                     vocabulary.check_ids(batch, known_ids, "config.data")
-                    batch = sharding.to_global(batch, mesh, batches.sizes)
-                    state, metrics, norms = train_step(state, batch, frozen)
+                    batch = sharding.to_global(batch, mesh, batches.size_of(batches.length))
+                    state, metrics, norms = train_steps[batches.length](state, batch, frozen)
+                clock.count(batches.count(step) - batches.count(step - 1), step_flops[batches.length])
                 tracer.after(step, metrics)
                 if before:  # checks the step before, so that the device never waits for the host
                     check_finite(*before, saver.latest_step())
@@ -189,10 +197,10 @@ def _train(
                 save = step % save_every == 0 or step == stage.last or stopped_by
                 if save or step % log_every == 0:
                     check_finite(*before, saver.latest_step())
-                    speed = clock.metrics(step - first)
+                    speed = clock.metrics()
                     shown = f"loss {metrics['loss']:.3f}, {speed['examples_per_second']:,.0f} examples/s"
                     bar.set_postfix_str(f"{shown}, MFU {speed['mfu']:.0%}" if "mfu" in speed else shown, refresh=False)
-                    writer.write(step, {**metrics, "examples": step * batch_size, **speed, **batches.taken()})
+                    writer.write(step, {**metrics, "examples": seen(step), **speed, **batches.taken()})
                 bar.update()
                 if save:
                     saver.save(step, state, {**clock.progress(), "data": position(batches), "stage": stage.number})
@@ -224,7 +232,7 @@ def _train(
             "step": total,
             "params_sha256": params_sha256(state.params),
             "train/seconds": progress["seconds"],
-            "train/examples_per_second": total * batch_size / progress["seconds"],
+            "train/examples_per_second": seen(total) / progress["seconds"],
             "train/data_wait_fraction": progress["data_wait"] / progress["seconds"],
             **counts_of(position(batches), batches),
         }

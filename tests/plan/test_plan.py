@@ -65,6 +65,27 @@ def test_stages_are_planned_one_by_one(planned):
     assert (first, second) == (30, 10) and halved.memory["temporaries"] < whole.memory["temporaries"]
 
 
+def test_every_length_is_planned_and_the_largest_reported(planned, monkeypatch):
+    settings = clip.get_config("smoke").to_dict()
+    settings["model"]["image"] |= dict(pool="map", image_size=32)
+    ops = settings["data"]["ops"].replace("| normalize", "| resize_to_patches(8) | normalize | pack_patches(8)")
+    settings["data"] |= dict(ops=ops, naflex=dict(lengths=(8, 32), budget=256))
+
+    def compiled(step, chip, codegen):
+        """Instead of a compiler: the shapes that it would be given."""
+        rows, length, _ = step.program.abstract_batch["image"]["patches"].shape
+        return planned._replace(memory=dict(batch=length), flops=1e9 * rows, hbm_bytes=0, collectives=[], rows=rows)
+
+    monkeypatch.setattr(train_step, "compiled", compiled)
+    found = train_step.plan(settings, jax.devices()[:1], CHIP)
+    assert {length: one.rows for length, one in found.lengths.items()} == {8: 32, 32: 8}
+    assert found.rows == 8 and found.seconds == 0.08 and found.mean_seconds == pytest.approx(0.2)
+    assert train_step.chip_hours([(9, found)]) == pytest.approx(9 * 0.2 * 8 / 3600)
+    lines = [line.split() for line in train_step.text(found).splitlines()]
+    assert ["8", "32", "0.00", "0.032", "320.0"] in lines and ["32", "8", "0.00", "0.008", "80.0"] in lines
+    assert json.loads(json.dumps(found.json()))["lengths"]["32"]["rows"] == 8
+
+
 def test_this_machine(planned):
     """A CPU has memory of a known size, and no known speed."""
     devices, chip = here()

@@ -16,7 +16,9 @@ def test_summary(tmp_path):
         model=SimpleNamespace(), abstract_state=SimpleNamespace(params=shapes), groups=groups, table="the table",
         mesh=sharding.make_mesh(data=-1, devices=jax.devices()[:4]),
     )  # fmt: skip
-    lines = summary(program, "tfds:emoji", 1000, 64, 125, 3.2e9, tmp_path, {"checkpoints": 25}).splitlines()
+    batches = SimpleNamespace(num_examples=1000, lengths=(None,), batch_size=64, batches_per_epoch=15)
+    about = batches, 125, 8000, {None: 3.2e9}, tmp_path, {"checkpoints": 25}
+    lines = summary(program, "tfds:emoji", *about).splitlines()
     assert lines == [
         "devices   4 cpu: data 4 x fsdp 1 x tensor 1",
         "data      tfds:emoji: 1,000 examples, 15 batches of 64 an epoch",

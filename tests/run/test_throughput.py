@@ -30,9 +30,11 @@ def test_mfu_and_memory_of_accelerators(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [memory])
     now = [100.0]
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
-    clock = Throughput(SimpleNamespace(wait_seconds=0.0), 16, 197e12 * 8 / 100, seconds=5.0)
+    clock = Throughput(SimpleNamespace(wait_seconds=0.0), seconds=5.0)
+    for _ in range(10):
+        clock.count(16, 197e12 * 8 / 100)
     now[0] += 0.5
-    numbers = clock.metrics(10)
+    numbers = clock.metrics()
     # 20 steps a second, each of which is 1/100 s of eight chips at their best
     assert (numbers["mfu"], numbers["examples_per_second"]) == (pytest.approx(0.2), 320.0)
     assert (numbers["hbm_gib"], numbers["hbm_fraction"]) == (3.0, 0.25)

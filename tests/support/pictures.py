@@ -7,13 +7,16 @@ import numpy as np
 from PIL import Image
 
 
-def write_pictures(folder, count, truncated=(), empty=()):
-    """Writes data.jsonl and JPEGs of 32 x 32; those in `truncated` are cut short, those in `empty` have no caption."""
+def write_pictures(folder, count, truncated=(), empty=(), sizes=((32, 32),)):
+    """Writes data.jsonl and JPEGs of sizes (height, width), in turns.
+
+    Those in `truncated` are cut short, those in `empty` have no caption.
+    """
     rng = np.random.default_rng(0)
     rows = []
     for i in range(count):
         data = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(data, "JPEG")
+        Image.fromarray(rng.integers(0, 256, (*sizes[i % len(sizes)], 3), np.uint8)).save(data, "JPEG")
         (folder / f"{i}.jpg").write_bytes(data.getvalue()[: 300 if i in truncated else None])
         rows.append(json.dumps({"image": f"{i}.jpg", "text": "" if i in empty else f"picture {i}"}))
     (folder / "data.jsonl").write_text("\n".join(rows))

@@ -1,5 +1,6 @@
 """Examples of a source by number, what happens to bad ones, and batches of them."""
 
+import copy
 import functools
 import itertools
 import logging
@@ -50,6 +51,13 @@ def generator(seed: int, draw: int) -> np.random.Generator:
     return _thread.rng
 
 
+class Memory(dict[int, dict[str, Any] | BadExample]):
+    """The results of the ops before `cache`; a copy in another process is empty."""
+
+    def __reduce__(self):
+        return Memory, ()
+
+
 class Examples:
     """Examples by number; remembers the results of the ops before `cache`.
 
@@ -80,13 +88,18 @@ class Examples:
         self.source, self.pipeline, self.chosen, self.seed = source, pipeline, chosen, seed
         self.weight, self.name, self.uri, self.left_out = weight, name, uri, left_out or {}
         self.reinforced = reinforced
-        self.memory: dict[int, dict[str, Any] | BadExample] = {}
+        self.memory: Memory = Memory()
 
     def __len__(self) -> int:
         return len(self.source) if self.chosen is None else len(self.chosen)
 
-    def __getstate__(self):
-        return self.__dict__ | {"memory": {}}
+    def through(self, pipeline: Pipeline) -> "Examples":
+        """Returns the same examples through other ops; what is remembered is shared, if the ops before `cache` are."""
+        other = copy.copy(self)
+        other.__dict__.pop("fields", None)
+        other.pipeline = pipeline
+        other.memory = self.memory if pipeline.before == self.pipeline.before else Memory()
+        return other
 
     def _number(self, i: int) -> int:
         return i if self.chosen is None else int(self.chosen[i])
@@ -205,9 +218,10 @@ def open_examples(
     tokenizer: Any,
     seed: int,
     name: str = "",
+    max_patches: int | None = None,
 ) -> Examples:
-    """Opens the examples of a source; arguments as of `loader.train_loader` and `Examples`."""
-    pipeline = ops_lib.parse(ops, tokenizer)
+    """Opens the examples of a source; arguments as of `loader.train_loader`, `Examples` and `ops.parse`."""
+    pipeline = ops_lib.parse(ops, tokenizer, max_patches)
     source = open_source(uri, split)
     chosen, weight = (None, None) if index is None else index_lib.read(index, len(source), uri)
     left_out = dict(source.left_out)

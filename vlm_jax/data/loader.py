@@ -8,6 +8,7 @@ reads its rows of batch k: the batch is the same for any number of processes.
 import collections
 import contextlib
 import functools
+import itertools
 import logging
 import sys
 import time
@@ -20,6 +21,8 @@ from vlm_jax import config
 from vlm_jax.data import background, mixture, remote
 from vlm_jax.data.examples import SUBSTITUTES, BadRecord, Examples, check_bad, log_bad, open_examples
 from vlm_jax.data.mixture import RowSet
+from vlm_jax.data.naflex import Buckets, check_example
+from vlm_jax.data.naflex import read as read_buckets
 from vlm_jax.data.rows import Batch
 from vlm_jax.data.source import BadExample
 from vlm_jax.errors import UserError
@@ -35,25 +38,45 @@ class TrainBatches:
     """(batch, bad examples, requests that were made again, see `remote.Counts`) by batch number.
 
     A batch is a dict of arrays if its only row set is "batch", else a dict of row sets: `{row set: {field: array}}`.
+
+    Args:
+      sets: length of `data.naflex` -> row sets by name; {None: row sets} without lengths.
+      seed: of the lengths' draws.
+      buckets: the lengths, or None.
     """
 
-    def __init__(self, sets: Mapping[str, RowSet], seed: int):
-        self.sets, self.seed = sets, seed
+    def __init__(self, sets: Mapping[int | None, Mapping[str, RowSet]], seed: int, buckets: Buckets | None = None):
+        self.sets, self.seed, self.buckets = sets, seed, buckets
         self.start = 0
-        self.sizes = self._shaped({name: rows.size for name, rows in sets.items()})
-        self.slots = self._shaped({name: rows.slots for name, rows in sets.items()})
+        self.sizes, self.slots = self._all("size"), self._all("slots")
 
     def __len__(self) -> int:
         return sys.maxsize // 2
 
     def __getitem__(self, k: int) -> tuple[Batch, list[BadRecord], dict[str, float]]:
-        bad = []
-        batch = self._shaped({name: rows.read(self.start + int(k), bad) for name, rows in self.sets.items()})
+        k, bad = self.start + int(k), []
+        own = self.sets[self.length(k)]
+        batch = self._shaped({name: rows.read(self.first(k, rows), bad) for name, rows in own.items()})
         return batch, bad, remote.counts.take()
 
-    def one(self) -> Batch:
+    def length(self, k: int) -> int | None:
+        """Returns the length of batch k."""
+        return None if self.buckets is None else self.buckets.length(self.seed, k)
+
+    def first(self, k: int, rows: RowSet) -> int:
+        """Returns the position of batch k's first row in a row set."""
+        return k * rows.size if self.buckets is None else self.buckets.before(self.seed, k)
+
+    def one(self, length: int | None) -> Batch:
         """Returns a batch of one example in each row set."""
-        return self._shaped({name: rows.one() for name, rows in self.sets.items()})
+        found = self._shaped({name: rows.one() for name, rows in self.sets[length].items()})
+        if length is not None:
+            check_example(length, found)
+        return found
+
+    def _all(self, field: str) -> dict[int | None, Any]:
+        of = lambda sets: self._shaped({name: getattr(rows, field) for name, rows in sets.items()})
+        return {length: of(sets) for length, sets in self.sets.items()}
 
     def _shaped(self, by_set: dict[str, Any]) -> Any:
         return by_set["batch"] if list(by_set) == ["batch"] else by_set
@@ -63,11 +86,17 @@ class Loader(Iterator[Batch]):
     """Iterator over this process's share of the training batches; made by `train_loader`.
 
     Attributes:
-      example: a batch of one example, for its fields, shapes and dtypes.
+      examples: length -> a batch of one example, for its fields, shapes and dtypes. Lengths are those of
+        `data.naflex`; without it, the only length is None.
+      example: that of the first length.
+      lengths: of `data.naflex`, or (None,).
+      length: of the last batch.
+      batch_size: rows of a batch over all processes, of all row sets together; of several lengths, a list.
       num_examples: examples of the data set, the length of an epoch. An epoch of a mixture is as many examples as its
         sources have together: each once, if the weights are as the sources' sizes.
-      sizes: rows of a batch over all processes; of several row sets, {row set: rows}.
-      rows: numbers of the rows that this process reads of each batch; of several row sets, {row set: numbers}.
+      sizes: rows of a batch over all processes; of several row sets, {row set: rows}; of several lengths, {length:
+        rows}. `size_of(length)` has those of one length.
+      rows: numbers of the rows that this process reads of each batch; in the form of `sizes`.
       first_row: the first of these numbers; processes with the same first row read the same rows.
       batches_per_epoch: whole batches of an epoch; a single source drops the rest of the epoch.
       read, bad: examples of this process read so far, and how many of them were bad (counts survive resuming).
@@ -83,13 +112,13 @@ class Loader(Iterator[Batch]):
         self._batches, self._workers, self._threads = batches, workers, threads
         self._max_bad_fraction = max_bad_fraction
         self._iterator = None
-        self._k = 0
+        self._k, self.length = 0, None
         self.read = self.bad = 0
         self.kinds = collections.Counter()
         self.wait_seconds, self.requests, self._told = 0.0, collections.Counter(), -TOLD
-        sets = batches.sets.values()
-        self.sizes, self.rows = batches.sizes, batches.slots
-        self.first_row = next(iter(sets)).slots[0]
+        self.sizes, self.rows = (of.get(None, of) for of in (batches.sizes, batches.slots))
+        sets = self._sets = list(next(iter(batches.sets.values())).values())
+        self.first_row = sets[0].slots[0]
         self._examples = {name: one for rows in sets for name, one in zip(rows.names, rows.sources, strict=True)}
         self.num_examples = sum(map(len, self._examples.values()))
         self.left_out = sum(
@@ -97,8 +126,10 @@ class Loader(Iterator[Batch]):
         )
         reinforced = [one.reinforced for one in self._examples.values() if one.reinforced]
         self.teachers = {name: spec for own in reinforced for name, spec in own.teachers.items()}
-        self._batch_size, self._share = sum(rows.size for rows in sets), sum(len(rows.slots) for rows in sets)
-        self.batches_per_epoch = self.num_examples // self._batch_size
+        sizes = [sum(rows.size for rows in own.values()) for own in batches.sets.values()]
+        self.lengths, self.batch_size = tuple(batches.sets), sizes[0] if len(sizes) == 1 else sizes
+        self._share = {key: sum(len(rows.slots) for rows in own.values()) for key, own in batches.sets.items()}
+        self.batches_per_epoch = len(sizes) * self.num_examples // sum(sizes)
 
     @functools.cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -106,13 +137,25 @@ class Loader(Iterator[Batch]):
         return {name or one.uri: one.fingerprint() for name, one in self._examples.items()}
 
     @functools.cached_property
+    def examples(self) -> dict[int | None, Batch]:
+        return {length: self._batches.one(length) for length in self._batches.sets}
+
+    @property
     def example(self) -> Batch:
-        return self._batches.one()
+        return next(iter(self.examples.values()))
+
+    def size_of(self, length: int | None) -> int | dict[str, int]:
+        return self._batches.sizes[length]
+
+    def count(self, k: int) -> int:
+        """Returns the number of examples in the first k batches."""
+        return sum(self._batches.first(k, rows) for rows in self._sets)
 
     def start(self) -> None:
         """Starts to prefetch now, not at the first `next`."""
         if self._iterator is None:
-            for examples in self._examples.values() if self._workers else ():
+            every = (rows for own in self._batches.sets.values() for rows in own.values()) if self._workers else ()
+            for examples in itertools.chain.from_iterable(rows.sources for rows in every):
                 _ = examples.fields  # once, and not in each worker
             self._batches.start = self._k
             self._iterator = background.Ahead(self._batches, workers=self._workers, threads=self._threads)
@@ -122,8 +165,9 @@ class Loader(Iterator[Batch]):
         self.start()
         batch, bad, requests = next(self._iterator)
         self.wait_seconds += time.perf_counter() - begin
+        self.length = self._batches.length(self._k)
         self._k += 1
-        self.read += self._share + len(bad)
+        self.read += self._share[self.length] + len(bad)
         if bad:
             self.bad += len(bad)
             self.kinds.update(record.kind for record in bad)
@@ -144,19 +188,22 @@ class Loader(Iterator[Batch]):
 
     def _check(self, bad: list[BadRecord]) -> None:
         log_bad(bad)
-        epochs = sum(rows.epochs(self._k) for rows in self._batches.sets.values())
+        epochs = sum(rows.epochs(self._batches.first(self._k, rows)) for rows in self._sets)
         allowed = self._max_bad_fraction * max(self.read, min(self.num_examples, ENOUGH_READS))
         if self._max_bad_fraction > 0:
             allowed = max(allowed, epochs)  # one bad record of a small data set comes again in every epoch
         check_bad(self.bad, allowed, self.read, self._max_bad_fraction, bad)
 
     def taken(self) -> dict[str, float]:
-        """Returns, for the log, the examples and epochs that the batches so far took of each source of a mixture."""
+        """Returns, for the log, the examples and epochs that the batches so far took of each source of a mixture.
+
+        And the length of the last batch, with `data.naflex`.
+        """
         found = {}
-        for rows in self._batches.sets.values():
-            for name, (examples, epochs) in rows.counts(self._k).items():
+        for rows in self._sets:
+            for name, (examples, epochs) in rows.counts(self._batches.first(self._k, rows)).items():
                 found |= {f"data/{name}/examples": examples, f"data/{name}/epochs": epochs} if name else {}
-        return found
+        return found if self.length is None else found | {"data/length": self.length}
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position after the last returned batch, JSON-able."""
@@ -165,7 +212,7 @@ class Loader(Iterator[Batch]):
             "read": self.read,
             "bad": self.bad,
             "kinds": dict(self.kinds),
-            "batch_size": self._batch_size,
+            "batch_size": self.batch_size,
             "num_examples": self.num_examples,
             "seed": self._batches.seed,
             "fingerprints": self.fingerprints,
@@ -218,15 +265,16 @@ def train_loader(
     reinforced: str | None = None,
     order: str | Mapping[str, Any] | None = None,
     sources: Mapping[str, Mapping[str, Any]] | None = None,
+    naflex: Mapping[str, Any] | None = None,
     workers: int = 0,
     threads: int = 1,
     max_bad_fraction: float = 0.001,
-    rows: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+    rows: Sequence[int] | Mapping[Any, Sequence[int]] | None = None,
 ) -> Loader:
     """Returns shuffled, infinite batches of a data set or a mixture; every process gets its rows of each batch.
 
     Args:
-      batch_size: examples of the batch over all processes, of all row sets together.
+      batch_size: examples of the batch over all processes, of all row sets together; not with `naflex`.
       uri: the source, see `sources.open_source`.
       ops: the op string, see `ops.parse`; without `keep`, a batch holds the numbers and arrays of its examples.
       split: the source's split.
@@ -238,10 +286,12 @@ def train_loader(
       order: of an epoch's examples: "full", "windowed", or dict(name="windowed", block=..., window=..., lanes=...), see
         `order.Windows`; defaults to "windowed" for a source in a store, else to "full".
       sources: a mixture, name -> `mixture.Part`, in place of the seven arguments of one source.
+      naflex: batches of packed pictures of several lengths, see `naflex.Buckets`.
       workers: processes that compute batches; 0 computes them in threads of this process.
       threads: threads that compute batches, in this process or in each worker.
       max_bad_fraction: allowed share of bad examples (counted, logged and replaced); a larger one raises UserError.
-      rows: numbers of the rows that this process reads, see `sharding.rows_of_process`; None reads all.
+      rows: numbers of the rows that this process reads, see `sharding.rows_of_process`; of several row sets or lengths,
+        {row set or length: numbers}. None reads all.
 
     Raises:
       UserError: the batch is larger than the data set, or the sources of a row set give different fields.
@@ -258,10 +308,15 @@ def train_loader(
         raise UserError(f"config.data has `sources` and `{name}`; give each source its own `{name}`")
     else:
         parts = mixture.parts(sources)
-    sets = mixture.row_sets(parts, batch_size, seed, tokenizer, rows)
-    loader = Loader(TrainBatches(sets, seed), workers=workers, threads=threads, max_bad_fraction=max_bad_fraction)
-    if sources is not None:
-        _ = loader.example  # read now: sources of a row set must give the same fields
+    buckets = read_buckets(naflex)
+    if buckets is None:
+        sets = {None: mixture.row_sets(parts, batch_size, seed, tokenizer, rows)}
+    else:
+        sets = mixture.row_sets_by_length(parts, buckets, seed, tokenizer, rows)
+    batches = TrainBatches(sets, seed, buckets)
+    loader = Loader(batches, workers=workers, threads=threads, max_bad_fraction=max_bad_fraction)
+    if sources is not None or buckets is not None:
+        _ = loader.examples  # read now: sources of a row set must give the same fields
     return loader
 
 

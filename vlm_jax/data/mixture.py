@@ -4,6 +4,7 @@ The sources of one row set take turns, example by example: a pure function of th
 or worker finds any row of any batch.
 """
 
+import copy
 import dataclasses
 import itertools
 import logging
@@ -15,8 +16,11 @@ from typing import Any
 import numpy as np
 
 from vlm_jax import config
+from vlm_jax.data import ops as ops_lib
 from vlm_jax.data import order as orders
 from vlm_jax.data.examples import SUBSTITUTES, BadRecord, Examples, open_examples
+from vlm_jax.data.naflex import WHERE as NAFLEX
+from vlm_jax.data.naflex import Buckets
 from vlm_jax.data.rows import Batch
 from vlm_jax.data.turns import Points, Turns, fraction, points_of, value_at
 from vlm_jax.errors import UserError
@@ -91,20 +95,56 @@ def row_sets(
     sizes, sets = _sizes(parts, batch_size), {}
     for name, size in sizes.items():
         own = {source: part for source, part in parts.items() if part.rows == name}
-        turns = Turns([_points(*one) for one in own.items()], size)
-        sources = [_open(source, part, seed, tokenizer) for source, part in own.items()]
-        for i, (part, examples) in enumerate(zip(own.values(), sources, strict=True)):
-            most = turns.most(i, size)
-            if len(examples) < most:
-                chosen = [f"{key}={getattr(part, key)}" for key in ("index", "where") if getattr(part, key)]
-                after = f" after {' and '.join(chosen)}" if chosen else ""
-                needed = f"batch_size={batch_size}" if most == batch_size else f"its {most} of a batch of {batch_size}"
-                raise UserError(f"data set `{part.uri}` has {len(examples)} examples{after}, fewer than {needed}")
-        slots = rows[name] if isinstance(rows, Mapping) else range(size) if rows is None else rows
-        windows = [_windows(*one) for one in zip(own, own.values(), sources, strict=True)]
-        slots = [int(slot) for slot in slots]
-        sets[name] = RowSet(dict(zip(own, sources, strict=True)), turns, size, slots, windows)
+        slots = rows[name] if isinstance(rows, Mapping) else rows
+        sets[name] = _row_set(own, size, batch_size, seed, tokenizer, slots)
     return sets
+
+
+def row_sets_by_length(
+    parts: Mapping[str, Part],
+    buckets: Buckets,
+    seed: int,
+    tokenizer: Any,
+    rows: Mapping[int, Sequence[int]] | None,
+) -> dict[int, dict[str, "RowSet"]]:
+    """Like `row_sets`, for each length of `data.naflex`: all read on in one stream of examples."""
+    if {part.rows for part in parts.values()} != {"batch"}:
+        raise UserError(f"{NAFLEX} is for one row set, `batch`; config.data.sources has others: leave out `rows`")
+    first, largest = buckets.lengths[0], max(buckets.sizes.values())
+    base = _row_set(parts, largest, largest, seed, tokenizer, None, buckets)
+    found = {}
+    for length, size in buckets.sizes.items():
+        own = found[length] = copy.copy(base)
+        own.size, own.slots = size, [int(row) for row in (range(size) if rows is None else rows[length])]
+        if length != first:
+            pipelines = [ops_lib.parse(part.ops, tokenizer, length) for part in parts.values()]
+            own.sources = [one.through(ops) for one, ops in zip(base.sources, pipelines, strict=True)]
+    return {length: {"batch": own} for length, own in found.items()}
+
+
+def _row_set(
+    parts: Mapping[str, Part],
+    size: int,
+    batch_size: int,
+    seed: int,
+    tokenizer: Any,
+    slots: Sequence[int] | None,
+    buckets: Buckets | None = None,
+) -> "RowSet":
+    """Opens a row set of `size` rows; with buckets, `size` is the largest, and its pictures have the first length."""
+    step, whole, length = (size, size, None) if buckets is None else (buckets.mean, buckets.round, buckets.lengths[0])
+    turns = Turns([_points(*one) for one in parts.items()], step)
+    sources = [_open(source, part, seed, tokenizer, length) for source, part in parts.items()]
+    for i, (part, examples) in enumerate(zip(parts.values(), sources, strict=True)):
+        most = turns.most(i, size)
+        if len(examples) < most:
+            chosen = [f"{key}={getattr(part, key)}" for key in ("index", "where") if getattr(part, key)]
+            after = f" after {' and '.join(chosen)}" if chosen else ""
+            needed = f"batch_size={batch_size}" if most == batch_size else f"its {most} of a batch of {batch_size}"
+            raise UserError(f"data set `{part.uri}` has {len(examples)} examples{after}, fewer than {needed}")
+    windows = [_windows(*one) for one in zip(parts, parts.values(), sources, strict=True)]
+    slots = [int(slot) for slot in (range(size) if slots is None else slots)]
+    return RowSet(dict(zip(parts, sources, strict=True)), turns, size, slots, windows, step, whole)
 
 
 def _sizes(parts: Mapping[str, Part], batch_size: int) -> dict[str, int]:
@@ -132,10 +172,10 @@ def _points(name: str, part: Part) -> Points:
     return points_of(part.weight, f"config.data.sources.{name}.weight")
 
 
-def _open(name: str, part: Part, seed: int, tokenizer: Any) -> Examples:
+def _open(name: str, part: Part, seed: int, tokenizer: Any, max_patches: int | None) -> Examples:
     """The examples of a part; in a mixture, each has an order and draws of its own, and keys with its name."""
     given = ("uri", "ops", "split", "where", "index", "reinforced")
-    own = {name: getattr(part, name) for name in given} | {"tokenizer": tokenizer}
+    own = {name: getattr(part, name) for name in given} | dict(tokenizer=tokenizer, max_patches=max_patches)
     if not name:
         return open_examples(**own, seed=seed)
     mixed = int(np.random.SeedSequence((seed, zlib.crc32(name.encode()))).generate_state(1)[0])
@@ -162,7 +202,8 @@ class RowSet:
     """Rows of a batch, filled by one or several sources.
 
     Every epoch of a source has its own order. A single source drops the last partial batch of an epoch, so that no
-    batch holds an example twice; in a mixture, a batch may, where an epoch of a source ends.
+    batch holds an example twice; in a mixture, a batch may, where an epoch of a source ends. Rows are found by their
+    positions in the stream of all batches' rows.
 
     Args:
       sources: name -> examples.
@@ -170,6 +211,8 @@ class RowSet:
       size: number of rows of a batch over all processes.
       slots: numbers of the rows that this process reads.
       windows: of each source's order, None for a full one.
+      step: rows of a batch on average, if batches differ in size.
+      whole: an epoch of a single source is a multiple of this number, if the source has so many examples.
     """
 
     def __init__(
@@ -179,19 +222,21 @@ class RowSet:
         size: int,
         slots: Sequence[int],
         windows: Sequence[orders.Windows | None],
+        step: int,
+        whole: int,
     ):
         self.windows, self.announced = windows, set()
-        self.shares = [max(1, turns.most(i, size)) for i in range(len(sources))]  # rows of a batch, about
+        self.shares = [max(1, turns.most(i, step)) for i in range(len(sources))]  # rows of a batch, about
         self.sources, self.turns, self.size, self.slots = list(sources.values()), turns, size, slots
         self.names = list(sources)
-        dropped = size if len(sources) == 1 else 1
+        dropped = whole if len(sources) == 1 and whole <= len(self.sources[0]) else 1
         self.lengths = [len(examples) // dropped * dropped for examples in self.sources]
 
-    def read(self, k: int, bad: list[BadRecord]) -> Batch:
-        """Returns this process's rows of batch k; appends bad examples to `bad`."""
+    def read(self, first: int, bad: list[BadRecord]) -> Batch:
+        """Returns this process's rows of the batch that begins at a position; appends bad examples to `bad`."""
         if any(examples.source.remote for examples in self.sources):
-            self._announce(k)
-        return self.sources[0].collate([self._row(k * self.size + slot, bad) for slot in self.slots])
+            self._announce(first)
+        return self.sources[0].collate([self._row(first + slot, bad) for slot in self.slots])
 
     def _drawn(self, position: int) -> tuple[int, int]:
         """Returns the source of a position, and which of the source's draws it is."""
@@ -205,11 +250,11 @@ class RowSet:
             return orders.full(examples.seed, epoch, len(examples))
         return orders.windowed(examples.seed, epoch, len(examples), self.shares[source], windows)
 
-    def _announce(self, k: int) -> None:
-        """Tells sources in a store which examples batch k takes, and block by block what the next windows hold."""
+    def _announce(self, first: int) -> None:
+        """Tells sources in a store which examples a batch takes, and block by block what the next windows hold."""
         soon: dict[int, list[int]] = {}
         for slot in self.slots:
-            source, draw = self._drawn(k * self.size + slot)
+            source, draw = self._drawn(first + slot)
             epoch, at = divmod(draw, self.lengths[source])
             order = self._order(source, epoch)
             soon.setdefault(source, []).append(int(order[at]))
@@ -237,14 +282,14 @@ class RowSet:
         following = (i for t in range(n) if (i := int(order[(at + self.size + t) % n])) != first)
         return examples.row_or_next(first, itertools.islice(following, min(SUBSTITUTES, n) - 1), draw, bad)
 
-    def epochs(self, k: int) -> int:
-        """Returns how many epochs of its sources k batches have begun, all together."""
-        draws = self.turns(k * self.size)
+    def epochs(self, position: int) -> int:
+        """Returns how many epochs of its sources the rows before a position have begun, all together."""
+        draws = self.turns(position)
         return sum(-(-draw // length) for draw, length in zip(draws, self.lengths, strict=True))
 
-    def counts(self, k: int) -> dict[str, tuple[int, float]]:
-        """Returns name of a source -> (examples, epochs) that k batches have taken of it."""
-        draws = zip(self.names, self.turns(k * self.size), self.lengths, strict=True)
+    def counts(self, position: int) -> dict[str, tuple[int, float]]:
+        """Returns name of a source -> (examples, epochs) that the rows before a position have taken of it."""
+        draws = zip(self.names, self.turns(position), self.lengths, strict=True)
         return {name: (draw, draw / length) for name, draw, length in draws}
 
     def one(self) -> Batch:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.models import positions
-from vlm_jax.models.block import AttentionInputs
+from vlm_jax.models.block import AttentionInputs, over_heads
 from vlm_jax.models.decoder import Decoded, Decoder, Logits
 from vlm_jax.models.layers import Attention, Norm
 from vlm_jax.models.two_tower import EMBEDDINGS, Embeddings, unit
@@ -34,12 +34,12 @@ class QueryPool(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, tokens):
-        """[B, N, Dt] -> [B, queries, D]."""
+    def __call__(self, tokens, mask=None):
+        """[B, N, Dt], bool [B, N], False for padding, or None -> [B, queries, D]."""
         norm = lambda name: Norm("layernorm", self.norm_eps, dtype=self.dtype, name=name)
         queries = self.param("queries", nn.initializers.normal(1.0), (1, self.queries, self.width))
         queries = jnp.broadcast_to(norm("query_norm")(queries), (len(tokens), self.queries, self.width))
-        pooled, _ = Attention(self.heads, dtype=self.dtype, name="attn")(queries, tokens)
+        pooled, _ = Attention(self.heads, dtype=self.dtype, name="attn")(queries, tokens, over_heads(mask))
         return norm("norm")(pooled)
 
 
@@ -160,5 +160,6 @@ class CoCa(nn.Module):
         return self.head(hidden)
 
     def _pooled(self, images, train):
-        pooled = self.pool(self.image(images, train=train).tokens)
+        encoded = self.image(images, train=train)
+        pooled = self.pool(encoded.tokens, encoded.mask)
         return pooled[:, 0], pooled[:, 1:]

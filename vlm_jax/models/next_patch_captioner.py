@@ -1,18 +1,22 @@
 """A captioner whose decoder also predicts the picture, patch by patch (Fini et al. 2024, AIMv2)."""
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vlm_jax.errors import UserError
 from vlm_jax.models.decoder import shift_right
 from vlm_jax.models.prefix_captioner import PrefixCaptioner
 
 
 def _patches(o):
     """Returns I, the number of patches of a picture."""
+    if isinstance(o["image"], Mapping):
+        raise UserError("a next_patch_captioner predicts patches of pictures of one size; packed patches have several")
     return math.prod(side // o.model.image.patch for side in o["image"].shape[1:3])
 
 

@@ -186,7 +186,9 @@ def resampled(table, old_grid, grids, length):
 
     rows, columns = (weights(old_grid[axis], grids[:, axis], wanted[axis]) for axis in (0, 1))
     share = rows[..., :, None] * columns[..., None, :]
-    return share.reshape(*share.shape[:2], -1) @ table
+    return jnp.matmul(
+        share.reshape(*share.shape[:2], -1), table, precision="highest"
+    )  # the own grid: exactly the table
 
 
 def _corner_aligned(old, new):

@@ -103,6 +103,7 @@ EMBEDDINGS = {
     "image_embedding": lambda o: o["of_image"].image,
     "image_pooled": lambda o: o["of_image"].image_pooled,
     "image_tokens": lambda o: o["of_image"].image_tokens,
+    "image_mask": lambda o: o["of_image"].image_mask,
     "image_parts": lambda o: o["of_image"].image_parts,
     "token_embeddings": lambda o: token_embeddings(o.model, o.params, o["of_image"]),
     "class_embeddings": lambda o: o["token_embeddings"][:, : _tokens_before(o)],

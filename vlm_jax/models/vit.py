@@ -217,6 +217,10 @@ class ViT(Encoder, kw_only=True):
             )
         if has_cls or self.posemb != "learned" or self.rotary is not None or self.stem or self.image_size is None:
             raise UserError("packed patches need posemb `learned` alone, an image_size, no stem and no cls token")
+        if self.pool in ("last", "concat"):
+            raise UserError(
+                f"packed patches end with padding, which the pool `{self.pool}` would read; use another pool"
+            )
         own = self._own_grid()
         table = positions.learned(self, own[0] * own[1], self.width)[0]
         mask = jnp.arange(patches.shape[1]) < jnp.prod(grid, axis=1)[:, None]

@@ -66,7 +66,8 @@ def hard_pairs(*, model: Any, targets: str | Mapping[str, Any] = "identity", gro
     loss has. An image that all texts match has no wrong one: its pair counts as true (`match` is 1).
 
     Args:
-      model: linen module with the outputs `image_embedding`, `image_tokens`, `text_embedding`, `text_tokens`, `scale`.
+      model: linen module with the outputs `image_embedding`, `image_tokens`, `image_mask` (None without padding),
+        `text_embedding`, `text_tokens`, `scale`.
       targets: "identity", or labels as for `contrastive`; pairs that match are never drawn as wrong.
       groups: negatives are mined within so many equal parts of the batch; see `Selection`.
     """
@@ -76,7 +77,9 @@ def hard_pairs(*, model: Any, targets: str | Mapping[str, Any] = "identity", gro
 
     def seen(outputs, ctx):
         keys = ("image_embedding", "image_tokens", "text_embedding", "text_tokens")
-        return {key: outputs[key] for key in keys} | {"scale": per_row(outputs, "scale")} | targets.features(outputs)
+        padded = {} if outputs["image_mask"] is None else {"image_mask": outputs["image_mask"]}
+        found = {key: outputs[key] for key in keys} | {"scale": per_row(outputs, "scale")}
+        return found | padded | targets.features(outputs)
 
     def select(features, rows, ctx):
         logits = features["scale"][:, None] * features["image_embedding"] @ features["text_embedding"].T
@@ -86,7 +89,8 @@ def hard_pairs(*, model: Any, targets: str | Mapping[str, Any] = "identity", gro
         i = jnp.arange(len(logits))
         images = jnp.concatenate([i, i, hard(of_image, logits.T, of_texts.T)])
         texts = jnp.concatenate([i, hard(of_text, logits, of_images), i])
-        found = {"image_tokens": Feature("image_tokens", images), "text_tokens": Feature("text_tokens", texts)}
+        found = {key: Feature(key, images) for key in ("image_tokens", "image_mask") if key in features}
+        found |= {"text_tokens": Feature("text_tokens", texts)}
         return found | {"token_ids": Row("token_ids", texts), "match": of_images[images, texts].astype(jnp.int32)}
 
     return Selection("pairs", seen, select, groups=groups)

@@ -142,10 +142,8 @@ def to_global(batch: Mapping[str, Any], mesh: Mesh, batch_size: int | Mapping[st
         first = np.searchsorted(rows, start)
         return array[first : first + stop - start]
 
-    return {
-        name: jax.make_array_from_callback((batch_size, *array.shape[1:]), place, partial(part, array))
-        for name, array in batch.items()
-    }
+    whole = lambda array: jax.make_array_from_callback((batch_size, *array.shape[1:]), place, partial(part, array))
+    return jax.tree.map(whole, dict(batch))
 
 
 def abstract_batch(example: Mapping[str, Any], batch_size: int | Mapping[str, int], mesh: Mesh) -> dict[str, Any]:
@@ -153,10 +151,8 @@ def abstract_batch(example: Mapping[str, Any], batch_size: int | Mapping[str, in
     if isinstance(batch_size, Mapping):
         return {name: abstract_batch(example[name], size, mesh) for name, size in batch_size.items()}
     place = batch_sharding(mesh)
-    return {
-        name: jax.ShapeDtypeStruct((batch_size, *array.shape[1:]), array.dtype, sharding=place)
-        for name, array in example.items()
-    }
+    whole = lambda array: jax.ShapeDtypeStruct((batch_size, *array.shape[1:]), array.dtype, sharding=place)
+    return jax.tree.map(whole, dict(example))
 
 
 def param_shardings(rules: Sequence, params: Any, mesh: Mesh) -> Any:

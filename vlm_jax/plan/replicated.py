@@ -23,7 +23,7 @@ def replicated(
       program: the result of `hlo.parse`.
       mesh_shape: sizes of the mesh's axes.
       params: shape of each parameter by name; parameters below `blocks/` are stacks.
-      pictures: shape of the global batch of pictures, [B, H, W, 3]; None for no pictures.
+      pictures: shape of the global batch of pictures, [B, H, W, 3] or packed; None for no pictures.
     """
     return [*_gathered(program, mesh_shape, params), *_whole_batch(program, mesh_shape, pictures)]
 

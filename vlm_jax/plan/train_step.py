@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax import config, models
-from vlm_jax.data import mixture, ops
+from vlm_jax.data import mixture, naflex, ops
 from vlm_jax.data.rows import collate
 from vlm_jax.errors import UserError
 from vlm_jax.params import optim, sharding
@@ -24,7 +24,7 @@ from vlm_jax.plan.schedule import in_all, schedule
 from vlm_jax.run import flops, stages
 from vlm_jax.run.chips import Chip
 from vlm_jax.run.compiler_options import compiler_options
-from vlm_jax.run.program import Program, build_program
+from vlm_jax.run.program import Program, batch_sizes, build_program
 from vlm_jax.zoo.load import load
 
 EXAMPLES = 10**9  # stands in for the data set's number of examples, in durations in epochs
@@ -47,6 +47,8 @@ class Plan(NamedTuple):
       chip: peak FLOPs, memory and bandwidths of a device.
       table: the parameters and their shardings, to read.
       compiled: False if the compiler ran out of a device's memory; hbm_bytes and collectives are then unknown.
+      rows: of a batch.
+      lengths: length of `data.naflex` -> its plan; the plan of all is that of the length that takes most memory.
     """
 
     devices: int
@@ -61,6 +63,8 @@ class Plan(NamedTuple):
     chip: Chip
     table: str
     compiled: bool
+    rows: int = 0
+    lengths: Mapping[int, "Plan"] = {}
 
     @property
     def fits(self) -> bool:
@@ -82,6 +86,12 @@ class Plan(NamedTuple):
         return max(self.bounds.values())
 
     @property
+    def mean_seconds(self) -> float:
+        """The mean of `seconds` over all lengths, which are equally frequent."""
+        plans = self.lengths.values() or [self]
+        return sum(one.seconds for one in plans) / len(plans)
+
+    @property
     def mfu(self) -> float:
         """Model FLOPs utilisation of a step of `seconds`, an upper bound for any run."""
         return self.model_flops / (self.chip.flops * self.seconds)
@@ -90,7 +100,8 @@ class Plan(NamedTuple):
         """All fields and properties, JSON-able."""
         rest = dict(fits=self.fits, bounds=self.bounds, seconds=self.seconds, mfu=self.mfu)
         nested = dict(chip=self.chip._asdict(), collectives=[one._asdict() for one in self.collectives])
-        return self._asdict() | nested | rest
+        lengths = {str(length): one.json() for length, one in self.lengths.items()}
+        return self._asdict() | nested | rest | dict(mean_seconds=self.mean_seconds, lengths=lengths)
 
 
 class Traced(NamedTuple):
@@ -113,7 +124,12 @@ def plan(settings: Mapping[str, Any], devices: Sequence[jax.Device], chip: Chip,
     Raises:
       UserError: the config does not fit the devices' mesh.
     """
-    return compiled(traced(settings, devices), chip, codegen)
+    buckets = naflex.read(settings["data"].get("naflex"))
+    if buckets is None:
+        return compiled(traced(settings, devices), chip, codegen)
+    plans = {length: compiled(traced(settings, devices, length), chip, codegen) for length in buckets.lengths}
+    largest = max(plans.values(), key=lambda one: (not one.compiled, sum(one.memory.values())))
+    return largest._replace(lengths=plans)
 
 
 def of_stages(
@@ -131,29 +147,32 @@ def chip_hours(plans: Sequence[tuple[int | None, Plan]]) -> float | None:
     """A lower bound on the chip-hours of all stages; None if a stage's steps or time are not known."""
     if not all(steps and result.compiled and math.isfinite(result.chip.flops) for steps, result in plans):
         return None
-    return sum(steps * result.seconds * result.devices for steps, result in plans) / 3600
+    return sum(steps * result.mean_seconds * result.devices for steps, result in plans) / 3600
 
 
-def traced(settings: Mapping[str, Any], devices: Sequence[jax.Device]) -> Traced:
-    """Traces the train step of a config; arguments as of `plan`."""
+def traced(settings: Mapping[str, Any], devices: Sequence[jax.Device], length: int | None = None) -> Traced:
+    """Traces the train step of a config; arguments as of `plan`.
+
+    `length` is one of `data.naflex`; it defaults to the longest.
+    """
     settings = config.plain(settings)
     mesh = config.call(sharding.make_mesh, settings.get("mesh") or {}, "config.mesh", devices=devices)
     sources = settings["data"].get("sources")
-    sizes = mixture.sizes(sources, settings["batch_size"])
-    sharding.check_batch_size(sizes, mesh)
+    sizes = batch_sizes(settings["data"], settings["batch_size"], mesh, settings.get("accumulate", 1))
+    if buckets := naflex.read(settings["data"].get("naflex")):
+        length = length or buckets.lengths[-1]
+        sizes = sizes[length]
     if sources is None:
-        example = example_of(settings["data"]["ops"])
+        example = example_of(settings["data"]["ops"], length)
     else:
-        example = {part.rows: example_of(part.ops) for part in mixture.parts(sources).values()}
+        example = {part.rows: example_of(part.ops, length) for part in mixture.parts(sources).values()}
         example = example if isinstance(sizes, dict) else example["batch"]
     steps = _durations(settings)
     optional = {"partition": sharding.RULES, "accumulate": 1, "ema": None, "seed": 0}
     sections = {key: settings[key] for key in ("model", "objective", "optimizer")}
     sections |= {key: settings.get(key, default) for key, default in optional.items()}
     program = build_program(example, sizes, mesh, steps, **sections, load=load)
-    with jax.set_mesh(mesh):
-        jaxpr = program.step.trace(program.abstract_state, program.abstract_batch, program.abstract_frozen).jaxpr
-    counts = flops.hardware_flops(jaxpr), flops.model_flops(program)
+    counts = flops.hardware_flops(program.trace_step().jaxpr), flops.model_flops(program)
     return Traced(program, *(count / mesh.size for count in counts))
 
 
@@ -165,20 +184,22 @@ def compiled(step: Traced, chip: Chip, codegen: bool = True) -> Plan:
     shape = {axis: int(size) for axis, size in mesh.shape.items()}
     number = models.count(state.params)
     about = mesh.size, shape, number, kinds, step.flops, step.model_flops
+    rows = max((leaf.shape[0] for leaf in jax.tree.leaves(program.abstract_batch)), default=0)
     try:
         written, total = _written(step, codegen)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         kinds["temporaries"] = _wanted(str(error), chip.hbm)
-        return Plan(*about, 0, [], [], chip, program.table, compiled=False)
+        return Plan(*about, 0, [], [], chip, program.table, compiled=False, rows=rows)
     kinds["temporaries"] = max(total - sum(kinds.values()), 0)
     parsed = hlo.parse(written)
     params = {name: leaf.shape for name, leaf in named_leaves(state.params).items()}
-    images = [leaf.shape for name, leaf in named_leaves(program.abstract_batch).items() if name.endswith("image")]
-    pictures = next((shape for shape in images if len(shape) == 4), None)
+    shapes = {name: leaf.shape for name, leaf in named_leaves(program.abstract_batch).items()}
+    images = [shape for name, shape in shapes.items() if name.endswith(("image", "image/patches"))]
+    pictures = next((shape for shape in images if len(shape) > 2), None)
     found = replicated(parsed, mesh.shape, params, pictures)
-    return Plan(*about, hlo.hbm_bytes(parsed), collectives(parsed, mesh.shape), found, chip, program.table, True)
+    return Plan(*about, hlo.hbm_bytes(parsed), collectives(parsed, mesh.shape), found, chip, program.table, True, rows)
 
 
 def _written(step: Traced, codegen: bool) -> tuple[str, int]:
@@ -190,15 +211,17 @@ def _written(step: Traced, codegen: bool) -> tuple[str, int]:
     return binary.as_text(), in_all(binary.memory_analysis())
 
 
-def example_of(op_string: str) -> dict[str, np.ndarray]:
+def example_of(op_string: str, max_patches: int | None = None) -> dict[str, np.ndarray]:
     """Returns a batch of one example, made by the data ops from a made-up record; only the shapes count."""
-    pipeline = ops.parse(op_string, _Tokenizer())
+    pipeline = ops.parse(op_string, _Tokenizer(), max_patches)
     if not pipeline.keeps:
         raise UserError("config.data.ops should end with keep('image', 'token_ids', ...), a batch's fields")
-    picture = io.BytesIO()
-    Image.new("RGB", (256, 256)).save(picture, "PNG")
-    record: dict[str, Any] = collections.defaultdict(dict, image=picture.getvalue(), text="a text")
-    boxes = {step.kwargs.get("boxes") for step in (*pipeline.before, *pipeline.after)}
+    steps, picture, file = (*pipeline.before, *pipeline.after), Image.new("RGB", (256, 256)), io.BytesIO()
+    picture.save(file, "PNG")
+    is_file = any(step.name == "decode" for step in steps)  # scenes need no `decode`
+    image = file.getvalue() if is_file else np.asarray(picture)
+    record: dict[str, Any] = collections.defaultdict(dict, image=image, text="a text")
+    boxes = {step.kwargs.get("boxes") for step in steps}
     for path in sorted(pipeline.paths - set(ops.SUBJECTS)):
         where, (*folders, name) = record, path.split("/")
         for folder in folders:
@@ -269,6 +292,7 @@ def text(result: Plan) -> str:
         lines += ["", "a step takes at least"]
         lines += [f"{name:14}{seconds * 1e3:8.1f} ms" for name, seconds in result.bounds.items()]
         lines.append(f"{'best MFU':14}{result.mfu:8.1%}")
+    lines += _lengths(result)
     lines += ["", "it fits" if result.fits else "it does not fit: more fsdp, remat, accumulate, or a smaller batch"]
     return "\n".join(lines)
 
@@ -284,6 +308,18 @@ def text_of_stages(plans: Sequence[tuple[int | None, Plan]]) -> str:
     hours = chip_hours(plans)
     shown = f"{hours:,.0f}" if hours and hours >= 100 else f"{hours or 0:.3g}"
     return "\n\n".join([*blocks, *([f"all steps take at least {shown} chip-hours"] if hours else [])])
+
+
+def _lengths(result: Plan) -> list[str]:
+    """The lengths of batches, a line each."""
+    if not result.lengths:
+        return []
+    lines = ["", f"{'length':>7}{'rows':>9}{'GiB':>8}{'TFLOP':>9}{'ms':>9}"]
+    for length, one in result.lengths.items():
+        line = f"{length:7,}{one.rows:9,}{sum(one.memory.values()) / 2**30:8.2f}{one.flops / 1e12:9.3f}"
+        known = one.compiled and math.isfinite(one.chip.flops)
+        lines.append(line + (f"{one.seconds * 1e3:9,.1f}" if known else "") + ("" if one.fits else "  does not fit"))
+    return [*lines, "the numbers above are of the length that takes most memory"]
 
 
 def _traffic(result: Plan) -> list[str]:

@@ -33,7 +33,8 @@ def features(model: nn.Module, params: Any, images: jax.Array, layer: int | None
     elif "embed" not in model.can:
         tokens, mask = model.apply({"params": params}, images, method="see")
     else:
-        tokens, mask = model.apply({"params": params}, images, None).image_tokens, None
+        found = model.apply({"params": params}, images, None)
+        tokens, mask = found.image_tokens, found.image_mask
     return pooling.pool("mean", tokens.astype(jnp.float32), mask)
 
 

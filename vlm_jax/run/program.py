@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from vlm_jax import models, objectives
+from vlm_jax.data import mixture, naflex
 from vlm_jax.errors import UserError
 from vlm_jax.models import vocabulary
 from vlm_jax.params import optim, sharding
@@ -64,10 +65,19 @@ class Program(NamedTuple):
         where = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_frozen)
         return jax.device_put(objectives.frozen(self.objective), where)
 
-    def lower_step(self) -> jax.stages.Lowered:
-        """Lowers `step` for global batches."""
+    def on(self, example: Mapping[str, Any], batch_size: int | Mapping[str, int]) -> "Program":
+        """Returns the program for batches of another shape; the state is the same. Arguments as of `build_program`."""
+        return self._replace(abstract_batch=sharding.abstract_batch(example, batch_size, self.mesh))
+
+    def trace_step(self) -> jax.stages.Traced:
+        """Traces `step` for global batches."""
         with jax.set_mesh(self.mesh):  # kernels and models read the mesh: where to run, how batches are split
-            return self.step.lower(self.abstract_state, self.abstract_batch, self.abstract_frozen)
+            return self.step.trace(self.abstract_state, self.abstract_batch, self.abstract_frozen)
+
+    def lower_step(self) -> jax.stages.Lowered:
+        """Traces and lowers `step`."""
+        with jax.set_mesh(self.mesh):
+            return self.trace_step().lower()
 
     def compile_step(self) -> jax.stages.Compiled:
         """Lowers and compiles `step`."""
@@ -117,6 +127,22 @@ def train_step(
         objective_state=objectives.update(objective, state.objective_state, params, features, rng, state.step),
     )
     return state, metrics, gradient_norms(grads)
+
+
+def batch_sizes(
+    data: Mapping[str, Any], batch_size: int, mesh: Mesh, accumulate: int = 1
+) -> int | dict[str, int] | dict[int, int]:
+    """Returns the rows of a batch by a config's `data`, in the form of `loader.Loader.sizes`.
+
+    Raises:
+      UserError: the devices would get different numbers of rows.
+    """
+    if buckets := naflex.read(data.get("naflex")):
+        buckets.check(mesh.shape["data"] * mesh.shape["fsdp"], accumulate)
+        return buckets.sizes
+    sizes = mixture.sizes(data.get("sources"), batch_size)
+    sharding.check_batch_size(sizes, mesh)
+    return sizes
 
 
 def build_program(

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from vlm_jax.data.loader import Loader
 from vlm_jax.params.table import named_leaves
 from vlm_jax.run import processes
 from vlm_jax.run.program import Program
@@ -16,10 +17,10 @@ GROUPS = 4  # of these, the largest are shown
 def summary(
     program: Program,
     data: str,
-    num_examples: int,
-    batch_size: int,
+    batches: Loader,
     steps: int,
-    flops: float,
+    examples: int,
+    flops: Mapping[int | None, float],
     workdir: Path,
     every: Mapping[str, int],
 ) -> str:
@@ -28,10 +29,10 @@ def summary(
     Args:
       program: of the run.
       data: name of the data set.
-      num_examples: of an epoch.
-      batch_size: examples of a step.
+      batches: the loader.
       steps: of the run.
-      flops: of a step on all devices, see `flops.model_flops`.
+      examples: of the run.
+      flops: length -> FLOPs of a step on all devices, see `flops.model_flops`.
       workdir: the run's folder.
       every: what is written -> the steps between, such as {"checkpoints": 100}.
     """
@@ -42,22 +43,26 @@ def summary(
     for name, count in counts.items():
         groups[program.groups[name]] += count
     shown = sorted(groups.items(), key=lambda item: -item[1])
-    devices = program.mesh.devices.flat
+    devices, mean = program.mesh.devices.flat, sum(flops.values()) / len(flops)
     axes = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
     rows = [
         ("devices", f"{len(devices)} {devices[0].device_kind}: {axes}"),
-        (
-            "data",
-            f"{data}: {num_examples:,} examples, {num_examples // batch_size:,} batches of {batch_size:,} an epoch",
-        ),
+        ("data", f"{data}: {batches.num_examples:,} examples, {_batches(batches)}"),
         ("model", f"{type(program.model).__name__}, {sum(counts.values()):,} parameters"),
         *(("", f"{count:13,}  {group}") for group, count in shown[:GROUPS]),
         *([("", f"{'...':>13}  {len(shown) - GROUPS} more groups")] if len(shown) > GROUPS else []),
-        ("steps", f"{steps:,}: {steps * batch_size:,} examples, {steps * batch_size / num_examples:.3g} epochs"),
-        ("FLOPs", f"{_scaled(flops)} a step, {_scaled(flops * steps)} in all"),
+        ("steps", f"{steps:,}: {examples:,} examples, {examples / batches.num_examples:.3g} epochs"),
+        ("FLOPs", f"{_scaled(mean)} a step, {_scaled(mean * steps)} in all"),
         ("writes", f"{workdir}: {', '.join(f'{what} every {n:,} steps' for what, n in every.items())}; {TABLE}"),
     ]
     return "\n".join(f"{name:8}  {text}" for name, text in rows)
+
+
+def _batches(batches: Loader) -> str:
+    if None in batches.lengths:
+        return f"{batches.batches_per_epoch:,} batches of {batches.batch_size:,} an epoch"
+    sizes = (f"{batches.size_of(length):,} x {length:,}" for length in batches.lengths)
+    return f"batches of {', '.join(sizes)} patches"
 
 
 def _scaled(flops: float) -> str:

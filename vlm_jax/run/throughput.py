@@ -21,40 +21,39 @@ class Throughput:
 
     Args:
       batches: the loader.
-      batch_size: examples of a step.
-      step_flops: model FLOPs of a step on all devices.
       seconds, data_wait: seconds counted before this start.
     """
 
     def __init__(
         self,
         batches: Loader,
-        batch_size: int,
-        step_flops: float,
         seconds: float = 0.0,
         data_wait: float = 0.0,
     ):
-        self._batches, self._batch_size = batches, batch_size
+        self._batches, self._examples, self._flops = batches, 0, 0.0
         self._chip = chip_of(jax.devices())
-        self._step_flops = step_flops
         self._seconds, self._data_wait = seconds, data_wait
         self._start = time.perf_counter()
 
-    def metrics(self, steps: int) -> dict[str, float]:
-        """Returns numbers for the log, over the `steps` since this start.
+    def count(self, examples: int, flops: float) -> None:
+        """Counts a step, with its examples and model FLOPs on all devices."""
+        self._examples += examples
+        self._flops += flops
+
+    def metrics(self) -> dict[str, float]:
+        """Returns numbers for the log, over the steps since this start.
 
         `examples_per_second`, `data_wait_fraction`; on accelerators also `mfu` (model FLOPs utilisation: Chowdhery et
         al. 2022, arXiv:2204.02311, appendix B) and the peak memory of a device so far, `hbm_gib` and `hbm_fraction`.
         Waits and memory are those of this process; other processes may have larger numbers.
         """
         seconds = time.perf_counter() - self._start
-        rate = steps / seconds
         numbers = {
-            "examples_per_second": rate * self._batch_size,
+            "examples_per_second": self._examples / seconds,
             "data_wait_fraction": self._batches.wait_seconds / seconds,
         }
         if self._chip:
-            numbers["mfu"] = rate * self._step_flops / (self._chip.flops * jax.device_count())
+            numbers["mfu"] = self._flops / seconds / (self._chip.flops * jax.device_count())
         memory = jax.local_devices()[0].memory_stats() or {}  # a CPU has none
         if "peak_bytes_in_use" in memory:
             numbers["hbm_gib"] = memory["peak_bytes_in_use"] / 2**30

@@ -122,6 +122,8 @@ def _scaled(image: Picture, ratio: float, method: Method) -> Image.Image:
 def resize_to_patches(image: object, patch: Side, max_patches: Length, method: Method = "bilinear") -> Picture:
     """Resizes to at most `max_patches` patches of side `patch`, proportions kept up to whole patches.
 
+    `max_patches` defaults to the batch's length, with `naflex` in the config's data.
+
     SigLIP 2 "NaFlex" (arXiv:2502.14786, section 2.4): sides are rounded up to multiples of `patch` at the largest scale
     that fits, found by bisection as in Transformers' `Siglip2ImageProcessor`.
     """
@@ -140,6 +142,7 @@ def pack_patches(image: object, patch: Side, max_patches: Length) -> dict[str, n
     """Cuts a normalised float [H, W, C] into patches, row by row, for packed towers (SigLIP 2 "NaFlex").
 
     Returns dict(patches=float32 [max_patches, patch * patch * C], zeros at the end; grid=int32 [2], rows and columns).
+    `max_patches` defaults to the batch's length, with `naflex` in the config's data.
     """
     h, w, channels = np.shape(image)
     rows, columns = h // patch, w // patch

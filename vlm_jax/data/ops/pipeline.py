@@ -7,7 +7,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -99,7 +99,14 @@ def _images_as_arrays(example: dict) -> dict:
     return example
 
 
-def parse(string: str, tokenizer: Any = None) -> Pipeline:
+class Given(NamedTuple):
+    """What ops get from outside of their string, see `parse`."""
+
+    tokenizer: Any = None
+    max_patches: int | None = None
+
+
+def parse(string: str, tokenizer: Any = None, max_patches: int | None = None) -> Pipeline:
     """Parses an op string without evaluating it.
 
     An argument annotated as `Pipeline` is ops itself: `views("local", 6, random_resized_crop(96) | normalize)`.
@@ -107,6 +114,7 @@ def parse(string: str, tokenizer: Any = None) -> Pipeline:
     Args:
       string: ops joined by `|`, e.g. `"decode | resize(32) | normalize"`. An empty one returns the record.
       tokenizer: `tokenizer(texts, length, bos, eos) -> int32 [B, length]`, for ops that need one (`tokenize`).
+      max_patches: of ops that have this argument, where the string does not give it.
 
     Raises:
       UserError: an op is unknown or its arguments are wrong; the message names the op and its usage.
@@ -119,7 +127,7 @@ def parse(string: str, tokenizer: Any = None) -> Pipeline:
         raise UserError(f"op string `{shown}` has {len(string):,} characters; expected at most {LONGEST:,}")
     try:
         tree = ast.parse(string.strip(), mode="eval").body if string.strip() else None
-        return _pipeline(tree, string, tokenizer)
+        return _pipeline(tree, string, Given(tokenizer, max_patches))
     except SyntaxError as error:
         raise UserError(f"op string `{shown}` is not ops joined by `|`: {error.msg}") from None
     except (RecursionError, MemoryError):
@@ -128,7 +136,7 @@ def parse(string: str, tokenizer: Any = None) -> Pipeline:
         raise error if isinstance(error, UserError) else UserError(f"op string {shown!r}: {error}") from None
 
 
-def _pipeline(tree: ast.expr | None, string: str, tokenizer: Any) -> Pipeline:
+def _pipeline(tree: ast.expr | None, string: str, given: Given) -> Pipeline:
     calls = []
     while tree is not None:
         is_or = isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.BitOr)
@@ -142,7 +150,7 @@ def _pipeline(tree: ast.expr | None, string: str, tokenizer: Any) -> Pipeline:
     if names.count("cache") > 1:
         raise UserError(f"op string `{string}` has `cache` {names.count('cache')} times; expected once")
     split = names.index("cache") if "cache" in names else -1
-    steps = [None if name == "cache" else _step(name, args, kwargs, tokenizer) for name, args, kwargs in calls]
+    steps = [None if name == "cache" else _step(name, args, kwargs, given) for name, args, kwargs in calls]
     for step in steps[: max(split, 0)]:
         if step.random:
             raise UserError(f"op `{step.name}` is random and stands before `cache`; put it after, or it is drawn once")
@@ -168,7 +176,7 @@ def _literal(node: ast.expr) -> Any:
         return node
 
 
-def _step(name: str, args: list, kwargs: dict, tokenizer: Any) -> Step:
+def _step(name: str, args: list, kwargs: dict, given: Given) -> Step:
     if name not in OPS:
         known = sorted([*OPS, "cache"])
         hint = near(name, known, f"known: {', '.join(known)}")
@@ -180,13 +188,16 @@ def _step(name: str, args: list, kwargs: dict, tokenizer: Any) -> Step:
     usage = f"{name}({', '.join(map(str, own))})".replace(f"{__name__}.", "")
     usage = re.sub(r"(?:typing\.)?Annotated\[(\w+), range\([\d, ]+\)\]", r"\1", usage)
     try:
-        bound = inspect.Signature(own).bind(*args, **kwargs)
+        bound = inspect.Signature(own).bind_partial(*args, **kwargs)
+        if "max_patches" in signature.parameters and given.max_patches is not None:
+            bound.arguments.setdefault("max_patches", given.max_patches)
+        bound = inspect.Signature(own).bind(*bound.args, **bound.kwargs)
     except TypeError as error:
         raise UserError(f"op `{name}`: {error}; usage: {usage}") from None
     hints = typing.get_type_hints(function, include_extras=True)
     several = next((p.name for p in own if p.kind is p.VAR_POSITIONAL), None)
     for key, value in bound.arguments.items():
-        values = tuple(_inner(name, v, hints[key], tokenizer) for v in (value if key == several else (value,)))
+        values = tuple(_inner(name, v, hints[key], given) for v in (value if key == several else (value,)))
         if not all(_fits(v, hints[key]) for v in values):
             span = _range(value, hints[key])
             expected = f"expected {span[0]} to {span[-1]}" if span else f"usage: {usage}"
@@ -196,20 +207,20 @@ def _step(name: str, args: list, kwargs: dict, tokenizer: Any) -> Step:
     # What stands before `*paths` goes by position, all else by name: `tokenizer` may stand between.
     args, kwargs = (bound.args, bound.kwargs) if several else ((), dict(bound.arguments))
     if "tokenizer" in signature.parameters:
-        if tokenizer is None:
+        if given.tokenizer is None:
             raise UserError(f"op `{name}` needs a tokenizer, and none was given")
-        kwargs["tokenizer"] = tokenizer
+        kwargs["tokenizer"] = given.tokenizer
     return Step(name, function, subject, "rng" in signature.parameters, args, kwargs)
 
 
-def _inner(name: str, value: Any, hint: Any, tokenizer: Any) -> Any:
+def _inner(name: str, value: Any, hint: Any, given: Given) -> Any:
     """An argument of op `name`: the literal, or the pipeline if the argument is ops and the op takes them."""
     if not isinstance(value, ast.expr):
         return value
     string = ast.unparse(value)
     if Pipeline not in (hint, *typing.get_args(hint)):
         raise UserError(f"op `{name}` was given `{string}`, which is not a literal (number, string, tuple)")
-    pipeline = _pipeline(value, string, tokenizer)
+    pipeline = _pipeline(value, string, given)
     if pipeline.cached:
         raise UserError(f"op `{name}` was given `{string}`; `cache` stands outside of other ops")
     return pipeline

@@ -20,10 +20,10 @@ class Fusion(Encoder, kw_only=True):
     """Blocks on a text's tokens that attend to a picture's tokens; two logits of the first token. See `Encoder`."""
 
     @nn.compact
-    def __call__(self, text_tokens, image_tokens, mask):
-        """[B, L, Dt], [B, N, Di], bool [B, L] -> [B, 2]."""
+    def __call__(self, text_tokens, image_tokens, mask, image_mask=None):
+        """[B, L, Dt], [B, N, Di], bool [B, L], bool [B, N] or None -> [B, 2]."""
         x = nn.Dense(self.width, dtype=self.dtype, name="inputs")(text_tokens)
-        x = self.stack(x, AttentionInputs(over_heads(mask), image_tokens)).tokens
+        x = self.stack(x, AttentionInputs(over_heads(mask), image_tokens, over_heads(image_mask))).tokens
         return nn.Dense(2, dtype=self.dtype, name="head")(x[:, 0])
 
 
@@ -56,7 +56,8 @@ def matching(
 
     def features(outputs, ctx):
         mask = is_text(outputs["token_ids"], *ctx.special(pad_id))
-        return outputs.part("fusion", fusion, outputs["text_tokens"], outputs["image_tokens"], mask)
+        tokens = outputs["text_tokens"], outputs["image_tokens"]
+        return outputs.part("fusion", fusion, *tokens, mask, outputs.rows.get("image_mask"))
 
     def loss(outputs, features, rows, ctx):
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(features, rows["match"])

@@ -23,8 +23,11 @@ class FusionWithMap(Encoder, kw_only=True):
     """Words attend to a picture's tokens, in the open, and then pass blocks as in `matching.Fusion`. See `Encoder`."""
 
     @nn.compact
-    def __call__(self, text_tokens, image_tokens, mask, more=0.0):
-        """[B, L, Dt], [B, N, Di], bool [B, L] -> logits [B, 2], attention [B, H, L, N], to which `more` is added."""
+    def __call__(self, text_tokens, image_tokens, mask, more=0.0, image_mask=None):
+        """[B, L, Dt], [B, N, Di], bool [B, L] -> logits [B, 2], attention [B, H, L, N], to which `more` is added.
+
+        `image_mask`: bool [B, N], False for padding; or None.
+        """
         dense = lambda name, x: nn.Dense(self.width, dtype=self.dtype, name=name)(x)
         split = lambda x: x.reshape(*x.shape[:2], self.heads, -1)
         x = dense("inputs", text_tokens)
@@ -33,10 +36,11 @@ class FusionWithMap(Encoder, kw_only=True):
             split(dense("key", image_tokens)),
             split(dense("value", image_tokens)),
         )
-        attention = jax.nn.softmax(jnp.einsum("blhd,bnhd->bhln", query, key) / query.shape[-1] ** 0.5)
+        scores = jnp.einsum("blhd,bnhd->bhln", query, key) / query.shape[-1] ** 0.5
+        attention = jax.nn.softmax(scores, where=over_heads(image_mask))
         seen = jnp.einsum("bhln,bnhd->blhd", attention + more, value)
         x = Norm(dtype=self.dtype, name="seen_norm")(x + dense("out", seen.reshape(x.shape)))
-        x = self.stack(x, AttentionInputs(over_heads(mask), image_tokens)).tokens
+        x = self.stack(x, AttentionInputs(over_heads(mask), image_tokens, over_heads(image_mask))).tokens
         return nn.Dense(2, dtype=self.dtype, name="head")(x[:, 0]), attention
 
 
@@ -83,14 +87,15 @@ def soft_masks(
     )  # fmt: skip
 
     def of_pairs(outputs, ctx):
-        return outputs.part("fusion", fusion, *inputs(outputs, ctx))[0]
+        real = outputs.rows.get("image_mask")
+        return outputs.part("fusion", fusion, *inputs(outputs, ctx), image_mask=real)[0]
 
     def of_masked(outputs, ctx):
-        text, image, mask = inputs(outputs, ctx)
-        run = lambda *args: outputs.part("fusion", fusion, *args)
+        (text, image, mask), real = inputs(outputs, ctx), outputs["image_mask"]
+        run = lambda image, more=0.0: outputs.part("fusion", fusion, text, image, mask, more, image_mask=real)
 
         def score(more):
-            logits, attention = run(text, image, mask, more)
+            logits, attention = run(image, more)
             return jnp.sum(logits[:, 1]), attention  # rows do not depend on each other
 
         nothing = jnp.zeros((len(image), fusion.heads, text.shape[1], image.shape[1]), image.dtype)
@@ -101,9 +106,10 @@ def soft_masks(
         else:
             words = jax.vmap(jax.random.categorical)(outputs.keys, jnp.where(mask, 0.0, -jnp.inf))
         cam = jnp.take_along_axis(cams, words[:, None, None], axis=1)[:, 0]
-        low, high = (f(cam, axis=1, keepdims=True) for f in (jnp.min, jnp.max))
+        low = jnp.min(cam, axis=1, keepdims=True, where=real, initial=jnp.inf)
+        high = jnp.max(cam, axis=1, keepdims=True)  # at least 0, as of padding
         fading = jax.lax.stop_gradient((cam - low) / jnp.maximum(high - low, 1e-12))
-        return run(text, image * (1 - strength * fading[..., None]).astype(image.dtype), mask)[0]
+        return run(image * (1 - strength * fading[..., None]).astype(image.dtype))[0]
 
     def loss(outputs, features, rows, ctx):
         match = rows[pairs.name]["match"]

@@ -104,8 +104,9 @@ def queue(*, size: int = 65_536, teacher: str | None = "momentum") -> Negatives:
         return keys | {"filled": jnp.zeros(rows, bool), "next": jnp.zeros((), jnp.int32)}
 
     def update(state: Mapping[str, Any], features: Mapping[str, Any], ctx: Context):
-        put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, state["next"], axis=0)
         count, rows = len(features["key_text"]), len(state["filled"])
+        at = (state["next"] + jnp.arange(count)) % rows  # batches may have several sizes
+        put = lambda old, new: old.at[at].set(new, unique_indices=True)
         keys = {key: put(state[key], features[key]) for key in ("key_image", "key_text")}
         return keys | {"filled": put(state["filled"], jnp.ones(count, bool)), "next": (state["next"] + count) % rows}
 
