@@ -244,7 +244,7 @@ class Pretrained:
           texts: n input texts.
           method: "greedy", "sample" or "beam".
           max_length: largest number of tokens of an answer; defaults to the decoder's length.
-          **options: prefix, beams, length_penalty, seed, and fields of `generate.Rules`.
+          **options: prefix, beams, length_penalty, seed, and fields of `logit_rules.Rules`.
         """
         if not self.reads_texts:
             raise UserError("this model writes no texts about texts; an EncoderDecoder or a PrefixLM does")
