@@ -44,6 +44,7 @@ def write(
     """
     choose(METHODS, method, "method of `caption`")
     rules = call(logit_rules.Rules, rules, "`caption`")
+    pretrained.lacks.check("tokenizer")
     decoder, ids = pretrained.model.decoder, pretrained.tokenizer
     length = decoder.length if length is None else length
     drawn = logit_rules.SAMPLING if method == "sample" else ()
