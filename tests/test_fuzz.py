@@ -4,11 +4,13 @@ import pytest
 
 from tests.support.fuzz import fuzz
 from tests.support.fuzz_checkpoints import SEEDS
+from tests.support.fuzz_families import KINDS as FAMILIES
 from tests.support.fuzz_kinds import KINDS
 
 MUTATIONS = 200
 SLOW = {"curves": 4, "checkpoint": 30, "workdir_config": 60, "tfds_info": 60, "tfds_features": 60, "tfds_shard": 40}
 SLOW |= dict.fromkeys(("shards_index.json", "shards_shards", "shards_bounds", "shards_members", "array_record"), 25)
+SLOW |= dict.fromkeys(FAMILIES, 4)  # of 34 kinds
 ELSEWHERE = SEEDS  # 200 of each in tests/zoo/readers/test_fuzz_files.py
 
 
