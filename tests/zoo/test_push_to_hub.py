@@ -88,7 +88,7 @@ def test_what_cannot_be_pushed_says_so(hub):
     lost = type("ConnectError", (Exception,), {"__module__": "httpx2"})
     with mock.patch.object(Api, "create_repo", side_effect=lost("no route to host")):
         hub()
-        with pytest.raises(UserError, match="hf:me/clip: no route to host$"):
+        with pytest.raises(UserError, match=r"hf:me/clip: no route to host$"):
             vlm_jax.push_to_hub(model, "me/clip")
     api = hub()
     with pytest.raises(UserError, match="it can be written as native, stablehlo"):
