@@ -127,7 +127,7 @@ def describe(source: str | os.PathLike, image_size: Sequence[int] | None = None,
 
 
 def _understood(source: str | os.PathLike, image_size: Sequence[int] | None, **told: Any) -> Released:
-    released = recognize.understand(hub.local(source), **told)
+    released = recognize.of_spec(source, **told)
     return released if image_size is None else released.with_image_size(tuple(image_size))
 
 

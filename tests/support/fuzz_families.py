@@ -16,8 +16,8 @@ def write(name, folder, damage=HEADER):
     (folder / config_name).write_text(json.dumps(config))
     header, end = {}, 0
     for tensor, shape in shapes.items():
-        begin, end = end, end + math.prod(shape)
-        header[tensor] = dict(dtype="F8_E4M3", shape=shape, data_offsets=[begin, end])
+        begin, end = end, end + 2 * math.prod(shape)
+        header[tensor] = dict(dtype="F16", shape=shape, data_offsets=[begin, end])
     (folder / HEADER).write_text(json.dumps(header))
     return damage
 
@@ -28,7 +28,7 @@ def use(name, folder):
     header = (folder / HEADER).read_bytes()
     with open(folder / weights, "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + sum(map(math.prod, shapes.values())))
+        file.truncate(8 + len(header) + 2 * sum(map(math.prod, shapes.values())))
     recognize.understand(folder).match()
 
 

@@ -10,7 +10,7 @@ from tests.support.paths import ROOT
 from vlm_jax.errors import UserError
 from vlm_jax.zoo import known, save
 from vlm_jax.zoo.__main__ import table
-from vlm_jax.zoo.formats import t5, transformers
+from vlm_jax.zoo.formats import open_clip_names, t5, transformers
 from vlm_jax.zoo.formats.transformers_texts import TEXTS
 from vlm_jax.zoo.formats.transformers_vision import VISION
 
@@ -19,7 +19,7 @@ def test_every_family_has_a_test_and_a_format():
     for one in known.MODELS:
         assert (ROOT / one.test).is_file() and len({*one.variants}) == len(one.variants) > 0, one
         assert not one.write or one.write in save.FORMATS, one
-    assert len(known.configs_of_open_clip()) == 115
+    assert known.configs_of_open_clip() == {*open_clip_names.configs()} and len(open_clip_names.configs()) == 115
 
 
 def test_classes_are_those_of_the_readers():

@@ -5,6 +5,7 @@ huggingface_hub reads the hub, with its cache, offline switch and token.
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from vlm_jax.data.package_files import locate
 from vlm_jax.errors import UserError
 
 WANTED = ("*.json", "*.safetensors", "*.model", "vocab.txt", "merges.txt", "README.md")
+NAMED = re.compile(r"(open_clip|timm):([\w.-]+):(.+)", re.DOTALL)  # a name in a project, a path
 CARD = "README.md"
 LIBRARIES = ("huggingface_hub", "httpx", "httpx2", "requests")  # whose errors tell of the hub or the network
 # Files of a model, which go from a repository when another model takes its place.
@@ -21,11 +23,24 @@ MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.npz", "*.model", "*.stable
 OTHERWISE = ("*.bin", "*.npz")  # for repositories without safetensors
 
 
+def name_of(spec: str | os.PathLike) -> tuple[str, str] | None:
+    """Returns ("open_clip", "ViT-B-32") of "open_clip:ViT-B-32:PATH", or None if the spec names no model."""
+    found = NAMED.fullmatch(os.fspath(spec)) if isinstance(spec, str | os.PathLike) else None
+    return found and (found[1], found[2])
+
+
 def local(spec: str | os.PathLike) -> Path:
-    """Returns the path of a spec: a path itself, the downloaded "hf:org/name", or a package's path."""
+    """Returns the path of a spec: a path itself, the downloaded "hf:org/name", or a package's path; without a name."""
     if not isinstance(spec, str | os.PathLike) or not os.fspath(spec):
         raise UserError(f"the model is {spec!r:.60}; expected a path, hf:org/name or pkg:package/path")
     spec = os.fspath(spec)
+    if found := re.match("(open_clip|timm):", spec):
+        if not name_of(spec):
+            example = {"open_clip": "ViT-B-32", "timm": "vit_base_patch16_224"}[found[1]]
+            raise UserError(
+                f"the model is {spec:.80}; expected {found[0]}NAME:PATH, such as {found[0]}{example}:weights.pt"
+            )
+        spec = NAMED.fullmatch(spec)[3]
     return download(spec.removeprefix("hf:")) if spec.startswith("hf:") else locate(spec)
 
 

@@ -54,6 +54,7 @@ def load(
     Args:
       spec: "hf:org/name" (or "hf:org/name@revision"), a folder of Transformers, open_clip, T5X or ours, a file
         (safetensors, npz, .pt, .pth), a workdir of `vlm_jax.train`, or "pkg:name/path", one of these in a package.
+        "open_clip:ViT-B-32:PATH" says what bare weights are.
       preprocess: op string that prepares pictures, or a key of `zoo.preprocessing.FAMILIES` ("openai", "siglip", ...);
         defaults to the files' own. Without either, the model takes preprocessed arrays, and raises for pictures.
       tokenizer: a tokenizer spec (see `vlm_jax.data.tokenizers`); defaults to the files' own. Without either, the model
@@ -84,7 +85,7 @@ def load(
     path = hub.local(spec)
     dtype = dtype if dtype is None or isinstance(dtype, str) else np.dtype(dtype).name  # jnp.bfloat16
     told = dict(activation=activation, pool=pool, heads=heads, weights=weights)
-    released = recognize.run_of(path) if (path / "checkpoints").is_dir() else recognize.understand(path, **told)
+    released = recognize.run_of(path) if (path / "checkpoints").is_dir() else recognize.of_spec(spec, **told)
     section = dict(released.model) if dtype is None else dict(released.model, dtype=dtype)
     size = _sides(image_size) if image_size is not None else None
     settings, lacks = _settings(released, section, preprocess, tokenizer, tokenize, size)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,8 +12,8 @@ from vlm_jax import models
 from vlm_jax.data.files import inside, read_json
 from vlm_jax.errors import UserError
 from vlm_jax.params.table import named_leaves
-from vlm_jax.zoo import bare_files, key_map, open_clip_tokenizers, preprocessing, tokenizer_files
-from vlm_jax.zoo.formats import open_clip, open_clip_coca, t5x, transformers
+from vlm_jax.zoo import bare_files, hub, key_map, open_clip_tokenizers, preprocessing, tokenizer_files
+from vlm_jax.zoo.formats import open_clip, open_clip_coca, open_clip_names, t5x, transformers
 from vlm_jax.zoo.readers.tensors import Tensor, TensorFile, open_tensors, open_weights
 from vlm_jax.zoo.released import Released, Told, of_texts, scanned
 from vlm_jax.zoo.shapes import check_sizes, param_shapes
@@ -31,8 +32,19 @@ OPEN_CLIP = (
 )
 
 
+def of_spec(spec: str | os.PathLike, **told: Any) -> Released:
+    """Returns the description of what a spec of `vlm_jax.load` names; arguments as for `understand`."""
+    return understand(hub.local(spec), named=hub.name_of(spec), **told)
+
+
 def understand(
-    path: str | Path, activation: Any = None, *, pool: Any = None, heads: Any = None, weights: str | None = None
+    path: str | Path,
+    activation: Any = None,
+    *,
+    pool: Any = None,
+    heads: Any = None,
+    weights: str | None = None,
+    named: tuple[str, str] | None = None,
 ) -> Released:
     """Recognises a folder or a file by its content; reads headers and no tensor.
 
@@ -40,6 +52,7 @@ def understand(
       path: a folder of ours, of Transformers, of open_clip or of T5X; a file of tensors.
       activation: for bare CLIP weights and T5X, see `open_clip.describe` and `t5x.describe`.
       pool, heads, weights: as for `vlm_jax.load`.
+      named: ("open_clip", "ViT-B-32"): what the weights are, whatever lies beside them.
 
     Raises:
       UserError: the format is unknown, or the parts do not fit.
@@ -50,7 +63,8 @@ def understand(
         hint = f"for the Hugging Face hub, write hf:{hub[1]}" if hub else "check the path"
         raise UserError(f"there is no file or folder {path}; {hint}")
     with _understanding(path):
-        return (_folder if path.is_dir() else _file)(path, Told(activation, pool, heads, weights))
+        told = Told(activation, pool, heads, weights)
+        return _named(path, *named, told) if named else (_folder if path.is_dir() else _file)(path, told)
 
 
 @contextlib.contextmanager
@@ -130,19 +144,36 @@ def _open_clip(folder: Path, settings: dict, told: Told) -> Released:
     if name is None:
         raise UserError(f"{folder} has an open_clip_config.json but none of its weights: {', '.join(OPEN_CLIP)}")
     file, cfg = open_weights(folder / name, told.weights), settings.get("model_cfg") or {}
+    return _of_open_clip(folder, file, cfg, told, settings.get("preprocess_cfg") or {})
+
+
+def _of_open_clip(folder: Path, file: TensorFile, cfg: dict, told: Told, preprocess_cfg: dict | None) -> Released:
     family = open_clip_coca if open_clip_coca.recognise(file.tensors) else open_clip
     section, entries, ignored = family.describe(file.tensors, cfg, told)
     text, texts = section["text"], cfg.get("text_cfg") or {}
-    fields, hints = {}, {}
-    fields["preprocess"], hints["preprocess"] = _or_none(
-        preprocessing.from_open_clip, settings.get("preprocess_cfg") or {}, section["image"]["image_size"]
-    )
+    fields, hints = {}, {"preprocess": "a name of open_clip does not tell how pictures were prepared"}
+    if preprocess_cfg is not None:
+        fields["preprocess"], hints["preprocess"] = _or_none(
+            preprocessing.from_open_clip, preprocess_cfg, section["image"]["image_size"]
+        )
     found, hints["tokenizer"] = _or_none(open_clip_tokenizers.read, folder, text["length"], texts)
     fields["tokenizer"], fields["tokenize"] = found or (None, None)
     return Released(
         "open_clip", file.path, file.tensors, scanned(section), entries, ignored, **fields, hints=hints,
         licence=_licence(folder),
     )  # fmt: skip
+
+
+def _named(path: Path, project: str, name: str, told: Told) -> Released:
+    """A file of weights, or a folder with one, whose model has a name in a project."""
+    known = open_clip_names.config(name)
+    files = [path / file for file in (*OPEN_CLIP, *TRANSFORMERS)] if path.is_dir() else [path]
+    weights = next((file for file in files if file.exists()), None)
+    if weights is None:
+        raise UserError(f"{path} has no weights; looked for {', '.join(file.name for file in files)}; or name the file")
+    released = _of_open_clip(weights.parent, open_weights(weights, told.weights), known, told, None)
+    open_clip_names.check(name, released.model)
+    return released
 
 
 def _t5x(folder: Path, told: Told) -> Released:
