@@ -10,7 +10,7 @@ from tests.support.fuzz_kinds import KINDS
 MUTATIONS = 200
 SLOW = {"curves": 4, "checkpoint": 30, "workdir_config": 60, "tfds_info": 60, "tfds_features": 60, "tfds_shard": 40}
 SLOW |= dict.fromkeys(("shards_index.json", "shards_shards", "shards_bounds", "shards_members", "array_record"), 25)
-SLOW |= dict.fromkeys(fuzz_families.KINDS, 4)  # of 34 kinds
+SLOW |= dict.fromkeys(fuzz_families.KINDS, 4)  # of 36 kinds
 ELSEWHERE = SEEDS  # 200 of each in tests/zoo/readers/test_fuzz_files.py
 
 

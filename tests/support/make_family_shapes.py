@@ -14,7 +14,9 @@ from tests.support.torchvision_import import prepare
 
 prepare()
 
+import timm  # noqa: E402
 from safetensors import safe_open  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 from tests.support import open_clip_families, open_clip_models, transformers_models  # noqa: E402
 
@@ -52,6 +54,17 @@ def main():
             shapes = shapes_of(Path(folder, "open_clip_model.safetensors"))
             config = dict(model_cfg=config, preprocess_cfg={})
             families[f"open_clip_{name}"] = ["open_clip_config.json", config, "open_clip_model.safetensors", shapes]
+    with tempfile.TemporaryDirectory() as folder:
+        model = timm.create_model("vit_small_patch14_reg4_dinov2", img_size=42, embed_dim=48, depth=2)
+        save_file(model.state_dict(), Path(folder, "model.safetensors"))
+        shapes = shapes_of(Path(folder, "model.safetensors"))
+        config = dict(architecture="vit_small_patch14_reg4_dinov2", num_classes=0, num_features=48, global_pool="token")
+        families["timm"] = [
+            "config.json",
+            config | dict(pretrained_cfg=model.pretrained_cfg),
+            "model.safetensors",
+            shapes,
+        ]
     lines = (f"{json.dumps(name)}: {json.dumps(family)}" for name, family in families.items())
     (GOLDEN / "families.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 

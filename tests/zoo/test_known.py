@@ -32,7 +32,7 @@ def test_classes_are_those_of_the_readers():
 def test_a_part_of_a_name_chooses():
     (eva,) = vlm_jax.list_models("eva02-L")
     assert eva.variants == ("EVA02-L-14", "EVA02-L-14-336")
-    assert {one.project for one in vlm_jax.list_models("siglip")} == {"transformers", "open_clip", "big_vision"}
+    assert {one.project for one in vlm_jax.list_models("siglip")} == {"transformers", "open_clip", "big_vision", "timm"}
     assert "    EVA02-L-14-336\n    agree: embeddings" in table([eva], every=True)
     with pytest.raises(UserError, match="no model that loads has `vitamin` in its name"):
         vlm_jax.list_models("vitamin")

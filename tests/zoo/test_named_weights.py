@@ -2,15 +2,18 @@
 
 import json
 import math
+import re
 
 import jax
+import numpy as np
 import pytest
 
 import vlm_jax
 from vlm_jax import models
 from vlm_jax.errors import UserError
-from vlm_jax.zoo import hub, key_map, recognize
+from vlm_jax.zoo import hub, key_map, preprocessing, recognize
 from vlm_jax.zoo.formats import open_clip
+from vlm_jax.zoo.readers.tensors import write_safetensors
 from vlm_jax.zoo.shapes import param_shapes
 
 TEXT = dict(width=384, depth=12, heads=6, mlp_dim=1536, vocab_size=49_408, length=77, causal=True, pool="argmax")
@@ -76,6 +79,73 @@ def test_a_folder_with_the_weights_alone(weights):
 def test_wrong_names_say_so(weights, spec, expected):
     with pytest.raises(UserError, match=expected):
         recognize.of_spec(spec.format(weights))
+
+
+def timm_shapes(width=48, cls=True, registers=0, norm="norm"):
+    """Shapes of a Vision Transformer of timm with one block, for pictures of 32 px."""
+    block = {"norm1": 1, "norm2": 1, "attn.qkv": (3, 1), "attn.proj": (1, 1), "mlp.fc1": (4, 1), "mlp.fc2": (1, 4)}
+    shapes = {"patch_embed.proj.weight": (width, 3, 16, 16), "patch_embed.proj.bias": (width,)}
+    shapes |= {"pos_embed": (1, 4 + (cls and not registers), width)} | ({"cls_token": (1, 1, width)} if cls else {})
+    shapes |= {"reg_token": (1, registers, width)} if registers else {}
+    for name, size in block.items():
+        wide = (width,) if size == 1 else tuple(width * n for n in size)
+        shapes |= {f"blocks.0.{name}.weight": wide, f"blocks.0.{name}.bias": wide[:1]}
+    return shapes | {f"{norm}.weight": (width,), f"{norm}.bias": (width,)}
+
+
+def timm_folder(folder, shapes, **config):
+    write_safetensors(
+        folder / "model.safetensors", {name: np.zeros(shape, np.float16) for name, shape in shapes.items()}
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+TIMM = dict(input_size=[3, 32, 32], interpolation="bicubic", crop_pct=0.9, mean=[0.5] * 3, std=[0.5] * 3)
+
+
+def test_timm(tmp_path):
+    folder = timm_folder(tmp_path, timm_shapes(), architecture="vit_tiny_patch16_224", pretrained_cfg=TIMM)
+    loaded = vlm_jax.load(folder)
+    assert loaded.preprocess.startswith("decode(alpha='drop') | resize_shortest(") and loaded.tokenizer is None
+    tower = loaded.model.image
+    assert (tower.heads, tower.pool, tower.activation, tower.norm_eps) == (3, "tok", "gelu", 1e-6)
+    named = recognize.of_spec(f"timm:vit_tiny_patch16_224.augreg:{folder / 'model.safetensors'}")
+    assert named.model["image"] == loaded.config["model"]["image"] and named.preprocess is None
+    with pytest.raises(UserError, match=r"of a ViT of timm without its name, .* is timm:NAME:PATH"):
+        (tmp_path / "alone").mkdir()
+        vlm_jax.load((folder / "model.safetensors").rename(tmp_path / "alone" / "weights.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "config", "expected"),
+    [
+        ("vit_tiny_patch32_224", {}, {}, "the weights are no vit_tiny_patch32_224: their patches have 16 px"),
+        ("vit_base_patch16_rope_224", {}, {}, "timm's `vit_base_patch16_rope_224` is not read"),
+        ("vit_giant_patch14_dinov2", {}, {}, "is not read; of timm, plain Vision Transformers are"),
+        (
+            "vit_tiny_patch16_224",
+            {},
+            dict(global_pool="avg"),
+            "has global_pool 'avg'; vit_tiny_patch16_224 has another",
+        ),
+        ("vit_tiny_patch16_224", {}, dict(model_args=dict(qk_norm=True)), "only {} is supported"),
+        ("vit_tiny_patch16_224", dict(norm="fc_norm"), {}, "fc_norm"),
+    ],
+)
+def test_what_is_not_read_of_timm_says_so(name, shapes, config, expected, tmp_path):
+    folder = timm_folder(tmp_path, timm_shapes(**shapes), architecture=name, pretrained_cfg=TIMM, **config)
+    with pytest.raises(UserError, match=re.escape(expected)):
+        recognize.understand(folder).match()
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(interpolation="random"), dict(crop_mode="border"), dict(crop_pct=0), dict(input_size=[1, 8, 8]),
+              dict(crop_mode="squash"), dict(mean=["a"])]
+)  # fmt: skip
+def test_preprocessing_of_timm_that_is_not_known(wrong, tmp_path):
+    with pytest.raises(UserError, match="pass preprocess="):
+        preprocessing.from_timm(TIMM | wrong)
 
 
 def test_a_path_may_be_any_other_spec():

@@ -110,6 +110,8 @@ MODELS = (
     Known("big_vision", "ViT", ("ViT of any size",), GOLDEN, f"{STORED}big_vision.py", "big_vision"),
     Known("t5x", "T5 v1.1, UL2, Flan-UL2", ("small", "base", "large", "xl", "xxl", "20b"), GOLDEN,
           "tests/pretrained/test_pretrained_texts.py", "t5x"),
+    Known("timm", "ViT", ("vit_*_patch*_224", "vit_*_patch*_384", "vit_*_clip_*", "vit_*_siglip_*", "vit_*_gap_*",
+          "vit_*_dinov2", "deit_*", "deit3_*"), TOWER, f"{PARITY}timm.py"),
     Known("efficientnet-lite", "EfficientNet-Lite", ("lite0",), "outputs of the released weights: 1e-4",
           f"{PARITY}efficientnet_torch.py"),
     Known("vlm_jax", "CLIP", ("pkg:vlm_jax/zoo/clip_tiny",), "the parameters of its run", "tests/zoo/test_load.py",

@@ -54,7 +54,7 @@ def load(
     Args:
       spec: "hf:org/name" (or "hf:org/name@revision"), a folder of Transformers, open_clip, T5X or ours, a file
         (safetensors, npz, .pt, .pth), a workdir of `vlm_jax.train`, or "pkg:name/path", one of these in a package.
-        "open_clip:ViT-B-32:PATH" says what bare weights are.
+        "open_clip:ViT-B-32:PATH" and "timm:vit_base_patch16_224:PATH" say what bare weights are.
       preprocess: op string that prepares pictures, or a key of `zoo.preprocessing.FAMILIES` ("openai", "siglip", ...);
         defaults to the files' own. Without either, the model takes preprocessed arrays, and raises for pictures.
       tokenizer: a tokenizer spec (see `vlm_jax.data.tokenizers`); defaults to the files' own. Without either, the model

@@ -13,7 +13,7 @@ from vlm_jax.data.files import inside, read_json
 from vlm_jax.errors import UserError
 from vlm_jax.params.table import named_leaves
 from vlm_jax.zoo import bare_files, hub, key_map, open_clip_tokenizers, preprocessing, tokenizer_files
-from vlm_jax.zoo.formats import open_clip, open_clip_coca, open_clip_names, t5x, transformers
+from vlm_jax.zoo.formats import open_clip, open_clip_coca, open_clip_names, t5x, timm, transformers
 from vlm_jax.zoo.readers.tensors import Tensor, TensorFile, open_tensors, open_weights
 from vlm_jax.zoo.released import Released, Told, of_texts, scanned
 from vlm_jax.zoo.shapes import check_sizes, param_shapes
@@ -83,9 +83,12 @@ def _folder(path: Path, told: Told) -> Released:
     if (path / "checkpoints").is_dir():
         return _workdir(path)
     settings = read_json(path / "config.json")
-    for name in TRANSFORMERS if "model_type" in settings else ():
+    for name in TRANSFORMERS if {"model_type", "architecture"} & settings.keys() else ():
         if (path / name).exists():
-            return _transformers(path, settings, open_weights(path / name, told.weights))
+            file = open_weights(path / name, told.weights)
+            if "model_type" in settings:
+                return _transformers(path, settings, file)
+            return _timm(file, str(settings["architecture"]), settings)
     if (path / "open_clip_config.json").exists():
         return _open_clip(path, read_json(path / "open_clip_config.json"), told)
     if (path / PARAMS).exists():
@@ -166,14 +169,27 @@ def _of_open_clip(folder: Path, file: TensorFile, cfg: dict, told: Told, preproc
 
 def _named(path: Path, project: str, name: str, told: Told) -> Released:
     """A file of weights, or a folder with one, whose model has a name in a project."""
-    known = open_clip_names.config(name)
+    known = open_clip_names.config(name) if project == "open_clip" else {}
     files = [path / file for file in (*OPEN_CLIP, *TRANSFORMERS)] if path.is_dir() else [path]
     weights = next((file for file in files if file.exists()), None)
     if weights is None:
         raise UserError(f"{path} has no weights; looked for {', '.join(file.name for file in files)}; or name the file")
+    if project == "timm":
+        return _timm(open_weights(weights, told.weights), name)
     released = _of_open_clip(weights.parent, open_weights(weights, told.weights), known, told, None)
     open_clip_names.check(name, released.model)
     return released
+
+
+def _timm(file: TensorFile, name: str, settings: dict | None = None) -> Released:
+    section, entries = timm.describe({key: tuple(t.shape) for key, t in file.tensors.items()}, name, settings)
+    preprocess, hint = None, "a name of timm does not tell how pictures were prepared"
+    if settings:
+        preprocess, hint = _or_none(preprocessing.from_timm, settings.get("pretrained_cfg") or {})
+    return Released(
+        f"timm {name}", file.path, file.tensors, scanned(section), entries, preprocess=preprocess,
+        hints={"preprocess": hint}, licence=_licence(file.path.parent),
+    )  # fmt: skip
 
 
 def _t5x(folder: Path, told: Told) -> Released:
