@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 import vlm_jax
+from tests.support import fuzz_checkpoints
 from tests.support.compare import close_in_scale as close
 from tests.support.released import unpack
 from vlm_jax import evaluate, models
@@ -120,6 +121,16 @@ def test_weights_alone_embed_arrays_and_token_ids(clip, tmp_path):
                 bare.embed_text_batch(wrong)
         with pytest.raises(UserError, match="vocabulary"):
             bare.embed_text_batch(token_ids + 10**6)
+
+
+def test_averaged_weights_that_are_not_there(clip, tmp_path):
+    vlm_jax.save_pretrained(vlm_jax.load(clip), tmp_path / "native")
+    fuzz_checkpoints.of_workdir(tmp_path)
+    for folder in (tmp_path / "native", tmp_path, clip):
+        with pytest.raises(UserError, match="holds no averaged weights"):
+            vlm_jax.load(folder, weights="ema")
+        with pytest.raises(UserError, match="weights is 'EMA'; expected 'ema'"):
+            vlm_jax.load(folder, weights="EMA")
 
 
 def test_a_tower_that_is_not_there(tmp_path):

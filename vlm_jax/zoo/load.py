@@ -65,7 +65,8 @@ def load(
         `models.TextTransformer`.
       heads: for bare files whose tensors do not tell it, the number of attention heads. `activation`, `pool` and
         `heads` are of both towers, or a dict: `pool=dict(image="gap", text="last")`.
-      weights: "ema" reads the averaged weights of a training checkpoint; None reads the trained ones.
+      weights: "ema" reads the averaged weights of a training checkpoint; None reads the trained ones, of a workdir of
+        ours the averages if it keeps any.
       image_size: (height, width) or one int, in pixels; overrides the checkpoint's size. Learned positions of another
         grid need `resample`. The files' own `preprocess` follows, see `op_strings.resized`; an op string that is
         given does not.
@@ -85,7 +86,7 @@ def load(
     path = hub.local(spec)
     dtype = dtype if dtype is None or isinstance(dtype, str) else np.dtype(dtype).name  # jnp.bfloat16
     told = dict(activation=activation, pool=pool, heads=heads, weights=weights)
-    released = recognize.run_of(path) if (path / "checkpoints").is_dir() else recognize.of_spec(spec, **told)
+    released = recognize.run_of(path, weights) if (path / "checkpoints").is_dir() else recognize.of_spec(spec, **told)
     section = dict(released.model) if dtype is None else dict(released.model, dtype=dtype)
     size = _sides(image_size) if image_size is not None else None
     settings, lacks = _settings(released, section, preprocess, tokenizer, tokenize, size)

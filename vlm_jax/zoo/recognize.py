@@ -14,6 +14,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.params.table import named_leaves
 from vlm_jax.zoo import bare_files, hub, key_map, open_clip_tokenizers, preprocessing, tokenizer_files
 from vlm_jax.zoo.formats import open_clip, open_clip_coca, open_clip_names, t5x, timm, transformers
+from vlm_jax.zoo.readers import state_dicts
 from vlm_jax.zoo.readers.tensors import Tensor, TensorFile, open_tensors, open_weights
 from vlm_jax.zoo.released import Released, Told, of_texts, scanned
 from vlm_jax.zoo.shapes import check_sizes, param_shapes
@@ -81,7 +82,7 @@ def _understanding(path: Path) -> Iterator[None]:
 
 def _folder(path: Path, told: Told) -> Released:
     if (path / "checkpoints").is_dir():
-        return _workdir(path)
+        return _workdir(path, told)
     settings = read_json(path / "config.json")
     for name in TRANSFORMERS if {"model_type", "architecture"} & settings.keys() else ():
         if (path / name).exists():
@@ -92,8 +93,10 @@ def _folder(path: Path, told: Told) -> Released:
     if (path / "open_clip_config.json").exists():
         return _open_clip(path, read_json(path / "open_clip_config.json"), told)
     if (path / PARAMS).exists():
+        state_dicts.check(told.weights, path)
         return _native(path, settings)
     if t5x.recognise(path):
+        state_dicts.check(told.weights, path)
         return _t5x(path, told)
     if "model_type" in settings:
         raise UserError(f"{path} has a config.json but none of its weights: {', '.join(TRANSFORMERS)}")
@@ -234,8 +237,11 @@ def _native(folder: Path, settings: dict) -> Released:
     )
 
 
-def run_of(path: Path) -> Released:
-    """Returns the description of a workdir of `vlm_jax.train`, without tensors."""
+def run_of(path: Path, weights: str | None = None) -> Released:
+    """Returns the description of a workdir of `vlm_jax.train`, without tensors.
+
+    weights: "ema" raises if the run keeps no averages; runs that keep them are read by their averages in any case.
+    """
     settings = read_json(path / "config.json")
     if not isinstance(settings.get("model"), dict):
         raise UserError(f"{path} holds checkpoints but no config.json of vlm_jax.train")
@@ -243,6 +249,7 @@ def run_of(path: Path) -> Released:
         from vlm_jax.run import checkpoint, stages  # orbax takes a while to import
 
         settings = stages.changed(settings, checkpoint.newest_progress(path)["stage"])
+    state_dicts.check(weights, None if settings.get("ema") else path)
     known = _texts_of(settings, path)
     if known["tokenizer"]:
         known["tokenizer"] = tokenizer_files.kept(known["tokenizer"], path)
@@ -259,7 +266,7 @@ def _file(path: Path, told: Told) -> Released:
     return bare_files.read(open_weights(path, told.weights), told)
 
 
-def _workdir(path: Path) -> Released:
+def _workdir(path: Path, told: Told) -> Released:
     from vlm_jax.run import checkpoint  # orbax takes a while to import
 
     params = named_leaves(checkpoint.load_params(path))
@@ -267,7 +274,7 @@ def _workdir(path: Path) -> Released:
         name: Tensor(leaf.shape, leaf.dtype, lambda index, leaf=leaf: leaf[index].copy())
         for name, leaf in params.items()
     }
-    return dataclasses.replace(run_of(path), tensors=tensors, entries=native_entries(params))
+    return dataclasses.replace(run_of(path, told.weights), tensors=tensors, entries=native_entries(params))
 
 
 def native_entries(shapes: Mapping[str, Any]) -> list[key_map.Entry]:
