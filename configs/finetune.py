@@ -24,7 +24,7 @@ def get_config(variant: str = "pkg:vlm_jax/zoo/clip_tiny") -> ConfigDict:
     from vlm_jax.zoo import hub, op_strings, recognize  # these import JAX
 
     path = hub.local(variant)
-    released = recognize.run_of(path) if (path / "checkpoints").is_dir() else recognize.understand(path)
+    released = recognize.run_of(path) if (path / "checkpoints").is_dir() else recognize.of_spec(variant)
     if not released.model.get("image") or not released.model.get("text") or released.model.get("decoder"):
         raise UserError(f"{variant} is no model of two towers; `finetune` trains a CLIP or a SigLIP")
     for setting in ("preprocess", "tokenizer", "tokenize"):

@@ -5,11 +5,22 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Pretrained": "vlm_jax.pretrained",
     "UserError": "vlm_jax.errors",
+    "list_models": "vlm_jax.zoo.known",
     "load": "vlm_jax.zoo.load",
     "load_adapter": "vlm_jax.zoo.adapters",
+    "push_to_hub": "vlm_jax.zoo.save",
     "save_pretrained": "vlm_jax.zoo.save",
 }
-__all__ = ["Pretrained", "UserError", "__version__", "load", "load_adapter", "save_pretrained"]
+__all__ = [
+    "Pretrained",
+    "UserError",
+    "__version__",
+    "list_models",
+    "load",
+    "load_adapter",
+    "push_to_hub",
+    "save_pretrained",
+]
 
 
 def __getattr__(name):

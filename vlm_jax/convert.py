@@ -49,7 +49,7 @@ def convert(
 
     Args:
       source: "hf:org/name", a folder or a file.
-      destination: a new folder, or an .npz file for "big_vision".
+      destination: a new folder, an .npz file for "big_vision", or "hf:org/name" of a repository, see `push_to_hub`.
       format: a key of `zoo.save.FORMATS`.
       preprocess, tokenizer, tokenize, activation, pool, heads, weights: as for `vlm_jax.load`, for files without this
         information; without these arguments the result lacks it too.
@@ -58,6 +58,10 @@ def convert(
       dtype: of the weights in the file: "float32" or "bfloat16", half the size.
       show: shows a progress bar.
     """
+    if os.fspath(destination).startswith("hf:"):
+        given = {name: value for name, value in locals().items() if name not in ("source", "destination")}
+        with hub.uploading(os.fspath(destination).removeprefix("hf:")) as folder:
+            return convert(source, folder, **given)
     told = dict(activation=activation, pool=pool, heads=heads, weights=weights)
     if adapter or adapters.of_folder(hub.local(source)):
         own = dict(preprocess=preprocess, tokenizer=tokenizer, tokenize=tokenize)
@@ -123,7 +127,7 @@ def describe(source: str | os.PathLike, image_size: Sequence[int] | None = None,
 
 
 def _understood(source: str | os.PathLike, image_size: Sequence[int] | None, **told: Any) -> Released:
-    released = recognize.understand(hub.local(source), **told)
+    released = recognize.of_spec(source, **told)
     return released if image_size is None else released.with_image_size(tuple(image_size))
 
 

@@ -76,6 +76,7 @@ def _evaluate(
     model: str | None,
     show: bool,
 ) -> dict[str, Any]:
+    pretrained.lacks.check()
     if pretrained.preprocess is None and "ops" not in section:
         raise UserError("this model has no image tower")
     pretrained = dataclasses.replace(pretrained, batch_size=section["batch_size"])

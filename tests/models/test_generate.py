@@ -1,5 +1,6 @@
 """Decoding against brute force, on a decoder with five tokens."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -161,7 +162,7 @@ def test_prefixes_of_different_lengths_are_kept(captioner, texts, beams):
 @pytest.mark.parametrize("n", [1, 2])
 def test_no_ngram_repeats(captioner, n):
     model, params, images = captioner
-    special = Special(end=-1)  # never ends
+    special = Special(start=VOCAB, end=-1)  # never ends; the start, an earlier token too, is no token of texts
     got = sample(
         model, params, jnp.repeat(images, 20, axis=0), jax.random.key(0), length=5, special=special,
         rules=Rules(no_repeat_ngram=n),
@@ -176,13 +177,37 @@ def test_repetition_penalty(captioner):
     """With a huge one greedy never takes a token twice while another is left."""
     model, params, images = captioner
     rules = Rules(repetition_penalty=1e6)
-    got = sample(model, params, images, length=5, greedy=True, special=Special(end=-1), rules=rules)
-    shifted = np.asarray(run(model, params, images, got.token_ids))
+    got = sample(model, params, images, length=5, greedy=True, special=Special(VOCAB, -1), rules=rules)
+    start = dataclasses.replace(model.decoder, start_id=VOCAB)
+    shifted = np.asarray(run(model.clone(decoder=start), params, images, got.token_ids))
     for b, ids in enumerate(np.asarray(got.token_ids)):
         for t, token in enumerate(ids):
             fresh = [v for v in range(VOCAB) if v not in ids[:t]]
             best = max(fresh, key=lambda v: shifted[b, t, v])
             assert token == best or shifted[b, t, best] < 0
+
+
+@in_a_scan
+def test_beams_of_the_power_form_and_repetition(captioner, texts):
+    """Exhaustive: log p / tokens**a of what no prefix forces; the penalty changes log p, not normalised again."""
+    model, params, images = captioner
+    every, scores = texts
+    options = dict(length=LENGTH, beams=4**3, special=SPECIAL, length_form="power", length_penalty=-1.5)
+    prefix = np.array([[2], [0], [0]], np.int32)
+    got = beam_search(model, params, images, prefix, **options)
+    log_p = jax.nn.log_softmax(run(model, params, images, np.zeros((BATCH, LENGTH), int)))
+    for b, start in enumerate(prefix):
+        fits = (every[:, :1] == start).all(1) | (start == 0).all()
+        normed = (scores[b] - log_p[b, 0, start] * (start > 0)) / np.maximum(
+            lengths(every) - (start > 0).sum(), 1
+        ) ** -1.5
+        np.testing.assert_array_equal(got.token_ids[b, 0], every[np.argmax(np.where(fits, normed, -np.inf))])
+    ids = np.array([[2, 2, 3, 1]] * BATCH)
+    log_p = jax.nn.log_softmax(run(model, params, images, ids))
+    own = np.take_along_axis(np.asarray(log_p), ids[..., None], axis=2)[..., 0]
+    got = beam_search(model, params, images, ids, rules=Rules(repetition_penalty=2.0), **options)
+    np.testing.assert_array_equal(got.token_ids[:, 0], ids)
+    np.testing.assert_allclose(got.log_likelihood[:, 0], own @ [1, 2, 1, 1], rtol=1e-5)
 
 
 @in_a_scan
@@ -210,6 +235,8 @@ def test_the_loop_ends_when_all_texts_have(captioner):
         (dict(top_k=2.0), "whole number"),
         (dict(top_k=True), "got True"),
         (dict(no_repeat_ngram=-1), "at least 0"),
+        (dict(encoder_no_repeat_ngram=1.0), "whole number"),
+        (dict(encoder_no_repeat_ngram=2), "is for models that read texts"),
         (dict(repetition_penalty=0), "repetition_penalty should be a number above 0"),
         (dict(repetition_penalty=float("inf")), "got inf"),
     ],
@@ -220,7 +247,18 @@ def test_options_out_of_their_range_are_named(captioner, wrong, expected):
         sample(*captioner, jax.random.key(0), length=LENGTH, rules=Rules(**wrong))
 
 
-@pytest.mark.parametrize("wrong", [dict(beams=0), dict(length_penalty=-2.0), dict(length=0), dict(beams=1.5)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(beams=0),
+        dict(length_penalty=-2.0),
+        dict(length=0),
+        dict(beams=1.5),
+        dict(length_penalty=float("nan"), length_form="power"),
+        dict(early_stopping="always"),
+        dict(early_stopping=1),
+    ],
+)
 @in_a_scan
 def test_options_of_beams_are_named(captioner, wrong):
     with pytest.raises(UserError, match=f"{next(iter(wrong))} should be"):

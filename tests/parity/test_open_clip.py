@@ -24,6 +24,7 @@ from tests.support.torch_parity import close, gradients_like
 from vlm_jax.errors import UserError
 from vlm_jax.zoo import recognize
 from vlm_jax.zoo import save as zoo_save
+from vlm_jax.zoo.formats import open_clip_names
 
 CLIP, SIGLIP = references.CLIP, references.SIGLIP
 VISION, WORDS, SIGLIP_WORDS = CLIP["vision_cfg"], CLIP["text_cfg"], SIGLIP["text_cfg"]
@@ -130,3 +131,19 @@ def test_stored_references_are_what_is_computed_now():
                     np.testing.assert_allclose(fresh[key], stored[key], rtol=1e-5, atol=1e-5, err_msg=f"{name} {key}")
                 elif key.endswith("model.safetensors"):
                     assert np.array_equal(fresh[key], stored[key]), (name, key)
+
+
+def test_configs_by_name_are_theirs():
+    assert all(config == open_clip.get_model_config(name) for name, config in open_clip_names.configs().items())
+
+
+def test_bare_weights_by_name(tmp_path):
+    """Of full size, the smallest there is."""
+    theirs_model = open_clip.create_model("ViT-S-32").eval()
+    torch.save(theirs_model.state_dict(), tmp_path / "epoch_3.pt")
+    ours = vlm_jax.load(f"open_clip:ViT-S-32:{tmp_path / 'epoch_3.pt'}")
+    images, texts = np.random.default_rng(0).normal(size=(2, 224, 224, 3)).astype(np.float32), ["a cat", "two dogs"]
+    with torch.no_grad():
+        image, text, _ = theirs(theirs_model, images, open_clip.get_tokenizer("ViT-S-32")(texts).numpy())
+    close(ours.embed_image_batch(images), image)
+    close(ours.embed_texts(texts), text)

@@ -12,7 +12,7 @@ import transformers
 from tests.support.torch_parity import close, same_gradients
 from vlm_jax import models, save_pretrained
 from vlm_jax.data import tokenizers
-from vlm_jax.models.generate import Special, beam_search, sample
+from vlm_jax.models.generate import Rules, Special, beam_search, sample
 from vlm_jax.pretrained import Pretrained
 from vlm_jax.zoo import recognize, tokenizer_files
 from vlm_jax.zoo.load import read_params
@@ -98,6 +98,81 @@ def test_t5(kind, tmp_path):
         end = int(np.bincount(want[:, 2:8].ravel()).argmax())
     assert len(set(np.sum(want != 0, axis=1))) > 1  # texts of several lengths
     same_gradients(theirs, grads, released, tmp_path / "gradients")
+
+
+RULES = {  # ours, theirs
+    "repetition_penalty": "repetition_penalty",
+    "no_repeat_ngram": "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram": "encoder_no_repeat_ngram_size",
+}
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory):
+    """(model there, with an end that is met often; model and parameters here; the end)."""
+    theirs = of_transformers("t5")
+    released, params = read_back(theirs, tmp_path_factory.mktemp("writer") / "t5")
+    model = models.build(released.model)
+    free = sample(model, params, texts()[0], length=12, greedy=True, special=Special(end=-1)).token_ids
+    end = int(np.bincount(np.asarray(free)[:, 3:].ravel()).argmax())
+    theirs.generation_config.eos_token_id = end
+    return theirs, model, params, end
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        dict(repetition_penalty=1.7),
+        dict(repetition_penalty=0.6),
+        dict(no_repeat_ngram=1),
+        dict(no_repeat_ngram=2),
+        dict(no_repeat_ngram=3, repetition_penalty=1.2),
+        dict(encoder_no_repeat_ngram=1),
+        dict(encoder_no_repeat_ngram=2, no_repeat_ngram=2),
+    ],
+    ids=str,
+)
+def test_repetition(writer, rules, beams):
+    agree(writer, rules, beams)
+
+
+@pytest.mark.parametrize("prefix", [None, np.array([[5, 9]] * 4)], ids=["", "prefix"])
+@pytest.mark.parametrize(
+    ("penalty", "stop"), [(-1.0, "never"), (0.7, "never"), (2.0, "never"), (1.0, False), (2.0, False), (0.7, True)]
+)
+def test_lengths(writer, penalty, stop, prefix):
+    agree(writer, dict(repetition_penalty=1.2), 3, prefix, length_penalty=penalty, early_stopping=stop)
+
+
+def agree(writer, rules, beams, prefix=None, **lengths):
+    """The same texts, and with beams the same scores; `lengths` as there."""
+    theirs, model, params, end = writer
+    inputs, special = texts()[0], Special(start=0, end=end, pad=0)
+    given = dict(input_ids=torch.tensor(inputs).long(), attention_mask=torch.tensor(inputs != 0).long())
+    if prefix is not None:
+        given["decoder_input_ids"] = torch.tensor(np.pad(prefix, ((0, 0), (1, 0)))).long()
+    options = dict(max_length=13, num_beams=beams, num_return_sequences=beams, do_sample=False, use_cache=False)
+    options |= dict(output_scores=True, return_dict_in_generate=True) | {RULES[key]: rules[key] for key in rules}
+    out = theirs.generate(**given, **options, **lengths)
+    want = out.sequences[:, 1:].numpy().copy()
+    want[np.cumsum(want == end, axis=1) - (want == end) > 0] = 0
+    want = np.pad(want, ((0, 0), (0, 12 - want.shape[1])))
+    if beams == 1:
+        got = sample(model, params, inputs, length=12, greedy=True, special=special, rules=Rules(**rules)).token_ids
+    else:
+        lengths = dict(dict(length_penalty=1.0, early_stopping=False), **lengths)
+        got, total = beam_search(
+            model, params, inputs, prefix, length=12, beams=beams, length_form="power", special=special,
+            rules=Rules(**rules), **lengths,
+        )  # fmt: skip
+        got = got.reshape(-1, 12)
+        tokens = np.sum(np.cumsum(want == end, axis=1) - (want == end) == 0, axis=1)
+        tokens -= 0 if prefix is None else prefix.shape[1]
+        their_total = (out.sequences_scores.numpy() * tokens ** lengths["length_penalty"]).reshape(-1, beams)
+        of_prefix = 0 if prefix is None else np.mean(total - their_total, axis=1, keepdims=True)  # which theirs lack
+        close(total, their_total + of_prefix)
+    np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("kind", KINDS)

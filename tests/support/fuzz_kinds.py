@@ -18,7 +18,7 @@ from absl import flags
 from flax.traverse_util import unflatten_dict
 
 import vlm_jax
-from tests.support import few_shot, fuzz_checkpoints, fuzz_data
+from tests.support import few_shot, fuzz_checkpoints, fuzz_data, fuzz_families
 from tests.support.records import picture
 from vlm_jax import command, report
 from vlm_jax.adapt.heads.gda import gda
@@ -320,4 +320,5 @@ KINDS = {
         lambda folder: classes.read_templates(str(folder / "t.json")),
     ),
     **fuzz_checkpoints.KINDS,
+    **fuzz_families.KINDS,
 }

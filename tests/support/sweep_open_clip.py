@@ -17,6 +17,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.zoo.formats import open_clip as ours
 from vlm_jax.zoo.formats import open_clip_coca as ours_coca
 from vlm_jax.zoo.formats.open_clip_texts import NAMES
+from vlm_jax.zoo.known import configs_of_open_clip
 from vlm_jax.zoo.readers.tensors import Tensor
 from vlm_jax.zoo.released import Released, scanned
 
@@ -69,7 +70,10 @@ def verdict(name):
 
 if __name__ == "__main__":
     open_clip.hf_model.AutoConfig.from_pretrained = hf_config
-    part = sys.argv[1] if len(sys.argv) > 1 else ""
+    part, wrong = sys.argv[1] if len(sys.argv) > 1 else "", []
     for name in open_clip.list_models():
         if part.lower() in name.lower():
-            print(f"| {name} | {verdict(name)} |", flush=True)
+            said = verdict(name)
+            print(f"| {name} | {said} |", flush=True)
+            wrong += [name] * ((said == "loads") != (name in configs_of_open_clip()))
+    sys.exit(f"vlm_jax.zoo.known says otherwise of: {', '.join(wrong)}" if wrong else 0)

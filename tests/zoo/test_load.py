@@ -10,9 +10,10 @@ import pytest
 from huggingface_hub import constants
 
 import vlm_jax
+from tests.support import fuzz_checkpoints
 from tests.support.compare import close_in_scale as close
 from tests.support.released import unpack
-from vlm_jax import models
+from vlm_jax import evaluate, models
 from vlm_jax.errors import UserError
 from vlm_jax.params import sharding
 from vlm_jax.params.table import named_leaves
@@ -79,26 +80,57 @@ def test_arguments_count_over_the_files(lit):
 
 def test_what_is_missing_is_named_with_the_argument(clip, lit, tmp_path):
     with pytest.raises(UserError) as error:
-        vlm_jax.load(clip)
+        evaluate.evaluate(vlm_jax.load(clip), "zeroshot", uri="tfds:emoji", split="unseen_style", classes="emoji:seen")
     for argument in ("preprocess=", "openai", "tokenizer=", "tokenize="):
         assert argument in str(error.value)
     for argument in SAYS:
         some = {key: value for key, value in SAYS.items() if key != argument}
+        loaded = vlm_jax.load(clip, **some)
+        assert getattr(loaded, argument) is None and f"pass {argument}= to `load`" in repr(loaded)
         with pytest.raises(UserError, match=f"pass {argument}="):
-            vlm_jax.load(clip, **some)
+            loaded.logits(PICTURES, TEXTS)
+        if argument != "preprocess":
+            assert loaded.embed_images(PICTURES).shape == (3, 12)
     with pytest.raises(UserError, match=r"tokenizer `cip`|`cip`"):
         vlm_jax.load(clip, **SAYS | dict(tokenizer="cip"))
     unpack("openai", tmp_path)
     with pytest.raises(UserError, match="bare CLIP weights do not tell their activation; pass activation='quick_gelu'"):
         vlm_jax.load(tmp_path / "bare.safetensors", **SAYS)
     with pytest.raises(UserError, match="pass preprocess="):
-        vlm_jax.load(tmp_path / "bare.safetensors", activation="gelu")
+        vlm_jax.load(tmp_path / "bare.safetensors", activation="gelu").embed_images(PICTURES)
     with pytest.raises(UserError, match="activation"):
         vlm_jax.load(tmp_path / "bare.safetensors", activation="quick-gelu", **SAYS)
     with pytest.raises(UserError, match="is no checkpoint: expected a folder of Transformers"):
         vlm_jax.load(tmp_path)
     with pytest.raises(UserError, match=r"there is no file or folder .*; check the path"):
         vlm_jax.load(tmp_path / "absent.npz")
+
+
+def test_weights_alone_embed_arrays_and_token_ids(clip, tmp_path):
+    """Without preprocessing and tokenizer, also after it was saved; what they are decides nothing else."""
+    vlm_jax.save_pretrained(vlm_jax.load(clip), tmp_path / "native")
+    whole, pixels = vlm_jax.load(clip, **SAYS), np.random.default_rng(0).normal(size=(3, 8, 8, 3)).astype(np.float32)
+    token_ids = np.array([[1, 5, 2, 0, 0, 0, 0, 0], [1, 7, 9, 2, 0, 0, 0, 0]])
+    for bare in (vlm_jax.load(clip), vlm_jax.load(tmp_path / "native")):
+        np.testing.assert_array_equal(bare.embed_image_batch(pixels), whole.embed_image_batch(pixels))
+        np.testing.assert_array_equal(bare.embed_text_batch(token_ids), whole.embed_text_batch(token_ids))
+        with pytest.raises(UserError, match=r"pass preprocess="):
+            bare.classify(PICTURES, TEXTS)
+        for wrong, expected in ((TEXTS, "texts go to `embed_texts`"), (pixels[0, 0], r"got float32 \[8, 3\]")):
+            with pytest.raises(UserError, match=expected):
+                bare.embed_text_batch(wrong)
+        with pytest.raises(UserError, match="vocabulary"):
+            bare.embed_text_batch(token_ids + 10**6)
+
+
+def test_averaged_weights_that_are_not_there(clip, tmp_path):
+    vlm_jax.save_pretrained(vlm_jax.load(clip), tmp_path / "native")
+    fuzz_checkpoints.of_workdir(tmp_path)
+    for folder in (tmp_path / "native", tmp_path, clip):
+        with pytest.raises(UserError, match="holds no averaged weights"):
+            vlm_jax.load(folder, weights="ema")
+        with pytest.raises(UserError, match="weights is 'EMA'; expected 'ema'"):
+            vlm_jax.load(folder, weights="EMA")
 
 
 def test_a_tower_that_is_not_there(tmp_path):

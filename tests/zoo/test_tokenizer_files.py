@@ -145,12 +145,33 @@ def test_what_is_not_understood_says_so(tmp_path, siglip):
     for config, message in (
         ({"tokenizer_class": "XLMRobertaTokenizer"}, "spiece.model is of class XLMRobertaTokenizer; expected Siglip"),
         ({"tokenizer_class": "T5Tokenizer", "padding_side": "left"}, "pads on the left"),
+        ({"tokenizer_class": "T5Tokenizer", "keep_accents": True}, "has keep_accents True, which is not known here"),
+        (
+            {"tokenizer_class": "T5Tokenizer", "truncation_side": "left"},
+            "only 'right' is supported, or pass tokenizer=",
+        ),
+        ({"tokenizer_class": "T5Tokenizer", "sp_model_kwargs": {"enable_sampling": True}}, r"only \{\} is supported"),
+        ({"tokenizer_class": "T5Tokenizer", "split_special_tokens": True}, "only False is supported"),
         ("[", "tokenizer_config.json is not JSON"),
         ("[]", "tokenizer_config.json holds a list; expected a dict"),
     ):
         write(siglip, tokenizer_config__json=config)
         with pytest.raises(UserError, match=message):
             tokenizer_files.from_transformers(siglip, 8, "")
+
+
+def test_settings_that_change_nothing_are_none(siglip):
+    """As openai/clip-vit-base-patch32, google/siglip-* and Transformers 5 write them."""
+    write(siglip, tokenizer_config__json={"tokenizer_class": "SiglipTokenizer"})
+    plain = tokenizer_files.from_transformers(siglip, 8, "siglip")
+    more = dict(
+        backend="tokenizers", is_local=False, clean_up_tokenization_spaces=True, model_max_length=64, errors="x"
+    )
+    more |= dict(added_tokens_decoder={"0": {}}, additional_special_tokens=[], sp_model_kwargs={}, legacy=False)
+    write(
+        siglip, tokenizer_config__json={"tokenizer_class": "SiglipTokenizer", **more, "special_tokens_map_file": "/a"}
+    )
+    assert tokenizer_files.from_transformers(siglip, 8, "siglip") == plain
 
 
 def test_copy(bert, siglip, tmp_path):

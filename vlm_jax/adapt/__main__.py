@@ -60,6 +60,7 @@ def adapt(
     Raises:
       UserError: `out` holds an adaptation of other settings, or something else.
     """
+    pretrained.lacks.check()
     out, bar = Path(out).expanduser(), None
 
     def keep(method: str, seed: int, adapted: Pretrained) -> None:

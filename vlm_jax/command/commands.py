@@ -36,11 +36,13 @@ class Command(NamedTuple):
       flags: heading in `--help` -> the flags below that heading.
       arguments: names of the positional arguments; brackets mark optional ones.
       families: families of the methods that the command takes, see `vlm_jax.catalogue`; `--help` lists the methods.
+      module: where it is not the command's name, the name of its module below `vlm_jax`.
     """
 
     flags: Mapping[str, Sequence[Flag]]
     arguments: str = ""
     families: Sequence[str] = ()
+    module: str = ""
 
     def all(self) -> list[Flag]:
         """Returns the command's flags and the flags of every command."""
@@ -202,6 +204,7 @@ COMMANDS = {
     "methods": Command(
         {"": (text("family", "Only one family: heads, modules, prompts, objectives, ..."),)}, arguments="[NAME ...]"
     ),
+    "models": Command({}, arguments="[NAME]", module="zoo"),
     "index": Command(
         {
             "": (

@@ -12,7 +12,7 @@ from vlm_jax.command.commands import COMMANDS, EVERY, Flag
 GROUPS = {
     "train": ("train", "precompute", "plan"),
     "use a model": ("evaluate", "adapt", "convert"),
-    "look up": ("compare", "methods"),
+    "look up": ("compare", "methods", "models"),
     "prepare data": ("inspect", "index", "score", "select", "data.train_tokenizer", "data.emoji.build"),
 }
 FIRST = ("evaluate", "train")  # the overview shows the first example of these commands
@@ -54,11 +54,12 @@ def examples(name: str) -> list[str]:
 
 def module_of(name: str) -> str:
     """Returns the name of the module with a command's `main`."""
-    return f"vlm_jax.{name}" if _path(name).is_file() else f"vlm_jax.{name}.__main__"
+    module = COMMANDS[name].module or name
+    return f"vlm_jax.{module}" if _path(name).is_file() else f"vlm_jax.{module}.__main__"
 
 
 def _path(name: str) -> Path:
-    return Path(__file__).parents[1].joinpath(*name.split(".")).with_suffix(".py")
+    return Path(__file__).parents[1].joinpath(*(COMMANDS[name].module or name).split(".")).with_suffix(".py")
 
 
 def _doc(name: str) -> str:

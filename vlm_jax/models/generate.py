@@ -5,24 +5,28 @@ A model has `encode(inputs) -> (context, mask)`, `new_caches`, `decode(token_ids
 token.
 """
 
-import math
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from vlm_jax.errors import UserError
 from vlm_jax.models.block import Cache
 from vlm_jax.models.decoder import shift_right
+from vlm_jax.models.logit_rules import (
+    HIDDEN,
+    LENGTH_FORMS,
+    SAMPLING,
+    Rules,
+    check,
+    check_beams,
+    controlled,
+    read_texts,
+    truncated,
+)
 from vlm_jax.models.token_loss import token_loss
 from vlm_jax.models.vocabulary import is_text
-
-HIDDEN = -1e30
-"""Logit of a forbidden token; finite, so that sums of such logits stay finite."""
 
 
 class Special(NamedTuple):
@@ -39,37 +43,8 @@ class Special(NamedTuple):
     pad: int = 0
 
 
-class Rules(NamedTuple):
-    """Changes to the logits before a token is chosen.
-
-    Attributes:
-      repetition_penalty: divides positive logits of earlier tokens, multiplies negative ones (Keskar et al. 2019,
-        arXiv:1909.05858, section 4.1); above 0.
-      no_repeat_ngram: n: no sequence of n tokens occurs twice; 0: no such rule.
-      temperature, top_k, top_p: for sampling. top_p keeps the fewest tokens with a total probability of at least top_p
-        (Holtzman et al. 2019, arXiv:1904.09751, section 3.1), after temperature and top_k. See `RANGES`.
-    """
-
-    repetition_penalty: float = 1.0
-    no_repeat_ngram: int = 0
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-
-
 SPECIAL, RULES = Special(), Rules()
-NUMBER, WHOLE = (int, float, np.floating, np.integer), (int, np.integer)
-SAMPLING = ("temperature", "top_k", "top_p")
-RANGES = {  # option -> types, condition, in words
-    "repetition_penalty": (NUMBER, lambda x: 0 < x < math.inf, "a number above 0"),
-    "no_repeat_ngram": (WHOLE, lambda x: x >= 0, "a whole number, at least 0"),
-    "temperature": (NUMBER, lambda x: 0 < x < math.inf, "a number above 0"),
-    "top_k": (WHOLE, lambda x: x >= 1, "a whole number, at least 1, or None"),
-    "top_p": (NUMBER, lambda x: 0 < x <= 1, "above 0 and at most 1, or None"),
-    "length": (WHOLE, lambda x: x >= 1, "a whole number, at least 1"),
-    "beams": (WHOLE, lambda x: x >= 1, "a whole number, at least 1"),
-    "length_penalty": (NUMBER, lambda x: 0 <= x < math.inf, "a number, at least 0"),
-}
+BEAM_OPTIONS = ("length_penalty", "length_form", "early_stopping")
 
 
 class Generated(NamedTuple):
@@ -77,8 +52,9 @@ class Generated(NamedTuple):
 
     Attributes:
       token_ids: int32 [B, L], padding after the end; for a beam search [B, beams, L], best first.
-      log_likelihood: fp32 [B] or [B, beams], the sum of log p over a text's tokens, end included; p is the model's
-        probability after repetition control.
+      log_likelihood: fp32 [B] or [B, beams], the sum of log p over a text's tokens, end included. p is the model's
+        probability after repetition control; in a beam search, repetition control changes log p itself, without
+        normalising again (as in Transformers).
     """
 
     token_ids: jax.Array
@@ -116,15 +92,16 @@ def sample(
     Returns:
       `Generated`.
     """
-    _check(rules, () if greedy else SAMPLING, length=length)
+    check(rules, () if greedy else SAMPLING, length=length)
+    read = read_texts(inputs, rules)
     decoding = _Decoding(model, params, inputs, length, special)
     batch = decoding.size
     forced = _forced(prefix, batch, length, special)
 
     def step(state):
         t, logits, caches, token_ids, done, total = state
-        log_p = jax.nn.log_softmax(_repetition(logits, token_ids, t, rules))
-        chosen = jnp.argmax(log_p, axis=-1) if greedy else _draw(rng, t, _truncated(log_p, rules))
+        log_p = jax.nn.log_softmax(controlled(logits, token_ids, t, rules, special.start, read))
+        chosen = jnp.argmax(log_p, axis=-1) if greedy else _draw(rng, t, truncated(log_p, rules))
         chosen = jnp.where(forced[:, t] == special.pad, chosen, forced[:, t])
         total += jnp.where(done, 0.0, jnp.take_along_axis(log_p, chosen[:, None], axis=1)[:, 0])
         chosen = jnp.where(done, special.pad, chosen).astype(jnp.int32)
@@ -138,7 +115,7 @@ def sample(
     return Generated(token_ids, total)
 
 
-@partial(jax.jit, static_argnames=("model", "length", "beams", "length_penalty", "special", "rules"))
+@partial(jax.jit, static_argnames=("model", "length", "beams", *BEAM_OPTIONS, "special", "rules"))
 def beam_search(
     model: nn.Module,
     params: Any,
@@ -148,25 +125,37 @@ def beam_search(
     length: int,
     beams: int = 4,
     length_penalty: float = 0.6,
+    length_form: str = "gnmt",
+    early_stopping: bool | str = "never",
     special: Special = SPECIAL,
     rules: Rules = RULES,
 ) -> Generated:
-    """Beam search for the texts with the largest log p / ((5 + tokens) / 6)^a (arXiv:1609.08144, section 7).
+    """Beam search for the texts with the largest log p / norm(tokens).
+
+    norm is ((5 + tokens) / 6)^a (GNMT, arXiv:1609.08144, section 7), or tokens^a (Transformers).
 
     A beam keeps `beams` unfinished and `beams` finished texts. A text ends only if the text is among the best `beams`
-    candidates of its step (as in fairseq and Transformers). Unfinished texts of L tokens count as finished. The loop
-    ends when no unfinished text can overtake the finished texts.
+    candidates of its step (as in fairseq and Transformers). Unfinished texts of L tokens count as finished.
 
     Args:
       beams: number of texts to keep.
-      length_penalty: a, at least 0; a larger value favours longer texts; 0 compares log-likelihoods.
+      length_penalty: a; a larger value favours longer texts; 0 compares log-likelihoods. At least 0 for "gnmt".
+      length_form: "gnmt" counts all tokens and their log p, "power" those that no prefix forces.
+      early_stopping: when the search of an input ends, in Transformers' words. "never": when no unfinished text can
+        overtake the finished ones. False (the default there): when the best unfinished text, at its present length, is
+        behind the finished ones. True: as False, and as soon as there are `beams` finished texts.
       others: as for `sample`; temperature, top_k and top_p have no effect.
     """
-    _check(rules, length=length, beams=beams, length_penalty=length_penalty)
+    check(rules, length=length, beams=beams)
+    check_beams(length_penalty, length_form, early_stopping)
+    read = read_texts(inputs, rules, beams)
     decoding = _Decoding(model, params, inputs, length, special, beams)
     batch = decoding.size
     forced = _forced(prefix, batch, length, special)
-    norm = lambda tokens: ((5.0 + tokens) / 6.0) ** length_penalty
+    every = length_form == "gnmt"  # whether tokens of the prefix count
+    free = jnp.cumsum((forced == special.pad) | every, axis=1)
+    count = lambda t: jnp.take(free, jnp.array([t - 1]), axis=1)
+    norm = lambda t: LENGTH_FORMS[length_form][0](count(t), length_penalty)  # of the first t tokens, [B, 1]
     fold = lambda x: x.reshape(batch * beams, *x.shape[2:])
     unfold = lambda x: x.reshape(batch, beams, *x.shape[1:])
     pick = lambda x, index: jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
@@ -177,9 +166,9 @@ def beam_search(
         return scores, *(pick(x, index) for x in others)
 
     def step(state):
-        t, logits, caches, live, live_ids, ended, ended_ids, ended_total = state
+        t, logits, caches, live, live_ids, ended, ended_ids, ended_total, goes_on, given = state
         vocab = logits.shape[-1]
-        log_p = jax.nn.log_softmax(_repetition(logits, fold(live_ids), t, rules))
+        log_p = controlled(jax.nn.log_softmax(logits), fold(live_ids), t, rules, special.start, read)
         wanted = forced[:, t][:, None, None]
         allowed = (wanted == special.pad) | (wanted == jnp.arange(vocab))
         totals = jnp.where(allowed, live[..., None] + unfold(log_p), HIDDEN)
@@ -188,7 +177,8 @@ def beam_search(
         ids = pick(live_ids, beam).at[:, :, t].set(token)
         ends = (token == special.end) | (t + 1 == length)
         among_best = jnp.arange(totals.shape[1]) < beams
-        scores = jnp.where(ends & among_best & (totals > HIDDEN / 2), totals / norm(t + 1), HIDDEN)
+        counts = ends & among_best & (totals > HIDDEN / 2) & goes_on[:, None]
+        scores = jnp.where(counts, (totals - given) / norm(t + 1), HIDDEN)
         ended, ended_ids, ended_total = best(
             beams,
             jnp.concatenate([ended, scores], axis=1),
@@ -196,19 +186,22 @@ def beam_search(
             jnp.concatenate([ended_total, totals], axis=1),
         )
         live, live_ids, token, beam = best(beams, jnp.where(ends, HIDDEN, totals), ids, token, beam)
+        given = given if every else jnp.where(wanted[..., 0] == special.pad, given, live[:, :1])
+        best_norm = norm(t + 1)
+        if early_stopping == "never":
+            best_norm = jnp.maximum(best_norm, norm(length))
+        goes_on &= (live[:, 0] > HIDDEN / 2) & ((live[:, :1] - given) / best_norm > ended[:, -1:])[:, 0]
+        if early_stopping is True:
+            goes_on &= ended[:, -1] <= HIDDEN / 2
         caches = decoding.reorder(caches, (rows + beam).reshape(-1))
         logits, caches = decoding.step(fold(token), t + 1, caches)
-        return t + 1, logits, caches, live, live_ids, ended, ended_ids, ended_total
-
-    def goes_on(state):
-        t, _, _, live, _, ended, *_ = state
-        alive = (live[:, 0] > HIDDEN / 2) & (live[:, 0] / norm(length) > ended[:, -1])
-        return (t < length) & jnp.any(alive)
+        return t + 1, logits, caches, live, live_ids, ended, ended_ids, ended_total, goes_on, given
 
     nothing = jnp.full((batch, beams), HIDDEN)
     ids = jnp.full((batch, beams, length), special.pad, jnp.int32)
-    state = (0, *decoding.first(), nothing.at[:, 0].set(0.0), ids, nothing, ids, nothing)
-    *_, ended_ids, ended_total = jax.lax.while_loop(goes_on, step, state)
+    begun = nothing.at[:, 0].set(0.0), ids, nothing, ids, nothing, jnp.ones(batch, bool), jnp.zeros((batch, 1))
+    state = jax.lax.while_loop(lambda s: (s[0] < length) & jnp.any(s[-2]), step, (0, *decoding.first(), *begun))
+    *_, ended_ids, ended_total, _, _ = state
     return Generated(ended_ids, ended_total)
 
 
@@ -245,18 +238,6 @@ def log_likelihoods(
         return _total(model, params, hidden, targets, pad_id, eos_id)
 
     return jax.lax.map(of_text, target_ids, batch_size=at_a_time).T
-
-
-def _check(rules: Rules, sampling: Sequence[str] = (), **options: float) -> None:
-    """Raises a UserError that names the first option out of its range; options for sampling count only if named."""
-    used = {name: value for name, value in rules._asdict().items() if name in sampling or name not in SAMPLING}
-    for name, value in {**used, **options}.items():
-        kind, holds, expected = RANGES[name]
-        if value is None and name in ("top_k", "top_p"):
-            continue
-        if isinstance(value, bool) or not isinstance(value, kind) or not holds(value):
-            hint = "; for the likeliest tokens, use greedy" if name in ("temperature", "top_p") and value == 0 else ""
-            raise UserError(f"{name} should be {expected}; got {value!r:.40}{hint}")
 
 
 def _draw(rng, t, log_p):
@@ -314,38 +295,3 @@ def _forced(prefix, batch, length, special):
     """Returns the forced tokens [B, L]; `special.pad` where the model chooses."""
     forced = jnp.full((batch, length), special.pad, jnp.int32)
     return forced if prefix is None else forced.at[:, : prefix.shape[1]].set(prefix[:, :length])
-
-
-def _repetition(logits, token_ids, t, rules):
-    """Returns logits [N, V] of token t after repetition control; token_ids [N, L] hold the earlier tokens."""
-    length, rows = token_ids.shape[1], jnp.arange(len(token_ids))[:, None]
-    at = jnp.arange(length)
-    absent = logits.shape[-1]  # out of range, so that mode="drop" ignores this index
-    if rules.repetition_penalty != 1.0:
-        seen = jnp.zeros(logits.shape, bool).at[rows, jnp.where(at < t, token_ids, absent)].set(True, mode="drop")
-        factor = jnp.where(logits > 0, 1.0 / rules.repetition_penalty, rules.repetition_penalty)
-        logits = jnp.where(seen, logits * factor, logits)
-    n = rules.no_repeat_ngram
-    if 0 < n <= length:
-        last = jax.lax.dynamic_slice_in_dim(token_ids, jnp.maximum(t - n + 1, 0), n - 1, axis=1)
-        count = length - n + 1
-        before = jnp.stack([token_ids[:, i : i + count] for i in range(n - 1)], -1) if n > 1 else last[:, None]
-        same = jnp.all(before == last[:, None], axis=-1) & (at[:count] + n <= t)
-        banned = jnp.where(same, token_ids[:, n - 1 :], absent)
-        logits = logits.at[rows, banned].set(HIDDEN, mode="drop")
-    return logits
-
-
-def _truncated(logits, rules):
-    """Returns the logits [N, V] for sampling, after temperature, top_k and top_p."""
-    logits = logits / rules.temperature
-    if rules.top_k is not None:
-        floor = jax.lax.top_k(logits, min(rules.top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits >= floor, logits, HIDDEN)
-    if rules.top_p is not None:
-        ranked = -jnp.sort(-logits, axis=-1)
-        p = jax.nn.softmax(ranked)
-        needed = jnp.cumsum(p, axis=-1) - p < rules.top_p  # likelier tokens do not reach top_p
-        floor = jnp.min(jnp.where(needed, ranked, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits >= floor, logits, HIDDEN)
-    return logits

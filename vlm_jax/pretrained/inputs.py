@@ -1,5 +1,6 @@
 """Pictures and texts as people hold them."""
 
+import dataclasses
 import functools
 import inspect
 import logging
@@ -24,12 +25,31 @@ CHANNELS = (1, 3, 4)
 # methods that take preprocessed batches -> the method for pictures (or texts) as people hold them
 OF_BATCHES = {
     "embed_image_batch": "`embed_images`",
+    "embed_text_batch": "`embed_texts`",
     "image_feature_batch": "`image_features`",
     "class_logits": "`classify`",
     "caption_logits": "`logits`",
     "caption_batch": "`caption` or `generate`",
     "score_batch": "`score`",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Lacks:
+    """What a model's files do not tell.
+
+    Attributes:
+      where: the file.
+      why: "preprocess", "tokenizer", "tokenize" -> why it is not known, and the argument to pass.
+    """
+
+    where: str = ""
+    why: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def check(self, *names: str) -> None:
+        """Raises a UserError if one of `names` is not known; of all without names."""
+        if missing := [why for name, why in self.why.items() if not names or name in names]:
+            raise UserError(f"{self.where}: {'; '.join(missing)}")
 
 
 def pictures(images: Any) -> list[Any]:
@@ -93,10 +113,10 @@ def _of_batch(method: Callable) -> Callable:
         leaves = jax.tree.leaves(images, is_leaf=lambda x: isinstance(x, list) or x is None)
         if not leaves or not all(_is_array(x) and np.ndim(x) and len(x) and x.dtype.kind not in "OSU" for x in leaves):
             seen = f"an array {images.dtype} {list(images.shape)}" if _is_array(images) else _named(images)
-            raise UserError(
-                f"`{method.__name__}` takes preprocessed arrays [B, ...], the pictures are {seen}; "
-                f"paths, PIL images and the like go to {OF_BATCHES[method.__name__]}"
-            )
+            takes, rest = "preprocessed arrays [B, ...], the pictures are", "paths, PIL images and the like go to"
+            if method.__name__ == "embed_text_batch":
+                takes, rest = "token ids [B, L], given is", "texts go to"
+            raise UserError(f"`{method.__name__}` takes {takes} {seen}; {rest} {OF_BATCHES[method.__name__]}")
         return method(self, images, *args, **kwargs)
 
     return on_arrays

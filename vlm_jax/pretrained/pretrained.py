@@ -44,6 +44,8 @@ class Pretrained:
       classes: the class names of an adapted model.
       templates: the prompts that names are put into.
       head: image embeddings [B, D] -> logits [B, classes] of an adapted model; None uses the names' embeddings.
+      lacks: what the files do not tell: `preprocess`, `tokenizer` or `tokenize` is None, and pictures or texts raise;
+        preprocessed arrays (`embed_image_batch`) and token ids (`embed_text_batch`) do not.
     """
 
     model: nn.Module
@@ -57,6 +59,7 @@ class Pretrained:
     classes: tuple[str, ...] = ()
     templates: tuple[str, ...] = ("{}",)
     head: Callable[[np.ndarray], np.ndarray] | None = None
+    lacks: inputs.Lacks = dataclasses.field(default_factory=inputs.Lacks)
 
     def __repr__(self) -> str:
         """Three lines: the family and its size, the inputs, what the model can do."""
@@ -66,6 +69,7 @@ class Pretrained:
         read = {"pictures": self.preprocess, "texts": self.tokenize}
         reads = "; ".join(f"{what}: {ops}" for what, ops in read.items() if ops)
         adapted = f"; adapted to {len(self.classes)} classes: {', '.join(self.classes):.60}" if self.classes else ""
+        reads = "; ".join(filter(None, (reads, *(f"pass {name}= to `load`" for name in self.lacks.why))))
         return f"Pretrained {type(self.model).__name__}, {size}\n  reads {reads}\n  can {', '.join(self.can)}{adapted}"
 
     @property
@@ -101,7 +105,7 @@ class Pretrained:
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> unit-norm float32 [n, D], or with pool "all" [n, L, D], zeros for padding."""
-        return self._run(lambda model, params, token_ids: embed(model, params, None, token_ids), self._texts(texts))
+        return self._embed_ids(self._texts(texts))
 
     def embed_image_batch(self, images: Any) -> np.ndarray:
         """Preprocessed images, float [B, H, W, 3] (or packed patches, see `models.ViT`) -> unit-norm float32 [B, D]."""
@@ -109,6 +113,18 @@ class Pretrained:
         if self.is_captioner:
             raise UserError("a captioner embeds no pictures; its image tower's output is `image_features`")
         return self._run(lambda model, params, images: embed(model, params, images, None), images)
+
+    def embed_text_batch(self, token_ids: Any) -> np.ndarray:
+        """Token ids, int [B, L], as the op string `tokenize` makes them -> unit-norm float32 [B, D]."""
+        self._need_texts()
+        token_ids = np.asarray(token_ids)
+        if token_ids.ndim != 2 or token_ids.dtype.kind not in "iu":
+            seen = f"{token_ids.dtype} {list(token_ids.shape)}"
+            raise UserError(f"`embed_text_batch` takes token ids, int [B, L]; got {seen}")
+        return self._embed_ids(self._checked(token_ids))
+
+    def _embed_ids(self, token_ids: np.ndarray) -> np.ndarray:
+        return self._run(lambda model, params, token_ids: embed(model, params, None, token_ids), token_ids)
 
     def features(
         self, images: Any = None, *, texts: Sequence[str] | None = None, layers: Sequence[int] = (-1,)
@@ -244,7 +260,7 @@ class Pretrained:
           texts: n input texts.
           method: "greedy", "sample" or "beam".
           max_length: largest number of tokens of an answer; defaults to the decoder's length.
-          **options: prefix, beams, length_penalty, seed, and fields of `generate.Rules`.
+          **options: prefix, beams, length_penalty, seed, and fields of `logit_rules.Rules`.
         """
         if not self.reads_texts:
             raise UserError("this model writes no texts about texts; an EncoderDecoder or a PrefixLM does")
@@ -287,24 +303,30 @@ class Pretrained:
     def _pictures(self, images: Any) -> Any:
         """Preprocessed, a tree of arrays [n, ...]."""
         self._need("image")
+        self.lacks.check("preprocess")
         records = [{"image": image} for image in inputs.pictures(images)]
         return self._prepare("image", self.preprocess, records, "image")
 
     def _texts(self, texts: Sequence[str]) -> np.ndarray:
         """int32 [n, L], the text tower's input."""
+        self._need_texts()
+        return self._token_ids(texts)
+
+    def _need_texts(self) -> None:
         self._need("text")
         if insertion.is_conditional(self.model):
             raise UserError("texts of this model depend on the picture, by its Meta-Net; use classify or class_logits")
-        return self._token_ids(texts)
 
     def _token_ids(self, texts: Sequence[str]) -> np.ndarray:
         """int32 [n, L]."""
+        self.lacks.check("tokenizer", "tokenize")
         records = [{"text": text} for text in inputs.texts(texts)]
         return self._checked(self._prepare("text", self.tokenize, records, "token_ids"))
 
     @property
     def _ends(self) -> dict[str, int | None]:
         """The ids that end a text, for `generate.log_likelihood`."""
+        self.lacks.check("tokenizer")
         return {"pad_id": self.tokenizer.pad_id, "eos_id": self.tokenizer.eos_id}
 
     def _is_text(self, token_ids: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 
 from vlm_jax.config import call, choose
 from vlm_jax.errors import UserError
-from vlm_jax.models import generate
+from vlm_jax.models import generate, logit_rules
 
 METHODS = {"greedy": 0, "sample": 0, "beam": 0}
 
@@ -23,6 +23,8 @@ def write(
     length: int | None = None,
     beams: int = 4,
     length_penalty: float = 0.6,
+    length_form: str = "gnmt",
+    early_stopping: bool | str = "never",
     seed: int = 0,
     **rules,
 ) -> list[str]:
@@ -35,14 +37,20 @@ def write(
       prefix: beginning of every text, or of each.
       echo: whether the texts contain their prefix.
       length: largest number of tokens, prefix included; defaults to the decoder's length.
-      beams, length_penalty: for "beam", see `generate.beam_search`.
+      beams, length_penalty, length_form, early_stopping: for "beam", see `generate.beam_search`.
       seed: for "sample".
-      **rules: fields of `generate.Rules`: temperature, top_k, top_p, repetition_penalty, no_repeat_ngram.
+      **rules: fields of `logit_rules.Rules`: temperature, top_k, top_p, repetition_penalty, no_repeat_ngram,
+        encoder_no_repeat_ngram.
     """
     choose(METHODS, method, "method of `caption`")
-    rules = call(generate.Rules, rules, "`caption`")
+    rules = call(logit_rules.Rules, rules, "`caption`")
+    pretrained.lacks.check("tokenizer")
     decoder, ids = pretrained.model.decoder, pretrained.tokenizer
-    length = length or decoder.length if decoder.posemb == "none" else min(length or decoder.length, decoder.length)
+    length = decoder.length if length is None else length
+    drawn = logit_rules.SAMPLING if method == "sample" else ()
+    logit_rules.check(rules, drawn, length=length, beams=beams, seed=seed)
+    logit_rules.check_beams(length_penalty, length_form, early_stopping)
+    length = length if decoder.posemb == "none" else min(length, decoder.length)
     end = ids.pad_id if ids.eos_id is None else ids.eos_id
     special = generate.Special(decoder.start_id, end, ids.pad_id)
     forced = _forced(pretrained, prefix, len(jax.tree.leaves(images)[0]), special)
@@ -52,7 +60,7 @@ def write(
         if method == "beam":
             return generate.beam_search(
                 model, params, images, forced, length=length, beams=beams, length_penalty=length_penalty,
-                special=special, rules=rules,
+                length_form=length_form, early_stopping=early_stopping, special=special, rules=rules,
             ).token_ids[:, 0]  # fmt: skip
         rng, greedy = jax.random.key(seed), method == "greedy"
         common = dict(length=length, special=special, rules=rules)

@@ -37,7 +37,7 @@ WHOLE = (
     (r"^visual\.blocks\.0\.(attn\.q_proj|attn\.q_bias|attn\.qkv)", "EVA-CLIP (its own repository)", VIT),
     (r"^(unet|model\.diffusion_model|first_stage_model)\.", "a diffusion model", "a folder of CLIP"),
     (r"^blocks\.0\.ls1\.gamma$", "DINOv2 (its own file)", "DINOv2 of Transformers"),
-    (r"^blocks\.0\.attn\.qkv\.weight$", "a ViT of timm", "a ViT of Transformers or big_vision"),
+    (r"^blocks\.0\.attn\.qkv\.weight$", "a ViT of timm without its name", "timm:NAME:PATH"),
     (r"^(vision_model|text_model|vit|bert|encoder\.layer|embeddings)\.", "Transformers, bare", FOLDER),
 )  # fmt: skip
 TEXT_TOWER = re.compile(r"^text\.transformer\.(embeddings|encoder|shared|layers)\.")

@@ -23,6 +23,7 @@ from vlm_jax.models.positions import RESAMPLING, of_length, resample_posemb
 from vlm_jax.params import sharding
 from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained
+from vlm_jax.pretrained.inputs import Lacks
 from vlm_jax.zoo import adapters, hub, key_map, op_strings, preprocessing, recognize
 from vlm_jax.zoo.released import of_texts
 
@@ -53,16 +54,19 @@ def load(
     Args:
       spec: "hf:org/name" (or "hf:org/name@revision"), a folder of Transformers, open_clip, T5X or ours, a file
         (safetensors, npz, .pt, .pth), a workdir of `vlm_jax.train`, or "pkg:name/path", one of these in a package.
+        "open_clip:ViT-B-32:PATH" and "timm:vit_base_patch16_224:PATH" say what bare weights are.
       preprocess: op string that prepares pictures, or a key of `zoo.preprocessing.FAMILIES` ("openai", "siglip", ...);
-        defaults to the files' own, else required.
-      tokenizer: a tokenizer spec (see `vlm_jax.data.tokenizers`); defaults to the files' own, else required.
+        defaults to the files' own. Without either, the model takes preprocessed arrays, and raises for pictures.
+      tokenizer: a tokenizer spec (see `vlm_jax.data.tokenizers`); defaults to the files' own. Without either, the model
+        takes token ids, and raises for texts.
       tokenize: op string from text to tokens, such as "lower | tokenize(64, bos=False)"; defaults likewise.
       activation: for bare CLIP weights, "quick_gelu", "gelu" or "gelu_tanh"; for T5X, "gelu_tanh" or "silu".
       pool: for bare files whose tensors do not tell it, such as "gap" or "first", see `models.ViT` and
         `models.TextTransformer`.
       heads: for bare files whose tensors do not tell it, the number of attention heads. `activation`, `pool` and
         `heads` are of both towers, or a dict: `pool=dict(image="gap", text="last")`.
-      weights: "ema" reads the averaged weights of a training checkpoint; None reads the trained ones.
+      weights: "ema" reads the averaged weights of a training checkpoint; None reads the trained ones, of a workdir of
+        ours the averages if it keeps any.
       image_size: (height, width) or one int, in pixels; overrides the checkpoint's size. Learned positions of another
         grid need `resample`. The files' own `preprocess` follows, see `op_strings.resized`; an op string that is
         given does not.
@@ -77,15 +81,15 @@ def load(
 
     Raises:
       UserError: `spec` does not exist or has no known format; a tensor is left over, missing or of another shape; or a
-        setting is neither in the files nor given.
+        setting of the model is neither in the files nor given.
     """
     path = hub.local(spec)
     dtype = dtype if dtype is None or isinstance(dtype, str) else np.dtype(dtype).name  # jnp.bfloat16
     told = dict(activation=activation, pool=pool, heads=heads, weights=weights)
-    released = recognize.run_of(path) if (path / "checkpoints").is_dir() else recognize.understand(path, **told)
+    released = recognize.run_of(path, weights) if (path / "checkpoints").is_dir() else recognize.of_spec(spec, **told)
     section = dict(released.model) if dtype is None else dict(released.model, dtype=dtype)
     size = _sides(image_size) if image_size is not None else None
-    settings = _settings(released, section, preprocess, tokenizer, tokenize, size)
+    settings, lacks = _settings(released, section, preprocess, tokenizer, tokenize, size)
     place = None if mesh is None else lambda params: sharding.param_shardings(partition, params, mesh)
     with ThreadPoolExecutor(1) as pool:  # a vocabulary takes as long to build as a tower to read
         tokenizer = pool.submit(tokenizers.build, settings["tokenizer"]) if settings["tokenizer"] else None
@@ -104,6 +108,7 @@ def load(
         tokenize=settings["tokenize"],
         config={**(released.run or {}), "model": section, **settings},
         mesh=mesh,
+        lacks=lacks,
     )
     if adapter := adapter or adapters.of_folder(path):
         pretrained = adapters.load_adapter(adapter, pretrained)
@@ -150,9 +155,9 @@ def _sharded(read: Callable, shape: Sequence[int], place: jax.sharding.Sharding)
     return jax.make_array_from_single_device_arrays(tuple(shape), place, shards)
 
 
-def _settings(released, section, preprocess, tokenizer, tokenize, size) -> dict[str, Any]:
-    """Returns preprocess, tokenizer and tokenize, from the arguments or else the files; raises if one is missing."""
-    missing = []
+def _settings(released, section, preprocess, tokenizer, tokenize, size) -> tuple[dict[str, Any], Lacks]:
+    """Returns preprocess, tokenizer and tokenize, from the arguments or else the files; and what is missing."""
+    missing = {}
     if section.get("image"):
         if preprocess in preprocessing.FAMILIES:
             known = size or section["image"].get("image_size")
@@ -166,22 +171,23 @@ def _settings(released, section, preprocess, tokenizer, tokenize, size) -> dict[
         if preprocess is None:
             families = ", ".join(preprocessing.FAMILIES)
             why = released.hints.get("preprocess") or "the files do not tell how pictures were prepared"
-            missing.append(f"{why}: pass preprocess= (one of {families}, or an op string)")
+            missing["preprocess"] = f"{why}: pass preprocess= (one of {families}, or an op string)"
     texts = of_texts(section)
     if texts:
         tokenizer, tokenize = tokenizer or released.tokenizer, tokenize or released.tokenize
         if tokenizer is None:
             why = released.hints.get("tokenizer") or "the files hold no tokenizer"
-            missing.append(why if "tokenizer=" in why else f"{why}: pass tokenizer='clip', 'json:/path', ...")
+            why = why if "tokenizer=" in why else f"{why}: pass tokenizer='clip', 'json:/path', ..."
+            missing["tokenizer"] = why
         if tokenize is None:
-            missing.append(f"pass tokenize= (how texts are made tokens, e.g. 'tokenize({texts['length']})')")
-    if missing:
-        raise UserError(f"{released.path} ({released.format}): " + "; ".join(missing))
-    return {
+            example = f"'tokenize({texts['length']})'"
+            missing["tokenize"] = f"pass tokenize= (how texts are made tokens, e.g. {example})"
+    settings = {
         "preprocess": preprocess if section.get("image") else None,
         "tokenizer": tokenizer if texts else None,
         "tokenize": tokenize if texts else None,
     }
+    return settings, Lacks(f"{released.path} ({released.format})", missing)
 
 
 def _check_ops(preprocess: str) -> None:
@@ -223,7 +229,7 @@ def _of_length(pretrained: Pretrained, length: int, follows: bool) -> Pretrained
     if (table := params.get("text/pos_embed")) is not None:
         params["text/pos_embed"] = jax.device_put(of_length(table, length), table.sharding)
     pretrained = _rebuilt(pretrained, dict(text=dict(section, length=length)), params)
-    if not follows:
+    if not follows or pretrained.tokenize is None:
         return pretrained
     tokenize = op_strings.lengthened(pretrained.tokenize, length)
     return dataclasses.replace(pretrained, tokenize=tokenize, config=pretrained.config | {"tokenize": tokenize})

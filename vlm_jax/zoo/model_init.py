@@ -19,7 +19,7 @@ import jax
 from vlm_jax.errors import UserError
 from vlm_jax.models import positions
 from vlm_jax.params import sharding
-from vlm_jax.zoo import hub, key_map, recognize
+from vlm_jax.zoo import key_map, recognize
 from vlm_jax.zoo.load import read_params
 from vlm_jax.zoo.released import ANY
 
@@ -61,7 +61,7 @@ def _read_tower(tower: str, spec: str, own: Mapping[str, jax.ShapeDtypeStruct]) 
     path, _, part = spec.rpartition(":")
     if part not in PARTS:
         path, part = spec, tower
-    released = recognize.understand(hub.local(path), pool=ANY)
+    released = recognize.of_spec(path, pool=ANY)
     prefixes = {f"{part}/": f"{tower}/"} if part else {"": ""}
     if part == "encoder":
         prefixes["decoder/token_embed/"] = f"{tower}/token_embed/"

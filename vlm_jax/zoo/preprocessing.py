@@ -309,6 +309,30 @@ def from_open_clip(preprocess_cfg: Mapping[str, Any], size: Size | None = None) 
     return f"{dropped} | {resize} | {call('pad', *own, value=settings['fill_color'])} | {normalize}"
 
 
+def from_timm(cfg: Mapping[str, Any]) -> str:
+    """Returns the op string of timm's evaluation transform, by a `pretrained_cfg` (in `config.json`).
+
+    Raises:
+      UserError: a setting is missing or unknown.
+    """
+    size, method = cfg.get("input_size"), cfg.get("interpolation", "bicubic")
+    share, mode = cfg.get("crop_pct", 0.875), cfg.get("crop_mode", "center")
+    if not isinstance(size, list) or len(size) != 3 or size[0] != 3 or not all(isinstance(n, int) for n in size):
+        raise UserError(f"pretrained_cfg has input_size {size!r:.60}; expected [3, height, width]: {FIX}")
+    if method not in ("bicubic", "bilinear"):
+        raise UserError(f"pretrained_cfg has interpolation {method!r:.40}; expected bicubic or bilinear: {FIX}")
+    if (
+        not isinstance(share, int | float)
+        or not 0 < share <= 1
+        or (mode, share) not in (("squash", 1), ("center", share))
+    ):
+        raise UserError(f"pretrained_cfg has crop_mode {mode!r:.40}, crop_pct {share!r:.20}, which is not known: {FIX}")
+    normalize = _normalize(cfg.get("mean", (0.5,) * 3), cfg.get("std", (0.5,) * 3))
+    if mode == "squash":
+        return _squash(tuple(size[1:]), normalize, f"decode({DROP})", method=method)
+    return _crop(tuple(size[1:]), normalize, share, f"decode({DROP})", method=method)
+
+
 def to_open_clip(string: str) -> dict[str, Any]:
     """Returns the `preprocess_cfg` of an op string.
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,8 +12,9 @@ from vlm_jax import models
 from vlm_jax.data.files import inside, read_json
 from vlm_jax.errors import UserError
 from vlm_jax.params.table import named_leaves
-from vlm_jax.zoo import bare_files, key_map, open_clip_tokenizers, preprocessing, tokenizer_files
-from vlm_jax.zoo.formats import open_clip, open_clip_coca, t5x, transformers
+from vlm_jax.zoo import bare_files, hub, key_map, open_clip_tokenizers, preprocessing, tokenizer_files
+from vlm_jax.zoo.formats import open_clip, open_clip_coca, open_clip_names, t5x, timm, transformers
+from vlm_jax.zoo.readers import state_dicts
 from vlm_jax.zoo.readers.tensors import Tensor, TensorFile, open_tensors, open_weights
 from vlm_jax.zoo.released import Released, Told, of_texts, scanned
 from vlm_jax.zoo.shapes import check_sizes, param_shapes
@@ -31,8 +33,19 @@ OPEN_CLIP = (
 )
 
 
+def of_spec(spec: str | os.PathLike, **told: Any) -> Released:
+    """Returns the description of what a spec of `vlm_jax.load` names; arguments as for `understand`."""
+    return understand(hub.local(spec), named=hub.name_of(spec), **told)
+
+
 def understand(
-    path: str | Path, activation: Any = None, *, pool: Any = None, heads: Any = None, weights: str | None = None
+    path: str | Path,
+    activation: Any = None,
+    *,
+    pool: Any = None,
+    heads: Any = None,
+    weights: str | None = None,
+    named: tuple[str, str] | None = None,
 ) -> Released:
     """Recognises a folder or a file by its content; reads headers and no tensor.
 
@@ -40,6 +53,7 @@ def understand(
       path: a folder of ours, of Transformers, of open_clip or of T5X; a file of tensors.
       activation: for bare CLIP weights and T5X, see `open_clip.describe` and `t5x.describe`.
       pool, heads, weights: as for `vlm_jax.load`.
+      named: ("open_clip", "ViT-B-32"): what the weights are, whatever lies beside them.
 
     Raises:
       UserError: the format is unknown, or the parts do not fit.
@@ -50,7 +64,8 @@ def understand(
         hint = f"for the Hugging Face hub, write hf:{hub[1]}" if hub else "check the path"
         raise UserError(f"there is no file or folder {path}; {hint}")
     with _understanding(path):
-        return (_folder if path.is_dir() else _file)(path, Told(activation, pool, heads, weights))
+        told = Told(activation, pool, heads, weights)
+        return _named(path, *named, told) if named else (_folder if path.is_dir() else _file)(path, told)
 
 
 @contextlib.contextmanager
@@ -67,16 +82,21 @@ def _understanding(path: Path) -> Iterator[None]:
 
 def _folder(path: Path, told: Told) -> Released:
     if (path / "checkpoints").is_dir():
-        return _workdir(path)
+        return _workdir(path, told)
     settings = read_json(path / "config.json")
-    for name in TRANSFORMERS if "model_type" in settings else ():
+    for name in TRANSFORMERS if {"model_type", "architecture"} & settings.keys() else ():
         if (path / name).exists():
-            return _transformers(path, settings, open_weights(path / name, told.weights))
+            file = open_weights(path / name, told.weights)
+            if "model_type" in settings:
+                return _transformers(path, settings, file)
+            return _timm(file, str(settings["architecture"]), settings)
     if (path / "open_clip_config.json").exists():
         return _open_clip(path, read_json(path / "open_clip_config.json"), told)
     if (path / PARAMS).exists():
+        state_dicts.check(told.weights, path)
         return _native(path, settings)
     if t5x.recognise(path):
+        state_dicts.check(told.weights, path)
         return _t5x(path, told)
     if "model_type" in settings:
         raise UserError(f"{path} has a config.json but none of its weights: {', '.join(TRANSFORMERS)}")
@@ -130,18 +150,48 @@ def _open_clip(folder: Path, settings: dict, told: Told) -> Released:
     if name is None:
         raise UserError(f"{folder} has an open_clip_config.json but none of its weights: {', '.join(OPEN_CLIP)}")
     file, cfg = open_weights(folder / name, told.weights), settings.get("model_cfg") or {}
+    return _of_open_clip(folder, file, cfg, told, settings.get("preprocess_cfg") or {})
+
+
+def _of_open_clip(folder: Path, file: TensorFile, cfg: dict, told: Told, preprocess_cfg: dict | None) -> Released:
     family = open_clip_coca if open_clip_coca.recognise(file.tensors) else open_clip
     section, entries, ignored = family.describe(file.tensors, cfg, told)
     text, texts = section["text"], cfg.get("text_cfg") or {}
-    fields, hints = {}, {}
-    fields["preprocess"], hints["preprocess"] = _or_none(
-        preprocessing.from_open_clip, settings.get("preprocess_cfg") or {}, section["image"]["image_size"]
-    )
+    fields, hints = {}, {"preprocess": "a name of open_clip does not tell how pictures were prepared"}
+    if preprocess_cfg is not None:
+        fields["preprocess"], hints["preprocess"] = _or_none(
+            preprocessing.from_open_clip, preprocess_cfg, section["image"]["image_size"]
+        )
     found, hints["tokenizer"] = _or_none(open_clip_tokenizers.read, folder, text["length"], texts)
     fields["tokenizer"], fields["tokenize"] = found or (None, None)
     return Released(
         "open_clip", file.path, file.tensors, scanned(section), entries, ignored, **fields, hints=hints,
         licence=_licence(folder),
+    )  # fmt: skip
+
+
+def _named(path: Path, project: str, name: str, told: Told) -> Released:
+    """A file of weights, or a folder with one, whose model has a name in a project."""
+    known = open_clip_names.config(name) if project == "open_clip" else {}
+    files = [path / file for file in (*OPEN_CLIP, *TRANSFORMERS)] if path.is_dir() else [path]
+    weights = next((file for file in files if file.exists()), None)
+    if weights is None:
+        raise UserError(f"{path} has no weights; looked for {', '.join(file.name for file in files)}; or name the file")
+    if project == "timm":
+        return _timm(open_weights(weights, told.weights), name)
+    released = _of_open_clip(weights.parent, open_weights(weights, told.weights), known, told, None)
+    open_clip_names.check(name, released.model)
+    return released
+
+
+def _timm(file: TensorFile, name: str, settings: dict | None = None) -> Released:
+    section, entries = timm.describe({key: tuple(t.shape) for key, t in file.tensors.items()}, name, settings)
+    preprocess, hint = None, "a name of timm does not tell how pictures were prepared"
+    if settings:
+        preprocess, hint = _or_none(preprocessing.from_timm, settings.get("pretrained_cfg") or {})
+    return Released(
+        f"timm {name}", file.path, file.tensors, scanned(section), entries, preprocess=preprocess,
+        hints={"preprocess": hint}, licence=_licence(file.path.parent),
     )  # fmt: skip
 
 
@@ -187,8 +237,11 @@ def _native(folder: Path, settings: dict) -> Released:
     )
 
 
-def run_of(path: Path) -> Released:
-    """Returns the description of a workdir of `vlm_jax.train`, without tensors."""
+def run_of(path: Path, weights: str | None = None) -> Released:
+    """Returns the description of a workdir of `vlm_jax.train`, without tensors.
+
+    weights: "ema" raises if the run keeps no averages; runs that keep them are read by their averages in any case.
+    """
     settings = read_json(path / "config.json")
     if not isinstance(settings.get("model"), dict):
         raise UserError(f"{path} holds checkpoints but no config.json of vlm_jax.train")
@@ -196,6 +249,7 @@ def run_of(path: Path) -> Released:
         from vlm_jax.run import checkpoint, stages  # orbax takes a while to import
 
         settings = stages.changed(settings, checkpoint.newest_progress(path)["stage"])
+    state_dicts.check(weights, None if settings.get("ema") else path)
     known = _texts_of(settings, path)
     if known["tokenizer"]:
         known["tokenizer"] = tokenizer_files.kept(known["tokenizer"], path)
@@ -212,7 +266,7 @@ def _file(path: Path, told: Told) -> Released:
     return bare_files.read(open_weights(path, told.weights), told)
 
 
-def _workdir(path: Path) -> Released:
+def _workdir(path: Path, told: Told) -> Released:
     from vlm_jax.run import checkpoint  # orbax takes a while to import
 
     params = named_leaves(checkpoint.load_params(path))
@@ -220,7 +274,7 @@ def _workdir(path: Path) -> Released:
         name: Tensor(leaf.shape, leaf.dtype, lambda index, leaf=leaf: leaf[index].copy())
         for name, leaf in params.items()
     }
-    return dataclasses.replace(run_of(path), tensors=tensors, entries=native_entries(params))
+    return dataclasses.replace(run_of(path, told.weights), tensors=tensors, entries=native_entries(params))
 
 
 def native_entries(shapes: Mapping[str, Any]) -> list[key_map.Entry]:

@@ -22,6 +22,7 @@ from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained
 from vlm_jax.zoo import (
     adapters,
+    hub,
     key_map,
     model_card,
     open_clip_tokenizers,
@@ -82,6 +83,28 @@ def save_pretrained(
         path,
         format,
     )
+
+
+@checked
+def push_to_hub(
+    pretrained: Pretrained, name: str, format: str = "native", *, dtype: str = "float32", private: bool = True
+) -> None:
+    """Writes a model to the Hugging Face hub as `save_pretrained` writes it to disk; `load("hf:" + name)` reads it.
+
+    Needs `vlm_jax[hf]` and a token that may write (`hf auth login`). The files of another model in the repository go,
+    in the same commit; a model card that is there stays.
+
+    Args:
+      pretrained: the model.
+      name: "org/name" or "org/name@branch" of the repository, which is made if it is not there.
+      format, dtype: as for `save_pretrained`.
+      private: whether a new repository is private.
+
+    Raises:
+      UserError: the format cannot express the model, or the repository cannot be written.
+    """
+    with hub.uploading(name.removeprefix("hf:"), private) as folder:
+        save_pretrained(pretrained, folder, format, dtype=dtype)
 
 
 def _refuse_adapted(adapted: Pretrained, format: str) -> None:

@@ -19,6 +19,8 @@ from vlm_jax.data.files import inside, read_json, replacing
 from vlm_jax.data.package_files import locate
 from vlm_jax.data.tokenizers import clip, guard, library, wordpiece
 from vlm_jax.errors import UserError
+from vlm_jax.zoo import tokenizer_settings
+from vlm_jax.zoo.tokenizer_settings import FIX
 
 # (kind of spec, file), in order of preference.
 FILES = (
@@ -29,7 +31,6 @@ FILES = (
     ("wordpiece", "vocab.txt"),
 )
 KEPT = "tokenizer"  # a folder in a workdir
-FIX = "pass tokenizer= (a spec such as `json:/path/tokenizer.json`)"
 SENTENCEPIECE = ("SiglipTokenizer", "T5Tokenizer")  # their ids are the SentencePiece model's own, with EOS added
 SIGLIP2 = ("GemmaTokenizer", "Siglip2Tokenizer")  # under a SigLIP model: lower-cased, EOS only, padded on the right
 WRAPPING = {"CLIPTokenizer": ("bos_token", "eos_token"), "BertTokenizer": ("cls_token", "sep_token")}
@@ -64,6 +65,7 @@ def from_transformers(
     """
     folder = _transformer_folder(Path(folder))
     settings = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
+    tokenizer_settings.check(settings, folder / "tokenizer_config.json")
     name = str(settings.get("tokenizer_class") or CLASSES.get(model_type.split("_")[0], "")).removesuffix("Fast")
     siglip2 = name in SIGLIP2 and model_type.startswith("siglip")
     if settings.get("padding_side") == "left" and not siglip2:
@@ -127,8 +129,7 @@ def _library(kind: str, path: Path, name: str, settings: Mapping[str, Any]) -> t
     """Returns (ids from `build`, token -> id, (BOS, EOS) added by Transformers), by the `tokenizers` library."""
     read = {"json": library.from_file, "bpe": clip.from_files, "wordpiece": wordpiece.from_file}[kind]
     model = read(str(path))
-    if isinstance(model.normalizer, hf.normalizers.BertNormalizer):
-        _check_bert(path, kind, model.normalizer, settings)
+    tokenizer_settings.check_model(path, kind, model, settings)
     find = lambda token: None if token is None else model.token_to_id(token)
     ids, added = library.special_ids(model), library.around(model)
     flags = [settings.get(f"add_{key}_token") for key in ("bos", "eos")]
@@ -139,16 +140,6 @@ def _library(kind: str, path: Path, name: str, settings: Mapping[str, Any]) -> t
         tokens = [find(_content(settings.get(f"{key}_token"))) for key in ("bos", "eos")]
         added = tuple(token if flag else None for token, flag in zip(tokens, flags, strict=True))
     return ids, find, added or (None, None)
-
-
-def _check_bert(path: Path, kind: str, rule: hf.normalizers.BertNormalizer, settings: Mapping[str, Any]) -> None:
-    """Raises if the settings, which override the file in Transformers, ask for another normalization."""
-    pairs = {"strip_accents": rule.strip_accents, "tokenize_chinese_chars": rule.handle_chinese_chars}
-    pairs |= {"do_lower_case": rule.lowercase} if kind == "json" else {}
-    for key, has in pairs.items():
-        asked = settings.get(key)
-        if asked is not None and asked != has:
-            raise UserError(f"{path}: tokenizer_config.json has {key} {asked}, the tokenizer {has}; {FIX}")
 
 
 def _sentencepiece(path: Path, settings: Mapping[str, Any]) -> tuple:

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from tests.support.released import unpack
 from vlm_jax.errors import UserError
 from vlm_jax.zoo import recognize
 from vlm_jax.zoo.formats import t5, transformers
@@ -134,3 +135,21 @@ def test_one_file_counts_over_its_index(tmp_path):
     write_safetensors(tmp_path / "model.safetensors", {"embeddings.a": np.zeros(1, np.float32)})
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"b": "gone.safetensors"}}')
     assert recognize.understand(tmp_path).path.name == "model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("pad_token_id", "0", "pad_token_id '0'; expected a whole number of 0 or more, below 32"),
+        ("pad_token_id", 32, "pad_token_id 32; expected a whole number of 0 or more, below 32"),
+        ("decoder_start_token_id", -1, "decoder_start_token_id -1; expected a whole number"),
+        ("decoder_start_token_id", True, "decoder_start_token_id True; expected a whole number"),
+        ("tie_word_embeddings", "yes", "tie_word_embeddings 'yes'; expected true or false"),
+    ],
+)
+def test_ids_of_t5_are_of_the_vocabulary(key, value, expected, tmp_path):
+    unpack("t5", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(UserError, match=expected):
+        recognize.understand(tmp_path)

@@ -84,16 +84,20 @@ def describe(config: Mapping[str, Any], shapes: Mapping[str, tuple]) -> tuple[di
     fields = {ours: numbers[theirs] for ours, (theirs, _) in SIZES.items()} | dict(
         activation=choose(ACTIVATIONS, activation, "feed_forward_proj of config.json"), gated=bool(kind), norm_eps=eps
     )
+    for key in ("scale_decoder_outputs", "tie_word_embeddings"):
+        if not isinstance(config.get(key, True), bool):
+            raise UserError(f"config.json has {key} {config[key]!r:.60}; expected true or false")
     scaled = config.get("scale_decoder_outputs", not mt5 and config.get("tie_word_embeddings", True))
     tied = scaled or "lm_head.weight" not in shapes
     decoder = fields | dict(
         depth=numbers["num_decoder_layers"],
         vocab_size=numbers["vocab_size"],
         length=numbers["n_positions"],
-        start_id=config.get("decoder_start_token_id", 0),
+        start_id=_whole(config, "decoder_start_token_id", 0, 0, numbers["vocab_size"]),
         tied_scale=(fields["width"] ** -0.5 if scaled else 1.0) if tied else None,
     )
-    section = dict(name="encoder_decoder", encoder=fields, decoder=decoder, pad_id=config.get("pad_token_id", 0))
+    pad_id = _whole(config, "pad_token_id", 0, 0, numbers["vocab_size"])
+    section = dict(name="encoder_decoder", encoder=fields, decoder=decoder, pad_id=pad_id)
     shared = next((name for name in SHARED if f"{name}.weight" in shapes), SHARED[0])
     again = [f"{name}.weight" for name in SHARED if name != shared] + (["lm_head.weight"] if tied else [])
     return section, _entries(section, shared), [*IGNORED, *again]
@@ -133,8 +137,9 @@ def _entries(section: Mapping[str, Any], shared: str) -> list[Entry]:
     return entries
 
 
-def _whole(config: Mapping[str, Any], key: str, default: int) -> int:
+def _whole(config: Mapping[str, Any], key: str, default: int, least: int = 1, end: int = 2**31) -> int:
     value = config.get(key, default)
-    if type(value) is not int or not 1 <= value < 2**31:
-        raise UserError(f"config.json has {key} {value!r}; expected a whole number of 1 or more")
+    if type(value) is not int or not least <= value < end:
+        below = f", below {end:,}" if end < 2**31 else ""
+        raise UserError(f"config.json has {key} {value!r:.60}; expected a whole number of {least} or more{below}")
     return value

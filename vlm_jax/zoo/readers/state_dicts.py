@@ -26,6 +26,14 @@ def root(keys: Collection[str], weights: str | None) -> str | None:
     return next((key for key in order if key in keys), None)
 
 
+def check(weights: str | None, path: Path | None = None) -> None:
+    """Raises a UserError unless `weights` is "ema" or None; with `path`, which holds no averages, also for "ema"."""
+    if weights not in (None, "ema"):
+        raise UserError(f"weights is {weights!r:.40}; expected 'ema' (averaged weights) or None (the trained ones)")
+    if weights and path is not None:
+        raise UserError(f"{path} holds no averaged weights; leave out weights=")
+
+
 def select(
     tensors: Mapping[str, Any], path: Path, weights: str | None = None, beside: Collection[str] = ()
 ) -> dict[str, Any]:
@@ -43,8 +51,7 @@ def select(
     Raises:
       UserError: the file lacks the selected weights, or two tensors have one name.
     """
-    if weights not in (None, "ema"):
-        raise UserError(f"weights is {weights!r:.40}; expected 'ema' (averaged weights) or None (the trained ones)")
+    check(weights)
     pairs = [(bare(name), name) for name in tensors]
     counters = {old for name, old in pairs if name.rpartition(".")[2] in COUNTERS and _is_scalar(tensors[old])}
     averages = [head for head in AVERAGES if _below(head, pairs)]
