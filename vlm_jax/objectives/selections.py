@@ -77,8 +77,8 @@ def hard_pairs(*, model: Any, targets: str | Mapping[str, Any] = "identity", gro
 
     def seen(outputs, ctx):
         keys = ("image_embedding", "image_tokens", "text_embedding", "text_tokens")
-        padded = {} if outputs["image_mask"] is None else {"image_mask": outputs["image_mask"]}
         found = {key: outputs[key] for key in keys} | {"scale": per_row(outputs, "scale")}
+        padded = {} if outputs["image_mask"] is None else {"image_mask": outputs["image_mask"]}
         return found | padded | targets.features(outputs)
 
     def select(features, rows, ctx):

@@ -221,15 +221,23 @@ def example_of(op_string: str, max_patches: int | None = None) -> dict[str, np.n
     is_file = any(step.name == "decode" for step in steps)  # scenes need no `decode`
     image = file.getvalue() if is_file else np.asarray(picture)
     record: dict[str, Any] = collections.defaultdict(dict, image=image, text="a text")
-    boxes = {step.kwargs.get("boxes") for step in steps}
+    made_up = {step.kwargs.get(option): value for step in steps for option, value in MADE_UP.items()}
     for path in sorted(pipeline.paths - set(ops.SUBJECTS)):
         where, (*folders, name) = record, path.split("/")
         for folder in folders:
             where = where[folder]
-        where[name] = (0, 0, 1, 1) if path in boxes else "a text"
+        where[name] = made_up.get(path, "a text")
     example = pipeline(record, np.random.default_rng(0))
     # a value that no op has made is a label
     return collate([{name: 0 if isinstance(value, str) else value for name, value in example.items()}])
+
+
+MADE_UP = {  # values of fields that an op reads by an option of this name
+    "boxes": (0, 0, 1, 1),
+    "foils": {},
+    "objects": {"name": [], "attributes": []},
+    "relations": {"subject": [], "relation": [], "object": []},
+}
 
 
 class _Tokenizer:

@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support import lookup
 from vlm_jax.errors import UserError
+from vlm_jax.objectives import outputs as outputs_lib
 from vlm_jax.objectives.contrastive import negatives
 from vlm_jax.objectives.generative import captioning
 from vlm_jax.objectives.generative.rewards import policy_gradient
@@ -45,10 +47,7 @@ def test_without_a_tokenizer_an_option_says_it():
 
 
 def test_lacking_texts_among_negatives():
-    class Texts(dict):
-        def apply(self, method, images, ids):
-            return SimpleNamespace(text=jnp.zeros((len(ids), 2)))
-
-    outputs = Texts(texts=jnp.array([[[5]], [[7]], [[0]]]))
+    model, params = lookup.Lookup(8, 2), lookup.tables(size=8, width=2, dtype=np.float32)
+    outputs = outputs_lib.Outputs(model, params, {"texts": jnp.array([[[5]], [[7]], [[0]]])})
     given = negatives.texts().features(outputs, context(7, 7))["given"]
     assert given.ravel().tolist() == [True, False, True]
