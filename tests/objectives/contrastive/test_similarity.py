@@ -236,7 +236,7 @@ def test_pool_all_projects_every_token_and_leaves_padding_zero():
 
 def test_a_trained_model_is_evaluated_by_its_own_similarity(tmp_path):
     config = filip.get_config("smoke")
-    config.update(dict(duration="2 steps"))
+    config.update(dict(duration="2 steps", batch_size=16))
     config.evals = {}
     train(config, tmp_path)
     model = vlm_jax.load(tmp_path)

@@ -49,5 +49,5 @@ def test_without_a_tokenizer_an_option_says_it():
 def test_lacking_texts_among_negatives():
     model, params = lookup.Lookup(8, 2), lookup.tables(size=8, width=2, dtype=np.float32)
     outputs = outputs_lib.Outputs(model, params, {"texts": jnp.array([[[5]], [[7]], [[0]]])})
-    given = negatives.texts().features(outputs, context(7, 7))["given"]
+    given = negatives.texts().features(outputs, context(7, 7))["wrong"].given
     assert given.ravel().tolist() == [True, False, True]
