@@ -6,7 +6,12 @@ base_select   one style (emojione) held out of training; the recipes are chosen 
 Most of a run sees single emoji of 32 px with short texts, its end 64 px, scenes and their captions, as CLIPA
 (arXiv:2305.07017) does. In the first part embeddings of pictures follow those of `clip:tiny` (CLIP-KD,
 arXiv:2307.12732): its head reads patches by their place, which a class token takes long to learn. For
-base_select, the teacher is the run runs/clip_select of `clip:select`. Not yet trained to the end: no numbers.
+base_select, the teacher is the run runs/clip_select of `clip:select`.
+
+The recipes do not reach their goals yet, and no base model is packaged. One run of `clip.py:base` (seed 0) named 62.7 %
+of 732 pictures of the unseen style after its first part, 45.6 % at its end; of its foils on 600 scenes of that style,
+79.7 % by attribute and 50.2 % by relation. The second part, at the end of a cosine, learns too little: 30,000 further
+examples at a peak rate of 2e-3, with three foils a caption, gave 87.9 % and 60.0 % on scenes of training styles.
 """
 
 from typing import Any
