@@ -1,6 +1,7 @@
 """Reinforced data: the views of the loader are those that teachers saw, and what they said stands beside them."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -90,6 +91,11 @@ def test_what_does_not_fit_is_named(settings, tmp_path):
         batches(settings, ops=settings["data"]["ops"].replace("flip | ", ""))
     with pytest.raises(UserError, match=r"has no index\.json; write it with vlm_jax\.precompute"):
         batches(settings, reinforced=str(tmp_path))
+    index = json.loads((Path(settings["data"]["reinforced"]) / "index.json").read_text())
+    for change in ({"views": 0}, {"seed": -1}, {"fields": {}}, {"fields": {"tiny/image_embedding": "128"}}):
+        (tmp_path / "index.json").write_text(json.dumps(index | change))
+        with pytest.raises(UserError, match=r"its index\.json has .* views of .*; precompute it anew"):
+            batches(settings, reinforced=str(tmp_path))
     with pytest.raises(UserError, match="teachers has no checkpoint; expected"):
         reinforce(settings | dict(objective=dict(name="contrastive")), tmp_path, views=2)
     with pytest.raises(UserError, match="views"):

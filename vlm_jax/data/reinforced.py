@@ -40,11 +40,16 @@ class Reinforced:
     def __init__(self, path: str, uri: str, split: str | None, ops: str, records: int):
         what = f"config.data.reinforced `{path}`"
         index = read_index(Path(path), what, KINDS)
+        widths = index["fields"].values()
+        sound = index["views"] > 0 <= index["seed"] < 2**64 and widths
+        if not sound or any(type(width) is not int or width < 1 for width in widths):
+            seen = f"{index['views']} views of {index['fields']!r:.80}, seed {index['seed']}"
+            raise UserError(f"{what}: its index.json has {seen}; precompute it anew")
         for name, own in dict(uri=uri, split=split, records=records * index["views"]).items():
             if index[name] != own:
-                raise UserError(f"{what} is of {name} {index[name]!r}, the config of {own!r}; precompute it anew")
+                raise UserError(f"{what} is of {name} {index[name]!r:.80}, the config of {own!r}; precompute it anew")
         if KEEP.sub("", index["ops"]) != KEEP.sub("", ops):
-            raise UserError(f"{what} is of other ops than the config's, `{index['ops']}`; precompute it anew")
+            raise UserError(f"{what} is of other ops than the config's, `{index['ops']:.200}`; precompute it anew")
         self.views, self.seed, self.fields = index["views"], index["seed"], index["fields"]
         self.teachers, self.width = index["teachers"], sum(index["fields"].values())
         self.rows, self.files = open_shards(Path(path), index, what)
