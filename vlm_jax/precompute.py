@@ -14,7 +14,7 @@ shard of 4,096 records if it was a kill. Several hosts share the shards.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from vlm_jax.data import loader, tokenizers
 from vlm_jax.data.examples import Examples, generator, log_bad, open_examples
 from vlm_jax.data.files import write_json
 from vlm_jax.data.rows import Batch
+from vlm_jax.data.sources import open_source
 from vlm_jax.data.sources.precomputed import INDEX, read_shard, shard_names, write_shard
 from vlm_jax.errors import UserError
 from vlm_jax.objectives.outputs import Taught
@@ -78,7 +79,7 @@ def reinforce(
 ) -> dict[str, Any]:
     """Writes what the teachers of a config say of `views` views of each example of its data; returns their index.
 
-    See `data.reinforced`. Two embeddings of each teacher with a `spec` are written, if it has both.
+    See `data.reinforced`. Both embeddings of each teacher with a `spec` are written.
 
     Args:
       settings: a config of `vlm_jax.train` with one source of data.
@@ -106,6 +107,10 @@ def reinforce(
         fields, embed = _by_teachers(objectives.teachers_of(section, load), batches[0][0])
     index = dict(options, records=batches.num_examples, shard_size=shard_size, views=views, seed=seed, fields=fields)
     index["teachers"] = {name: own["spec"] for name, own in section.items()}
+    index["inputs"] = {name: own.get("inputs") for name, own in section.items()}
+    index |= dict(
+        tokenizer=settings["tokenizer"], fingerprint=open_source(data["uri"], data.get("split")).fingerprint()
+    )
     return _write(Path(out), index, batches, lambda: embed, np.float16)
 
 
@@ -119,11 +124,14 @@ class _Views(Examples):
     def __len__(self) -> int:
         return super().__len__() * self.views
 
-    def _number(self, i: int) -> int:
-        return i // self.views
+    def key(self, i: int) -> str:
+        return super().key(i // self.views)
+
+    def soon(self, numbers: Iterable[int], next_: bool = False) -> None:
+        super().soon(sorted({i // self.views for i in numbers}), next_)
 
     def _finished(self, i: int, draw: int) -> dict[str, Any]:
-        return self.pipeline.finish(self._prepared(i), generator(self.seed, i))
+        return self.pipeline.finish(self._prepared(i // self.views), generator(self.seed, i))
 
 
 def _write(
@@ -194,7 +202,11 @@ def _by_teachers(teachers: Mapping[str, objectives.Teacher], example: Batch):
 
     arrays = lambda batch: {key: rows for key, rows in batch.items() if key not in ("mask", "bad")}
     fields = {name: row.shape[-1] for name, row in jax.eval_shape(said, params, arrays(example)).items()}
-    embed = jax.jit(lambda params, rows: jnp.concatenate(list(said(params, rows).values()), axis=-1))
+
+    @jax.jit
+    def embed(params, rows):
+        found = said(params, rows)
+        return jnp.concatenate([found[name] for name in fields], axis=-1)
 
     def run(batch):
         with jax.set_mesh(mesh):

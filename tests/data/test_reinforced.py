@@ -1,5 +1,6 @@
 """Reinforced data: the views of the loader are those that teachers saw, and what they said stands beside them."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from configs import reinforced
 from tests.support.models import untrained
-from vlm_jax import config, objectives
+from vlm_jax import config, objectives, save_pretrained
 from vlm_jax.data import loader, tokenizers
 from vlm_jax.errors import UserError
 from vlm_jax.precompute import reinforce
@@ -23,11 +24,13 @@ WHERE = dict(style=("noto",))
 def settings(tmp_path_factory, two_tower):
     """A config whose teacher is an untrained model, with a folder of what the teacher says of the first style."""
     root = tmp_path_factory.mktemp("reinforced")
-    from vlm_jax import save_pretrained
-
     save_pretrained(two_tower, root / "teacher", "native")
     section = config.plain(reinforced.get_config("smoke"))
-    section["objective"]["teachers"]["tiny"] = dict(spec=str(root / "teacher"), stored=True)
+    other = dataclasses.replace(two_tower, params=jax.tree.map(lambda leaf: -leaf, two_tower.params))
+    save_pretrained(other, root / "other", "native")
+    section["objective"]["teachers"] = {
+        name: dict(spec=str(root / folder), stored=True) for name, folder in (("tiny", "teacher"), ("other", "other"))
+    }
     section["data"] |= dict(split="near_style", reinforced=str(root / "said"))
     reinforce(section, root / "said", views=VIEWS, batch_size=256, shard_size=1024)
     return section
@@ -41,11 +44,13 @@ def batches(settings, **changes):
 def test_a_view_is_what_the_teacher_saw(settings, two_tower):
     """The stored embeddings are those of the batch's own pictures and texts, to half precision."""
     given = batches(settings)
-    assert given.teachers == {"tiny": settings["objective"]["teachers"]["tiny"]["spec"]}
+    assert given.teachers == {name: own["spec"] for name, own in settings["objective"]["teachers"].items()}
     batch = next(given)
-    outputs = objectives.Outputs(two_tower.model, two_tower.params, {k: batch[k] for k in ("image", "token_ids")})
-    for name in EMBEDDINGS:
-        np.testing.assert_allclose(batch[f"tiny/{name}"], outputs[name], atol=1e-3)
+    for teacher, sign in (("tiny", 1), ("other", -1)):
+        params = jax.tree.map(lambda leaf, sign=sign: sign * leaf, two_tower.params)
+        outputs = objectives.Outputs(two_tower.model, params, {k: batch[k] for k in ("image", "token_ids")})
+        for name in EMBEDDINGS:
+            np.testing.assert_allclose(batch[f"{teacher}/{name}"], outputs[name], atol=1e-3)
 
 
 def test_stored_and_live_teachers_give_one_loss(settings, two_tower):
@@ -54,7 +59,7 @@ def test_stored_and_live_teachers_give_one_loss(settings, two_tower):
     losses = []
     for stored in (True, False):
         teachers = dict(tiny=settings["objective"]["teachers"]["tiny"] | dict(stored=stored))
-        section = settings["objective"] | dict(teachers=teachers)
+        section = settings["objective"] | dict(teachers=teachers)  # `other` is not asked
         objective = objectives.build(section, student.model, load=lambda spec: two_tower)
         run = jax.jit(lambda params, o=objective: objectives.value_and_grad(
             o, student.model, params, batch, None, frozen=objectives.frozen(o))[::2])  # fmt: skip
@@ -92,6 +97,9 @@ def test_what_does_not_fit_is_named(settings, tmp_path):
     with pytest.raises(UserError, match=r"has no index\.json; write it with vlm_jax\.precompute"):
         batches(settings, reinforced=str(tmp_path))
     index = json.loads((Path(settings["data"]["reinforced"]) / "index.json").read_text())
+    (tmp_path / "index.json").write_text(json.dumps(index | {"fingerprint": "x"}))
+    with pytest.raises(UserError, match="is of `tfds:emoji` before it changed; precompute it anew"):
+        batches(settings, reinforced=str(tmp_path))
     for change in ({"views": 0}, {"seed": -1}, {"fields": {}}, {"fields": {"tiny/image_embedding": "128"}}):
         (tmp_path / "index.json").write_text(json.dumps(index | change))
         with pytest.raises(UserError, match=r"its index\.json has .* views of .*; precompute it anew"):

@@ -240,7 +240,7 @@ def open_examples(
             chosen, weight = chosen[keep], weight[keep]
     for what, count in left_out.items():
         log.warning("%s: left out %d %s", uri, count, what)
-    views = None if reinforced is None else Reinforced(reinforced, uri, split, ops, len(source))
+    views = reinforced and Reinforced(reinforced, uri, split, ops, len(source), source.fingerprint())
     source = source.narrow(pipeline.paths) if pipeline.paths else source
     return Examples(source, pipeline, chosen, seed, weight, name, uri, left_out, views)
 

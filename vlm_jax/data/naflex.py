@@ -99,7 +99,9 @@ def read(section: Mapping[str, Any] | None) -> Buckets | None:
 
 def check_example(length: int, example: Mapping[str, Any]) -> None:
     """Raises a UserError if a batch of a length does not hold packed pictures of this length."""
-    found = {fields["patches"].shape[1] for fields in example.values() if isinstance(fields, dict)}
+    found = {
+        fields["patches"].shape[1] for fields in example.values() if isinstance(fields, dict) and "patches" in fields
+    }
     if found != {length}:
         raise UserError(
             f"{WHERE}: the ops make pictures of {' and '.join(map(str, sorted(found))) or 'no'} patches for the length "

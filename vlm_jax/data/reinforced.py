@@ -16,7 +16,7 @@ from vlm_jax.data.source import BadExample
 from vlm_jax.data.sources.precomputed import open_shards, read_index
 from vlm_jax.errors import UserError
 
-KINDS = dict(views=(int,), seed=(int,), ops=(str,), fields=(dict,), teachers=(dict,))
+KINDS = dict(views=(int,), seed=(int,), ops=(str,), fields=(dict,), teachers=(dict,), fingerprint=(str,))
 KEEP = re.compile(r"\|\s*keep\([^()]*\)\s*$")  # of the last op, which draws nothing
 
 
@@ -26,7 +26,7 @@ class Reinforced:
     Args:
       path: the folder.
       uri, split, ops: of the data set that reads them.
-      records: of its source.
+      records, fingerprint: of its source.
 
     Attributes:
       views: number of views of a record.
@@ -37,7 +37,7 @@ class Reinforced:
       UserError: the folder cannot be read, or holds views of other data or other ops.
     """
 
-    def __init__(self, path: str, uri: str, split: str | None, ops: str, records: int):
+    def __init__(self, path: str, uri: str, split: str | None, ops: str, records: int, fingerprint: str):
         what = f"config.data.reinforced `{path}`"
         index = read_index(Path(path), what, KINDS)
         widths = index["fields"].values()
@@ -48,6 +48,8 @@ class Reinforced:
         for name, own in dict(uri=uri, split=split, records=records * index["views"]).items():
             if index[name] != own:
                 raise UserError(f"{what} is of {name} {index[name]!r:.80}, the config of {own!r}; precompute it anew")
+        if index["fingerprint"] != fingerprint:
+            raise UserError(f"{what} is of `{uri}` before it changed; precompute it anew")
         if KEEP.sub("", index["ops"]) != KEEP.sub("", ops):
             raise UserError(f"{what} is of other ops than the config's, `{index['ops']:.200}`; precompute it anew")
         self.views, self.seed, self.fields = index["views"], index["seed"], index["fields"]

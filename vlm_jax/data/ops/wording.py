@@ -68,9 +68,10 @@ def hard_negatives(
     if objects is not None:
         facts = _facts(example, objects, relations)
     own = field(example, foils) if foils is not None else {}
-    found = [own[kinds[i]] for i in rng.permutation(len(kinds)) if own.get(kinds[i]) not in (None, text)][:n]
+    found = [own[kinds[i]] for i in rng.permutation(len(kinds)) if own.get(kinds[i]) not in (None, "", text)]
+    found = list(dict.fromkeys(found))[:n]
     if len(found) < n:
-        made = false_texts.draw(text, kinds, n, known, rng, facts)
+        made = false_texts.draw(text, kinds, n + len(found), known, rng, facts)
         found += [false for false in made if false not in found][: n - len(found)]
     english.tried("hard_negatives", known, key, kinds)(bool(found))
     return _put(example, found, n, to, least, f"`{key}` has {len(found)} of {least} hard negatives")
@@ -163,8 +164,8 @@ def reworded(text: str, words: english.Words, n: int, rng: np.random.Generator) 
     """Returns up to n different texts in which words of the lists have other wordings."""
     options = []
     for match in words.find(text):
-        before, own = text[: match.start].split()[-1:], text[match.start : match.end]
-        fits = [one for one in words.wordings(match) if before not in (["a"], ["an"]) or before == [article(one)]]
+        before, own = false_texts.article_before(text, match.start), text[match.start : match.end]
+        fits = [one for one in words.wordings(match) if before in (None, article(one))]
         if any(one.lower() != own.lower() for one in fits):
             options.append((match, [own.lower(), *(one for one in fits if one.lower() != own.lower())]))
     found: dict[str, None] = {}

@@ -87,7 +87,7 @@ def tags(
 
 
 def first_equal(ids: jax.Array, counts: jax.Array) -> jax.Array:
-    """Returns the number of the first row of int [M, L] that counts and is equal, int [M]; its own for other rows."""
+    """Returns the number of the first row of int [M, L] that is equal, int [M]; rows that count come before others."""
     order = jnp.lexsort((~counts, *ids.T[::-1]))  # by ids; among equal ones, those that count, in order
     ranked = ids[order]
     new = jnp.concatenate([jnp.ones(1, bool), jnp.any(ranked[1:] != ranked[:-1], axis=1)])
