@@ -1,13 +1,14 @@
 """CLIP on scenes, each with several texts: sentences, tags, rewritten texts, one part of another method each.
 
-    vlm-jax train --config=several_texts:grouping --workdir=runs/grouping                # half an hour on 2 CPU cores
+    vlm-jax train --config=several_texts:grouping --workdir=runs/grouping                # on 2 CPU cores
     vlm-jax train --config=several_texts:grouping-smoke --workdir=runs/grouping_smoke    # seconds: does it run?
 
 Variants: the keys of `METHODS`, each also with `-select` (one style held out) and `-smoke`. Scenes of the embedded
 emoji have a caption, a sentence on each look and relation (`sub_captions`), tags and foils. The methods combine: their
 sections are parts of one objective and one model, their fields stand side by side in a batch. `paraphrases` trains the
-text tower alone: set `model_init`, or the locked image tower has seen nothing. `vlm-jax methods NAME` says what a
-method changes, and where it was published. Not yet measured: no numbers.
+text tower alone: set `model_init`, or the locked image tower has seen nothing. In `paraphrases` and `rewritten` other
+sentences on the same scene stand in for rewritten ones. `vlm-jax methods NAME` says what a method changes, and where it
+was published. Not yet measured: no numbers.
 """
 
 from ml_collections import ConfigDict

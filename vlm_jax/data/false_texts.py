@@ -116,7 +116,7 @@ def _replaced(kind: str) -> Callable[[str, Reading, Words], list[Change]]:
             if kind == "object" and not _is_name(match, reading):
                 continue
             heads = _heads(kind, match, reading)
-            before = article_before(text, match.start)
+            before = article_at(text, match.start)
             for other in words.others(match):
                 if before in (None, article(other)):
                     found.append(((Edit(match.start, match.end, other),), (Claim(kind, heads, other),)))
@@ -166,10 +166,7 @@ def _exchanged(text: str, a: Phrase, b: Phrase, words: Words) -> Iterator[Change
         if not same_list or a.head.lower() == b.head.lower() or _has(a, q) or _has(b, p):
             continue
         first, second = text[p.start : p.end], text[q.start : q.end]
-        if article_before(text, p.start) in (None, article(second)) and article_before(text, q.start) in (
-            None,
-            article(first),
-        ):
+        if article_at(text, p.start) in (None, article(second)) and article_at(text, q.start) in (None, article(first)):
             claims = Claim(kind, (a.head,), second), Claim(kind, (b.head,), first)
             yield (Edit(p.start, p.end, second), Edit(q.start, q.end, first)), claims
 
@@ -178,7 +175,7 @@ def _has(phrase: Phrase, match: Match) -> bool:
     return any(own.place[:2] == match.place[:2] for own in phrase.attributes)
 
 
-def article_before(text: str, start: int) -> str | None:
+def article_at(text: str, start: int) -> str | None:
     """The "a" or "an" before a place, which has to stay right."""
     before = text[max(start - 4, 0) : start].lower().split()[-1:]
     return before[0] if before and before[0] in ("a", "an") else None

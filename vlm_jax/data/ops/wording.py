@@ -164,7 +164,7 @@ def reworded(text: str, words: english.Words, n: int, rng: np.random.Generator) 
     """Returns up to n different texts in which words of the lists have other wordings."""
     options = []
     for match in words.find(text):
-        before, own = false_texts.article_before(text, match.start), text[match.start : match.end]
+        before, own = false_texts.article_at(text, match.start), text[match.start : match.end]
         fits = [one for one in words.wordings(match) if before in (None, article(one))]
         if any(one.lower() != own.lower() for one in fits):
             options.append((match, [own.lower(), *(one for one in fits if one.lower() != own.lower())]))
