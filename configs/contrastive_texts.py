@@ -1,6 +1,6 @@
 """CLIP on scenes of the embedded emoji, with other texts: hard negatives, paraphrases, tags, templates.
 
-    vlm-jax train --config=contrastive_texts:hard_negatives --workdir=runs/hard_negatives    # an hour on 2 CPU cores
+    vlm-jax train --config=contrastive_texts:hard_negatives --workdir=runs/hard_negatives    # on 2 CPU cores
     vlm-jax train --config=contrastive_texts:hard_negatives-smoke --workdir=runs/texts_smoke    # seconds: does it run?
 
 Variants: the keys of `METHODS`, each also with `-select` (one style held out) and `-smoke`, see configs/embedded.py.
