@@ -30,7 +30,7 @@ IMAGE = dict(patch=8, depth=6, image_size=SIZE, **TOWER)
 WEAK = "random_affine(10.0, 0.06, (0.82, 1.22)) | flip | jitter(0.1, 0.2, 0.4)"  # as the teacher's
 STRONG = "random_affine(15.0, 0.1, (0.6, 1.25)) | flip | jitter(0.2, 0.4, 0.8) | random_grey(0.2)"
 NAME = "random_caption('name/en', 'keywords/en', join=' ')"
-FOILS = ", ".join(f"'foils/{kind}'" for kind in ("object", "attribute", "relation", "count", "order"))
+FOILS = tuple(f"foils/{kind}" for kind in ("object", "attribute", "relation", "count", "order"))
 
 
 def tokenize(length: int) -> str:
@@ -45,7 +45,8 @@ def two_towers(variant: str, penalty: str) -> ConfigDict:
         pools = dict(pool="map"), dict(pool="last")
     else:  # CLIP's: a class token; causal, read at the end
         pools = dict(pool="tok", cls_position=True), dict(pool="eos", eos_id=2, causal=True, pad_mask=True)
-    wrong = f"captions(1, {FOILS}, ops=lower, least=0) | tokenize({LENGTH}, bos=False, key='texts', to='texts')"
+    wrong = f"captions(1, {', '.join(map(repr, FOILS))}, ops=lower, least=0)"
+    wrong = f"{wrong} | tokenize({LENGTH}, bos=False, key='texts', to='texts')"
     return in_two_stages(
         variant,
         model=dict(

@@ -11,12 +11,11 @@ published. Not yet measured: no numbers.
 
 from ml_collections import ConfigDict
 
-from configs.embedded import embedded
+from configs.embedded import SCENE_SIZE, embedded, on_scenes
 from vlm_jax.catalogue import method
-from vlm_jax.data.emoji.splits import TRAIN_STYLES
 from vlm_jax.errors import UserError
 
-SIZE, LENGTH = 64, 32  # pixels, tokens
+LENGTH = 32  # tokens
 TOKENIZE = f"tokenize({LENGTH}, bos=False, eos=False)"
 TOKENIZE_TEXTS = f"each('texts', lower) | tokenize({LENGTH}, bos=False, eos=False, key='texts', to='texts')"
 FACTS = "objects='objects', relations='relations'"
@@ -66,23 +65,10 @@ def get_config(variant: str = "hard_negatives") -> ConfigDict:
         raise UserError(f"there is no variant `{name}` of this config; expected one of: {', '.join(METHODS)}")
     config = embedded(size or "tiny", penalty="softmax")
     model, objective, texts = METHODS[name]
-    styles = [style for style in TRAIN_STYLES if size != "select" or style != "emojione"]
-    config.data = dict(
-        uri=f"scenes:?size={SIZE}&styles={','.join(styles)}",
-        split="train",
-        ops=f"jitter(0.1, 0.2, 0.4) | normalize | {texts}",
-        workers=0,
-    )
-    config.preprocess = f"decode(exif=True) | resize({SIZE}) | normalize"
-    config.tokenize = f"lower | {TOKENIZE}"
-    config.model.text.length = LENGTH
+    on_scenes(config, size, texts, f"lower | {TOKENIZE}", LENGTH)
     for side in ("image", "text"):
         config.model[side] = ConfigDict(config.model[side].to_dict() | model.get(side, {}))
     config.objective = objective
-    if size != "smoke":
-        config.duration = "150k examples"
-    if "pixel_neighbour" in config.evals:  # of single emoji, which the run does not see
-        del config.evals.pixel_neighbour
     config.evals.prompts = dict(
         type="prompt_spread",
         uri="tfds:emoji",
@@ -93,7 +79,7 @@ def get_config(variant: str = "hard_negatives") -> ConfigDict:
     )
     config.evals.foils = dict(
         type="foils",
-        uri=f"scenes:?size={SIZE}&examples={200 if size == 'smoke' else 2000}",
+        uri=f"scenes:?size={SCENE_SIZE}&examples={200 if size == 'smoke' else 2000}",
         split="unseen_concepts",
         caption="caption",
         foils="foils",

@@ -12,6 +12,7 @@ from vlm_jax.data.emoji.splits import TRAIN_STYLES
 from vlm_jax.errors import UserError
 
 SIZE = 32  # pixels
+SCENE_SIZE = 64  # pixels
 LENGTH = 8  # tokens
 CAPTION_LENGTH = 8  # tokens, the end included: 1,497 of the 1,515 names fit
 CONTENT = f"decode(exif=True) | crop_to_content | resize({SIZE})"
@@ -126,3 +127,29 @@ def embedded(variant: str, penalty: str, also: tuple[str, ...] = ()) -> ConfigDi
         config.log.every = "2 steps"
         config.checkpoint.every = "8 steps"
     return config
+
+
+def on_scenes(config: ConfigDict, size: str, texts: str, tokenize: str, length: int) -> None:
+    """Changes a config of `embedded` to scenes.
+
+    Args:
+      config: of two towers.
+      size: the variant of `embedded`, "" for tiny.
+      texts: ops that make the texts, and `keep`.
+      tokenize: ops of texts in evaluation.
+      length: of texts, in tokens.
+    """
+    styles = [style for style in TRAIN_STYLES if size != "select" or style != "emojione"]
+    config.data = dict(
+        uri=f"scenes:?size={SCENE_SIZE}&styles={','.join(styles)}",
+        split="train",
+        ops=f"jitter(0.1, 0.2, 0.4) | normalize | {texts}",
+        workers=0,
+    )
+    config.preprocess = f"decode(exif=True) | resize({SCENE_SIZE}) | normalize"
+    config.tokenize = tokenize
+    config.model.text.length = length
+    if size != "smoke":
+        config.duration = "150k examples"
+    if "pixel_neighbour" in config.evals:  # of single emoji, which the run does not see
+        del config.evals.pixel_neighbour

@@ -14,12 +14,11 @@ was published. Not yet measured: no numbers.
 from ml_collections import ConfigDict
 
 from configs import base
-from configs.embedded import embedded
+from configs.embedded import SCENE_SIZE, embedded, on_scenes
 from vlm_jax.catalogue import method
-from vlm_jax.data.emoji.splits import TRAIN_STYLES
 from vlm_jax.errors import UserError
 
-SIZE, LENGTH = 64, 24  # pixels; tokens of a caption, a sentence
+LENGTH = 24  # tokens of a caption, a sentence
 TOKENIZE = f"lower | tokenize({LENGTH}, bos=False, eos=False)"
 CLIP = dict(name="contrastive", targets="concept")
 PATCHES = dict(pool="patches")  # the picture's embedding is its mean patch
@@ -55,7 +54,7 @@ METHODS = {  # changes of the image tower, the objective, ops that make its text
     "rewritten": (
         {},
         CLIP | dict(negatives="rewritten", penalty="any_positive"),
-        f"{texts(2, 'sub_captions', to='paraphrases')} | {texts(2, *base.FOILS.split(chr(39))[1::2], least=0)}",
+        f"{texts(2, 'sub_captions', to='paraphrases')} | {texts(2, *base.FOILS, least=0)}",
         ("paraphrases", "texts"),
     ),
     "two_captions": (
@@ -75,27 +74,14 @@ def get_config(variant: str = "grouping") -> ConfigDict:
     image, objective, ops, fields = METHODS[name]
     penalty = "sigmoid" if name == "conditioned" else "softmax"
     config = embedded(size or "tiny", penalty=penalty)
-    styles = [style for style in TRAIN_STYLES if size != "select" or style != "emojione"]
     kept = ", ".join(map(repr, ("image", "token_ids", "concept", *fields, *(f"{one}_mask" for one in fields))))
-    config.data = dict(
-        uri=f"scenes:?size={SIZE}&styles={','.join(styles)}",
-        split="train",
-        ops=f"jitter(0.1, 0.2, 0.4) | normalize | {ops} | caption('caption') | {TOKENIZE} | keep({kept})",
-        workers=0,
-    )
-    config.preprocess = f"decode(exif=True) | resize({SIZE}) | normalize"
-    config.tokenize = TOKENIZE
-    config.model.text.length = LENGTH
+    on_scenes(config, size, f"{ops} | caption('caption') | {TOKENIZE} | keep({kept})", TOKENIZE, LENGTH)
     config.model.image = ConfigDict(config.model.image.to_dict() | dict(pool="gap", depth=4) | image)
     config.objective = objective
     if name == "paraphrases":
         config.optimizer.params = LOCKED
     if size == "smoke":
         config.model.image.depth = 1
-    else:
-        config.duration = "150k examples"
-    if "pixel_neighbour" in config.evals:  # of single emoji, which the run does not see
-        del config.evals.pixel_neighbour
-    unseen = dict(uri=f"scenes:?size={SIZE}&examples={32 if size == 'smoke' else 1000}", split="unseen_style")
+    unseen = dict(uri=f"scenes:?size={SCENE_SIZE}&examples={32 if size == 'smoke' else 1000}", split="unseen_style")
     config.evals.regions = dict(type="regions", **unseen)
     return config

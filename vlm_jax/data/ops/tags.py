@@ -1,5 +1,6 @@
 """Ops on tags: which of a vocabulary a picture has, which it has not, and noise."""
 
+import contextlib
 import functools
 from typing import Any
 
@@ -9,6 +10,7 @@ from vlm_jax.catalogue import method
 from vlm_jax.data import class_lists
 from vlm_jax.data.english import TOKEN, longest, tried
 from vlm_jax.data.ops.registry import Number, op
+from vlm_jax.data.ops.text import texts_of
 from vlm_jax.data.source import BadExample, field
 from vlm_jax.errors import UserError
 
@@ -63,11 +65,8 @@ def vocabulary_of(spec: str | tuple[str, ...]) -> Vocabulary:
 def _texts(example: dict, paths: tuple[str, ...]) -> list[str]:
     texts = []
     for path in paths:
-        try:
-            value = field(example, path)
-        except BadExample:
-            continue
-        texts += [value] if isinstance(value, str) else [one for one in value if isinstance(one, str)]
+        with contextlib.suppress(BadExample):
+            texts += texts_of(field(example, path), path)
     if not texts:
         raise BadExample(f"tags {', '.join(paths)} are empty", "text")
     return texts

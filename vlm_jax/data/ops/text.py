@@ -23,7 +23,7 @@ def _text(value: str, path: str) -> str:
     return text
 
 
-def _texts(value: Any, path: str) -> list[str]:
+def texts_of(value: Any, path: str) -> list[str]:
     """The non-empty texts of a field: a text or a list of texts."""
     if not isinstance(value, str | bytes | list | tuple):
         what = "null" if value is None else f"a {type(value).__name__}"
@@ -45,7 +45,7 @@ def caption(example: dict, path: str, join: str | None = None, max_texts: int | 
       join: separator that joins the texts of a list; None takes the first text.
       max_texts: joins at most this many of the first texts.
     """
-    texts = _texts(field(example, path), path)
+    texts = texts_of(field(example, path), path)
     example["text"] = texts[0] if join is None else join.join(texts[:max_texts])
     return example
 
@@ -79,7 +79,7 @@ def random_caption(
         first = min(int(np.searchsorted(np.cumsum(weights), u * sum(weights), side="right")), len(paths) - 1)
     for i in (first, *(i for i in order if i != first)):
         try:
-            texts = _texts(field(example, paths[i]), paths[i])
+            texts = texts_of(field(example, paths[i]), paths[i])
         except BadExample as error:
             reason = error
             continue
@@ -119,7 +119,7 @@ def captions(
     texts = []
     for place in (path, *paths):
         with contextlib.suppress(BadExample):
-            texts += _texts(field(example, place), place)
+            texts += texts_of(field(example, place), place)
     if ops:
         texts = [text for text in (ops({"text": text}, rng)["text"] for text in texts) if text]
     if len(texts) < least:

@@ -10,6 +10,7 @@ from vlm_jax.data import english, false_texts, phrases
 from vlm_jax.data.english import article
 from vlm_jax.data.ops.pipeline import Pipeline
 from vlm_jax.data.ops.registry import Length, Number, op
+from vlm_jax.data.ops.text import texts_of
 from vlm_jax.data.source import BadExample, field
 from vlm_jax.errors import UserError
 
@@ -152,8 +153,7 @@ def paraphrases(
         english.tried("paraphrases", known, key)(bool(found))
     for path in paths:
         with contextlib.suppress(BadExample):
-            value = field(example, path)
-            found |= dict.fromkeys([value] if isinstance(value, str) else [one for one in value if one])
+            found |= dict.fromkeys(texts_of(field(example, path), path))
     found.pop(text, None)
     texts = list(found)
     chosen = [texts[i] for i in rng.permutation(len(texts))[:n]]
