@@ -28,13 +28,22 @@ TOWER = dict(width=WIDTH, heads=3, mlp_dim=4 * WIDTH)
 TEACHERS = {"base": "pkg:vlm_jax/zoo/clip_tiny", "base_select": "runs/clip_select"}
 IMAGE = dict(patch=8, depth=6, image_size=SIZE, **TOWER)
 WEAK = "random_affine(10.0, 0.06, (0.82, 1.22)) | flip | jitter(0.1, 0.2, 0.4)"  # as the teacher's
-STRONG = "random_affine(15.0, 0.1, (0.6, 1.25)) | flip | jitter(0.2, 0.4, 0.8) | random_grey(0.2)"
+FOR_TEACHER = f"view('small', crop_to_content | resize({SMALL}) | normalize)"
 NAME = "random_caption('name/en', 'keywords/en', join=' ')"
 FOILS = tuple(f"foils/{kind}" for kind in ("object", "attribute", "relation", "count", "order"))
 
 
 def tokenize(length: int) -> str:
     return f"lower | tokenize({length}, bos=False)"
+
+
+def beds(variant: str) -> dict[str, dict[str, Any]]:
+    """Returns the sources of both test beds, in training styles, without ops."""
+    styles = [style for style in TRAIN_STYLES if variant != "base_select" or style != "emojione"]
+    return dict(
+        emoji=dict(uri="tfds:emoji", split="train", where=dict(style=styles)),
+        scenes=dict(uri=f"scenes:?size={SIZE}&styles={','.join(styles)}", split="train"),
+    )
 
 
 def two_towers(variant: str, penalty: str) -> ConfigDict:
@@ -45,8 +54,12 @@ def two_towers(variant: str, penalty: str) -> ConfigDict:
         pools = dict(pool="map"), dict(pool="last")
     else:  # CLIP's: a class token; causal, read at the end
         pools = dict(pool="tok", cls_position=True), dict(pool="eos", eos_id=2, causal=True, pad_mask=True)
-    wrong = f"captions(1, {', '.join(map(repr, FOILS))}, ops=lower, least=0)"
+    wrong = f"captions(3, {', '.join(map(repr, FOILS))}, ops=lower, least=0)"
     wrong = f"{wrong} | tokenize({LENGTH}, bos=False, key='texts', to='texts')"
+    name = f"{NAME} | {tokenize(SHORT)}"
+    follows = dict(name="feature_distillation", on="emoji", teacher="tiny", of=("image_embedding",), weight=10.0)
+    names = dict(name="contrastive", on="emoji", penalty=penalty, targets="concept")
+    captions = dict(name="contrastive", on="scenes", penalty=penalty, negatives="texts")
     return in_two_stages(
         variant,
         model=dict(
@@ -55,29 +68,25 @@ def two_towers(variant: str, penalty: str) -> ConfigDict:
             scale_init=10.0,
             bias_init=-10.0 if penalty == "sigmoid" else None,
         ),
-        objective=dict(terms=dict(contrastive=dict(penalty=penalty, targets="concept", negatives="texts"))),
-        names=f"{NAME} | {tokenize(SHORT)} | keep('image', 'token_ids', 'concept')",
-        names_then=f"{NAME} | {tokenize(LENGTH)} | {wrong} | keep('image', 'token_ids', 'concept', 'texts')",
+        objective=dict(teachers=dict(tiny=dict(spec=TEACHERS[variant])), terms=dict(names=names, follows=follows)),
+        names=f"{name} | keep('image', 'token_ids', 'concept')",
+        names_then=f"{FOR_TEACHER} | normalize | {name} | keep('image', 'small', 'token_ids', 'concept')",
         captions=f"random_caption('caption', 'sub_captions', weights=(3, 1)) | {tokenize(LENGTH)} | {wrong}"
-        " | keep('image', 'token_ids', 'concept', 'texts')",
+        " | keep('image', 'token_ids', 'texts')",
         length=LENGTH,
-        first=dict(
+        then=dict(
             objective=dict(
-                teachers=dict(tiny=dict(spec=TEACHERS[variant])),
-                terms=dict(
-                    contrastive=dict(negatives="in_batch"),
-                    feature_distillation=dict(teacher="tiny", of=("image_embedding",), weight=10.0),
-                ),
+                teachers=dict(tiny=dict(inputs=dict(image="small"))),
+                terms=dict(captions=captions),
             ),
-            tokenize=tokenize(SHORT),
         ),
     )
 
 
 def captioner(variant: str, corruption: str | dict) -> ConfigDict:
     """Cap's tower and decoder; it writes names of single emoji, and short and long captions of scenes."""
-    text = f"{tokenize(LONG)} | keep('image', 'token_ids')"
-    name = f"caption('name/en') | {text}"
+    writes = dict(name="captioning", corruption=corruption)
+    name = f"caption('name/en') | {tokenize(SHORT)} | keep('image', 'token_ids')"
     config = in_two_stages(
         variant,
         model=dict(
@@ -85,11 +94,13 @@ def captioner(variant: str, corruption: str | dict) -> ConfigDict:
             image=IMAGE,
             decoder=dict(vocab_size=2985, length=LONG, depth=4, mask_token=True, **TOWER),
         ),
-        objective=dict(name="captioning", corruption=corruption),
-        names=name.replace(f"tokenize({LONG}", f"tokenize({SHORT}"),
-        names_then=name,
-        captions=f"random_caption('caption', 'sub_captions', 'long_caption', weights=(2, 1, 2)) | {text}",
+        objective=dict(terms=dict(names=writes | dict(on="emoji"))),
+        names=name,
+        names_then=f"normalize | {name}",
+        captions="random_caption('caption', 'sub_captions', 'long_caption', weights=(2, 1, 2))"
+        f" | {tokenize(LONG)} | keep('image', 'token_ids')",
         length=LONG,
+        then=dict(objective=dict(terms=dict(captions=writes | dict(on="scenes")))),
     )
     for section in config.evals.values():
         section.every = None  # only at the end: naming by likelihood takes a minute
@@ -104,57 +115,54 @@ def in_two_stages(
     names_then: str,
     captions: str,
     length: int,
-    first: dict[str, Any] | None = None,
+    then: dict[str, Any],
 ) -> ConfigDict:
-    """Single emoji of 32 px, then those of 64 px and scenes.
+    """Single emoji of 32 px, then those of 64 px and scenes, as row sets `emoji` and `scenes`.
 
     Args:
       variant: one of `VARIANTS`.
-      model, objective: sections of the config, of the second stage.
-      names, names_then: ops on single emoji that make the texts of the first and of the second stage.
+      model: section of the config.
+      objective: the same, of the first stage.
+      names, names: ops on single emoji that make the texts of the first stage.
       captions: ops on scenes that make the texts.
       length: of texts, in tokens.
-      first: sections that the first stage has of its own.
+      then: sections that the second stage adds.
     """
-    styles = [style for style in TRAIN_STYLES if variant == "base" or style != "emojione"]
     small = f"decode | crop_to_content | resize({SMALL}) | cache | {WEAK} | normalize | {names}"
-    large = f"decode | resize({SIZE}) | cache | {STRONG} | normalize | {names_then}"
-    single = dict(uri="tfds:emoji", split="train", where=dict(style=styles))
-    several = dict(uri=f"scenes:?size={SIZE}&styles={','.join(styles)}", split="train")
-    naming = dict(type="zeroshot", uri="tfds:emoji", label="concept", classes="emoji:seen", every="10%")
+    large = f"decode | resize({SIZE}) | cache | {WEAK} | {names_then}"
+    emoji, scenes = beds(variant).values()
+    emoji |= dict(ops=small, rows="emoji", weight=3)
+    scenes |= dict(ops=f"jitter(0.2, 0.2, 0.2) | normalize | {captions}", rows="scenes", weight=5)
+    naming = dict(type="zeroshot", uri="tfds:emoji", label="concept", classes="emoji:seen")
     return ConfigDict(
         dict(
             seed=0,
             batch_size=256,
-            duration="600k examples",
+            duration="480k examples",
             tokenizer="emoji",
             preprocess=f"decode(exif=True) | resize({SIZE}) | normalize",
             tokenize=tokenize(length),
-            data=dict(
-                sources=dict(
-                    emoji=single | dict(ops=large),
-                    scenes=several | dict(ops=f"jitter(0.2, 0.2, 0.2) | normalize | {captions}"),
-                ),
-                workers=0,
-            ),
+            data=dict(sources=dict(emoji=emoji), workers=0),
             model=model,
             objective=objective,
             optimizer=dict(
-                name="muon", lr=3e-3, ns_steps=3, weight_decay=0.1, schedule=dict(name="cosine", warmup="2%")
+                name="muon",
+                lr=3e-3,
+                ns_steps=3,
+                weight_decay=0.1,
+                schedule=dict(name="constant", warmup="2%", cooldown="28%"),
             ),
             stages=(
                 dict(
-                    share="80%",
-                    data=dict(sources=None, **single, ops=small),
+                    share="72%",
                     model=dict(image=dict(image_size=SMALL)),
                     preprocess=f"decode(exif=True) | crop_to_content | resize({SMALL}) | normalize",
-                    **first or {},
                 ),
-                dict(share="20%"),
+                dict(share="28%", data=dict(sources=dict(emoji=dict(ops=large), scenes=scenes)), **then),
             ),
             evals={
-                "base": dict(unseen_style=naming | dict(split="unseen_style")),
-                "base_select": dict(emojione=naming | dict(split="train", where=dict(style=["emojione"]))),
+                "base": dict(unseen_style=naming | dict(split="unseen_style")),  # at the end: nothing is chosen on it
+                "base_select": dict(emojione=naming | dict(split="train", where=dict(style=["emojione"]), every="10%")),
             }[variant],
             mesh=dict(data=-1, fsdp=1, tensor=1),
             checkpoint=dict(every="1%", keep=2),

@@ -30,6 +30,7 @@ from vlm_jax.errors import UserError
 
 FACTORS = {"B": 0.25, "L": 0.5, "So400m": 1.0, "g": 0.5}  # on the weights 1 and 0.25, section 2.3
 SIZE, ENDS = 256, (256, 384, 512)  # pixels; of the last 5 %
+STRONG = "random_affine(15.0, 0.1, (0.6, 1.25)) | flip | jitter(0.2, 0.4, 0.8) | random_grey(0.2)"
 SMALL = ("base", "base_select", "tiny", "smoke")
 NAFLEX = dict(lengths=(128, 256, 576, 784, 1024), budget=2**23, multiple=1024)
 TOWER = "image/.*|objective/(self_distillation|masked_patches)/.*"
@@ -156,7 +157,7 @@ def get_config(variant: str = "So400m/16") -> ConfigDict:
 def small(variant: str, native: bool) -> ConfigDict:
     """Scenes, whose objects have phrases and boxes, and single emoji, which have none."""
     settings = base.two_towers("base" if variant in ("tiny", "smoke") else variant, "sigmoid")
-    single, several = (settings.data.sources[name].to_dict() for name in ("emoji", "scenes"))
+    single, several = base.beds(variant).values()
     begin, end = (48, base.SIZE) if variant != "smoke" else (16, 32)
     tokenize = base.tokenize(base.LENGTH)
     preprocess, patch = lambda size: f"decode(exif=True) | resize({size}) | normalize", settings.model.image.patch
@@ -165,7 +166,7 @@ def small(variant: str, native: bool) -> ConfigDict:
         fit, *end = [f"resize({size})", "normalize"] if size else packed(patch).split(" | ", 1)
         seen = [views(size, patch)] if distil else []
         of_scenes = [regions("regions/text", "regions/box", ""), *seen, f"{fit} | jitter(0.2, 0.2, 0.2)", *end]
-        of_emoji = [f"decode | resize({base.SIZE}) | cache", *seen, f"{base.STRONG} | {fit}", *end]
+        of_emoji = [f"decode | resize({base.SIZE}) | cache", *seen, f"{STRONG} | {fit}", *end]
         ends = lambda located: [prompts(base.LENGTH, located), tokenize, keep(distil, "concept")]
         texts = {"emoji": base.NAME, "scenes": "random_caption('caption', 'sub_captions', weights=(3, 1))"}
         sources = dict(

@@ -6,10 +6,11 @@ import pytest
 
 from vlm_jax import catalogue, config, models
 from vlm_jax.command import configs
-from vlm_jax.data import ops, tokenizers
+from vlm_jax.data import mixture, ops, tokenizers
 from vlm_jax.errors import UserError
 from vlm_jax.params import optim, sharding
-from vlm_jax.plan.train_step import example_of
+from vlm_jax.plan.train_step import examples_of
+from vlm_jax.run import stages
 from vlm_jax.run.program import build_program
 from vlm_jax.zoo.load import load
 
@@ -40,17 +41,19 @@ EXPERIMENTS = [
 @pytest.mark.parametrize(("name", "variant", "millions"), EXPERIMENTS)
 def test_builds(name, variant, millions):
     settings = config.plain(RECIPES[name].load()(*filter(None, [variant])))
+    if "stages" in settings:
+        settings = stages.changed(settings, len(settings["stages"]))
     sources = list(settings["data"].get("sources", {"": settings["data"]}).values())
     if settings["tokenizer"] == "emoji":
         for source in sources:
             ops.parse(source["ops"], tokenizers.build("emoji"))
-    example = example_of(sources[0]["ops"])
+    example = examples_of(settings["data"])
     if sources[0]["uri"].startswith("precomputed:"):
         example["image"] = np.zeros((1, 1280), np.float32)
     sections = {key: settings[key] for key in ("model", "objective", "optimizer")}
     steps = lambda length: optim.duration_to_steps(length, 256, 10**6, 10**6)
     program = build_program(
-        example, 256, sharding.make_mesh(fsdp=8), steps, **sections,
+        example, mixture.sizes(settings["data"].get("sources"), 256), sharding.make_mesh(fsdp=8), steps, **sections,
         partition=sharding.RULES, accumulate=1, ema=None, seed=0, load=load,
     )  # fmt: skip
     if millions:

@@ -14,6 +14,7 @@ from PIL import Image
 from vlm_jax import config, models
 from vlm_jax.data import mixture, naflex, ops
 from vlm_jax.data.rows import collate
+from vlm_jax.data.sources import open_source
 from vlm_jax.errors import UserError
 from vlm_jax.params import optim, sharding
 from vlm_jax.params.table import named_leaves
@@ -27,6 +28,7 @@ from vlm_jax.run.compiler_options import compiler_options
 from vlm_jax.run.program import Program, batch_sizes, build_program
 from vlm_jax.zoo.load import load
 
+PACKAGED = ("tfds:emoji", "scenes:")  # data sets whose records are at hand
 EXAMPLES = 10**9  # stands in for the data set's number of examples, in durations in epochs
 
 
@@ -157,16 +159,11 @@ def traced(settings: Mapping[str, Any], devices: Sequence[jax.Device], length: i
     """
     settings = config.plain(settings)
     mesh = config.call(sharding.make_mesh, settings.get("mesh") or {}, "config.mesh", devices=devices)
-    sources = settings["data"].get("sources")
     sizes = batch_sizes(settings["data"], settings["batch_size"], mesh, settings.get("accumulate", 1))
     if buckets := naflex.read(settings["data"].get("naflex")):
         length = length or buckets.lengths[-1]
         sizes = sizes[length]
-    if sources is None:
-        example = example_of(settings["data"]["ops"], length)
-    else:
-        example = {part.rows: example_of(part.ops, length) for part in mixture.parts(sources).values()}
-        example = example if isinstance(sizes, dict) else example["batch"]
+    example = examples_of(settings["data"], length)
     steps = _durations(settings)
     optional = {"partition": sharding.RULES, "accumulate": 1, "ema": None, "seed": 0}
     sections = {key: settings[key] for key in ("model", "objective", "optimizer")}
@@ -211,11 +208,32 @@ def _written(step: Traced, codegen: bool) -> tuple[str, int]:
     return binary.as_text(), in_all(binary.memory_analysis())
 
 
-def example_of(op_string: str, max_patches: int | None = None) -> dict[str, np.ndarray]:
-    """Returns a batch of one example, made by the data ops from a made-up record; only the shapes count."""
+def examples_of(data: Mapping[str, Any], length: int | None = None) -> dict[str, Any]:
+    """Returns `example_of` a config's `data`; {row set: example} of sources that form other row sets than "batch"."""
+    one = lambda source: example_of(source["ops"], length, _packaged_record(source))
+    if data.get("sources") is None:
+        return one(data)
+    found = {part.rows: one(data["sources"][name]) for name, part in mixture.parts(data["sources"]).items()}
+    return found if set(found) - {"batch"} else found["batch"]
+
+
+def _packaged_record(source: Mapping[str, Any]) -> dict[str, Any] | None:
+    return open_source(source["uri"], source.get("split"))[0] if source["uri"].startswith(PACKAGED) else None
+
+
+def example_of(
+    op_string: str, max_patches: int | None = None, record: dict[str, Any] | None = None
+) -> dict[str, np.ndarray]:
+    """Returns a batch of one example, made by the data ops from a record, or a made-up one; only the shapes count."""
     pipeline = ops.parse(op_string, _Tokenizer(), max_patches)
     if not pipeline.keeps:
         raise UserError("config.data.ops should end with keep('image', 'token_ids', ...), a batch's fields")
+    example = pipeline(record or _made_up(pipeline), np.random.default_rng(0))
+    # a value that no op has made is a label
+    return collate([{name: 0 if isinstance(value, str) else value for name, value in example.items()}])
+
+
+def _made_up(pipeline: ops.Pipeline) -> dict[str, Any]:
     steps, picture, file = (*pipeline.before, *pipeline.after), Image.new("RGB", (256, 256)), io.BytesIO()
     picture.save(file, "PNG")
     is_file = any(step.name == "decode" for step in steps)  # scenes need no `decode`
@@ -227,9 +245,7 @@ def example_of(op_string: str, max_patches: int | None = None) -> dict[str, np.n
         for folder in folders:
             where = where[folder]
         where[name] = made_up.get(path, "a text")
-    example = pipeline(record, np.random.default_rng(0))
-    # a value that no op has made is a label
-    return collate([{name: 0 if isinstance(value, str) else value for name, value in example.items()}])
+    return record
 
 
 MADE_UP = {  # values of fields that an op reads by an option of this name
