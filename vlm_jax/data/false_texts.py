@@ -12,7 +12,7 @@ A word is replaced only if the article before it stays right. Where facts are kn
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -20,7 +20,8 @@ from vlm_jax.data import phrases
 from vlm_jax.data.english import CONVERSE, Match, Words, article, plural
 from vlm_jax.data.phrases import Phrase, Reading
 
-KINDS = ("object", "attribute", "relation", "count", "order")
+Kind = Literal["object", "attribute", "relation", "count", "order"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class Edit(NamedTuple):

@@ -187,6 +187,7 @@ def _step(name: str, args: list, kwargs: dict, given: Given) -> Step:
     own = [p for p in signature.parameters.values() if p.name not in INJECTED]
     usage = f"{name}({', '.join(map(str, own))})".replace(f"{__name__}.", "")
     usage = re.sub(r"(?:typing\.)?Annotated\[(\w+), range\([\d, ]+\)\]", r"\1", usage)
+    usage = re.sub(r"(?:typing\.)?Literal\[([^]]+)\]", lambda found: found[1].replace(", ", " | "), usage)
     try:
         bound = inspect.Signature(own).bind_partial(*args, **kwargs)
         if "max_patches" in signature.parameters and given.max_patches is not None:
@@ -199,8 +200,9 @@ def _step(name: str, args: list, kwargs: dict, given: Given) -> Step:
     for key, value in bound.arguments.items():
         values = tuple(_inner(name, v, hints[key], given) for v in (value if key == several else (value,)))
         if not all(_fits(v, hints[key]) for v in values):
-            span = _range(value, hints[key])
+            span, choices = _range(value, hints[key]), _choices(value, hints[key])
             expected = f"expected {span[0]} to {span[-1]}" if span else f"usage: {usage}"
+            expected = f"expected {choices}" if choices else expected
             raise UserError(f"op `{name}` was given {key}={value!r}; {expected}")
         values = tuple(tuple(v) if isinstance(v, list) else v for v in values)
         bound.arguments[key] = values if key == several else values[0]
@@ -232,6 +234,17 @@ def _range(value: Any, hint: Any) -> range | None:
     if typing.get_origin(hint) is typing.Annotated:
         return parts[1] if _fits(value, parts[0]) else None
     return next(filter(None, (_range(value, part) for part in parts)), None)
+
+
+def _choices(value: Any, hint: Any) -> str | None:
+    """The texts that a text, or one of a tuple, should be one of."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple and parts[-1] is Ellipsis and isinstance(value, tuple | list):
+        found = next(filter(None, (_choices(v, parts[0]) for v in value)), None)
+        return found and f"some of: {found}"
+    if origin is typing.Literal and isinstance(value, str) and value not in parts:
+        return ", ".join(map(str, parts))
+    return None
 
 
 def _fits(value: Any, hint: Any) -> bool:
