@@ -13,6 +13,7 @@ from tests.support.towers import Towers
 from vlm_jax import objectives
 from vlm_jax.errors import UserError
 from vlm_jax.objectives.alignment import sides
+from vlm_jax.params.table import map_with_name
 
 N, V, WIDTH, TABLE, K = 6, 2, 5, 32, 7
 ROWS = np.arange(1, N + 1)
@@ -26,6 +27,7 @@ SECTIONS = {
     "barlow_twins": SMALL | dict(redundancy=0.1),
     "vicreg": SMALL | dict(invariance=3.0, variance=2.0, covariance=0.7),
     "swav": SMALL | dict(prototypes=K),
+    "projected_contrast": SMALL | dict(penalty=dict(name="softmax", label_smoothing=0.1)),
     "moco": SMALL | dict(size=10, temperature=0.5, teachers=dict(momentum=dict(decay=0.5))),
 }
 
@@ -38,7 +40,7 @@ def fp64():
 
 def draw(tree, seed):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: rng.normal(size=x.shape), tree)
+    return map_with_name(lambda name, x: name.endswith("scale") + 0.5 * rng.normal(size=x.shape), tree)
 
 
 def begin(section, name):
@@ -179,7 +181,19 @@ def by_hand(name, state, fixed, keys, crops):
         "vicreg": lambda params, _: vicreg(params, keys),
         "swav": lambda params, _: swav(params, fixed, keys, crops),
         "moco": lambda params, _: moco(params, state, keys),
+        "projected_contrast": lambda params, _: contrast(params, keys),
     }[name]
+
+
+def contrast(params, keys):
+    own = params["objective"]["projected_contrast"]
+    made = [(side, unit(z)) for side, z in projected(params, "projected_contrast", keys)]
+
+    def one(i, j):
+        logits = np.exp(own["scale"]["log"]) * made[i][1] @ made[j][1].T
+        return lookup.softmax(logits, logits.T, np.eye(N), np.eye(N), smoothing=0.1)
+
+    return mean_pair(len(made), made, one, both=False)
 
 
 CASES = [(name, keys) for name in SECTIONS for keys in (WITHIN, ACROSS) if keys == WITHIN or name != "vicreg"]
@@ -226,6 +240,18 @@ def test_momentum_contrast_of_one_pair_is_the_queue_of_contrastive():
         run = jax.jit(partial(objectives.value, objective, model))
         values.append(run(params, batch, None, state=state)[0])
     np.testing.assert_allclose(*values, rtol=1e-7)  # the tables' scale is 5; `unit` adds 1e-8 to norms
+
+
+def test_contrast_without_projector_is_contrastive():
+    """At the model's scale, exactly."""
+    params, model = lookup.tables(size=TABLE, width=WIDTH), lookup.Lookup(TABLE, WIDTH)
+    bare = dict(name="projected_contrast", of=ACROSS, projector=dict(layers=0), targets="concept")
+    batch = BATCH | {"concept": ROWS % 4}
+    with_scale = params | {"objective": {"projected_contrast": {"scale": {"log": params["logit_scale"]}}}}
+    value = lookup.differentiate(bare, with_scale, batch)[0]
+    without_bias = params | {"logit_bias": np.float64(0)}
+    want = lookup.differentiate(dict(targets="concept"), without_bias, batch, model=model)[0]
+    np.testing.assert_allclose(value, want, rtol=1e-7)  # `unit` adds 1e-8 to norms
 
 
 def test_momentum_contrast_remembers_the_keys():
@@ -287,6 +313,10 @@ def test_collapse():
         (dict(name="simsiam", projector=dict(norm="group")), "norm is `group`; expected one of: batch, layer, none"),
         (dict(name="simsiam", predictor=dict(hiden=3)), "predictor has no key `hiden`; did you mean `hidden`"),
         (dict(name="moco", projector=dict(norm="batch")), "norm is `batch`, which tells queries from keys"),
+        (
+            dict(name="projected_contrast", targets="cwcl"),
+            "targets should be `identity` or a key of the batch, not soft",
+        ),
         (dict(name="vicreg", of=("concept",)), r"`concept` has the shape \(6,\); expected pictures \[B, V, h, w, 3\]"),
     ],
 )

@@ -8,12 +8,15 @@ and texts, only sides of different modalities are. A projector (and a predictor)
 A projector with batch norm sees all rows of the global batch, so that accumulation is exact.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vlm_jax import catalogue
 from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
 from vlm_jax.models.two_tower import unit
@@ -28,6 +31,7 @@ from vlm_jax.objectives.alignment.sides import (
     projector_of,
     standardised,
 )
+from vlm_jax.objectives.contrastive import targets as targets_of
 from vlm_jax.objectives.contrastive.penalty import HIDDEN
 from vlm_jax.objectives.queue import Queue
 from vlm_jax.objectives.term import WHERE, Term
@@ -316,3 +320,62 @@ def moco(
     init = lambda features: queue(features).init(features["keys"])
     update = lambda state, features, ctx: queue(features).update(state, features["keys"], ctx)
     return Term("moco", features, loss, init=init, update=update)
+
+
+class Scale(nn.Module):
+    """A learned factor on cosines, stored as its log."""
+
+    initial: float
+
+    @nn.compact
+    def __call__(self):
+        return jnp.exp(self.param("log", nn.initializers.constant(math.log(self.initial)), ()))
+
+
+@method(
+    family="terms",
+    system="CLIP-rocket",
+    paper="arXiv:2305.08675",
+    differs="views of pictures and texts are contrasted through projectors of their own, beside the plain pair",
+    needs={"objective.projector": {"hidden": 8, "out": 6, "norm": "layer"}},
+)
+def projected_contrast(
+    *,
+    model: Any,
+    of: Sequence[str] = ("views", "texts"),
+    projector: Section | None = None,
+    penalty: str | Mapping[str, Any] = "softmax",
+    targets: str | Mapping[str, Any] = "identity",
+    scale_init: float = 10.0,
+) -> Term:
+    """The contrastive loss of projections, mean over pairs of sides: each view of a picture with each of a text.
+
+    The recipe of CLIP-rocket (Fini et al. 2023) has it beside `contrastive` on the plain pair, with twice the weight,
+    label smoothing and strong augmentation. Within one modality it is a contrast of views.
+
+    Args:
+      projector: fields of `Projector`, three layers.
+      penalty: as for `contrastive`, such as dict(name="softmax", label_smoothing=0.1).
+      targets: "identity", or a batch key such as "concept", as for `contrastive`.
+      scale_init: initial factor on cosines, a learned parameter of the term.
+      Others: see `simsiam`.
+
+    Metrics: as for `simsiam`; `scale`.
+    """
+    compared = Compared(of, projector=projector_of(projector, hidden=4096, out=512))
+    penalty = catalogue.build("penalties", penalty, f"{WHERE}.penalty")
+    targets = targets_of.build(targets, f"{WHERE}.targets")
+    if targets.labels is None:
+        raise UserError(f"{WHERE}.targets should be `identity` or a key of the batch, not soft ones")
+
+    def loss(outputs, features, rows, ctx):
+        scale = outputs.part("scale", Scale(scale_init))
+        sides = [(side, unit(z)) for side, z in compared.projected(outputs, features, "own")]
+
+        def contrasted(a, b):
+            logits = scale * _product(a[1], b[1].T)
+            return penalty.plain(logits, logits, *targets.of({}, rows, len(logits)))
+
+        return mean_over(pairs(sides, both=False), contrasted), {"scale": scale} | metrics(features)
+
+    return Term("projected_contrast", compared.features, loss)
