@@ -117,4 +117,6 @@ def get_config(variant: str = "base") -> ConfigDict:
         config.log.every, config.checkpoint.every = "2 steps", "8 steps"
         for section in config.evals.values():
             section.split, section.every = "unseen_style[800:832]", None
+        config.evals.knn.train_where = config.evals.linear.train_where = dict(style=styles[:1])
+        config.evals.pictures.gallery_where = dict(style=styles[:1])
     return config
