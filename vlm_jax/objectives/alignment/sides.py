@@ -87,10 +87,12 @@ class Compared:
         return [(side, self.project(outputs, side, x)) for side, x in given]
 
     def project(self, outputs: Outputs, side: str, x: jax.Array) -> jax.Array:
+        """Returns the projection of vectors of a modality, at least fp32."""
         x = outputs.part(f"{side}_projector", self.projector, x) if self.projector.layers else x
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
     def predict(self, outputs: Outputs, side: str, x: jax.Array) -> jax.Array:
+        """Returns what the predictor of a modality makes of projections."""
         return outputs.part(f"{side}_predictor", self.predictor, x)
 
 
@@ -157,6 +159,7 @@ def metrics(features: Mapping) -> dict[str, jax.Array]:
 
 
 def projector_of(section: Section | None, name: str = "projector", **defaults: Any) -> Projector:
+    """Returns the projector of a config section, whose fields override the defaults."""
     return config.call(Projector, defaults | dict(section or {}), f"{WHERE}.{name}")
 
 
