@@ -88,12 +88,15 @@ class Compared:
 
     def project(self, outputs: Outputs, side: str, x: jax.Array) -> jax.Array:
         """Returns the projection of vectors of a modality, at least fp32."""
-        x = outputs.part(f"{side}_projector", self.projector, x) if self.projector.layers else x
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return self._through(outputs, f"{side}_projector", self.projector, x)
 
     def predict(self, outputs: Outputs, side: str, x: jax.Array) -> jax.Array:
         """Returns what the predictor of a modality makes of projections."""
-        return outputs.part(f"{side}_predictor", self.predictor, x)
+        return self._through(outputs, f"{side}_predictor", self.predictor, x)
+
+    def _through(self, outputs, name, module, x):
+        x = outputs.part(name, module, x) if module.layers else x
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _sides(outputs: Outputs, names: Sequence[str]) -> dict[str, jax.Array]:
