@@ -10,7 +10,7 @@ was published. Not yet measured: no numbers.
 
 from ml_collections import ConfigDict
 
-from configs.embedded import embedded
+from configs.embedded import LENGTH, embedded
 from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
 
@@ -31,6 +31,27 @@ METHODS = {  # changes of the model, the objective
     ),
     "class_pairs": ({}, dict(terms=dict(contrastive=CLIP, class_pairs=dict(weight=0.1)))),
     "arc_margin": ({}, dict(name="arc_margin", classes=2048, scale=30.0, margin=0.3)),
+    "neighbours": ({}, dict(name="neighbours", size=4096)),
+    "moco": (
+        {},
+        dict(
+            name="moco",
+            of=("image", "text"),
+            projector=dict(layers=0),
+            size=4096,
+            teachers=dict(momentum=dict(decay=0.99)),
+        ),
+    ),
+    "entities": (
+        {},
+        dict(
+            terms=dict(
+                contrastive=CLIP,
+                entities=dict(entities="emoji:seen", tokenize=f"lower | tokenize({LENGTH}, bos=False, eos=False)"),
+            ),
+            teachers=dict(prompter=dict(decay=0.999)),  # or a checkpoint trained by contrast, spec=...
+        ),
+    ),
 }
 
 

@@ -67,12 +67,12 @@ def _train(
     model: Mapping[str, Any],
     objective: Mapping[str, Any],
     data: Mapping[str, Any],
-    tokenizer: str,
     preprocess: str | None,
-    tokenize: str,
     optimizer: Mapping[str, Any],
     batch_size: int,
     duration: int | str,
+    tokenizer: str | None = None,
+    tokenize: str | None = None,
     accumulate: int = 1,
     ema: float | None = None,
     seed: int = 0,
@@ -96,7 +96,8 @@ def _train(
         return batches
 
     with doing("opening the data set"):
-        tokenizer = tokenizers.build(tokenizer_files.kept(tokenizer, workdir, missing=True))
+        if tokenizer:  # else the model is an image tower alone
+            tokenizer = tokenizers.build(tokenizer_files.kept(tokenizer, workdir, missing=True))
         of_config = opened(data)
     total = optim.duration_to_steps(duration, batch_size, of_config.num_examples)
     if not total:
@@ -116,6 +117,8 @@ def _train(
                 objective=own["objective"], optimizer=own["optimizer"], partition=partition,
                 accumulate=own.get("accumulate", 1), ema=ema, seed=seed, tokenizer=tokenizer, load=load,
             )  # fmt: skip
+            if tokenizer is None and vocabulary.vocab_size(program.model):
+                raise UserError("config.tokenizer is missing, and the model reads texts; set it, and config.tokenize")
             for length in others:  # finds mistakes in any of them now
                 program.on(batches.examples[length], batches.size_of(length)).trace_step()
             objectives.check_stored(program.objective, batches.teachers)
@@ -132,7 +135,7 @@ def _train(
 
     def pretrained(state: TrainState, stage: staging.Stage) -> Pretrained:
         own, params = stage.settings, objectives.of_model(state.params if state.ema is None else state.ema)
-        return Pretrained(built(stage)[1].model, params, tokenizer, own["preprocess"], own["tokenize"], own, mesh)
+        return Pretrained(built(stage)[1].model, params, tokenizer, own["preprocess"], own.get("tokenize"), own, mesh)
 
     checkpoint, log = {"every": "20%", **(checkpoint or {})}, {"every": "10 steps", **(log or {})}
     save_every, log_every = steps(checkpoint.pop("every")), steps(log.pop("every"))
@@ -141,7 +144,7 @@ def _train(
     saver = config.call(Checkpointer, checkpoint, "config.checkpoint", workdir=workdir)
     tracer = config.call(Profile, profile or {}, "config.profile", workdir=workdir)
     check_same_config(workdir / "config.json", settings)
-    if processes.is_first():
+    if processes.is_first() and tokenizer:
         tokenizer_files.keep(settings["tokenizer"], workdir, begun=saver.latest_step() is not None)
     if saver.latest_step() is None:
         batches, program = built(parts[0])

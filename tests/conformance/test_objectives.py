@@ -51,7 +51,8 @@ def settings(declaration):
 
 def embeddings_suffice(declaration):
     """Whether the smallest model with two embeddings has all that a declaration reads."""
-    of_towers = tuple(f"vlm_jax.objectives.{n}" for n in ("contrastive", "alignment.soft_masks", "alignment.sentences"))
+    names = ("contrastive", *(f"alignment.{n}" for n in ("soft_masks", "sentences", "self_supervision", "entities")))
+    of_towers = tuple(f"vlm_jax.objectives.{name}" for name in names)
     contrastive = declaration.module.startswith(of_towers)
     other = declaration.family in ("selections", "spaces") or declaration.name in ("self_distillation", "masked_words")
     return (contrastive and "model.name" not in declaration.needs) or other
@@ -69,6 +70,7 @@ def batch(model):
     tasks |= {key.replace("token_ids", "counts"): ids > i for i, (key, ids) in enumerate(tasks.items())}
     crops = rng.normal(size=(3, ROWS, *IMAGES.shape[1:])).astype(np.float32)
     tasks |= {"global": crops[0], "local": np.moveaxis(crops[1:], 0, 1), "visual": rows > 0}
+    tasks["views"] = tasks["local"]
     tasks["has"] = (rows[:, None] + np.arange(5)) % 3 == 0
     tasks["triples"] = np.stack([wrong[..., :3]] * 3, axis=2)
     tasks |= {"paraphrases": wrong[:, ::-1], "tags": TOKENS[rows][:, 1:4, None]}

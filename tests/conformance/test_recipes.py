@@ -26,6 +26,8 @@ MILLIONS = {  # parameters, of what its authors released; None of what nobody di
     "prefix_lm": {"base": None},
     "ul2_cap": {"B/16": None},
     "genlip": {"base": None},
+    "clip_rocket": {"strong-byol-smoke": None},
+    "dino": {"base": None, "byol-smoke": None},
     "lit": {"B/16": None, "L/16-Uu": None, "tiny-LU": None, "select-Lu": None, "tiny-uu": None},
 }
 TOWERS = {  # millions of parameters of image towers in their papers, to three digits or two; without GenLIP's gates

@@ -27,6 +27,7 @@ class Embeddings:
       image_pooled: [B, D], the image tower's output before it is normalised, compute dtype.
       image_mask: bool [B, N], False for tokens of padding; None without padding.
       image_parts, text_parts: what the model's space says besides, name -> [B, ...]; None without a space.
+      text_pooled: [B, D], the text tower's output before it is normalised, compute dtype.
     """
 
     image: Any
@@ -39,6 +40,7 @@ class Embeddings:
     image_mask: Any = None
     image_parts: Any = None
     text_parts: Any = None
+    text_pooled: Any = None
 
 
 def unit(x, eps=1e-8):
@@ -110,6 +112,7 @@ EMBEDDINGS = {
     "patch_embeddings": lambda o: o["token_embeddings"][:, _tokens_before(o) :],
     "patch_tokens": lambda o: o["image_tokens"][:, _tokens_before(o) :],
     "text_embedding": lambda o: o["of_text"].text,
+    "text_pooled": lambda o: o["of_text"].text_pooled,
     "text_tokens": lambda o: o["of_text"].text_tokens,
     "text_parts": lambda o: o["of_text"].text_parts,
     "word_embeddings": lambda o: token_embeddings(o.model, o.params, o["of_text"], "text"),
@@ -166,7 +169,7 @@ class TwoTower(nn.Module):
             scale = jnp.exp(log_scale)
         if self.bias_init is not None:
             bias = self.param("logit_bias", nn.initializers.constant(self.bias_init), ())
-        image = text = image_tokens = text_tokens = image_pooled = image_mask = None
+        image = text = image_tokens = text_tokens = image_pooled = text_pooled = image_mask = None
         if images is not None and getattr(images, "ndim", 4) == 2:
             if self.is_initializing():
                 self.image(jnp.zeros((1, *_picture_size(self.image), 3)))
@@ -178,6 +181,7 @@ class TwoTower(nn.Module):
         if token_ids is not None:
             encoded = of_text = self.text(token_ids, train=train)
             text, text_tokens = self._embedding("text", encoded), encoded.tokens
+            text_pooled = encoded.pooled
         image_parts = text_parts = None
         if self.space is not None:
             space = self.space(name="space")
@@ -196,7 +200,7 @@ class TwoTower(nn.Module):
                 f"image embeddings have {image.shape[-1]} dimensions, text embeddings {text.shape[-1]}; "
                 "set out_dim of image and text to one number"
             )
-        more = image_pooled, image_mask, image_parts, text_parts
+        more = image_pooled, image_mask, image_parts, text_parts, text_pooled
         return Embeddings(image, text, image_tokens, text_tokens, scale, bias, *more)
 
     def _embedding(self, name, encoded):

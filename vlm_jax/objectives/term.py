@@ -232,15 +232,16 @@ class Objective:
 def model_inputs(batch: Mapping[str, Any], model: Any = None) -> tuple[Any, ...]:
     """Returns what initialises a model, from the rows of all sources: the model's `inputs`, or a picture and a text.
 
-    For a model that reads texts instead of pictures: (input texts, texts).
+    For a model that reads texts instead of pictures: (input texts, texts). None for a tower that the model lacks.
     """
     rows = {key: array for part in row_sets(batch).values() for key, array in part.items()}
     given = "image" if "image" in rows or "input_ids" not in rows else "input_ids"
     keys = getattr(model, "inputs", (given, "token_ids"))
+    lacks = {key for key, side in (("image", "image"), ("token_ids", "text")) if getattr(model, side, key) is None}
     for key in keys:
-        if key not in rows:
+        if key not in rows and key not in lacks:
             raise UserError(f"{WHERE}: the batch lacks `{key}`, it has: {', '.join(rows)}; see config.data.ops")
-    return tuple(rows[key] for key in keys)
+    return tuple(None if key in lacks else rows[key] for key in keys)
 
 
 def row_sets(batch: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

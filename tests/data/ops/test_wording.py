@@ -119,3 +119,20 @@ def test_shear_cuts_to_the_words_of_the_caption():
         run("shear(like='none')", record | {"none": []})
     with pytest.raises(UserError, match="op `shear` was given `n` of type int; expected a text or a list"):
         run("shear(key='n')", record | {"n": 3})
+
+
+def test_views_of_a_text_lack_words_and_have_others_in_their_place():
+    words = list("abcdefgh")
+    texts = [
+        text for seed in range(60) for text in run("text_views(2, drop=0.25)", {"text": " ".join(words)}, seed)["texts"]
+    ]
+    assert all(set(text.split()) <= set(words) for text in texts)
+    assert 0.2 < 1 - np.mean([len(text.split()) for text in texts]) / len(words) < 0.3
+    swapped = run("text_views(4, drop=0.0)", {"text": " ".join(words)}, 1)["texts"]
+    moved = [sum(a != b for a, b in zip(text.split(), words, strict=True)) for text in swapped]
+    assert set(moved) <= {0, 2} and any(moved)
+    same = run("text_views(2, drop=0.0, swaps=0, to='two')", {"text": "a b"})
+    assert same["two"] == ["a b", "a b"] and same["two_mask"].tolist() == [True, True]
+    assert run("text_views(1, drop=1.0)", {"text": "cat"})["texts"] == ["cat"]
+    with pytest.raises(UserError, match=r"drop=1\.5; expected a probability, 0 to 1"):
+        run("text_views(1, drop=1.5)", {"text": "cat"})

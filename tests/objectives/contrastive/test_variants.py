@@ -14,7 +14,8 @@ def test_variants_build(name):
     settings = config.plain(contrastive.get_config(f"{name}-smoke"))
     model = models.build(settings["model"])
     objective = objectives.build(settings["objective"], model)
-    main = {"arc_margin": "arc_margin", "boxes": "entailment"}.get(name, "contrastive")
+    alone = {"boxes": "entailment"} | {term: term for term in ("arc_margin", "neighbours", "moco")}
+    main = alone.get(name, "contrastive")
     assert main in [term.name for term in objective.terms]
     assert name in catalogue.of(*FAMILIES) and settings["duration"] == "40 steps"
 

@@ -143,3 +143,63 @@ def test_what_lacks_is_named(section, message):
 def test_a_class_without_prototype_stops_the_run():
     section = dict(name="arc_margin", classes=2)
     assert np.isnan(lookup.differentiate(section, tables(2), BATCH)[0])
+
+
+Q = 2 * N
+QUEUE = dict(size=10, teacher="momentum", teachers=dict(momentum=dict(decay=0.5)))
+
+
+def memory():
+    """A queue of two batches, of which one is filled, with two rows that have no class."""
+    rng = np.random.default_rng(8)
+    labels = rng.integers(-1, 3, Q)
+    queue = {"kept": rng.normal(size=(Q, WIDTH)), "label": labels, "filled": np.arange(Q) < N, "next": np.int32(N)}
+    return {"teachers": {"momentum": lookup.tables(seed=6, size=N, width=WIDTH)}, "terms": {"neighbours": queue}}
+
+
+def leave_one_out(z, labels, bank, of_bank, k, temperature=0.1):
+    losses = []
+    for i in range(N):
+        others = [(cosine(z[i], z[j]), labels[j]) for j in range(N) if j != i and labels[j] >= 0]
+        others += [(cosine(z[i], x), y) for x, y in zip(bank, of_bank, strict=True) if y >= 0]
+        same = [score for score, label in others if label == labels[i]]
+        if labels[i] < 0 or not same:
+            continue
+        kth = sorted((score for score, _ in others), reverse=True)[: k or None][-1]
+        near = [(s, y) for s, y in others if s >= kth or (y == labels[i] and s == max(same))]
+        share = sum(np.exp(s / temperature) for s, y in near if y == labels[i])
+        losses.append(-np.log(share / sum(np.exp(s / temperature) for s, _ in near)))
+    return np.mean(losses)
+
+
+@pytest.mark.parametrize("k", [1, 4, 50])
+@pytest.mark.parametrize("options", [{}, QUEUE], ids=["batch", "queue"])
+def test_neighbours(options, k):
+    """Without and with a queue; k = 50 are all candidates: neighbourhood components."""
+    state = memory() if options else None
+    queue = memory()["terms"]["neighbours"]
+    bank = (queue["kept"][:N], queue["label"][:N]) if options else ((), ())
+
+    def by_hand(params, batch):
+        return leave_one_out(params["image"], CONCEPT, *bank, k if k < 50 else 0)
+
+    section = dict(name="neighbours", k=k, **options)
+    got = lookup.differentiate(section, tables(), BATCH, state=state)
+    lookup.check(got, by_hand, tables(), BATCH)
+    assert 0 <= got[1]["neighbours/accuracy"] <= 1
+
+
+def test_neighbours_of_one_class_cost_nothing():
+    got = lookup.differentiate(dict(name="neighbours", k=2), tables(), BATCH | {"concept": np.zeros(N, int)})
+    assert got[0] == 0 and not np.any(got[2]["image"])
+
+
+def test_neighbours_keep_what_the_teacher_saw():
+    section, state = dict(name="neighbours", **QUEUE), jax.tree.map(jax.numpy.asarray, memory())
+    found = lookup.differentiate(section, tables(), BATCH, state=state)[3]
+    objective = objectives.build(section, lookup.Lookup(N, WIDTH))
+    queue = objectives.update(objective, state, tables(), found, None, 0)["terms"]["neighbours"]
+    np.testing.assert_array_equal(queue["kept"][N:], state["teachers"]["momentum"]["image"])
+    np.testing.assert_array_equal(queue["label"][N:], CONCEPT)
+    with pytest.raises(UserError, match="k is 0, size is 0; expected at least 1 and at least 0"):
+        objectives.build(dict(name="neighbours", k=0), lookup.Lookup(N, WIDTH))

@@ -206,6 +206,42 @@ def shear(example: dict, *, like: str = "text", length: Length | None = None, ke
     return example
 
 
+@method(
+    family="ops",
+    system="EDA",
+    paper="arXiv:1901.11196",
+    differs="views of a text: words are exchanged and left out",
+    needs={"data.ops": "caption('caption') | text_views(2)"},
+)
+@op
+def text_views(
+    example: dict, rng: np.random.Generator, n: Number, drop: float = 0.1, swaps: int = 1, to: str = "texts"
+) -> dict:
+    """Sets `texts` to n views of the text, for augmentation: words are exchanged, and left out (two edits of EDA's).
+
+    `caption('caption') | text_views(2) | each('texts', lower)` also sets `texts_mask`, all True. For synonyms, see
+    `paraphrases`.
+
+    Args:
+      example: holds `text`.
+      rng: the example's generator.
+      n: number of views.
+      drop: probability that a word is left out; at least one stays.
+      swaps: number of exchanges of two words.
+      to: name of the field that is set.
+    """
+    if not 0 <= drop <= 1:
+        raise UserError(f"op `text_views` was given drop={drop}; expected a probability, 0 to 1")
+    words, texts = _text_of(example, "text", "text_views").split(), []
+    for _ in range(n):
+        view = list(words)
+        for i, j in rng.integers(len(words), size=(swaps, 2)) if words else ():
+            view[i], view[j] = view[j], view[i]
+        kept = rng.random(len(view)) >= drop
+        texts.append(" ".join(word for word, stays in zip(view, kept, strict=True) if stays) or " ".join(view[:1]))
+    return _put(example, texts, n, to, n, "views")
+
+
 @op
 def each(example: dict, rng: np.random.Generator, key: str, ops: Pipeline) -> dict:
     """Runs ops on each text of the list at `key`, such as `each('texts', lower)`; empty texts stay empty."""

@@ -9,7 +9,7 @@
 The teacher's `inputs` say which view it sees; the alignment of pictures and texts goes on with the plain picture.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -21,6 +21,7 @@ from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
 from vlm_jax.models.token_loss import in_chunks
 from vlm_jax.models.two_tower import unit
+from vlm_jax.objectives.alignment.sides import collapse
 from vlm_jax.objectives.outputs import Outputs, fold
 from vlm_jax.objectives.term import WHERE, Term
 from vlm_jax.params.sharding import gathered, split_batch
@@ -149,7 +150,7 @@ def self_distillation(
     *,
     model: Any,
     teacher: str = "average",
-    views: str = "local",
+    views: str | Sequence[str] = "local",
     head: Mapping[str, Any] | None = None,
     prototypes: int = 65_536,
     temperature: float = 0.1,
@@ -168,7 +169,8 @@ def self_distillation(
     Args:
       model: linen module with the output `image_pooled`; for views of another size, `model.image.any_size`.
       teacher: name of the teacher, an average of the run's parameters.
-      views: key of the batch with the student's views, [B, V, h, w, 3]; the data op `views` makes them.
+      views: key of the batch with the student's views, [B, V, h, w, 3]; the data op `views` makes them. Or keys
+        for views of several sizes: `("second", "local")` has another global view, as in DINO.
       head: fields of `ProjectionHead`; its parameters belong to the term, the teacher has averages of them.
       prototypes: K.
       temperature, teacher_temperature: DINO, section 3.2; a low teacher's sharpens.
@@ -176,20 +178,20 @@ def self_distillation(
       momentum: of the centre.
       chunk: number of views whose logits are in memory at a time.
 
-    Metrics: `entropy`, the mean entropy of the teacher's p: 0 or log K tells of a collapse.
+    Metrics: `entropy`, the mean entropy of the teacher's p: 0 or log K tells of a collapse; `image_spread` and
+    `image_effective_rank` of a view's pooled output, see `collapse`.
     """
+    keys = (views,) if isinstance(views, str) else tuple(views)
     match = _Match(head, prototypes, temperature, teacher_temperature, balance, momentum, chunk)
 
     def features(outputs, ctx):
-        crops = outputs[views]
-        if crops.ndim != 5:
-            raise UserError(f"{WHERE}: `{views}` has the shape {crops.shape}; expected [B, V, h, w, 3]: op `views`")
-        pooled = outputs.apply("__call__", crops.reshape(-1, *crops.shape[2:]), None).image_pooled
+        pooled = jnp.concatenate([_pooled_views(outputs, key) for key in keys], axis=1)
         taught = outputs.teacher(teacher)
-        return match.features(outputs, taught, pooled.reshape(*crops.shape[:2], -1), taught["image_pooled"][:, None])
+        return match.features(outputs, taught, pooled, taught["image_pooled"][:, None]) | {"pooled": pooled[:, 0]}
 
     def loss(outputs, features, rows, ctx):
-        return match.loss(outputs, outputs.teacher(teacher), features, ctx.state)
+        value, metrics = match.loss(outputs, outputs.teacher(teacher), features, ctx.state)
+        return value, metrics | {f"image_{name}": x for name, x in collapse(features["pooled"]).items()}
 
     return Term("self_distillation", features, loss, **match.memory)
 
@@ -251,6 +253,15 @@ def masked_patches(
         return match.loss(outputs, outputs.teacher(teacher), features, ctx.state)
 
     return Term("masked_patches", features, loss, **match.memory)
+
+
+def _pooled_views(outputs: Outputs, key: str) -> jax.Array:
+    """Returns the pooled outputs [B, V, D] of views [B, V, h, w, 3] of the batch."""
+    views = outputs[key]
+    if views.ndim != 5:
+        raise UserError(f"{WHERE}: `{key}` has the shape {views.shape}; expected [B, V, h, w, 3]: op `views`")
+    pooled = outputs.apply("__call__", views.reshape(-1, *views.shape[2:]), None).image_pooled
+    return pooled.reshape(*views.shape[:2], -1)
 
 
 def _masks(keys: jax.Array | None, rows: int, length: int, share: float) -> tuple[jax.Array, jax.Array]:

@@ -1,7 +1,7 @@
 """Negatives: the texts and images that a batch's images and texts are compared with."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
 from vlm_jax.objectives.contrastive.texts import texts_of
-from vlm_jax.objectives.term import WHERE, Context
+from vlm_jax.objectives.queue import Queue
+from vlm_jax.objectives.term import WHERE
 
 
 class Candidates(NamedTuple):
@@ -97,20 +98,8 @@ def queue(*, size: int = 65_536, teacher: str | None = "momentum") -> Negatives:
         with_queue = lambda key: jnp.concatenate([features[key], state[key]])
         return Candidates(with_queue("key_text"), with_queue("key_image"), counts, counts)
 
-    def init(features):
-        rows = -(-size // len(features["key_text"])) * len(features["key_text"])
-        empty = lambda key: jnp.zeros((rows, features[key].shape[1]), features[key].dtype)
-        keys = {key: empty(key) for key in ("key_image", "key_text")}
-        return keys | {"filled": jnp.zeros(rows, bool), "next": jnp.zeros((), jnp.int32)}
-
-    def update(state: Mapping[str, Any], features: Mapping[str, Any], ctx: Context):
-        count, rows = len(features["key_text"]), len(state["filled"])
-        at = (state["next"] + jnp.arange(count)) % rows  # batches may have several sizes
-        put = lambda old, new: old.at[at].set(new, unique_indices=True)
-        keys = {key: put(state[key], features[key]) for key in ("key_image", "key_text")}
-        return keys | {"filled": put(state["filled"], jnp.ones(count, bool)), "next": (state["next"] + count) % rows}
-
-    return Negatives(features, candidates, init, update)
+    memory = Queue(("key_image", "key_text"), size)
+    return Negatives(features, candidates, memory.init, memory.update)
 
 
 @method(

@@ -11,6 +11,7 @@ from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
 from vlm_jax.objectives.contrastive.similarity import vectors
 from vlm_jax.objectives.contrastive.targets import column, cosines_of
+from vlm_jax.objectives.queue import Queue
 from vlm_jax.objectives.term import WHERE, Term
 
 
@@ -109,6 +110,80 @@ def class_pairs(*, model: Any, key: str = "concept", of: str = "image_embedding"
     return Term("class_pairs", lambda outputs, ctx: outputs[of], loss)
 
 
+@method(
+    family="terms",
+    system="LOOK",
+    paper="arXiv:2110.06014",
+    differs="most of a row's nearest neighbours have its class, which may then form several clusters",
+    needs={"objective.size": 16},
+)
+def neighbours(
+    *,
+    model: Any,
+    key: str = "concept",
+    of: str = "image_embedding",
+    k: int = 20,
+    size: int = 0,
+    teacher: str | None = None,
+    temperature: float = 0.1,
+) -> Term:
+    """Mean of -log (sum_{j in N_i, y_j = y_i} e^(s_ij / t) / sum_{j in N_i} e^(s_ij / t)) (LOOK, Feng et al. 2022).
+
+    N_i are the k nearest neighbours of row i by cosine s, without i itself, and the nearest one of its own class, so
+    that the loss is finite. If k covers all candidates: neighbourhood components. Rows with a label below 0, or without
+    another row of their class, are left out.
+
+    Args:
+      model: linen module.
+      key: the classes, a key of the batch, integers [B].
+      of: the output that is compared, [B, D].
+      k: number of neighbours.
+      size: rows of earlier batches that are candidates, too, see `queue.Queue`; 0: the batch alone.
+      teacher: name of a teacher that makes the rows of earlier batches; None: the model, as it was then.
+      temperature: t.
+
+    Metrics: `accuracy`, the share of rows whose nearest neighbour has their class.
+    """
+    if k < 1 or size < 0:
+        raise UserError(f"{WHERE}: k is {k}, size is {size}; expected at least 1 and at least 0")
+
+    def features(outputs, ctx):
+        found = {"feature": outputs[of]}
+        if size:
+            found["label"] = outputs[key]
+            found["kept"] = jax.lax.stop_gradient(outputs.teacher(teacher)[of] if teacher else outputs[of])
+        return found
+
+    def loss(outputs, features, rows, ctx):
+        z, labels = _directions(features["feature"]), column(rows, key, len(features["feature"]), f"{WHERE}: the key")
+        others, of_others, there = z, labels, ~jnp.eye(len(z), dtype=bool)
+        if size:
+            others = jnp.concatenate([z, _directions(ctx.state["kept"])])
+            of_others = jnp.concatenate([labels, ctx.state["label"]])
+            there = jnp.concatenate([there, jnp.broadcast_to(ctx.state["filled"], (len(z), len(others) - len(z)))], 1)
+        there &= of_others >= 0
+        cosines = jnp.matmul(z, others.T, precision=jax.lax.Precision.HIGHEST)
+        same = there & (labels[:, None] == of_others)
+        masked = jax.lax.stop_gradient(jnp.where(there, cosines, -jnp.inf))
+        nearest = jax.lax.top_k(masked, min(k, masked.shape[1]))[0][:, -1:]
+        own = jnp.max(masked, axis=1, keepdims=True, where=same, initial=-jnp.inf)
+        near = there & ((masked >= nearest) | (same & (masked >= own)))
+        counts = jnp.any(same, axis=1) & (labels >= 0)
+        share = lambda which: jax.nn.logsumexp(cosines / temperature, axis=1, where=which | ~counts[:, None])
+        losses = jnp.where(counts, share(near) - share(near & same), 0)
+        mean = lambda x: jnp.sum(jnp.where(counts, x, 0)) / jnp.maximum(jnp.sum(counts), 1)
+        return mean(losses), {"accuracy": mean(own[:, 0] >= jnp.max(masked, axis=1))}
+
+    if not size:
+        return Term("neighbours", features, loss)
+    queue = Queue(("kept", "label"), size)
+    return Term("neighbours", features, loss, init=queue.init, update=queue.update)
+
+
+def _directions(x: jax.Array) -> jax.Array:
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
 class Prototypes(nn.Module):
     """A unit vector for each class, [C, D]."""
 
@@ -158,7 +233,7 @@ def arc_margin(
 
     def loss(outputs, features, rows, ctx):
         labels = column(rows, key, len(features), f"{WHERE}: the key")
-        z = features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
+        z = _directions(features)
         prototypes = outputs.part("prototypes", Prototypes(classes), z)
         cosines = jnp.matmul(z, prototypes.T, precision=jax.lax.Precision.HIGHEST)
         own = jax.nn.one_hot(labels, classes, dtype=bool)
