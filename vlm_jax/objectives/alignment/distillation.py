@@ -70,7 +70,7 @@ def feature_distillation(*, model: Any, teacher: str = "average", of: Sequence[s
     system="TeachText",
     paper="arXiv:2104.08271",
     differs="the similarities of a batch follow those of several teachers with other text encoders, combined",
-    needs={"objective.teachers": {"teacher": {"decay": 1.0}}, "objective.scale": 10.0},
+    needs={"objective.teachers": {"teacher": {"decay": 1.0, "inputs": {"image": "global"}}}},
 )
 def similarity_distillation(
     *,
