@@ -51,10 +51,8 @@ def settings(declaration):
 
 def embeddings_suffice(declaration):
     """Whether the smallest model with two embeddings has all that a declaration reads."""
-    of_towers = tuple(
-        f"vlm_jax.objectives.{n}"
-        for n in ("contrastive", "alignment.soft_masks", "alignment.sentences", "alignment.distillation")
-    )
+    parts = "soft_masks", "sentences", "distillation", "masked_tokens"
+    of_towers = "vlm_jax.objectives.contrastive", *(f"vlm_jax.objectives.alignment.{part}" for part in parts)
     contrastive = declaration.module.startswith(of_towers)
     other = declaration.family in ("selections", "spaces") or declaration.name in ("self_distillation", "masked_words")
     return (contrastive and "model.name" not in declaration.needs) or other

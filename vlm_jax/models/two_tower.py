@@ -144,14 +144,14 @@ class TwoTower(nn.Module):
     outputs: ClassVar = EMBEDDINGS
 
     @nn.compact
-    def __call__(self, images, token_ids, *, hidden=None, train=False):
+    def __call__(self, images, token_ids, *, hidden=None, kept=None, train=False):
         """Embeds images and texts; either may be None.
 
         Args:
           images: inputs of the image tower, floating [B, H, W, 3], already normalised; or precomputed pooled outputs
             [B, D] of a locked tower; or None.
           token_ids: integers [B, L], or None.
-          hidden: patches that are masked, see `ViT`; or None.
+          hidden, kept: patches that are masked, and that are seen, see `ViT`; or None.
           train: whether dropout and drop path are active (they draw from the rng `dropout`).
 
         Returns:
@@ -172,7 +172,8 @@ class TwoTower(nn.Module):
                 self.image(jnp.zeros((1, *_picture_size(self.image), 3)))
             image = unit(images)
         elif images is not None:
-            encoded = of_image = self.image(images, train=train, **({} if hidden is None else {"hidden": hidden}))
+            given = {name: one for name, one in (("hidden", hidden), ("kept", kept)) if one is not None}
+            encoded = of_image = self.image(images, train=train, **given)
             image, image_tokens = self._embedding("image", encoded), encoded.tokens
             image_pooled, image_mask = encoded.pooled, encoded.mask
         if token_ids is not None:

@@ -241,7 +241,7 @@ def masked_patches(
         tokens = taught["patch_tokens"]
         if taught["of_image"].image_mask is not None:
             raise UserError(f"{WHERE}: masked_patches takes pictures of one size; these are packed, with padding")
-        where, index = _masks(outputs.keys, *tokens.shape[:2], share)
+        where, index = masks(outputs.keys, *tokens.shape[:2], share)
         hidden = where, outputs.part("mask", MaskToken(), tokens)
         seen = outputs.apply("__call__", taught.rows["image"], None, hidden=hidden).image_tokens
         pick = lambda x: jnp.take_along_axis(x[:, -tokens.shape[1] :], index[..., None], axis=1)
@@ -253,7 +253,7 @@ def masked_patches(
     return Term("masked_patches", features, loss, **match.memory)
 
 
-def _masks(keys: jax.Array | None, rows: int, length: int, share: float) -> tuple[jax.Array, jax.Array]:
+def masks(keys: jax.Array | None, rows: int, length: int, share: float) -> tuple[jax.Array, jax.Array]:
     """Returns (bool [B, N], int [B, M]): M of N patches of each row, drawn by its key."""
     count = round(share * length)
     keys = jax.random.split(jax.random.key(0), rows) if keys is None else keys
