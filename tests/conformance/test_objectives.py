@@ -51,7 +51,7 @@ def settings(declaration):
 
 def embeddings_suffice(declaration):
     """Whether the smallest model with two embeddings has all that a declaration reads."""
-    parts = "soft_masks", "sentences", "distillation", "masked_tokens"
+    parts = "soft_masks", "sentences", "distillation", "masked_tokens", "mutual_information"
     of_towers = "vlm_jax.objectives.contrastive", *(f"vlm_jax.objectives.alignment.{part}" for part in parts)
     contrastive = declaration.module.startswith(of_towers)
     other = declaration.family in ("selections", "spaces") or declaration.name in ("self_distillation", "masked_words")
