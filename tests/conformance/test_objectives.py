@@ -51,7 +51,7 @@ def settings(declaration):
 
 def embeddings_suffice(declaration):
     """Whether the smallest model with two embeddings has all that a declaration reads."""
-    parts = "soft_masks", "sentences", "distillation", "masked_tokens", "mutual_information"
+    parts = "soft_masks", "sentences", "distillation", "masked_tokens", "mutual_information", "missing"
     of_towers = "vlm_jax.objectives.contrastive", *(f"vlm_jax.objectives.alignment.{part}" for part in parts)
     contrastive = declaration.module.startswith(of_towers)
     other = declaration.family in ("selections", "spaces") or declaration.name in ("self_distillation", "masked_words")
@@ -70,6 +70,7 @@ def batch(model):
     tasks |= {key.replace("token_ids", "counts"): ids > i for i, (key, ids) in enumerate(tasks.items())}
     crops = rng.normal(size=(3, ROWS, *IMAGES.shape[1:])).astype(np.float32)
     tasks |= {"global": crops[0], "local": np.moveaxis(crops[1:], 0, 1), "visual": rows > 0}
+    tasks |= {"image_present": rows != 1, "token_ids_present": rows != 2}
     tasks["has"] = (rows[:, None] + np.arange(5)) % 3 == 0
     tasks["triples"] = np.stack([wrong[..., :3]] * 3, axis=2)
     tasks |= {"paraphrases": wrong[:, ::-1], "tags": TOKENS[rows][:, 1:4, None]}
