@@ -56,7 +56,8 @@ def _tokens_before(outputs):
 def token_embeddings(model, params, embeddings, side="image"):
     """Returns each token of a tower in the space of both, unit norm [B, N, D]; of pictures zeros for padding.
 
-    Each token passes alone through the layers after the blocks: the pool, if it is attention, and the head.
+    Each token passes alone through the layers after the blocks: the pool, if it is attention, and the head; of the pool
+    "concat", the head's part for the token's place.
 
     Args:
       model: a model with the tower.
@@ -71,7 +72,8 @@ def token_embeddings(model, params, embeddings, side="image"):
     pool = getattr(tower, "pool", None)
     if pool == "all":
         return getattr(embeddings, side)
-    if pool in (None, "none", "concat") or getattr(model, "space", None) is not None or _has_other_layers(tower):
+    apart = pool == "concat" and not tower.out_dim
+    if pool in (None, "none") or apart or getattr(model, "space", None) is not None or _has_other_layers(tower):
         what, pools = (
             ("patches", "gap, patches, tok or map") if side == "image" else ("words", "mean, last, eos or map")
         )
@@ -85,7 +87,11 @@ def token_embeddings(model, params, embeddings, side="image"):
         alone = tokens.reshape(-1, 1, tokens.shape[-1])
         mapped = MapPool(**shared(tower) | sizes, parent=None).apply({"params": own["map_pool"]}, alone)
         tokens = mapped.reshape(tokens.shape)
-    if tower.out_dim:
+    if pool == "concat":
+        length, width = tokens.shape[1:]
+        kernel = own["head"]["kernel"].reshape(length, width, -1).astype(tokens.dtype)
+        tokens = length * jnp.einsum("bld,ldo->blo", tokens, kernel) + own["head"].get("bias", 0)
+    elif tower.out_dim:
         head = nn.Dense(tower.out_dim, use_bias=tower.head_bias, dtype=tower.dtype, parent=None)
         tokens = head.apply({"params": own["head"]}, tokens)
     mask = embeddings.image_mask if side == "image" else None
