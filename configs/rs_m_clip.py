@@ -3,7 +3,7 @@
     vlm-jax train --config=rs_m_clip:both --workdir=runs/rs_m_clip                # on 2 CPU cores
     vlm-jax train --config=rs_m_clip:both-smoke --workdir=runs/rs_m_clip_smoke    # seconds: does it run?
 
-Variants: both; languages, without self-distillation; english, with captions in one language; each also with `-select` and
+Variants: both; languages, without self-distillation; english, one language; each also with `-select` and
 `-smoke`, see configs/embedded.py. The paper continues a released CLIP with a multilingual text tower on remote sensing
 data, whose captions a machine translated into nine languages besides English. Here names and keywords of emoji in nine
 languages stand in for them. Each picture draws one language anew; eight local crops match an average of the image tower
