@@ -55,7 +55,8 @@ def embeddings_suffice(declaration):
     of_towers = "vlm_jax.objectives.contrastive", *(f"vlm_jax.objectives.alignment.{part}" for part in parts)
     contrastive = declaration.module.startswith(of_towers)
     other = declaration.family in ("selections", "spaces") or declaration.name in ("self_distillation", "masked_words")
-    return (contrastive and "model.name" not in declaration.needs) or other
+    attends = declaration.name == "attention_distillation"
+    return (contrastive and not attends and "model.name" not in declaration.needs) or other
 
 
 def batch(model):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support import models
 from tests.support.towers import Towers
 from vlm_jax import objectives
 from vlm_jax.errors import UserError
@@ -129,6 +130,55 @@ def test_teachers_that_do_not_fit_are_named(options, teacher, message):
     assert "\n" not in str(error.value)
 
 
+def softmax(x):
+    return np.exp(x) / np.sum(np.exp(x))
+
+
+def kl(p, q):
+    return sum(a * np.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def attended(params, tower, side):
+    """The attention [heads, L, L] of a tower's last block, from what its norm gave."""
+    tokens = tower["blocks_1"]["norm1"]["__call__"][0]
+    own, heads = params[side]["blocks_1"]["attn"], 2
+    query, key = ((tokens @ own[name]["kernel"] + own[name]["bias"]) for name in ("query", "key"))
+    split = lambda x: np.asarray(x, np.float64).reshape(*x.shape[:2], heads, -1)
+    query, key = split(query), split(key)
+    return [
+        np.array([[softmax(q @ key[i, :, h].T / 4) for q in query[i, :, h]] for h in range(heads)])
+        for i in range(len(tokens))
+    ]
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_attention_follows_a_teacher(side):
+    """A loop over rows, heads and tokens; a teacher that is the model asks for nothing."""
+    with jax.enable_x64(False):
+        tiny = models.tiny("two_tower")
+        teacher = jax.tree.map(jnp.add, tiny.params, models.drawn(tiny.params, scale=0.1))
+        section = dict(name="attention_distillation", teacher="t", of=side, teachers=dict(t=dict(decay=0.9)))
+        objective, batch = objectives.build(section, tiny.model), {"image": models.IMAGES, "token_ids": models.TOKENS}
+
+        @partial(jax.jit, static_argnums=0)
+        def run(model, params, teacher):
+            state = {"teachers": {"t": teacher}}
+            return objectives.value(objective, model, params, batch, None, state=state)[0]
+
+        got = run(tiny.model, tiny.params, teacher)
+        assert run(tiny.model, tiny.params, tiny.params) == 0
+        found = []
+        for params in (tiny.params, teacher):
+            inputs = (models.IMAGES, None) if side == "image" else (None, models.TOKENS)
+            _, seen = tiny.model.apply({"params": params}, *inputs, capture_intermediates=True)
+            found.append(attended(params, seen["intermediates"][side], side))
+    rows = []
+    for i, (own, taught) in enumerate(zip(*found, strict=True)):
+        counts = [side == "image" or models.TOKENS[i][n] != 0 for n in range(own.shape[1])]
+        rows.append(np.mean([kl(t[n], s[n]) for s, t in zip(own, taught, strict=True) for n in np.flatnonzero(counts)]))
+    np.testing.assert_allclose(got, np.mean(rows), rtol=1e-4)
+
+
 def of_teachers(name, count=2, **options):
     """(objective, parameters, state with the teachers' parameters, (images, texts) of the model and of each teacher)"""
     names, batch = tuple(f"t{i}" for i in range(count)), rows()
@@ -142,14 +192,6 @@ def of_teachers(name, count=2, **options):
 
 def evaluate(objective, params, state):
     return jax.jit(partial(objectives.value_and_grad, objective, Towers(), rng=None, state=state))(params, rows())[:3]
-
-
-def softmax(x):
-    return np.exp(x) / np.sum(np.exp(x))
-
-
-def kl(p, q):
-    return sum(a * np.log(a / b) for a, b in zip(p, q, strict=True))
 
 
 @pytest.mark.parametrize(("combine", "loss", "scale"), [("mean", "huber", 4.0), ("max", "kl", 3.0)])
@@ -226,12 +268,15 @@ def test_all_negatives_without_weights_are_clip_and_its_distillation():
         ("similarity_distillation", dict(of=("image_embedding",)), "expected two outputs that are compared"),
         ("similarity_distillation", dict(of=("image_tokens",) * 2), r"got `image_tokens` \[4, 4, 7"),
         ("similarity_distillation", dict(teachers="t0"), "teachers is 't0'; expected names of teachers"),
+        ("attention_distillation", dict(of="words"), "of is `words`; expected one of: image, text"),
+        ("attention_distillation", dict(), "the image tower has no blocks of a transformer"),
         ("dynamic_distillation", dict(negatives=0), "negatives is 0; expected at least 1"),
         ("dynamic_distillation", dict(negatives=B), "expected fewer than the 4 rows of a batch"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_followed_is_named(name, options, message):
-    section = dict(name=name, **dict(dict(teachers=("t0",)), **options))
+    teachers = dict(teacher="t0") if name == "attention_distillation" else dict(teachers=("t0",))
+    section = dict(name=name) | teachers | options
     with pytest.raises(UserError, match=message) as error:
         objective = objectives.build(dict(terms={name: section}, teachers=dict(t0=dict(decay=0.9))), Towers())
         params = towers(1, rows())

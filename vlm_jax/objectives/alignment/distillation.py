@@ -1,4 +1,4 @@
-"""Distillation: outputs, similarities and hard negatives of teachers.
+"""Distillation: outputs, attention, similarities and hard negatives of teachers.
 
     terms=dict(contrastive={}, similarity_distillation=dict(teachers=("french", "large"))),
     teachers=dict(french=dict(spec="runs/fr", inputs=dict(token_ids="fr_ids")), large=dict(spec="runs/large")),
@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from vlm_jax.catalogue import method
 from vlm_jax.config import choose
 from vlm_jax.errors import UserError
+from vlm_jax.models.attention_weights import of_blocks
+from vlm_jax.models.vocabulary import is_text
 from vlm_jax.objectives.contrastive.targets import cosines_of
 from vlm_jax.objectives.outputs import Outputs
 from vlm_jax.objectives.term import WHERE, Term
@@ -63,6 +65,55 @@ def feature_distillation(*, model: Any, teacher: str = "average", of: Sequence[s
         return sum(distances.values()), distances
 
     return Term("feature_distillation", features, loss)
+
+
+@method(
+    family="terms",
+    paper="arXiv:2002.10957",
+    differs="the self-attention of one block follows a teacher's",
+    needs={"objective.teachers": {"average": {"decay": 0.99, "inputs": {"image": "global"}}}},
+)
+def attention_distillation(
+    *, model: Any, teacher: str = "average", of: str = "image", block: int = -1, pad_id: int | None = None
+) -> Term:
+    """Mean over rows, heads and tokens n of KL(t_n || s_n), the attention of token n to all tokens (MiniLM, Wang 2020).
+
+    Both towers see as many tokens; of different numbers of heads, the mean over heads counts. Padding of texts asks
+    for nothing. The weights are computed beside the kernel: B x heads x L^2 numbers for each block.
+
+    Args:
+      model: linen module with the tower.
+      teacher: name of the teacher.
+      of: the tower, "image" or "text".
+      block: number of the block in both towers, from 0; negative ones count from the end.
+      pad_id: id of padding; the tokenizer's, which is the default.
+    """
+    choose({"image": 0, "text": 0}, of, f"{WHERE}.of")
+
+    def seen(outputs):
+        inputs = (outputs["image"], None) if of == "image" else (None, outputs["token_ids"])
+        found = of_blocks(lambda: outputs.apply("__call__", *inputs), of)
+        if not -found.shape[1] <= block < found.shape[1]:
+            raise UserError(f"{WHERE}.block is {block}; a tower has {found.shape[1]} blocks")
+        return found[:, block]
+
+    def features(outputs, ctx):
+        own, taught = seen(outputs), seen(outputs.teacher(teacher))
+        if own.shape[1] != taught.shape[1]:
+            own, taught = (jnp.mean(x, axis=1, keepdims=True) for x in (own, taught))
+        if own.shape != taught.shape:
+            seen_by = f"{own.shape[-1]} tokens, the teacher {taught.shape[-1]}"
+            raise UserError(
+                f"{WHERE}: attention is distilled between towers of as many tokens; the model has {seen_by}"
+            )
+        log_p, log_q = (jnp.log(jnp.maximum(x, 1e-30)) for x in (taught, own))
+        rows = jnp.mean(jnp.sum(taught * (log_p - log_q), axis=-1), axis=1)
+        counts = jnp.ones(rows.shape, bool)
+        if of == "text":
+            counts = is_text(outputs["token_ids"], *ctx.special(pad_id))
+        return jnp.sum(jnp.where(counts, rows, 0), axis=1) / jnp.maximum(jnp.sum(counts, axis=1), 1)
+
+    return Term("attention_distillation", features, lambda outputs, found, rows, ctx: (jnp.mean(found), {}))
 
 
 @method(
