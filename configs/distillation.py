@@ -49,7 +49,7 @@ METHODS = {  # changes of the config, ops before `normalize` and after it, and f
     "dynamic_distillation": (
         dict(
             model=dict(image=SMALL, text=SMALL),
-            objective=dict(name="dynamic_distillation", teachers=dict(teacher=dict(spec=TEACHER)), negatives=15),
+            objective=dict(name="dynamic_distillation", teachers=dict(teacher=dict(spec=TEACHER)), **CLIP),
         ),
         "",
         PAIRS,

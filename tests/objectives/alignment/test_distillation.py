@@ -40,7 +40,8 @@ def fp64():
 def rows():
     rng = np.random.default_rng(0)
     pictures = lambda: jnp.asarray(rng.normal(size=(B, 4, 4, 3)))
-    return {"image": pictures(), "other": pictures(), "token_ids": jnp.asarray(rng.integers(0, 14, (B, 3)))}
+    texts = jnp.asarray(rng.integers(0, 14, (B, 3)))
+    return {"image": pictures(), "other": pictures(), "token_ids": texts, "concept": jnp.array([0, 1, 0, 2])}
 
 
 def draw(shapes, seed):
@@ -230,10 +231,12 @@ def test_divergence_is_the_cross_entropy_with_affinities_less_a_number():
     assert value == 0 and metrics["similarity_distillation/agreement"] == 1
 
 
-def test_negatives_and_weights_of_a_teacher():
+@pytest.mark.parametrize(("targets", "k"), [("identity", 2), ("concept", 3)])
+def test_negatives_and_weights_of_a_teacher(targets, k):
     """Each row, then each column: the K hardest others by the teachers' mean, weighted by both entropies."""
-    k, scale = 2, 7.0
-    objective, params, state, found = of_teachers("dynamic_distillation", negatives=k, scale=scale)
+    scale, labels = 7.0, range(B) if targets == "identity" else rows()["concept"].tolist()
+    given = dict(negatives=k, scale=scale, targets=targets)
+    objective, params, state, found = of_teachers("dynamic_distillation", **given)
     value, metrics, _ = evaluate(objective, params, state)
     own, *taught = (np.array([[x @ y for y in texts] for x in images]) for images, texts in found)
     own, taught = np.exp(float(params["logit_scale"])) * own, scale * np.mean(taught, axis=0)
@@ -241,7 +244,7 @@ def test_negatives_and_weights_of_a_teacher():
     sides = []
     for s, t in ((own, taught), (own.T, taught.T)):
         for i in range(B):
-            others = sorted((j for j in range(B) if j != i), key=lambda j: -t[i, j])[:k]
+            others = sorted((j for j in range(B) if labels[j] != labels[i]), key=lambda j: -t[i, j])[:k]
             p, q = softmax(t[i, [i, *others]]), softmax(s[i, [i, *others]])
             u, v = entropy(p), entropy(q)
             sides.append(v * ((1 - u) * kl(p, q) - u * np.log(q[0])))
@@ -271,6 +274,7 @@ def test_all_negatives_without_weights_are_clip_and_its_distillation():
         ("attention_distillation", dict(of="words"), "of is `words`; expected one of: image, text"),
         ("attention_distillation", dict(), "the image tower has no blocks of a transformer"),
         ("dynamic_distillation", dict(negatives=0), "negatives is 0; expected at least 1"),
+        ("dynamic_distillation", dict(targets="cwcl"), "targets match or do not, such as `identity`; got soft ones"),
         ("dynamic_distillation", dict(negatives=B), "expected fewer than the 4 rows of a batch"),
     ],
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """Tokens that see a part follow tokens that see the whole: the formulas as loops, limiting cases."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from tests.support.models import initial
 from tests.support.towers import Towers
 from vlm_jax import objectives
 from vlm_jax.errors import UserError
-from vlm_jax.objectives.alignment.masked_tokens import TokenDecoder, parts, token_contrast
+from vlm_jax.objectives.alignment.masked_tokens import TokenDecoder, check_grid, parts, token_contrast
 from vlm_jax.objectives.generative.masked_words import hide
 from vlm_jax.objectives.outputs import fold
 
@@ -128,6 +129,13 @@ def test_hidden_words_are_told_from_all_words():
     want = contrast(unit(table[seen]), unit(table[ids]), np.argwhere(hidden).tolist(), ids != 0)
     np.testing.assert_allclose(value, want, rtol=1e-9)
     assert not np.any(grads["image_fc"]["kernel"])
+
+
+def test_a_teacher_with_other_patches_is_named():
+    model = SimpleNamespace(image=SimpleNamespace(patch=8))
+    check_grid(model, np.zeros((2, 16, 24, 3)), 6)
+    with pytest.raises(UserError, match="the model has 6 patches, the teacher 4; expected as many"):
+        check_grid(model, np.zeros((2, 16, 24, 3)), 4)
 
 
 def test_one_unit_a_row_is_half_of_clip():

@@ -7,7 +7,7 @@ A teacher may have any architecture and widths. If it reads other texts than the
 its `inputs` name its field: `... | tokenize(77, to='fr_ids', tokenizer='json:fr.json')` in the data ops.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +19,8 @@ from vlm_jax.config import choose
 from vlm_jax.errors import UserError
 from vlm_jax.models.attention_weights import of_blocks
 from vlm_jax.models.vocabulary import is_text
+from vlm_jax.objectives.contrastive import targets as targets_of
+from vlm_jax.objectives.contrastive.penalty import HIDDEN
 from vlm_jax.objectives.contrastive.targets import cosines_of
 from vlm_jax.objectives.outputs import Outputs
 from vlm_jax.objectives.term import WHERE, Term
@@ -180,6 +182,7 @@ def dynamic_distillation(
     negatives: int = 15,
     scale: float = 100.0,
     dynamic: bool = True,
+    targets: str | Mapping[str, Any] = "identity",
     of: Sequence[str] = PAIR,
 ) -> Term:
     """Contrast and distillation on the negatives that a teacher finds hardest (DCD, Rao et al. 2022).
@@ -199,6 +202,7 @@ def dynamic_distillation(
       negatives: K, below the number of rows.
       scale: the factor on the teachers' cosines.
       dynamic: whether rows have the weights u and v.
+      targets: "identity", or labels as for `contrastive`; pairs that match are no negatives.
       of: outputs [B, D] of images and of texts.
 
     Metrics: `accuracy` among the candidates of images, `teacher_uncertainty` and `uncertainty`, the means of u and v.
@@ -206,8 +210,12 @@ def dynamic_distillation(
     if negatives < 1:
         raise UserError(f"{WHERE}.negatives is {negatives}; expected at least 1")
     _check_teachers(teachers)
+    matches = targets_of.build(targets, f"{WHERE}.targets")
+    if matches.labels is None:
+        raise UserError(f"{WHERE}.targets match or do not, such as `identity`; got soft ones")
 
-    def directed(own, taught):
+    def directed(own, taught, also):
+        own, taught = (jnp.where(also, HIDDEN, logits) for logits in (own, taught))
         _, index = jax.lax.top_k(jnp.where(jnp.eye(len(own), dtype=bool), jnp.inf, taught), negatives + 1)
         log_q, log_p = (
             jax.nn.log_softmax(jnp.take_along_axis(logits, index, axis=1), axis=1) for logits in (own, taught)
@@ -226,8 +234,9 @@ def dynamic_distillation(
             raise UserError(f"{WHERE}.negatives is {negatives}; expected fewer than the {len(own)} rows of a batch")
         taught = scale * COMBINED["mean"]([cosines_of(*pair) for pair in features["teachers"]])
         taught = jax.lax.stop_gradient(taught)
-        of_images, metrics = directed(own, taught)
-        return 0.5 * (of_images + directed(own.T, taught.T)[0]), metrics
+        also = matches.of({}, rows, len(own))[0] & ~jnp.eye(len(own), dtype=bool)  # other rows that match
+        of_images, metrics = directed(own, taught, also)
+        return 0.5 * (of_images + directed(own.T, taught.T, also.T)[0]), metrics
 
     return Term("dynamic_distillation", lambda outputs, ctx: _pairs(outputs, teachers, of), loss)
 

@@ -72,6 +72,14 @@ def tokens_of(outputs: Outputs, name: str) -> jax.Array:
     return outputs[name]
 
 
+def check_grid(model: Any, image: Any, length: int) -> None:
+    """Raises a UserError if a model's pictures [B, H, W, 3] have another number of patches than a teacher's."""
+    patch = getattr(getattr(model, "image", None), "patch", None)
+    own = patch and (image.shape[1] // patch) * (image.shape[2] // patch)
+    if own and own != length:
+        raise UserError(f"{WHERE}: the model has {own} patches, the teacher {length}; expected as many, see `inputs`")
+
+
 @method(
     family="terms",
     system="UTA",
@@ -101,6 +109,7 @@ def unmasked_tokens(*, model: Any, teacher: str = "teacher", share: float = 0.5,
     def features(outputs, ctx):
         taught = outputs.teacher(teacher)
         want = tokens_of(taught, of)
+        check_grid(outputs.model, outputs["image"], want.shape[1])
         kept = parts(outputs.keys, *want.shape[:2], share)[1]
         seen = seeing(outputs, kept)
         own, want = seen[of], take(want, kept)

@@ -11,7 +11,7 @@ from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
 from vlm_jax.models.subset import take
 from vlm_jax.models.two_tower import unit
-from vlm_jax.objectives.alignment.masked_tokens import decoder_of, parts, token_contrast, tokens_of
+from vlm_jax.objectives.alignment.masked_tokens import check_grid, decoder_of, parts, token_contrast, tokens_of
 from vlm_jax.objectives.contrastive.targets import column
 from vlm_jax.objectives.term import WHERE, Objective, Row, Selection, Term
 
@@ -86,6 +86,7 @@ def mutual_information(
         clean = tokens_of(taught, "patch_tokens")
         hidden, kept = parts(outputs.keys, *clean.shape[:2], share)
         picture, other = outputs["image"], outputs["other"]
+        check_grid(outputs.model, picture, clean.shape[1])
         mixed = jnp.where(_pixels(hidden, clean.shape[1], picture.shape[1:3]), other, picture)
         tokens = outputs.on(**outputs.rows | {"image": mixed})["patch_tokens"]
         own = {"one": take(tokens, kept), "two": take(tokens, hidden)}
