@@ -51,11 +51,13 @@ def settings(declaration):
 
 def embeddings_suffice(declaration):
     """Whether the smallest model with two embeddings has all that a declaration reads."""
-    names = ("contrastive", *(f"alignment.{n}" for n in ("soft_masks", "sentences", "self_supervision", "entities")))
-    of_towers = tuple(f"vlm_jax.objectives.{name}" for name in names)
+    parts = ("soft_masks", "sentences", "self_supervision", "entities", "distillation", "masked_tokens",
+             "mutual_information", "missing")  # fmt: skip
+    of_towers = "vlm_jax.objectives.contrastive", *(f"vlm_jax.objectives.alignment.{part}" for part in parts)
     contrastive = declaration.module.startswith(of_towers)
     other = declaration.family in ("selections", "spaces") or declaration.name in ("self_distillation", "masked_words")
-    return (contrastive and "model.name" not in declaration.needs) or other
+    attends = declaration.name == "attention_distillation"
+    return (contrastive and not attends and "model.name" not in declaration.needs) or other
 
 
 def batch(model):
@@ -71,6 +73,7 @@ def batch(model):
     crops = rng.normal(size=(3, ROWS, *IMAGES.shape[1:])).astype(np.float32)
     tasks |= {"global": crops[0], "local": np.moveaxis(crops[1:], 0, 1), "visual": rows > 0}
     tasks["views"] = tasks["local"]
+    tasks |= {"image_present": rows != 1, "token_ids_present": rows != 2}
     tasks["has"] = (rows[:, None] + np.arange(5)) % 3 == 0
     tasks["triples"] = np.stack([wrong[..., :3]] * 3, axis=2)
     tasks |= {"paraphrases": wrong[:, ::-1], "tags": TOKENS[rows][:, 1:4, None]}

@@ -60,6 +60,22 @@ def test_evaluation_sees_all_and_one_keeps_all():
     np.testing.assert_allclose(seen(whole, params, IMAGES)[0], want, rtol=1e-6)
 
 
+def test_patches_that_are_named_are_seen_alone():
+    """In evaluation as well; all of them is the whole picture; each picture has its own."""
+    model = models.ViT(**SIZES, pool="tok")
+    params, kept = parameters(model, IMAGES), np.array([[0, 2, 5], [1, 2, 3], [4, 6, 7], [0, 1, 7]])
+    run = jax.jit(lambda images, kept: model.apply({"params": params}, images, kept=kept))
+    whole = jax.jit(lambda images: model.apply({"params": params}, images))(IMAGES)
+    np.testing.assert_array_equal(run(IMAGES, np.tile(np.arange(8), (4, 1))).tokens, whole.tokens)
+    found = run(IMAGES, kept)
+    assert found.tokens.shape == (4, 1 + 3, 32)
+    of_own = jax.jit(jax.grad(lambda images: jnp.sum(run(images, kept).pooled)))(IMAGES)
+    seen = [np.flatnonzero(row).tolist() for row in np.any(patches(of_own), axis=2)]
+    assert seen == kept.tolist()
+    with pytest.raises(UserError, match="kept patches are of pictures of one size, and of a pool other than `concat`"):
+        models.ViT(**SIZES, pool="concat").apply({"params": params}, IMAGES, kept=kept)
+
+
 def test_masks_follow_their_key():
     model = models.ViT(**SIZES, keep=0.5)
     params = parameters(model, IMAGES)

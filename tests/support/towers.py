@@ -30,7 +30,7 @@ class Towers(nn.Module):
     }
 
     @nn.compact
-    def __call__(self, images, token_ids, *, hidden=None, train=False):
+    def __call__(self, images, token_ids, *, hidden=None, kept=None, train=False):
         scale = jnp.exp(self.param("logit_scale", nn.initializers.constant(np.log(10.0)), ()))
         bias = self.param("logit_bias", nn.initializers.constant(-3.0), ())
         image = text = patches = words = pooled = image_parts = text_parts = None
@@ -40,6 +40,7 @@ class Towers(nn.Module):
             x = nn.Dropout(self.dropout, deterministic=not train)(images.reshape(len(images), 4, -1))
             x = nn.Dense(7, name="image_fc")(x)
             patches = nn.gelu(x if hidden is None else jnp.where(hidden[0][..., None], hidden[1], x))
+            patches = patches if kept is None else jnp.take_along_axis(patches, kept[..., None], axis=1)
             pooled = nn.Dense(5, name="image_head")(patches)
             image, pooled = self._unit(pooled), pooled.mean(1)
         if token_ids is not None:

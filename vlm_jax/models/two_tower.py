@@ -58,7 +58,8 @@ def _tokens_before(outputs):
 def token_embeddings(model, params, embeddings, side="image"):
     """Returns each token of a tower in the space of both, unit norm [B, N, D]; of pictures zeros for padding.
 
-    Each token passes alone through the layers after the blocks: the pool, if it is attention, and the head.
+    Each token passes alone through the layers after the blocks: the pool, if it is attention, and the head; of the pool
+    "concat", the head's part for the token's place.
 
     Args:
       model: a model with the tower.
@@ -73,7 +74,8 @@ def token_embeddings(model, params, embeddings, side="image"):
     pool = getattr(tower, "pool", None)
     if pool == "all":
         return getattr(embeddings, side)
-    if pool in (None, "none", "concat") or getattr(model, "space", None) is not None or _has_other_layers(tower):
+    apart = pool == "concat" and not tower.out_dim
+    if pool in (None, "none") or apart or getattr(model, "space", None) is not None or _has_other_layers(tower):
         what, pools = (
             ("patches", "gap, patches, tok or map") if side == "image" else ("words", "mean, last, eos or map")
         )
@@ -87,7 +89,11 @@ def token_embeddings(model, params, embeddings, side="image"):
         alone = tokens.reshape(-1, 1, tokens.shape[-1])
         mapped = MapPool(**shared(tower) | sizes, parent=None).apply({"params": own["map_pool"]}, alone)
         tokens = mapped.reshape(tokens.shape)
-    if tower.out_dim:
+    if pool == "concat":
+        length, width = tokens.shape[1:]
+        kernel = own["head"]["kernel"].reshape(length, width, -1).astype(tokens.dtype)
+        tokens = length * jnp.einsum("bld,ldo->blo", tokens, kernel) + own["head"].get("bias", 0)
+    elif tower.out_dim:
         head = nn.Dense(tower.out_dim, use_bias=tower.head_bias, dtype=tower.dtype, parent=None)
         tokens = head.apply({"params": own["head"]}, tokens)
     mask = embeddings.image_mask if side == "image" else None
@@ -147,14 +153,14 @@ class TwoTower(nn.Module):
     outputs: ClassVar = EMBEDDINGS
 
     @nn.compact
-    def __call__(self, images, token_ids, *, hidden=None, train=False):
+    def __call__(self, images, token_ids, *, hidden=None, kept=None, train=False):
         """Embeds images and texts; either may be None.
 
         Args:
           images: inputs of the image tower, floating [B, H, W, 3], already normalised; or precomputed pooled outputs
             [B, D] of a locked tower; or None.
           token_ids: integers [B, L], or None.
-          hidden: patches that are masked, see `ViT`; or None.
+          hidden, kept: patches that are masked, and that are seen, see `ViT`; or None.
           train: whether dropout and drop path are active (they draw from the rng `dropout`).
 
         Returns:
@@ -175,7 +181,8 @@ class TwoTower(nn.Module):
                 self.image(jnp.zeros((1, *_picture_size(self.image), 3)))
             image = unit(images)
         elif images is not None:
-            encoded = of_image = self.image(images, train=train, **({} if hidden is None else {"hidden": hidden}))
+            given = {name: one for name, one in (("hidden", hidden), ("kept", kept)) if one is not None}
+            encoded = of_image = self.image(images, train=train, **given)
             image, image_tokens = self._embedding("image", encoded), encoded.tokens
             image_pooled, image_mask = encoded.pooled, encoded.mask
         if token_ids is not None:

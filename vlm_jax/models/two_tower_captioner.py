@@ -25,9 +25,9 @@ class TwoTowerCaptioner(TwoTower, Conditional, kw_only=True):
     )
 
     @nn.compact
-    def __call__(self, images, token_ids, *, hidden=None, train=False):
+    def __call__(self, images, token_ids, *, hidden=None, kept=None, train=False):
         """Returns `Embeddings`; see `TwoTower`."""
-        found = super().__call__(images, token_ids, hidden=hidden, train=train)
+        found = super().__call__(images, token_ids, hidden=hidden, kept=kept, train=train)
         if self.is_initializing():
             self.logits(self.decode(shift_right(token_ids, self.decoder.start_id), found.image_tokens).hidden)
         return found

@@ -84,8 +84,9 @@ class ViT(Encoder, kw_only=True):
 
     @nn.compact
     def __call__(
-        self, images, *, hidden=None, prefix=None, blocks=True, context=None, context_mask=None, layers=(), train=False
-    ):
+        self, images, *, hidden=None, kept=None, prefix=None, blocks=True, context=None, context_mask=None, layers=(),
+        train=False,
+    ):  # fmt: skip
         """Encodes images.
 
         Args:
@@ -95,6 +96,8 @@ class ViT(Encoder, kw_only=True):
             `Tokens`: the result is then that of `Encoder.run`.
           hidden: (bool [B, N], floating [D]): patches whose embeddings become a mask token, and the token, to which
             positions are added (iBOT: arXiv:2111.07832). Or None.
+          kept: integers [B, n], numbers of the patches that the blocks see, in order, as `subset` draws them; others
+            are dropped, and `tokens` has these alone. None: all, or the share `keep`.
           prefix: integers [B], number of patches that all tokens see; others are visible from their own place on
             (AIMv2: arXiv:2411.14402, section 2.2). None: all tokens see all patches.
           blocks: False returns the embedded patches in the place of tokens, for `Tokens`.
@@ -127,8 +130,8 @@ class ViT(Encoder, kw_only=True):
             x = self._hidden(x, *hidden, train)
         table = table.astype(self.dtype)
         x = x + table[:, -x.shape[1] :]
-        if train and self.keep != 1:
-            kept, real = self._kept(x, mask)
+        if kept is not None or (train and self.keep != 1):
+            kept, real = self._kept(x, mask, kept)
             pick = lambda rows: jnp.take_along_axis(jnp.broadcast_to(rows, (len(x), *rows.shape[-2:])), kept, axis=1)
             rotation = jax.tree.map(pick, rotation)
             x, mask = pick(x), real
@@ -184,8 +187,12 @@ class ViT(Encoder, kw_only=True):
             )
         return jnp.where(where[..., None], token.astype(x.dtype), x)
 
-    def _kept(self, x, mask):
-        """Returns the numbers [B, n, 1] of a random share of the patches [B, N, D], in order, and their mask."""
+    def _kept(self, x, mask, kept):
+        """Returns the numbers [B, n, 1] of the patches [B, N, D] that are seen, in order, and their mask."""
+        if kept is not None:
+            if mask is not None or self.pool == "concat":
+                raise UserError("kept patches are of pictures of one size, and of a pool other than `concat`")
+            return kept[..., None], None
         if not 0 < self.keep < 1 or self.pool == "concat":
             raise UserError(
                 f"keep is {self.keep} with pool `{self.pool}`; expected above 0, at most 1, and not `concat`"

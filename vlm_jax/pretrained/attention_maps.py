@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.errors import UserError
+from vlm_jax.models.attention_weights import softmax_of
 from vlm_jax.models.block import Block
 from vlm_jax.models.coca import CoCa, QueryPool
 from vlm_jax.models.layers import Attention
@@ -178,9 +179,9 @@ def _attention(model: nn.Module, params: Any, images: Any, grid: tuple[int, int]
     from_cls = tower.pool in ("tok", "first") and not has_pool
     projected, pooled, blocks = {}, [], []
 
-    def reduced(weights):
-        weights = weights.mean(axis=1)
-        return weights[:, own][:, :1] if from_cls else weights
+    def reduced(softmax):
+        softmax = softmax.mean(axis=1)
+        return softmax[:, own][:, :1] if from_cls else softmax
 
     def look(call, args, kwargs, module, method):
         path = module.path
@@ -189,7 +190,7 @@ def _attention(model: nn.Module, params: Any, images: Any, grid: tuple[int, int]
             return projected[args[0]]
         result = call(*args, **kwargs)
         if isinstance(module, Attention) and method == "__call__" and path[-1] == "attn":
-            projected["weights"] = _weights(module, projected, *args, **kwargs)
+            projected["weights"] = softmax_of(module, projected, *args, **kwargs)
             if path in (("image", "map_pool", "attn"), ("pool", "attn")):
                 pooled.append(projected["weights"][:, :, 0].mean(axis=1))
         elif isinstance(module, Block) and method == "__call__" and path[0] == "image" and not has_pool:
@@ -206,17 +207,6 @@ def _attention(model: nn.Module, params: Any, images: Any, grid: tuple[int, int]
     else:
         seen = _rollout(blocks)[:, own].mean(axis=1)
     return seen[:, own][:, first:].reshape(-1, *grid)
-
-
-def _weights(module: Attention, projected: Mapping, x, kv=None, mask=None, *, logits_bias=None, **_) -> jax.Array:
-    """Computes the softmax of `Attention` again, fp32 [B, heads, Lq, Lk]."""
-    del x, kv
-    query, key = projected["query"], projected["key"]
-    scale = query.shape[-1] ** -0.5 if module.scale is None else module.scale
-    logits = scale * jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-    logits = logits if logits_bias is None else logits + logits_bias
-    logits = logits if mask is None else jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    return jax.nn.softmax(logits, axis=-1)
 
 
 def _rollout(blocks: Sequence[jax.Array]) -> jax.Array:

@@ -1,10 +1,12 @@
 """Op strings: parsed, refused, split by `cache`."""
 
+import pickle
+
 import numpy as np
 import pytest
 
 from tests.support.records import encode, picture, run
-from vlm_jax.data import ops
+from vlm_jax.data import ops, tokenizers
 from vlm_jax.data.source import BadExample
 from vlm_jax.errors import UserError
 
@@ -47,6 +49,9 @@ from vlm_jax.errors import UserError
         ("flip\0", "null bytes"),
         ("flip(\n9,", "is not ops joined by `|`"),
         (3, "an op string is 3; expected a text"),
+        ("tokenize(8, tokenizer=3)", "op `tokenize` was given tokenizer=3; expected a spec, such as tokenizer='clip'"),
+        ("tokenize(8, tokenizer='clap')", "the tokenizer spec is `clap`; expected one of: clip, emoji"),
+        ("lower(tokenizer='clip')", "got an unexpected keyword argument 'tokenizer'"),
         ("captions(3, flip)", "op `captions` was given `flip`, which is not a literal"),
     ],
 )
@@ -73,6 +78,21 @@ def test_ops_as_an_argument_of_an_op():
     string = "captions(2, 'name/en', ops=template('a {}') | lower) | keep('texts')"
     assert ops.parse(string).paths == {"name/en", "a {}", "texts", "image", "text", "example"}
     assert run(string, {"name": {"en": "Cat"}}) == {"texts": ["a cat", ""]}
+
+
+def test_an_op_may_name_a_tokenizer_of_its_own():
+    """A teacher's texts; the tokenizer's name is no path of the record."""
+    emoji, clip = tokenizers.build("emoji"), tokenizers.build("clip")
+    pipeline = ops.parse(
+        "tokenize(6) | tokenize(8, to='taught', tokenizer='clip') | keep('token_ids', 'taught')", emoji
+    )
+    example = pickle.loads(pickle.dumps(pipeline))({"text": "red fox"}, None)
+    np.testing.assert_array_equal(example["token_ids"], emoji(["red fox"], 6)[0])
+    np.testing.assert_array_equal(example["taught"], clip(["red fox"], 8)[0])
+    assert "clip" not in pipeline.paths
+    assert run("tokenize(8, tokenizer='clip')", {"text": "red fox"}, 0, None)["token_ids"].tolist() == [
+        *example["taught"]
+    ]
 
 
 def test_an_op_of_ones_own():

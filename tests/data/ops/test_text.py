@@ -91,6 +91,22 @@ def test_tokenize_keep_rename():
         run("tokenize(3)", {"text": " "}, 0, tokenizer)
 
 
+def test_one_of_several_fields_may_be_missing():
+    record = {"image": np.ones((2, 2, 3), np.float32), "token_ids": np.array([4, 5], np.int32)}
+    seen = [run("missing(0.5, 'image', 'token_ids', fill=7)", record, seed) for seed in range(400)]
+    for one in seen:
+        assert (one["image"] == (1 if one["image_present"] else 7)).all() and one["image"].dtype == np.float32
+        assert one["token_ids"].tolist() == ([4, 5] if one["token_ids_present"] else [7, 7])
+    there = np.array([(one["image_present"], one["token_ids_present"]) for one in seen])
+    assert there.any(axis=1).all() and np.all(np.abs(there.mean(axis=0) - 0.75) < 0.07)
+    assert run("missing(0.0, 'image')", record)["image_present"] is True
+    assert run("missing(1.0, 'image')", record)["image_present"] is False and record["image"].all()
+    with pytest.raises(UserError, match="`text` is a str; put it after normalize and tokenize"):
+        run("missing(1.0, 'text')", {"text": "a"})
+    with pytest.raises(UserError, match="was given p=2; expected a probability"):
+        run("missing(2, 'image')", record)
+
+
 def test_draw_takes_one_place_of_lists():
     record = {"questions": {"question": ["how many?", "which colour?"], "answer": ["two", "red"]}}
     drawn = [run("draw('questions')", record, seed)["questions"] for seed in range(20)]

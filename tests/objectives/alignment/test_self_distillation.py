@@ -11,7 +11,7 @@ from tests.support.models import initial
 from tests.support.towers import Towers
 from vlm_jax import objectives
 from vlm_jax.errors import UserError
-from vlm_jax.objectives.alignment.self_distillation import _masks, sinkhorn
+from vlm_jax.objectives.alignment.self_distillation import masks, sinkhorn
 from vlm_jax.objectives.outputs import fold
 from vlm_jax.params import sharding
 
@@ -100,7 +100,7 @@ def of_picture(params, teacher, centre, row, name):
 def pictures(rows, key):
     """One after the other, with the masks of a step's key."""
     of_rows = fold(key, "rows batch")
-    where = _masks(jax.vmap(lambda i: jax.random.fold_in(of_rows, i))(jnp.arange(B)), B, N, 0.5)[0]
+    where = masks(jax.vmap(lambda i: jax.random.fold_in(of_rows, i))(jnp.arange(B)), B, N, 0.5)[0]
     return [{"global": rows["global"][i], "local": rows["local"][i], "where": where[i]} for i in range(B)]
 
 
@@ -148,10 +148,10 @@ def test_sinkhorn_balances():
 
 
 def test_masks_depend_on_the_key_of_a_row_alone():
-    where, index = _masks(jax.random.split(jax.random.key(0), 500), 500, 8, 0.4)
+    where, index = masks(jax.random.split(jax.random.key(0), 500), 500, 8, 0.4)
     assert np.all(where.sum(1) == 3) and np.all(np.take_along_axis(np.asarray(where), np.asarray(index), 1))
     assert np.all(np.abs(np.mean(where, 0) - 3 / 8) < 0.1) and len(np.unique(where, axis=0)) > 40
-    some = _masks(jax.random.split(jax.random.key(0), 500)[3:5], 2, 8, 0.4)
+    some = masks(jax.random.split(jax.random.key(0), 500)[3:5], 2, 8, 0.4)
     np.testing.assert_array_equal(some[0], where[3:5])
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from vlm_jax.data import tokenizers
 from vlm_jax.data.ops.image import array
 from vlm_jax.data.ops.registry import INJECTED, OPS, SUBJECTS
 from vlm_jax.data.source import BadExample
@@ -113,7 +114,8 @@ def parse(string: str, tokenizer: Any = None, max_patches: int | None = None) ->
 
     Args:
       string: ops joined by `|`, e.g. `"decode | resize(32) | normalize"`. An empty one returns the record.
-      tokenizer: `tokenizer(texts, length, bos, eos) -> int32 [B, length]`, for ops that need one (`tokenize`).
+      tokenizer: `tokenizer(texts, length, bos, eos) -> int32 [B, length]`, for ops that need one (`tokenize`) and
+        do not name another: `tokenize(77, to="teacher_ids", tokenizer="clip")`.
       max_patches: of ops that have this argument, where the string does not give it.
 
     Raises:
@@ -183,6 +185,8 @@ def _step(name: str, args: list, kwargs: dict, given: Given) -> Step:
         raise UserError(f"there is no op `{name}`; {hint}")
     function = OPS[name]
     signature = inspect.signature(function)
+    takes = "tokenizer" in signature.parameters
+    named = kwargs.pop("tokenizer", None) if takes else None
     subject = next(iter(signature.parameters))
     own = [p for p in signature.parameters.values() if p.name not in INJECTED]
     usage = f"{name}({', '.join(map(str, own))})".replace(f"{__name__}.", "")
@@ -208,11 +212,18 @@ def _step(name: str, args: list, kwargs: dict, given: Given) -> Step:
         bound.arguments[key] = values if key == several else values[0]
     # What stands before `*paths` goes by position, all else by name: `tokenizer` may stand between.
     args, kwargs = (bound.args, bound.kwargs) if several else ((), dict(bound.arguments))
-    if "tokenizer" in signature.parameters:
-        if given.tokenizer is None:
+    if takes:
+        kwargs["tokenizer"] = given.tokenizer if named is None else _tokenizer(name, named)
+        if kwargs["tokenizer"] is None:
             raise UserError(f"op `{name}` needs a tokenizer, and none was given")
-        kwargs["tokenizer"] = given.tokenizer
     return Step(name, function, subject, "rng" in signature.parameters, args, kwargs)
+
+
+def _tokenizer(name: str, spec: Any) -> Any:
+    """The tokenizer that an op names in the place of the run's."""
+    if not isinstance(spec, str):
+        raise UserError(f"op `{name}` was given tokenizer={spec!r:.80}; expected a spec, such as tokenizer='clip'")
+    return tokenizers.build(spec)
 
 
 def _inner(name: str, value: Any, hint: Any, given: Given) -> Any:

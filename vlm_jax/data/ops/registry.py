@@ -20,7 +20,7 @@ def op(function: Callable) -> Callable:
     * the first is `image` or `text`: the op's result replaces that field of the example;
       or `example`: the op takes and returns the whole dict;
     * the second may be `rng`: the op is random and receives the example's own `np.random.Generator`;
-    * `tokenizer` (keyword) is the tokenizer passed to `parse`;
+    * `tokenizer` (keyword) is the tokenizer passed to `parse`, or that of the spec which the op string names;
     * all others are the arguments of the op string, checked against their annotations when the string is parsed;
       an argument annotated as `Pipeline` is ops, called as `ops(example, rng)`.
 

@@ -226,7 +226,9 @@ def tokenize(
 ) -> dict:
     """Sets `token_ids` to int32 [length]: the text at `key`, padded or truncated (the end token is kept).
 
-    The texts of `captions` become int32 [n, length]; a lacking text becomes padding.
+    The texts of `captions` become int32 [n, length]; a lacking text becomes padding. A model with another tokenizer,
+    such as a teacher, reads a field of its own: `tokenize(77, to="teacher_ids", tokenizer="clip")`, see
+    `vlm_jax.data.tokenizers` for specs.
     """
     text = field(example, key)
     if isinstance(text, list) and all(isinstance(one, str) for one in text) and f"{key}_mask" in example:

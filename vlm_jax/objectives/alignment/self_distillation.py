@@ -243,7 +243,7 @@ def masked_patches(
         tokens = taught["patch_tokens"]
         if taught["of_image"].image_mask is not None:
             raise UserError(f"{WHERE}: masked_patches takes pictures of one size; these are packed, with padding")
-        where, index = _masks(outputs.keys, *tokens.shape[:2], share)
+        where, index = masks(outputs.keys, *tokens.shape[:2], share)
         hidden = where, outputs.part("mask", MaskToken(), tokens)
         seen = outputs.apply("__call__", taught.rows["image"], None, hidden=hidden).image_tokens
         pick = lambda x: jnp.take_along_axis(x[:, -tokens.shape[1] :], index[..., None], axis=1)
@@ -264,7 +264,7 @@ def _pooled_views(outputs: Outputs, key: str) -> jax.Array:
     return pooled.reshape(*views.shape[:2], -1)
 
 
-def _masks(keys: jax.Array | None, rows: int, length: int, share: float) -> tuple[jax.Array, jax.Array]:
+def masks(keys: jax.Array | None, rows: int, length: int, share: float) -> tuple[jax.Array, jax.Array]:
     """Returns (bool [B, N], int [B, M]): M of N patches of each row, drawn by its key."""
     count = round(share * length)
     keys = jax.random.split(jax.random.key(0), rows) if keys is None else keys

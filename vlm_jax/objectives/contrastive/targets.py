@@ -156,11 +156,14 @@ def affinities(*, teachers: Sequence[str] = ("teacher",), scale: float = 100.0) 
     return Targets(weights=weights, features=features)
 
 
-def cosines_of(x: jax.Array) -> jax.Array:
-    """Returns the cosines [B, B] of all pairs of rows of x, [B, D]."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-    return _product(x, x.T)
+def cosines_of(x: jax.Array, y: jax.Array | None = None) -> jax.Array:
+    """Returns the cosines [B, M] of all pairs of rows of x, [B, D], and of y, [M, D]; without y, of x and x."""
+
+    def unit(x):
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+    return _product(unit(x), unit(x if y is None else y).T)
 
 
 def _product(x, y):
