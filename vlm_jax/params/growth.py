@@ -28,6 +28,7 @@ AXES = (
     (r"(.*/)?(pos_embed|cls|registers|layer_scale\d|token_embed/embedding|patch_embed/kernel)", "w"),
 )
 LAST_OF_BRANCH = r"(.*/)?(attn/out|mlp/fc2)/(kernel|bias)"  # zeros make a block the identity
+BLOCK = r"(.*/)?blocks_\d+/"
 WIDTH = r"(.*/)?norm1/scale"
 
 
@@ -60,10 +61,12 @@ def grow(params: Any, fresh: Any, momentum: float = 1.0) -> Any:
         raise UserError(f"growth: the larger model has no `{name}`; expected the same model with more blocks or units")
 
     def one(name, leaf):
-        inherited = _inherited(name, old.get(name), leaf, *factors.get(layers_of[name].tower, (1, 1)))
+        factor, block = factors.get(places[name].tower, (1, 1)), re.match(BLOCK, name)
+        inherited = _inherited(name, old.get(name), leaf, *factor, bool(block) and block[0] not in blocks)
         return (momentum * inherited + (1 - momentum) * leaf).astype(leaf.dtype) if momentum < 1 else inherited
 
-    layers_of = layers.places(fresh)
+    places = layers.places(fresh)
+    blocks = {block[0] for block in (re.match(BLOCK, name) for name in old) if block}
     return map_with_name(one, fresh)
 
 
@@ -79,11 +82,11 @@ def _factors(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[
     return found
 
 
-def _inherited(name: str, old: Any, fresh: jax.Array, width: int, factor: int) -> jax.Array:
+def _inherited(name: str, old: Any, fresh: jax.Array, width: int, factor: int, in_new_block: bool) -> jax.Array:
     """Returns one parameter of the larger model that leaves the function as it is."""
     ends = bool(re.fullmatch(LAST_OF_BRANCH, name))
     if old is None:
-        if not re.search(r"(^|/)blocks_\d+/", name):
+        if not in_new_block:
             raise UserError(f"growth: the smaller model has no `{name}`; only blocks and hidden units may be new")
         return jnp.zeros_like(fresh) if ends else fresh
     if old.shape == fresh.shape:

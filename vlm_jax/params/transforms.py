@@ -73,6 +73,22 @@ def scale(factors: Mapping[str, Any]) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: map_with_name(scaled, updates))
 
 
+def shrink(threshold: float | Callable) -> optax.GradientTransformation:
+    """Moves parameters after their update towards 0 by a threshold, to exactly 0 where they are smaller.
+
+    sign(p + u) max(|p + u| - threshold, 0), the proximal step of an L1 penalty. The threshold is a number or a function
+    of the step.
+    """
+
+    def update(updates, state, params=None):
+        now = threshold(state.count) if callable(threshold) else threshold
+        soft = lambda x: jnp.sign(x) * jnp.maximum(jnp.abs(x) - now, 0)
+        moved = jax.tree.map(lambda u, p: (soft(p + u) - p).astype(u.dtype), updates, params)
+        return moved, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update)
+
+
 def plain_keys(tx: optax.GradientTransformationExtraArgs, params: Any) -> optax.GradientTransformationExtraArgs:
     """Returns tx with the random keys of its state as numbers, which checkpoints can hold; params may be shapes."""
     kinds = jax.eval_shape(tx.init, params)
