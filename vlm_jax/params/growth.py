@@ -3,7 +3,7 @@
     larger = grow(params, fresh)    # fresh: initial parameters of the larger model
 
 A tower may grow in depth, in width by a whole factor, and in the hidden units of its MLPs and attention. Heads grow in
-number and keep their width. Blocks are residual with norms before the branches.
+number and keep their width, which the shapes do not tell. Blocks are residual with norms before the branches.
 """
 
 import re
