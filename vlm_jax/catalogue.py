@@ -71,6 +71,7 @@ FAMILIES = {
     "prompts": _adapts("model -> Recipe"),
     "insertions": Family("insertion", "fields -> record", "--config.model.insertions=[dict(type='{name}')]"),
     "retrieval": Family("retrieval", "features, texts, scale -> head", "vlm_jax.adapt.retrieval.{name}"),
+    "continual": Family("continual", "model, recipe, tasks -> experts", "vlm_jax.adapt.continual.{name}"),
     "averages": Family("average", "parameter trees -> parameters", "vlm_jax.params.averages.{name}"),
     "regularizers": Family("regularizer", "parameters, pretrained ones", "vlm_jax.params.regularizers.{name}"),
     "evaluators": Family("evaluator", "data -> evaluator", "vlm-jax evaluate --task={name}"),

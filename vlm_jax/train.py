@@ -116,6 +116,7 @@ def _train(
                 batches.examples[first], batches.size_of(first), mesh, steps, model=own["model"],
                 objective=own["objective"], optimizer=own["optimizer"], partition=partition,
                 accumulate=own.get("accumulate", 1), ema=ema, seed=seed, tokenizer=tokenizer, load=load,
+                first=stage.first,
             )  # fmt: skip
             if tokenizer is None and vocabulary.vocab_size(program.model):
                 raise UserError("config.tokenizer is missing, and the model reads texts; set it, and config.tokenize")
@@ -191,6 +192,7 @@ def _train(
                     vocabulary.check_ids(batch, known_ids, "config.data")
                     batch = sharding.to_global(batch, mesh, batches.size_of(batches.length))
                     state, metrics, norms = train_steps[batches.length](state, batch, frozen)
+                    state = staging.merged(state, stage) if step == stage.last else state
                 clock.count(batches.count(step) - batches.count(step - 1), step_flops[batches.length])
                 tracer.after(step, metrics)
                 if before:  # checks the step before, so that the device never waits for the host
@@ -226,7 +228,8 @@ def _train(
                 batches.go_on(before.get_state())
                 with jax.set_mesh(mesh):
                     begin = partial(program.init, jax.random.key(seed), {})
-                    state = staging.carried(state, program.abstract_state, stage, begin)
+                    refreshed = objectives.refreshed(program.objective)
+                    state = staging.carried(state, program.abstract_state, stage, begin, refreshed)
             state, progress = take(stage, state, progress)
         with doing("writing the checkpoint"):
             saver.wait()

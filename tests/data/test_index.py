@@ -54,6 +54,27 @@ def test_without_weights_they_are_1(uri, tmp_path):
     assert [next(batches)["weight"].tolist() for _ in range(3)] == [[-1.0, 1.0]] * 3  # `b` first, its field `weight`
 
 
+def test_a_limit_keeps_some_examples_drawn_once(uri, tmp_path):
+    """A memory: the same examples in every epoch, of those that `where` or an index chooses; others by another seed."""
+    load = lambda seed=0, **options: loader.train_loader(uri=uri, ops="keep('n')", batch_size=1, seed=seed, **options)
+    seen = lambda batches, count: [int(next(batches)["n"][0]) for _ in range(count)]
+    batches = load(limit=5)
+    assert batches.num_examples == 5
+    once, again = seen(batches, 5), seen(batches, 5)
+    assert sorted(once) == sorted(again) and len(set(once)) == 5
+    assert sorted(seen(load(seed=1, limit=5), 5)) != sorted(once)
+    even = seen(load(limit=5, where={"even": [True]}), 5)
+    assert len(set(even)) == 5 and not any(n % 2 for n in even)
+    assert load(limit=50).num_examples == 20
+    np.savez(tmp_path / "a.npz", index=np.array([7, 2, 19]), weight=np.array([0.5, 2.0, 3.0]))
+    kept = epoch(uri, tmp_path / "a.npz", limit=2)
+    assert len(kept) == 2 and set(kept) < {(7, 0.5), (2, 2.0), (19, 3.0)}
+    with pytest.raises(UserError, match=r"config\.data\.limit is 0; expected 1 or more"):
+        load(limit=0)
+    with pytest.raises(UserError, match="has 3 examples after limit=3, fewer than batch_size=4"):
+        loader.train_loader(uri=uri, ops="keep('n')", batch_size=4, limit=3)
+
+
 def test_what_a_user_gets_wrong_is_named(uri, tmp_path):
     def message(name, **arrays):
         np.savez(tmp_path / f"{name}.npz", **arrays)

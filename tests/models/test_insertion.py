@@ -87,9 +87,10 @@ def test_counts_and_what_changes(base, insertion, count):
     np.testing.assert_array_equal(embed(model, params)[0], image)  # the model itself is as it was
 
 
-def test_merged_is_unmerged(base):
+@pytest.mark.parametrize("importance", [False, True])
+def test_merged_is_unmerged(base, importance):
     model, params, _ = base
-    insertion = LowRank(where=r".*/(query|value|out|fc1|fc2)", rank=3, alpha=6)
+    insertion = LowRank(where=r".*/(query|value|out|fc1|fc2)", rank=3, alpha=6, importance=importance)
     adapted = inserted(model, insertion)
     trained = randomised(begin(jax.random.key(2), adapted, params, IMAGES, TEXTS))
     merged = merge(trained, adapted.insertions)

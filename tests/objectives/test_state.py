@@ -1,6 +1,7 @@
 """What an objective adds to a run: what is off or out of reach stands still, and what a run holds besides the model."""
 
 import collections
+import dataclasses
 from functools import partial
 from types import SimpleNamespace
 
@@ -199,6 +200,62 @@ def test_a_stage_that_adds_terms_begins_them_as_a_new_run_and_its_teacher_as_the
     own = [name for name in found if "objective/head_size" in name]
     assert len(own) == 8 and np.any(found["params/objective/head_size/head/kernel"])  # kernel, bias: ema, mu, nu
     stages.check(after.abstract_state, before.abstract_state, stage)  # and they may go
+
+
+def test_a_teacher_with_refresh_is_the_model_before_the_stage():
+    """And one without goes on; the merge at a stage's end is between that model and the stage's own."""
+    teachers = dict(before=dict(decay=1.0, refresh=True), first=dict(decay=1.0), slow=dict(decay=0.5))
+    objective = dict(terms=dict(contrastive={}, topology={}), teachers=teachers)
+    program = build(objective)
+    assert objectives.refreshed(program.objective) == {"before"}
+    state, step = program.init(jax.random.key(0), {}), program.compile_step()
+    held = lambda state, teacher: jax.device_get(state.objective_state["teachers"][teacher])
+    params = lambda state: jax.device_get(state.params)
+    same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
+    begun = params(state)
+    state, *_ = step(state, BATCH, {})
+    trained, slow = params(state), held(state, "slow")
+    stage = stages.Stage(2, 1, STEPS, {}, merge=stages.Merge("before", 0.25))
+    stages.check(program.abstract_state, program.abstract_state, stage)
+    state = stages.carried(state, program.abstract_state, stage, None, objectives.refreshed(program.objective))
+    for teacher, wanted in (("before", trained), ("first", begun), ("slow", slow)):
+        same(held(state, teacher), wanted)
+    state, *_ = step(state, BATCH, {})
+    same(held(state, "before"), trained)
+    own, average = params(state), jax.device_get(state.ema)
+    for alpha in (0.25, 1.0):
+        found = stages.merged(state, dataclasses.replace(stage, merge=stages.Merge("before", alpha)))
+        for tree, mine in ((found.params, own), (found.ema, average)):
+            mix = lambda t, o, alpha=alpha: (1 - alpha) * np.float64(t) + alpha * np.float64(o)
+            close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+            jax.tree.map(close, jax.device_get(tree), jax.tree.map(mix, trained, mine))
+    same(params(found), own)  # alpha = 1
+    step(found, BATCH, {})  # the compiled step takes it
+    assert stages.merged(state, stages.Stage(2, 1, STEPS, {})) is state
+
+
+def test_ewc_learns_of_stages_from_the_program():
+    """No pull in the first stage; in the second, F is not 0 and the anchor is the model at its beginning."""
+    table = ((".*", dict(transform=dict(name="ewc", weight=1.0))),)
+    optimizer = dict(name="sgd", lr=0.1, schedule=dict(name="constant"), params=table)
+    first, second = (build(dict(name="contrastive"), optimizer=optimizer, ema=None, first=n) for n in (0, 2))
+    state = first.init(jax.random.key(0), {})
+    part = lambda state, name: {
+        n: x for n, x in jax.device_get(named_leaves(state.opt_state)).items() if f"/{name}/" in n
+    }
+    for program, steps in ((first, 2), (second, 2)):
+        step = program.compile_step()
+        for _ in range(steps):
+            before, squares = jax.device_get(named_leaves(state.params)), part(state, "squares")
+            fisher = part(state, "fisher")
+            begins = program is second and int(state.step) == 2
+            state, *_ = step(state, BATCH, {})
+            wanted = {n.replace("squares", "fisher"): x for n, x in squares.items()} if begins else fisher
+            jax.tree.map(np.testing.assert_array_equal, part(state, "fisher"), wanted)
+            if begins:
+                anchors = {n.split("/anchor/")[1]: x for n, x in part(state, "anchor").items()}
+                jax.tree.map(np.testing.assert_array_equal, anchors, before)
+    assert any(np.any(x) for x in part(state, "fisher").values())
 
 
 # What a run holds.

@@ -182,6 +182,22 @@ def test_transforms_of_a_group_come_before_the_optimizer():
     assert table[EMBEDDING] == "lr x1, wd x0, centralize, clip max_delta=0.3, scale step_size=2.0"
 
 
+def test_shrink_is_the_proximal_step_of_an_l1_penalty():
+    """sign(x) max(|x| - t, 0) of the parameter after SGD; a threshold that rises late, and a number."""
+    rise = dict(name="constant", value=0.2, begin=2, warmup=2)
+    tx, table, _ = build((EMBEDDING, dict(shrink=rise)), (STACK, dict(shrink=0.3)), name="sgd", weight_decay=0)
+    assert table[EMBEDDING].endswith(", shrink name=constant value=0.2 begin=2 warmup=2")
+    assert table[STACK].endswith(", shrink value=0.3")
+    thresholds = {EMBEDDING: [0, 0, 0, 0.1, 0.2], STACK: [0.3] * STEPS, "logit_scale": [0] * STEPS}
+    wanted = {name: named_leaves(START)[name] for name in thresholds}
+    for step, (p, _) in enumerate(train(tx)):
+        for name, x in wanted.items():
+            x = x - LR * CURVE[step] * named_leaves(GRADIENTS[step])[name]
+            wanted[name] = np.sign(x) * np.maximum(np.abs(x) - thresholds[name][step], 0)
+            np.testing.assert_allclose(named_leaves(p)[name], wanted[name], rtol=1e-6, atol=1e-6)
+    assert [np.any(named_leaves(p)[name] == 0) for name in thresholds] == [True, True, False]
+
+
 def test_random_keys_of_the_state_are_numbers():
     """Noise differs from step to step; checkpoints cannot hold typed keys."""
     tx, _, _ = build((EMBEDDING, dict(transform=dict(name="add_noise", eta=1.0, gamma=0.0, key=3))), name="sgd")

@@ -5,7 +5,7 @@ import pytest
 
 from tests.support.compare import bits, close
 from vlm_jax.errors import UserError
-from vlm_jax.params import regularizers
+from vlm_jax.params import regularizers, transforms
 
 
 def test_mixout():
@@ -51,3 +51,42 @@ def test_l2_sp():
     expected = jax.tree.map(lambda x, y: np.float32(0.1) * (x - y), params, base)
     close(gradient, expected, rtol=1e-6, atol=1e-6)
     close(regularizers.l2_sp_gradient(params, base, 0.1), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_ewc():
+    rng = np.random.default_rng(0)
+    draw = lambda: {"kernel": rng.standard_normal((4, 3)).astype(np.float32), "bias": rng.random(3).astype(np.float32)}
+    params, base, fisher = draw(), draw(), jax.tree.map(np.abs, draw())
+    value, gradient = jax.value_and_grad(regularizers.ewc)(params, base, fisher, 0.3)
+    wanted = sum(
+        0.15 * np.sum(np.float64(fisher[k]) * (np.float64(params[k]) - np.float64(base[k])) ** 2) for k in params
+    )
+    np.testing.assert_allclose(value, wanted, rtol=1e-6)
+    close(regularizers.ewc_gradient(params, base, fisher, 0.3), gradient, rtol=1e-6, atol=1e-6)
+    ones = jax.tree.map(np.ones_like, params)
+    np.testing.assert_allclose(regularizers.ewc(params, base, ones, 0.3), regularizers.l2_sp(params, base, 0.3))
+
+
+@pytest.mark.parametrize("weight", [0.0, 5.0])
+def test_ewc_of_a_run(weight):
+    """Three stages of four steps of SGD, against numpy: no pull in the first, then towards the ends of stages."""
+    tx = transforms.transform(dict(name="ewc", weight=weight, decay=0.75, keep=0.5), "config")
+    rng = np.random.default_rng(0)
+    params = {"w": rng.standard_normal(5).astype(np.float32)}
+    state, update = tx.init(params), jax.jit(lambda *args: tx.update(*args[:3], begins=args[3]))
+    theta = anchor = params["w"].astype(np.float64)
+    squares, fisher = np.zeros(5), np.zeros(5)
+    for step in range(12):
+        gradient = rng.standard_normal(5).astype(np.float32)
+        begins = step in (4, 8)
+        if begins:
+            fisher, anchor = 0.5 * fisher + squares, theta
+        squares = 0.75 * squares + 0.25 * np.float64(gradient) ** 2
+        updates, state = update({"w": gradient}, state, params, begins)
+        wanted = gradient + weight * fisher * (theta - anchor)
+        np.testing.assert_allclose(updates["w"], wanted, rtol=1e-5, atol=1e-6)
+        if step < 4 or not weight:
+            np.testing.assert_array_equal(updates["w"], gradient)
+        params = {"w": np.asarray(params["w"] - 0.1 * updates["w"])}
+        theta = theta - 0.1 * wanted
+    assert np.any(np.abs(wanted - gradient) > 0.1) == bool(weight)

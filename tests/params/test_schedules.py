@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -59,6 +61,16 @@ def test_constant_with_both_ramps_and_a_last_step_above_zero():
     np.testing.assert_allclose(got, [0, 0.5, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2], atol=1e-6)
 
 
+def test_cycles_begin_the_curve_anew():
+    """As often as there are stages, with the stages' own rounding."""
+    for total, cycles in ((20, 4), (41, 5)):
+        begins = [round(total * k / cycles) for k in range(cycles)] + [total]
+        one = values(round(total / cycles), name="cosine", warmup=2)
+        want = np.concatenate([np.resize(np.append(one, 0), b - a) for a, b in itertools.pairwise(begins)])
+        np.testing.assert_allclose(values(total, name="cosine", warmup=2, cycles=cycles), want, atol=1e-6)
+    np.testing.assert_array_equal(values(20, name="linear", cycles=1), values(20, name="linear"))
+
+
 def test_durations_of_a_section_are_read_by_the_caller_s_function():
     steps = lambda duration: schedules.duration_to_steps(duration, 10, 50, 100)
     schedule = schedules.build({"name": "constant", "warmup": "2 epochs"}, 100, steps)
@@ -70,6 +82,7 @@ def test_durations_of_a_section_are_read_by_the_caller_s_function():
     [
         ({"name": "cosin"}, "config.optimizer.schedule.name is `cosin`; expected one of: cosine"),
         ({"warmpu": 3}, "config.optimizer.schedule has no key `warmpu`; did you mean `warmup`"),
+        ({"cycles": 0}, "config.optimizer.schedule.cycles is 0; expected 1 or more"),
         ({"warmup": "3 ages"}, "config.optimizer.schedule.warmup: a duration is '3 ages'"),
         ({"warmup": 60, "cooldown": "50%"}, r"config.optimizer.schedule: warm-up \(60\) and cool-down \(50\) exceed"),
     ],

@@ -19,19 +19,22 @@ OPS = "decode | resize({}) | normalize | caption('text') | tokenize(8) | keep('i
 SMALL = dict(
     model=dict(image=dict(image_size=16)), data=dict(ops=OPS.format(16)), preprocess="decode | resize(16) | normalize"
 )
+MERGE = dict(teacher="before", alpha=0.5)
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    """12 steps on 32 px, the first quarter on 16 px; AdamW and averages."""
+    """12 steps on 32 px, the first quarter on 16 px and then merged with its beginning; AdamW and averages."""
     folder = tmp_path_factory.mktemp("pictures")
     write_pictures(folder, 32)
-    return staged(on_pictures(folder), dict(share="25%", **SMALL), dict(share="75%"))
+    return staged(on_pictures(folder), dict(share="25%", **SMALL, merge=MERGE), dict(share="75%"))
 
 
 def staged(settings, *sections):
     tower = dict(settings["model"]["image"], image_size=32, pool="tok", cls_position=True)
     model = settings["model"] | dict(image=tower)
+    objective = dict(terms=dict(contrastive={}, lwf={}), teachers=dict(before=dict(decay=1.0, refresh=True)))
+    settings = settings | dict(objective=objective)
     return settings | dict(model=model, stages=sections, ema=0.9, preprocess="decode | resize(32) | normalize")
 
 
@@ -57,6 +60,13 @@ def test_a_killed_run_goes_on_in_its_stage(settings, whole, tmp_path):
         assert found["data/read_examples"] == results["data/read_examples"] == 12 * 16
 
 
+def test_a_teacher_is_the_model_before_the_stage(whole):
+    """Where a stage begins, the model is its own teacher; the second begins with what was merged."""
+    workdir, _ = whole
+    lost = [line["lwf/loss"] for line in lines(workdir) if "lwf/loss" in line]
+    assert [abs(loss) < 1e-6 for loss in lost[:5]] == [True, False, False, True, False]
+
+
 def test_a_checkpoint_loads_as_the_model_of_its_stage(whole, tmp_path):
     workdir, _ = whole
     for step, size in ((3, 16), (4, 32)):
@@ -71,7 +81,9 @@ def test_a_checkpoint_loads_as_the_model_of_its_stage(whole, tmp_path):
 
 
 def test_equal_stages_change_nothing(settings, tmp_path):
-    one = settings | dict(stages=None, duration="4 steps", checkpoint=dict(every="4 steps"))
+    one = settings | dict(
+        objective=dict(name="contrastive"), stages=None, duration="4 steps", checkpoint=dict(every="4 steps")
+    )
     two = one | dict(stages=(dict(share="50%"), dict(share="50%", accumulate=1)))
     assert train(one, tmp_path / "one")["params_sha256"] == train(two, tmp_path / "two")["params_sha256"]
 
@@ -109,6 +121,11 @@ def test_positions_are_resampled_in_parameters_moments_and_averages():
         ),
         ([dict(share="50%", model=dict(image=dict(image_siz=64))), dict(share="50%")], "no key `image_siz`"),
         ([dict(share="50%", resample="cubic"), dict(share="50%")], "resample is `cubic`"),
+        ([dict(share="50%", merge=dict(teacher="old", alpha=2)), dict(share="50%")], "stage 1: alpha is 2, the share"),
+        (
+            [dict(share="50%"), dict(share="50%", merge=dict(teacher="old", alpha=0.5))],
+            "stage 2 merges with the teacher `old`, which is no average in this stage; .* has: before",
+        ),
     ],
 )
 def test_mistakes_are_named_before_the_first_step(settings, tmp_path, sections, message):

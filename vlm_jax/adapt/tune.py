@@ -9,7 +9,7 @@ step is that of `vlm_jax.train`.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -51,6 +51,8 @@ def tune(
     pool: Any = None,
     seed: int = 0,
     show: bool = False,
+    begin: Mapping[str, jax.Array] | None = None,
+    after: Callable[[dict[str, jax.Array]], None] | None = None,
 ) -> Pretrained:
     """Trains a recipe's parameters and returns the adapted model, which names pictures by `names`.
 
@@ -72,6 +74,8 @@ def tune(
       pool: pictures without labels, as `images`, for recipes whose terms use them; a batch has `batch_size` of them.
       seed: of the initial parameters, of the order of examples and of all draws.
       show: shows a progress bar.
+      begin: the recipe's own parameters, to go on with; defaults to new ones.
+      after: is called with the recipe's own parameters after each step.
 
     Raises:
       UserError: the recipe and the model do not fit, or the loss is not finite.
@@ -98,7 +102,7 @@ def tune(
     if modules:
         params = insertion.begin(rng, adapted.model, params, jnp.asarray(pictures.first), jnp.asarray(token_ids[:1]))
     leaves = named_leaves(params)
-    own = recipe.begin(jax.random.fold_in(rng, 1), adapted.model, leaves)
+    own = recipe.begin(jax.random.fold_in(rng, 1), adapted.model, leaves) if begin is None else dict(begin)
     changed = recipe.combine(own, leaves).keys()
     if not changed:
         raise UserError(f"{recipe} trains nothing of this model; compare the recipe with the model's parameter names")
@@ -129,6 +133,8 @@ def tune(
     state = _begin(tuning, own, leaves, frozen, batch_of(0, order[0]))
     for number, rows in enumerate(tqdm(order[:steps], desc="tune", unit="step", disable=not show)):
         state, loss = _step(tuning, state, leaves, frozen, batch_of(number, rows), learning_rate, seed)
+        if after is not None:
+            after(objectives.of_model(state.params))
     if not np.isfinite(loss):
         raise DivergedError(
             f"{type(recipe).__name__}: the loss is {loss} after {steps} steps; a smaller learning_rate?"

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vlm_jax import config
 from vlm_jax.data import index as index_lib
 from vlm_jax.data import ops as ops_lib
 from vlm_jax.data.confined import digest
@@ -214,6 +215,7 @@ def open_examples(
     split: str | None,
     where: Mapping[str, Iterable[Any]] | None,
     index: str | None = None,
+    limit: int | None = None,
     reinforced: str | None = None,
     tokenizer: Any,
     seed: int,
@@ -238,6 +240,11 @@ def open_examples(
         else:
             keep = np.isin(chosen, selected)
             chosen, weight = chosen[keep], weight[keep]
+    if limit is not None:
+        config.check_least(1, "config.data", limit=limit)
+        chosen = np.arange(len(source)) if chosen is None else chosen
+        kept = np.sort(np.random.default_rng(seed).permutation(len(chosen))[:limit])
+        chosen, weight = chosen[kept], None if weight is None else weight[kept]
     for what, count in left_out.items():
         log.warning("%s: left out %d %s", uri, count, what)
     views = reinforced and Reinforced(reinforced, uri, split, ops, len(source), source.fingerprint())

@@ -262,6 +262,7 @@ def train_loader(
     tokenizer: Any = None,
     where: Mapping[str, Iterable[Any]] | None = None,
     index: str | None = None,
+    limit: int | None = None,
     reinforced: str | None = None,
     order: str | Mapping[str, Any] | None = None,
     sources: Mapping[str, Mapping[str, Any]] | None = None,
@@ -282,10 +283,11 @@ def train_loader(
       tokenizer: for ops such as `tokenize`.
       where: field path -> accepted values; keeps the records that match: `{"style": ("twemoji", "fluent")}`.
       index: file that chooses examples by number, and may weight them (the field `weight`), see `index.read`.
+      limit: keeps at most so many of these examples, drawn once by the seed: a memory of earlier data, for instance.
       reinforced: folder of views and what teachers say of them; each draw takes one of the views, see `Reinforced`.
       order: of an epoch's examples: "full", "windowed", or dict(name="windowed", block=..., window=..., lanes=...), see
         `order.Windows`; defaults to "windowed" for a source in a store, else to "full".
-      sources: a mixture, name -> `mixture.Part`, in place of the seven arguments of one source.
+      sources: a mixture, name -> `mixture.Part`, in place of the eight arguments of one source.
       naflex: batches of packed pictures of several lengths, see `naflex.Buckets`.
       workers: processes that compute batches; 0 computes them in threads of this process.
       threads: threads that compute batches, in this process or in each worker.
@@ -299,7 +301,7 @@ def train_loader(
     config.check_least(0, "config.data", workers=workers, max_bad_fraction=max_bad_fraction)
     config.check_least(1, "config.data", threads=threads)
     config.check_least(0, "config", seed=seed)
-    one = dict(uri=uri, ops=ops, split=split, where=where, index=index, reinforced=reinforced, order=order)
+    one = dict(uri=uri, ops=ops, split=split, where=where, index=index, limit=limit, reinforced=reinforced, order=order)
     given = {name: value for name, value in one.items() if value is not None}
     if sources is None:
         parts = {"": config.call(mixture.Part, given, "config.data")}

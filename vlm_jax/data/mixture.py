@@ -34,7 +34,7 @@ class Part:
     """A source of a batch.
 
     Attributes:
-      uri, ops, split, where, index, reinforced, order: as of `loader.train_loader`.
+      uri, ops, split, where, index, limit, reinforced, order: as of `loader.train_loader`.
       weight: share of the batch, up to a factor; a number, or pairs (step, weight), see `turns.points_of`.
       rows: name of the row set that the source's examples form, with the other sources of that name.
     """
@@ -44,6 +44,7 @@ class Part:
     split: str | None = None
     where: Mapping[str, Iterable[Any]] | None = None
     index: str | None = None
+    limit: int | None = None
     reinforced: str | None = None
     order: str | Mapping[str, Any] | None = None
     weight: float | Sequence[Sequence[float]] = 1.0
@@ -138,7 +139,7 @@ def _row_set(
     for i, (part, examples) in enumerate(zip(parts.values(), sources, strict=True)):
         most = turns.most(i, size)
         if len(examples) < most:
-            chosen = [f"{key}={getattr(part, key)}" for key in ("index", "where") if getattr(part, key)]
+            chosen = [f"{key}={getattr(part, key)}" for key in ("index", "where", "limit") if getattr(part, key)]
             after = f" after {' and '.join(chosen)}" if chosen else ""
             needed = f"batch_size={batch_size}" if most == batch_size else f"its {most} of a batch of {batch_size}"
             raise UserError(f"data set `{part.uri}` has {len(examples)} examples{after}, fewer than {needed}")
@@ -174,7 +175,7 @@ def _points(name: str, part: Part) -> Points:
 
 def _open(name: str, part: Part, seed: int, tokenizer: Any, max_patches: int | None) -> Examples:
     """The examples of a part; in a mixture, each has an order and draws of its own, and keys with its name."""
-    given = ("uri", "ops", "split", "where", "index", "reinforced")
+    given = ("uri", "ops", "split", "where", "index", "limit", "reinforced")
     own = {name: getattr(part, name) for name in given} | dict(tokenizer=tokenizer, max_patches=max_patches)
     if not name:
         return open_examples(**own, seed=seed)

@@ -81,11 +81,13 @@ class LowRank(NamedTuple):
       where: regex of the dense layers, by their whole path.
       rank: r.
       alpha: None means r.
+      importance: whether (x a)_i is weighted by a parameter w_i, N(0, 1) at init (CoDyRA, arXiv:2412.01004).
     """
 
     where: str = r".*/attn/(query|value)"
     rank: int = 4
     alpha: float | None = None
+    importance: bool = False
 
     @property
     def factor(self) -> float:
@@ -99,6 +101,8 @@ class LowRank(NamedTuple):
         # U(-1 / sqrt(in), 1 / sqrt(in)), as in the authors' code
         a = _new(module, "a", nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), (x.shape[-1], self.rank))
         b = _new(module, "b", nn.initializers.zeros, (self.rank, h.shape[-1]))
+        if self.importance:
+            a = a * _new(module, "importance", nn.initializers.normal(1.0), (self.rank,))
         return h + (self.factor * _dot(_dot(x, a), b)).astype(h.dtype)
 
 
@@ -147,7 +151,8 @@ class Prompt(NamedTuple):
     depth: int | None = 1
 
     def takes(self, module, method):
-        _check_depth(self.depth)
+        if self.depth is not None and self.depth < 1:
+            raise UserError(f"the depth of prompts is {self.depth}; expected 1 or more, or None for all blocks")
         if isinstance(module, Block):
             return self.depth != 1 and method == "__call__"
         if method == "run" and re.fullmatch(self.where, "/".join(module.path)):
@@ -234,11 +239,6 @@ class Context(NamedTuple):
             uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
             _new(module, f"meta_{name}", uniform, (inputs, outputs))
             _new(module, f"meta_{name}_bias", nn.initializers.zeros, (outputs,))
-
-
-def _check_depth(depth):
-    if depth is not None and depth < 1:
-        raise UserError(f"the depth of prompts is {depth}; expected 1 or more, or None for all blocks")
 
 
 def _of_first(depth, layer, new, old):
@@ -342,7 +342,7 @@ def begin(rng: jax.Array, model: nn.Module, params: Any, *inputs: Any) -> Any:
 
 
 def merge(params: Any, insertions: tuple) -> Any:
-    """Returns plain parameters of a model with one `LowRank` insertion: each kernel is W + (alpha / r) a b."""
+    """Returns plain parameters of a model with one `LowRank` insertion: each kernel is W + (alpha / r) a diag(w) b."""
     if len(insertions) != 1 or not isinstance(insertions[0], LowRank):
         raise UserError(f"merge needs exactly one insertion, a LowRank; got {insertions}")
     leaves, new = named_leaves(params), new_leaves(params)
@@ -351,7 +351,8 @@ def merge(params: Any, insertions: tuple) -> Any:
         module, _, last = name.rpartition("/")
         if last != "kernel" or f"{module}/inserted_a" not in new:
             return leaves[name]
-        return leaves[name] + insertions[0].factor * (new[f"{module}/inserted_a"] @ new[f"{module}/inserted_b"])
+        a = new[f"{module}/inserted_a"] * new.get(f"{module}/inserted_importance", jnp.ones(1))[..., None, :]
+        return leaves[name] + insertions[0].factor * (a @ new[f"{module}/inserted_b"])
 
     return unflatten_dict({name: plain(name) for name in leaves if name not in new}, sep="/")
 

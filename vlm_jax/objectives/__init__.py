@@ -8,7 +8,7 @@ objective=dict(terms=..., teachers=dict(average=dict(decay=0.999)), combine="pro
 from vlm_jax.objectives.accumulation import value_and_grad
 from vlm_jax.objectives.build import build, teachers_of
 from vlm_jax.objectives.outputs import Outputs, of_model
-from vlm_jax.objectives.state import active, check_stored, frozen, make, reached, update
+from vlm_jax.objectives.state import active, check_stored, frozen, make, reached, refreshed, update
 from vlm_jax.objectives.sum import value
 from vlm_jax.objectives.term import Context, Feature, Objective, Row, Selection, Teacher, Term, model_inputs
 
@@ -29,6 +29,7 @@ __all__ = [
     "model_inputs",
     "of_model",
     "reached",
+    "refreshed",
     "teachers_of",
     "update",
     "value",

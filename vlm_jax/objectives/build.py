@@ -28,8 +28,8 @@ def build(
         reaches: regex of the parameters that the term's gradient may move; defaults to all.
       selections: {row set: options}; the method, of the family "selections", is the option `name`, which defaults to
         the name here. `on` is the row set that the selection reads.
-      teachers: {name: dict(decay=0.999, of="image/.*") or dict(spec="runs/clip", inputs=..., stored=...)}: see
-        `Teacher`.
+      teachers: {name: dict(decay=0.999, of="image/.*", refresh=..., anchor=...) or dict(spec="runs/clip", inputs=...,
+        stored=...)}: see `Teacher`.
       combine: what happens to the terms' gradients instead of their sum, a method of the family "combinations".
 
     In a section of one term, the term's `name` and options stand in the place of `terms`.
@@ -107,17 +107,20 @@ def _teacher(
     spec: str | None = None,
     inputs=None,
     stored: bool = False,
+    refresh: bool = False,
+    anchor: str | None = None,
 ) -> Teacher:
     if (decay is None) == (spec is None):
         raise UserError(f"a teacher of {WHERE} is an average, `decay=0.999`, or a checkpoint, `spec=...`: give one")
     if spec is None and stored:
         raise UserError(f"a teacher of {WHERE} is `stored` and an average, which changes; give a `spec`")
     if spec is None:
-        return Teacher(decay, inputs=dict(inputs or {}), of=of or ".*")
-    if of is not None:
-        raise UserError(
-            f"a teacher of {WHERE} has `of`, `{of}`, and `spec`: all parameters of a checkpoint are its own"
-        )
+        return Teacher(decay, inputs=dict(inputs or {}), of=of or ".*", refresh=refresh, anchor=anchor)
+    for key, given in (("of", of), ("refresh", refresh or None), ("anchor", anchor)):
+        if given is not None:
+            raise UserError(
+                f"a teacher of {WHERE} has `{key}`, `{given}`, and `spec`: all parameters of a checkpoint are its own"
+            )
     if stored:
         return Teacher(spec=spec, stored=True)
     loaded = load(spec)

@@ -56,15 +56,18 @@ def update(objective: Objective, state: Any, params: Any, features: Any, rng: ja
             new = lambda term=term, given=given, context=context: term.update(context.state, given, context)
             old = lambda context=context: context.state
             terms[term.name] = jax.lax.cond(term.weight(step) != 0, new, old) if callable(term.weight) else new()
-    own = lambda name: _chosen(params, objective.teachers[name].of, name)
-    follow = lambda name, old: _average(old, own(name), objective.teachers[name].decay, step)
+    follow = lambda name, old: _follow(objective.teachers[name], name, old, params, state["teachers"], step)
     return {"terms": terms, "teachers": {name: follow(name, old) for name, old in state["teachers"].items()}}
 
 
-def _average(average, params, decay, step):
-    """Returns d * average + (1 - d) * params; equal parameters stay equal bit for bit."""
+def _follow(teacher, name, average, params, teachers, step):
+    """Returns d * average + (1 - d) * target; equal parameters stay equal bit for bit."""
+    decay = teacher.decay
     if decay == 1.0:
         return average
+    params = _chosen(params, teacher.of, name)
+    if teacher.anchor:
+        params = jax.tree.map(lambda p, a: ((p + a) / 2).astype(p.dtype), params, teachers[teacher.anchor])
     share = 1 - (decay(step) if callable(decay) else decay)
     return jax.tree.map(lambda a, p: (a + share * (p - a)).astype(a.dtype), average, params)
 
@@ -117,6 +120,11 @@ def reached(
             found.setdefault(name, []).append(objective.schedules_of(term))
     join = lambda weights: None if None in weights else tuple(dict.fromkeys(itertools.chain(*weights)))
     return {name: join(weights) for name, weights in found.items()}
+
+
+def refreshed(objective: Objective) -> set[str]:
+    """Returns the names of the teachers that begin each stage as the model is then."""
+    return {name for name, teacher in objective.teachers.items() if teacher.refresh}
 
 
 def active(reach: Mapping[str, tuple[Callable, ...] | None], step: Any) -> dict[tuple, jax.Array]:

@@ -158,6 +158,10 @@ class Teacher:
       model, params: of the checkpoint.
       inputs: {"image": "teacher_image"}: rows that the teacher reads in the place of the model's.
       of: regex of whole parameter names that are averaged; all others are the run's own. Not with a `spec`.
+      refresh: whether the teacher begins every stage of the run as the model is then. With decay 1.0, the teacher is
+        the model at the end of the stage before. Not with a `spec`.
+      anchor: name of another average; this one follows the mean of the parameters and of the anchor's (CTP,
+        arXiv:2308.07146). Not with a `spec`.
     """
 
     decay: float | Callable | None = None
@@ -167,6 +171,8 @@ class Teacher:
     params: Any = dataclasses.field(default=None, repr=False)
     inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
     of: str = ".*"
+    refresh: bool = False
+    anchor: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +203,14 @@ class Objective:
             if selection.on in {later.name for later in self.selections[i:]}:
                 raise UserError(
                     f"{WHERE}: the selection `{selection.name}` reads `{selection.on}`, which is made later"
+                )
+        for name, teacher in self.teachers.items():
+            anchor = self.teachers.get(teacher.anchor)
+            follows = anchor and anchor is not teacher and (anchor.spec, anchor.of) == (None, teacher.of)
+            if teacher.anchor and not follows:
+                raise UserError(
+                    f"{WHERE}.teachers.{name}: the anchor `{teacher.anchor}` is not another average with `of` "
+                    f"`{teacher.of}`; the teachers: {', '.join(self.teachers)}"
                 )
         for term in self.terms:
             if not callable(term.weight) and term.weight == 0:

@@ -26,6 +26,7 @@ class Group(NamedTuple):
       mask: what trains: True, False, or bools that broadcast to the parameter.
       schedule: section of a schedule; None for the optimizer's.
       transform: sections of gradient transformations.
+      shrink: threshold towards 0 after each step, see `transforms.shrink`; None: no threshold.
     """
 
     rule: str
@@ -35,6 +36,7 @@ class Group(NamedTuple):
     mask: bool | np.ndarray
     schedule: Mapping[str, Any] | None
     transform: tuple
+    shrink: float | Mapping[str, Any] | None = None
 
 
 def read(rules: Sequence[tuple[str, Mapping[str, Any]]], params: Any, where: str) -> dict[str, Group]:
@@ -56,7 +58,8 @@ def read(rules: Sequence[tuple[str, Mapping[str, Any]]], params: Any, where: str
         for name in names:
             wd = float(name.split("/")[-1] == "kernel") if rule["wd"] is None else rule["wd"]
             lr, by_layer = _rates(rule, name, places[name])
-            groups[name] = Group(rule["rule"], lr, by_layer, wd, trained[name], rule["schedule"], rule["transform"])
+            options = (rule[key] for key in ("schedule", "transform", "shrink"))
+            groups[name] = Group(rule["rule"], lr, by_layer, wd, trained[name], *options)
     if not any(np.any(group.mask) for group in groups.values()):
         raise UserError(f"{where} freezes every parameter; nothing is left to train")
     return {name: groups[name] for name in leaves}
@@ -72,6 +75,7 @@ def _rule(
     only: Any = True,
     schedule: Mapping[str, Any] | None = None,
     transform: Any = (),
+    shrink: float | Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The options of one rule."""
     if min(np.ravel(lr), default=1) <= 0:
@@ -86,6 +90,7 @@ def _rule(
         "only": False if freeze else only,
         "schedule": dict(schedule) if schedule else None,
         "transform": tuple(transform) if isinstance(transform, list | tuple) else (transform,),
+        "shrink": shrink,
     }
 
 
@@ -131,7 +136,9 @@ def describe(group: Group, size: int = 1) -> str:
     curve = ", " + " ".join(f"{k}={v}" for k, v in group.schedule.items()) if group.schedule else ""
     frozen = size - masks.size(group.mask, size)
     rest = f", {frozen:,} {FROZEN}" if frozen else ""
-    return f"lr x{lr}, wd x{group.wd:.12g}{curve}{''.join(map(_step, group.transform))}{rest}"
+    less = group.shrink if isinstance(group.shrink, Mapping) else {"value": group.shrink}
+    less = "" if group.shrink is None else ", shrink" + "".join(f" {k}={v}" for k, v in less.items())
+    return f"lr x{lr}, wd x{group.wd:.12g}{curve}{''.join(map(_step, group.transform))}{less}{rest}"
 
 
 def _step(transform: str | Mapping[str, Any]) -> str:

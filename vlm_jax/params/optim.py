@@ -54,7 +54,10 @@ def build(
         schedule: overrides the section's schedule for this group.
         transform: gradient transformations of optax, after `clip_norm` and before the optimizer: one or a list of
           "centralize", dict(name="clip", max_delta=1.0), dict(name="add_noise", eta=0.01, gamma=0.55, key=0), ...
+          "ewc" is this project's.
           One that takes a norm over a tree (`clip_by_global_norm`) takes that of all parameters with equal options.
+        shrink: after each step, the parameter moves towards 0 by so much, to 0 itself where it is smaller: the proximal
+          step of an L1 penalty. A number, or dict(value=..., begin="50%", ...): see `schedules.window`.
       All other keys go to the optax function by name (`b1`, `b2`, `eps`, `momentum`, `mu_dtype="bfloat16"`, ...).
 
     Args:
@@ -75,7 +78,9 @@ def build(
       UserError: the section has an unknown, missing or unused key, or a rule that matches nothing.
     """
     make_schedule = lambda section, where: schedules.build(section, total_steps, steps, where)
-    return config.call(_build, section, WHERE, tree=params, make_schedule=make_schedule, reach=reach)
+    known = steps or (lambda duration: schedules.duration_to_steps(duration, total_steps=total_steps))
+    window = lambda weight, where: schedules.window(weight, known, where)
+    return config.call(_build, section, WHERE, tree=params, make_schedule=make_schedule, window=window, reach=reach)
 
 
 def _build(
@@ -85,6 +90,7 @@ def _build(
     tree: Any,
     reach: Mapping[str, Hashable] | None,
     make_schedule: Callable[[Mapping[str, Any], str], schedules.Schedule],
+    window: Callable[[float | Mapping[str, Any], str], float | schedules.Schedule],
     schedule: Mapping[str, Any] | None = None,
     weight_decay: float = 0.0,
     decay: str | None = None,
@@ -120,6 +126,8 @@ def _build(
         tx = _transform(factory, options, _times(lr * group.lr, curve), curve, wd, decay, by_layer)
         before = [transforms.transform(section, f"{group.rule}.transform") for section in group.transform]
         tx = optax.chain(*before, transforms.only(parts), tx) if before else tx
+        if group.shrink is not None:
+            tx = optax.chain(tx, transforms.shrink(window(group.shrink, f"{group.rule}.shrink")))
         shared[label] = tx if reach[leaf] is None else _held(tx, reach[leaf])
 
     label_tree = map_with_name(lambda leaf, _: label_of[leaf], tree)
@@ -152,7 +160,7 @@ def _transform(factory, options, lr, curve, weight_decay, decay, by_layer) -> op
 
 def _check_options(name: str, factory: Callable, options: Mapping[str, Any]) -> None:
     known = set(inspect.signature(factory).parameters) - {"learning_rate"}
-    known |= set(inspect.signature(_build).parameters) - {"tree", "make_schedule", "options"}
+    known |= set(inspect.signature(_build).parameters) - {"tree", "make_schedule", "window", "options"}
     for key in options.keys() - known | options.keys() & {"learning_rate"}:
         hint = near(key, known, f"known keys: {', '.join(sorted(known))}")
         raise UserError(f"{WHERE} ({name}) has no key `{key}`; {hint}")

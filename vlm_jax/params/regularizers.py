@@ -1,4 +1,4 @@
-"""Regularizers that pull parameters towards pretrained values during training: mixout, L2-SP."""
+"""Regularizers that pull parameters towards pretrained values during training: mixout, L2-SP, EWC."""
 
 import zlib
 from typing import Any
@@ -62,6 +62,28 @@ def l2_sp_gradient(params: Any, base: Any, weight: float) -> Any:
     """Returns weight * (params - base), the gradient of `l2_sp`, to add to other gradients."""
     check_alike(params, base)
     return optax.tree.scale(weight, optax.tree.sub(params, base))
+
+
+@method(
+    family="regularizers",
+    paper="arXiv:1612.00796",
+    where="equation 3",
+    differs="a squared distance from earlier parameters, weighted by how much earlier data need each of them",
+)
+def ewc(params: Any, base: Any, fisher: Any, weight: float) -> jax.Array:
+    """Returns weight / 2 * sum_i F_i (params_i - base_i)^2, the penalty of EWC (Kirkpatrick et al. 2017).
+
+    F is the diagonal of the Fisher information: the mean square of the gradients on earlier data. In a run, the
+    transform `ewc` of the optimizer estimates F and adds the gradient, see `params.transforms`.
+    """
+    check_alike(params, base, fisher)
+    squares = jax.tree.map(lambda p, b, f: jnp.sum(f * jnp.square(p - b)), params, base, fisher)
+    return weight / 2 * sum(jax.tree.leaves(squares))
+
+
+def ewc_gradient(params: Any, base: Any, fisher: Any, weight: float) -> Any:
+    """Returns weight * F * (params - base), the gradient of `ewc`, to add to other gradients."""
+    return jax.tree.map(lambda p, b, f: weight * f * (p - b), params, base, fisher)
 
 
 def rng_of(rng: jax.Array, name: str) -> jax.Array:

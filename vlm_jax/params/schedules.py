@@ -117,7 +117,8 @@ def build(
 
     Args:
       section: `dict(name=..., **options)`: the name of a function above and the function's arguments. `warmup` (from
-        0), `cooldown` (to 0 at `total_steps`), `timescale` and `shift` are durations, see `duration_to_steps`.
+        0), `cooldown` (to 0 at `total_steps`), `timescale` and `shift` are durations, see `duration_to_steps`. With
+        `cycles`, the curve of total_steps / cycles steps begins anew so often, such as with each of as many stages.
       total_steps: number of optimizer steps of the run.
       steps: duration -> number of steps; None allows only durations in steps or percent.
       where: name of the section in messages.
@@ -127,12 +128,18 @@ def build(
     """
     options = dict(section)
     schedule = config.choose(SCHEDULES, options.pop("name", "cosine"), f"{where}.name")
+    cycles = options.pop("cycles", 1)
+    config.check_least(1, where, cycles=cycles)
     steps = steps or (lambda duration: duration_to_steps(duration, total_steps=total_steps))
     for key in [key for key in _DURATIONS if key in options]:
         with _named(f"{where}.{key}"):
             options[key] = steps(options[key])
     with _named(where):
-        return config.call(schedule, options, where, total_steps=total_steps)
+        curve = config.call(schedule, options, where, total_steps=max(1, round(total_steps / cycles)))
+    if cycles == 1:
+        return curve
+    begins = jnp.asarray([round(total_steps * cycle / cycles) for cycle in range(cycles)])
+    return lambda step: curve(step - begins[jnp.sum(begins <= step) - 1])
 
 
 def window(weight: float | Mapping[str, Any], steps: Callable[[int | str], int] | None, where: str) -> float | Schedule:

@@ -1,8 +1,8 @@
-"""Gradient transformations by name: those of optax, and Adafactor and Muon as vision-language models use them."""
+"""Gradient transformations by name: those of optax, Adafactor and Muon as vision-language models use them, and EWC."""
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import optax
 
 from vlm_jax import config
 from vlm_jax.errors import UserError, near
+from vlm_jax.params.regularizers import ewc_gradient
 from vlm_jax.params.table import map_with_name
 
 
@@ -21,14 +22,14 @@ def optimizer(name: str, where: str) -> Callable[..., optax.GradientTransformati
 
 
 def transform(section: str | Mapping[str, Any], where: str) -> optax.GradientTransformation:
-    """Returns a gradient transformation of optax, e.g. "centralize" or dict(name="clip", max_delta=1.0).
+    """Returns a gradient transformation of this module or of optax, e.g. dict(name="clip", max_delta=1.0).
 
     Raises:
       UserError: unknown name, unknown or missing option, or an option that the function refuses.
     """
     options = dict(section) if isinstance(section, Mapping) else {"name": section}
     name = str(options.pop("name", ""))
-    function = _choose({}, name, _transforms_gradients, f"{where} is `{name}`", "gradient transformation")
+    function = _choose({"ewc": ewc}, name, _transforms_gradients, f"{where} is `{name}`", "gradient transformation")
     try:
         return config.call(function, options, f"{where} ({name})")
     except (TypeError, ValueError) as error:
@@ -70,6 +71,22 @@ def scale(factors: Mapping[str, Any]) -> optax.GradientTransformation:
     """Multiplies updates by factors, by name: numbers, or arrays that broadcast; other updates pass."""
     scaled = lambda name, u: (factors[name] * u).astype(u.dtype) if name in factors else u
     return optax.stateless(lambda updates, params: map_with_name(scaled, updates))
+
+
+def shrink(threshold: float | Callable) -> optax.GradientTransformation:
+    """Moves parameters after their update towards 0 by a threshold, to exactly 0 where they are smaller.
+
+    sign(p + u) max(|p + u| - threshold, 0), the proximal step of an L1 penalty. The threshold is a number or a function
+    of the step.
+    """
+
+    def update(updates, state, params=None):
+        now = threshold(state.count) if callable(threshold) else threshold
+        soft = lambda x: jnp.sign(x) * jnp.maximum(jnp.abs(x) - now, 0)
+        moved = jax.tree.map(lambda u, p: (soft(p + u) - p).astype(u.dtype), updates, params)
+        return moved, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update)
 
 
 def plain_keys(tx: optax.GradientTransformationExtraArgs, params: Any) -> optax.GradientTransformationExtraArgs:
@@ -155,3 +172,45 @@ def muon(
         mu_dtype=mu_dtype,
         muon_weight_dimension_numbers=lambda tree: map_with_name(dimensions, tree),
     )
+
+
+class Ewc(NamedTuple):
+    """The state of `ewc`, trees like the parameters.
+
+    Attributes:
+      squares: running average of the squared gradients.
+      fisher: `squares` of the stages before.
+      anchor: the parameters at the beginning of the stage.
+    """
+
+    squares: Any
+    fisher: Any
+    anchor: Any
+
+
+def ewc(weight: float, decay: float = 0.99, keep: float = 1.0) -> optax.GradientTransformationExtraArgs:
+    """Adds the gradient of `regularizers.ewc`, the pull to the model at the end of the stage before.
+
+    F <- keep * F + squares where a stage begins; keep = 1 sums over the stages before (online EWC, Schwarz et al. 2018,
+    arXiv:1805.06370). `squares` is the running average of g^2, g the batch's gradient before the penalty, in place of a
+    pass over the stage's data at its end (Chaudhry et al. 2018, arXiv:1801.10112). In the first stage F is 0.
+
+    Args:
+      weight: lambda.
+      decay: of the running average.
+      keep: how much of F the next stage keeps.
+    """
+
+    def init(params):
+        zeros = lambda: jax.tree.map(jnp.zeros_like, params)
+        return Ewc(zeros(), zeros(), jax.tree.map(jnp.copy, params))
+
+    def update(updates, state, params=None, *, begins=False, **_):
+        at_begin = lambda new, old: jax.tree.map(lambda n, o: jnp.where(begins, n, o), new, old)
+        summed = jax.tree.map(lambda f, s: keep * f + s, state.fisher, state.squares)
+        fisher, anchor = at_begin(summed, state.fisher), at_begin(params, state.anchor)
+        squares = jax.tree.map(lambda s, g: decay * s + (1 - decay) * jnp.square(g), state.squares, updates)
+        pull = ewc_gradient(params, anchor, fisher, weight)
+        return jax.tree.map(jnp.add, updates, pull), Ewc(squares, fisher, anchor)
+
+    return optax.GradientTransformationExtraArgs(init, update)

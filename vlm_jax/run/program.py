@@ -98,6 +98,7 @@ def train_step(
     accumulate: int,
     ema: float | None,
     seed: Any,
+    first: int = 0,
 ) -> tuple[TrainState, dict[str, jax.Array], dict[str, jax.Array]]:
     """Returns (state, metrics, group norms) after one step, of a run or of an adaptation.
 
@@ -109,6 +110,7 @@ def train_step(
       accumulate: number of micro-batches.
       ema: decay of the average of parameters, or None.
       seed: of the run; the step's key follows from both.
+      first: the steps before this stage of the run; its first step is told to the optimizer as `begins`.
     """
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
     _, metrics, grads, features = objectives.value_and_grad(
@@ -116,7 +118,8 @@ def train_step(
         accumulate=accumulate, trainable=trainable,
     )  # fmt: skip
     active = objectives.active(reach, state.step)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params, active=active)
+    begins = state.step == first if first else False
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, active=active, begins=begins)
     params = optax.apply_updates(state.params, updates)
     metrics = {**metrics, "grad_norm": optax.tree.norm(grads), "lr": schedule(state.step)}
     state = TrainState(
@@ -160,11 +163,12 @@ def build_program(
     seed: int,
     tokenizer: Any = None,
     load: Callable[[str], Any] | None = None,
+    first: int = 0,
 ) -> Program:
     """Builds the jitted init and train step from config sections.
 
     `example` [b, ...] gives the examples' shapes and dtypes, `batch_size` the rows, or {row set: rows} of a batch of
-    several; `tokenizer` and `load` are for `objectives.build`.
+    several; `tokenizer` and `load` are for `objectives.build`, `first` is for `train_step`.
     """
     if ema is not None and not 0 <= ema < 1:
         raise UserError(f"config.ema is {ema}; expected a decay from 0 to 1, such as 0.999")
@@ -199,7 +203,7 @@ def build_program(
 
     take_step = partial(
         train_step, objective=objective, model=model, tx=tx, schedule=schedule, reach=reach, trainable=trainable,
-        accumulate=accumulate, ema=ema, seed=seed,
+        accumulate=accumulate, ema=ema, seed=seed, first=first,
     )  # fmt: skip
 
     param_shardings = sharding.param_shardings(partition, shapes, mesh)

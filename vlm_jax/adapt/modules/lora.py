@@ -2,7 +2,7 @@
 
 import flax.linen as nn
 
-from vlm_jax.adapt.recipe import Inserted
+from vlm_jax.adapt.recipe import Extended, Inserted
 from vlm_jax.catalogue import method
 from vlm_jax.models.insertion import LowRank
 
@@ -21,3 +21,29 @@ def lora(
 ) -> Inserted:
     """LoRA."""
     return Inserted((LowRank(where, rank, alpha),))
+
+
+@method(
+    family="modules",
+    system="CoDyRA",
+    paper="arXiv:2412.01004",
+    differs="each rank of a low-rank update has an importance, which goes to 0 where the data do not need the rank",
+    count="rank * (8 * (L_t * D_t + L_v * D_v) + 4 * (L_t + L_v))",
+    identity=True,
+)
+def codyra(
+    model: nn.Module,
+    *,
+    where: str = r".*/attn/(query|key|value|out)",
+    rank: int = 16,
+    threshold: float = 7e-4,
+    begin: str = "50%",
+) -> Extended:
+    """CoDyRA (Lu et al. 2024): W + sum_i w_i a_i b_i, with a soft threshold on w after each step.
+
+    From `begin` on, the threshold rises from 0 to `threshold`, as in the authors' code; before, ranks are dense. Ranks
+    with w = 0 are gone. `insertion.merge` folds the rest into the kernels, and the next task begins with new ranks.
+    """
+    rise = dict(name="constant", value=threshold, begin=begin, warmup="49%")
+    table = ((r"(.*/)?inserted_importance", dict(wd=0.0, shrink=rise)), (".*", dict(wd=1.0)))
+    return Extended(Inserted((LowRank(where, rank, importance=True),)), optimizer=dict(params=table))
