@@ -37,14 +37,22 @@ class Extended:
       terms: more terms, beside the one called "classes". The row sets are "batch" (`image`, `label`: -1 for padding),
         "classes" (`token_ids` or `text_embedding`, and `zero_shot`, the base model's embeddings of the classes by all
         templates) and, with a pool, "pool" (`image`). The teacher "base" is the base model.
+      tables: name -> `f(known) -> [C, ...]`, arrays that stand in the rows of "classes", made once by the base model,
+        see `adapt.tables`.
       gradients: what happens to the terms' gradients instead of their sum, `Objective.combine`.
       optimizer: keys of an optimizer section that differ from `tune`'s.
+      names_classes: whether the cross-entropy over the classes, the term "classes", is a loss.
+      average: `f(share of the training) -> weight`: the result is the weighted mean of the parameters at the ends of
+        epochs; None: the last ones.
     """
 
     recipe: Recipe
     terms: tuple[Term, ...] = ()
     gradients: Callable | None = None
     optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tables: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
+    names_classes: bool = True
+    average: Callable[[float], float] | None = None
 
     def insertions(self, model, at):
         return self.recipe.insertions(model, at)

@@ -150,7 +150,7 @@ class TwoTower(nn.Module):
         Args:
           images: inputs of the image tower, floating [B, H, W, 3], already normalised; or precomputed pooled outputs
             [B, D] of a locked tower; or None.
-          token_ids: integers [B, L], or None.
+          token_ids: integers [B, L]; or the texts' embeddings, floating [B, D]; or None.
           hidden: patches that are masked, see `ViT`; or None.
           train: whether dropout and drop path are active (they draw from the rng `dropout`).
 
@@ -175,7 +175,9 @@ class TwoTower(nn.Module):
             encoded = of_image = self.image(images, train=train, **({} if hidden is None else {"hidden": hidden}))
             image, image_tokens = self._embedding("image", encoded), encoded.tokens
             image_pooled, image_mask = encoded.pooled, encoded.mask
-        if token_ids is not None:
+        if jnp.issubdtype(getattr(token_ids, "dtype", int), jnp.floating):
+            text = unit(token_ids)
+        elif token_ids is not None:
             encoded = of_text = self.text(token_ids, train=train)
             text, text_tokens = self._embedding("text", encoded), encoded.tokens
         image_parts = text_parts = None
