@@ -36,7 +36,8 @@ class Extended:
       recipe: the parameters that train.
       terms: more terms, beside the one called "classes". The row sets are "batch" (`image`, `label`: -1 for padding),
         "classes" (`token_ids` or `text_embedding`, and `zero_shot`, the base model's embeddings of the classes by all
-        templates) and, with a pool, "pool" (`image`). The teacher "base" is the base model.
+        templates) and, with a pool, "pool" (`image`). The teacher "base" is the base model. Or `f(known) -> terms`, for
+        terms that have parameters for each class.
       tables: name -> `f(known) -> [C, ...]`, arrays that stand in the rows of "classes", made once by the base model,
         see `adapt.tables`.
       gradients: what happens to the terms' gradients instead of their sum, `Objective.combine`.
@@ -47,7 +48,7 @@ class Extended:
     """
 
     recipe: Recipe
-    terms: tuple[Term, ...] = ()
+    terms: tuple[Term, ...] | Callable[[Any], tuple[Term, ...]] = ()
     gradients: Callable | None = None
     optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tables: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
@@ -66,7 +67,8 @@ class Extended:
 
 def sees_pool(recipe: Recipe) -> bool:
     """Returns whether a term of the recipe sees pictures without labels."""
-    return any("pool" in term.sets for term in getattr(recipe, "terms", ()))
+    terms = getattr(recipe, "terms", ())
+    return not callable(terms) and any("pool" in term.sets for term in terms)
 
 
 class Adapted:

@@ -114,6 +114,8 @@ def tune(
             classes = {"token_ids" if changes_embeddings(changed) else "text_embedding": zero_shot}
         classes |= {"zero_shot": zero_shot}
     known = tables.Known(pretrained, images, labels, names)
+    if callable(getattr(recipe, "terms", None)):
+        recipe = dataclasses.replace(recipe, terms=recipe.terms(known))
     classes |= {name: jnp.asarray(make(known)) for name, make in getattr(recipe, "tables", {}).items()}
     others = None if pool is None else _Pictures(pretrained, pool, augment, seed + 1)
     if augment is None and not changes("image") and not pretrained.is_captioner:
