@@ -63,7 +63,7 @@ def test_terms_by_hand(base, name):
 
 
 def test_a_step_of_prograd_never_raises_the_divergence_to_first_order():
-    """Of the KL from the zero-shot predictions; text embeddings stand for what trains."""
+    """Of the KL from the zero-shot predictions, for labels with and against them; text embeddings are what trains."""
     zero_shot, images = unit_rows(0, 3, 8), unit_rows(1, 6, 8)
     recipe = prograd(clip_like(scan=True).model)
     (term,) = recipe.terms
@@ -78,11 +78,11 @@ def test_a_step_of_prograd_never_raises_the_divergence_to_first_order():
 
         classes = lambda text, labels=labels: -jnp.mean(jax.nn.log_softmax(20 * images @ text.T)[np.arange(6), labels])
         with jax.enable_x64(True):
-            text = jnp.asarray(zero_shot + 0.3 * unit_rows(seed + 2, 3, 8))
+            text = 0.3 * jnp.asarray(zero_shot + 0.3 * unit_rows(seed + 2, 3, 8))
             own, other = jax.grad(classes)(text), jax.grad(divergence)(text)
             step = recipe.gradients({"classes": own, "zero_shot": other}, None)
             slope = jax.jvp(divergence, (text,), (-step,))[1]
             assert slope < 1e-12
             moved_against += float(jnp.vdot(own, other)) < 0
             assert float(jax.jvp(classes, (text,), (-step,))[1]) < 0  # it still learns
-    assert 0 < moved_against < 6
+    assert moved_against == 3

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.support.few_shot import D, DEPTH, clip_like, moved, pictures, tuned, unit_rows
+from tests.support.few_shot import DEPTH, D, clip_like, moved, pictures, tuned, unit_rows
 from vlm_jax.adapt.prompts.proxies import follow, proxy_anchor, semantic_proxies
 
 LABELS = np.array([1, 0, -1, 1, 3])
