@@ -1,6 +1,6 @@
 """Arrays with a row for each class that a recipe's terms read, made once by the base model (`Extended.tables`)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,12 +17,14 @@ class Known(NamedTuple):
       images: labelled pictures, preprocessed [N, H, W, 3], or a list.
       labels: int [N].
       names: of the C classes.
+      rows: of the set "classes", without the tables.
     """
 
     base: Pretrained
     images: Any
     labels: np.ndarray
     names: Sequence[str]
+    rows: Mapping[str, Any] = {}
 
     @property
     def features(self) -> np.ndarray:

@@ -113,7 +113,7 @@ def tune(
         if not changes("text"):  # what changes embeddings after the towers reads them as the text's input
             classes = {"token_ids" if changes_embeddings(changed) else "text_embedding": zero_shot}
         classes |= {"zero_shot": zero_shot}
-    known = tables.Known(pretrained, images, labels, names)
+    known = tables.Known(pretrained, images, labels, names, classes)
     if callable(getattr(recipe, "terms", None)):
         recipe = dataclasses.replace(recipe, terms=recipe.terms(known))
     classes |= {name: jnp.asarray(make(known)) for name, make in getattr(recipe, "tables", {}).items()}

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.adapt.recipe import Recipe
+from vlm_jax.adapt.recipe import Inserted, Recipe
 from vlm_jax.errors import UserError
 from vlm_jax.models.insertion import NEW, Context, Prompt, new_leaves
 from vlm_jax.models.transformer import Encoder
@@ -74,6 +74,23 @@ class Independent(NamedTuple):
         return spread("text", own["text"], leaves) | spread("image", own["image"], leaves)
 
 
+class Visual(NamedTuple):
+    """Prompts in the first J blocks of the image tower: J n D_image parameters; fields as of `Independent`."""
+
+    length: int = 4
+    depth: int = 1
+    std: float = 0.02
+
+    def insertions(self, model, at):
+        return (Prompt("image", self.length, self.depth),)
+
+    def begin(self, rng, model, leaves):
+        return {"image": self.std * jax.random.normal(rng, (self.depth, self.length, widths(model)[1]))}
+
+    def combine(self, own, leaves):
+        return spread("image", own["image"], leaves)
+
+
 class Joined(NamedTuple):
     """A recipe that computes parameters, and inserted modules that train as they are.
 
@@ -86,7 +103,7 @@ class Joined(NamedTuple):
     modules: tuple
 
     def insertions(self, model, at):
-        return (*self.recipe.insertions(model, at), *self.modules)
+        return (*self.recipe.insertions(model, at), *Inserted(self.modules).insertions(model, at))
 
     def begin(self, rng, model, leaves):
         own = self.recipe.begin(rng, model, leaves)
