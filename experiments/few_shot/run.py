@@ -30,8 +30,9 @@ def heads():
 
 
 def methods():
-    """All methods that adapt a model, in the catalogue's order."""
-    return list(catalogue.of(*(name for name, family in catalogue.FAMILIES.items() if family.kind == "adaptation")))
+    """All methods that adapt a model and need no option, in the catalogue's order."""
+    families = [name for name, family in catalogue.FAMILIES.items() if family.kind == "adaptation"]
+    return [name for name, method in catalogue.of(*families).items() if "" not in method.options.values()]
 
 
 def protocols():

@@ -287,3 +287,17 @@ def test_other_refusals():
     refused("diverged", heads.train_projection, VIEWS, Y, TEXT, SCALE, KERNEL, learning_rate=math.inf, steps=30)
     refused("nothing to choose", heads.choose, heads.tip_adapter, {"alpha": []}, X, Y)
     refused("labels are", heads.choose, lambda: heads.zero_shot(TEXT, SCALE), {}, X, Y[1:])
+
+
+def test_concept_embeddings_train_on_pictures_alone_as_torch_would():
+    x, steps = X.astype(np.float64), 60
+    batches = shuffled(30, 8, 15, 0)[:steps]  # the last batch of an epoch is short
+    gradient = lambda v, rows: (
+        SCALE * residual(SCALE * x[rows[rows >= 0]] @ v.T, Y[rows[rows >= 0]]).T @ x[rows[rows >= 0]]
+    )
+    rates = [1e-5] + [3e-3 * i / 50 for i in range(1, 50)] + cosine(3e-3, steps)[: steps - 50]
+    expected = adam_by_loops(gradient, TEXT, batches, rates, 0.0, 1e-8)
+    head = heads.concept_embeddings(X, Y, TEXT, SCALE, steps=steps, batch_size=8, learning_rate=3e-3)
+    np.testing.assert_allclose(head.weights.T / SCALE, expected, rtol=1e-4, atol=1e-5)
+    untrained = heads.concept_embeddings(X, Y, TEXT, SCALE, steps=0)
+    np.testing.assert_array_equal(untrained(QUERIES), heads.zero_shot(TEXT, SCALE)(QUERIES))

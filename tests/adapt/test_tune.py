@@ -70,7 +70,7 @@ def test_what_is_wrong_is_named(base, pictures, tmp_path):
     with pytest.raises(UserError, match=r"the loss is nan after 3 steps; a smaller learning_rate"):
         tuned(base, Masked(EVERYTHING), pictures, learning_rate=1e30)
     conv = models.build(dict(image=dict(type="efficientnet", variant="lite0"), text=None))
-    with pytest.raises(UserError, match="put prompts into two transformers; this model's text tower is none"):
+    with pytest.raises(UserError, match="prompts of both towers stand in two transformers; this model's text tower"):
         Coupled().insertions(conv, 0)
 
 

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import vlm_jax
 from tests.support.few_shot import NAMES, clip_like, few_shot_task, moved, pictures
+from tests.support.few_shot import tuned as tuned_by
 from vlm_jax import catalogue
 from vlm_jax.adapt import methods
 from vlm_jax.adapt.methods import Fits, fit
@@ -37,12 +38,20 @@ def task(base):
     return few_shot_task(base, pictures())
 
 
-def adapted(name, base, task):
+@pytest.fixture(scope="module")
+def options(base, tmp_path_factory):
+    """Method -> options without a useful default."""
+    path = tmp_path_factory.mktemp("start") / "vpt.safetensors"
+    save_adapter(path, base, tuned_by(base, TRAINED["vpt"].load()(base.model), pictures()))
+    return {"pretrained_modules": {"start": str(path)}}
+
+
+def adapted(name, base, task, given):
     if name in HEADS:
         return fit(name)(base, *task)
-    recipe, training = TRAINED[name].load()(base.model), {"steps": 2, "batch_size": 4, "learning_rate": 1e-2}
+    recipe, training = TRAINED[name].load()(base.model, **given), {"steps": 2, "batch_size": 4, "learning_rate": 1e-2}
     taken = inspect.signature(recipe.fit if isinstance(recipe, Fits) else methods.search_rate).parameters
-    return fit(name)(base, *task, **{key: value for key, value in training.items() if key in taken})
+    return fit(name)(base, *task, **given, **{key: value for key, value in training.items() if key in taken})
 
 
 def logits(model):
@@ -54,7 +63,7 @@ def logits(model):
 @pytest.mark.parametrize("name", HEADS)
 def test_head(name, base, task, tmp_path):
     few = task[0]
-    head = adapted(name, base, task)
+    head = adapted(name, base, task, {})
     assert not moved(base, head)
     found = logits(head)
     assert found.shape == (4, 3) and np.isfinite(found).all()
@@ -65,27 +74,28 @@ def test_head(name, base, task, tmp_path):
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_trained(name, base, task, tmp_path, monkeypatch):
+def test_trained(name, base, task, tmp_path, monkeypatch, request):
     declaration = TRAINED[name]
+    given = request.getfixturevalue("options")[name] if "" in declaration.options.values() else {}
     make = declaration.load()
     if declaration.needs:  # another model: the two-tower model is refused
         with pytest.raises(UserError) as error:
-            adapted(name, base, task)
+            adapted(name, base, task, given)
         assert "\n" not in str(error.value)
         return
-    recipe, begun = make(base.model), []
+    recipe, begun = make(base.model, **given), []
     if not isinstance(recipe, Fits):
         begin = type(recipe).begin
         keep = lambda self, rng, model, leaves: begun.append((leaves, begin(self, rng, model, leaves))) or begun[-1][1]
         monkeypatch.setattr(type(recipe), "begin", keep)
-    tuned = adapted(name, base, task)
+    tuned = adapted(name, base, task, given)
     changed = moved(base, tuned)
     assert changed
     if not isinstance(recipe, Fits):
         ((leaves, own),) = begun  # what training began with
         combined = recipe.combine(own, leaves)
         assert changed <= combined.keys()
-        if declaration.count or declaration.family in ("modules", "prompts"):
+        if declaration.count or (declaration.family in ("modules", "prompts") and not given):
             assert sum(leaf.size for leaf in own.values()) == formula(declaration, base.model)
         if declaration.identity:
             untrained = dataclasses.replace(tuned, params=tree(leaves | combined))

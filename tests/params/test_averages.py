@@ -122,3 +122,16 @@ def test_an_empty_soup():
     for soup in (averages.uniform_soup, lambda trees: averages.greedy_soup(trees, lambda _: 0.0)):
         with pytest.raises(UserError, match="the soup has no models"):
             soup([])
+
+
+def test_running_means_weigh_what_they_are_told():
+    """PromptSRC's Gaussian over epochs, with weights that sum to 1; without weights the last parameters."""
+    trees = [{"x": np.random.default_rng(seed).normal(size=3).astype(np.float32)} for seed in range(5)]
+    running, last = averages.Running(averages.gaussian(0.75, 0.2)), averages.Running()
+    for i, params in enumerate(trees):
+        running.add(params, (i + 1) / 5)
+        last.add(params, (i + 1) / 5)
+    weights = np.array([np.exp(-0.5 * ((i / 5 - 0.75) / 0.2) ** 2) for i in range(1, 6)])
+    want = sum(w * params["x"].astype(np.float64) for w, params in zip(weights / weights.sum(), trees, strict=True))
+    np.testing.assert_allclose(running.params["x"], want, atol=1e-6)
+    assert last.params is trees[-1]

@@ -11,6 +11,7 @@ from vlm_jax.adapt.task import Shots, Task
 from vlm_jax.adapt.tune import tune
 from vlm_jax.data import tokenizers
 from vlm_jax.models import insertion
+from vlm_jax.objectives import Context
 from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained, class_embeddings
 
@@ -75,3 +76,34 @@ def tuned(pretrained, recipe, pictures, **changes):
     """The model after three steps by a recipe."""
     settings = dict(steps=3, batch_size=5, learning_rate=1e-2) | changes
     return tune(pretrained, recipe, *pictures, NAMES, **settings)
+
+
+class Said(dict):
+    """Outputs that say what is given, for the equations of a term."""
+
+    keys, params = None, {}
+
+    def __init__(self, base=None, **said):
+        super().__init__(said)
+        self.base = base
+
+    def teacher(self, name):
+        assert name == "base"
+        return self.base
+
+    def on(self, **rows):
+        return self
+
+
+def loss_of(term, said, rows, rng=None, scale=10.0):
+    """The loss of a term of rows {set: dict} and outputs {set: Said}, float64."""
+    context = Context(0, True, rng)
+    with jax.enable_x64(True):
+        features = {name: term.features_of(name)(said[name], context) for name in term.sets}
+        return float(term.loss(Said(scale=scale), term.seen(features), term.seen(rows), context)[0])
+
+
+def unit_rows(seed, *shape):
+    """Unit-norm rows, float64 [*shape]."""
+    x = np.random.default_rng(seed).normal(size=shape)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)

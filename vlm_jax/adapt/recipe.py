@@ -36,15 +36,24 @@ class Extended:
       recipe: the parameters that train.
       terms: more terms, beside the one called "classes". The row sets are "batch" (`image`, `label`: -1 for padding),
         "classes" (`token_ids` or `text_embedding`, and `zero_shot`, the base model's embeddings of the classes by all
-        templates) and, with a pool, "pool" (`image`). The teacher "base" is the base model.
+        templates) and, with a pool, "pool" (`image`). The teacher "base" is the base model. Or `f(known) -> terms`, for
+        terms that have parameters for each class.
+      tables: name -> `f(known) -> [C, ...]`, arrays that stand in the rows of "classes", made once by the base model,
+        see `adapt.tables`.
       gradients: what happens to the terms' gradients instead of their sum, `Objective.combine`.
       optimizer: keys of an optimizer section that differ from `tune`'s.
+      names_classes: whether the cross-entropy over the classes, the term "classes", is a loss.
+      average: `f(share of the training) -> weight`: the result is the weighted mean of the parameters at the ends of
+        epochs; None: the last ones.
     """
 
     recipe: Recipe
-    terms: tuple[Term, ...] = ()
+    terms: tuple[Term, ...] | Callable[[Any], tuple[Term, ...]] = ()
     gradients: Callable | None = None
     optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tables: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
+    names_classes: bool = True
+    average: Callable[[float], float] | None = None
 
     def insertions(self, model, at):
         return self.recipe.insertions(model, at)
@@ -58,7 +67,8 @@ class Extended:
 
 def sees_pool(recipe: Recipe) -> bool:
     """Returns whether a term of the recipe sees pictures without labels."""
-    return any("pool" in term.sets for term in getattr(recipe, "terms", ()))
+    terms = getattr(recipe, "terms", ())
+    return not callable(terms) and any("pool" in term.sets for term in terms)
 
 
 class Adapted:

@@ -1,6 +1,6 @@
 """A few-shot task: labelled pictures, the classes to tell apart, and a model's accuracy."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,11 +62,13 @@ def named_right(
     """
     if adapted.head is not None:
         logits = adapted.head(queries.features)[:, columns]
-    elif adapted.compares_pairs or _image_tower_changed(base, adapted):
+    elif adapted.compares_pairs or any(name.startswith("image/") for name in _changed(base, adapted)):
         logits = adapted.class_logits(queries.images, names)
     else:
-        text = class_embeddings(adapted.embed_texts, names, adapted.templates)
-        logits = queries.features.astype(np.float64) @ text.T
+        text, features = class_embeddings(adapted.embed_texts, names, adapted.templates), queries.features
+        if changes_embeddings(_changed(base, adapted)):
+            features = adapted.embed_image_batch(features)
+        logits = features.astype(np.float64) @ text.T
     return right(logits, queries)
 
 
@@ -75,7 +77,11 @@ def right(logits: np.ndarray, queries: Shots) -> np.ndarray:
     return metrics.truth_ranks(logits, queries.labels).within(1)
 
 
-def _image_tower_changed(base: Pretrained, adapted: Pretrained) -> bool:
+def changes_embeddings(changed: Collection[str]) -> bool:
+    """Returns whether insertions after the towers, `models.after_towers`, are among the changed parameters."""
+    return any(name.startswith("inserted_") for name in changed)
+
+
+def _changed(base: Pretrained, adapted: Pretrained) -> list[str]:
     own = named_leaves(base.params)
-    changed = (name for name, leaf in named_leaves(adapted.params).items() if own.get(name) is not leaf)
-    return any(name.startswith("image/") for name in changed)
+    return [name for name, leaf in named_leaves(adapted.params).items() if own.get(name) is not leaf]

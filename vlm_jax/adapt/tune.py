@@ -21,15 +21,17 @@ import optax
 from tqdm import tqdm
 
 from vlm_jax import objectives
+from vlm_jax.adapt import tables
 from vlm_jax.adapt.heads.checks import check_labels
 from vlm_jax.adapt.heads.training import shuffled
 from vlm_jax.adapt.recipe import Adapted, Recipe, sees_pool, tree
+from vlm_jax.adapt.task import changes_embeddings
 from vlm_jax.data import ops
 from vlm_jax.errors import DivergedError, UserError
-from vlm_jax.models import insertion
+from vlm_jax.models import after_towers, insertion
 from vlm_jax.models.generate import log_likelihoods
 from vlm_jax.objectives import Objective, Teacher, Term
-from vlm_jax.params import optim
+from vlm_jax.params import averages, optim
 from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained, class_embeddings, inputs
 from vlm_jax.run.program import TrainState, train_step
@@ -108,12 +110,17 @@ def tune(
         raise UserError(f"{recipe} trains nothing of this model; compare the recipe with the model's parameter names")
     changes = lambda tower: any(name.startswith(f"{tower}/") for name in changed)
     classes = {"token_ids": jnp.asarray(token_ids)}
+    if len(templates) != 1 and (pretrained.is_captioner or changes("text")):
+        raise UserError(f"{len(templates)} templates, but the recipe changes the text tower; give one")
     if not pretrained.is_captioner:
         zero_shot = jnp.asarray(class_embeddings(pretrained.embed_texts, names, templates))
-        classes = classes if changes("text") else {"text_embedding": zero_shot}
+        if not changes("text"):  # what changes embeddings after the towers reads them as the text's input
+            classes = {"token_ids" if changes_embeddings(changed) else "text_embedding": zero_shot}
         classes |= {"zero_shot": zero_shot}
-    if "token_ids" in classes and len(templates) != 1:
-        raise UserError(f"{len(templates)} templates, but the recipe changes the text tower; give one")
+    known = tables.Known(pretrained, images, labels, names, classes)
+    if callable(getattr(recipe, "terms", None)):
+        recipe = dataclasses.replace(recipe, terms=recipe.terms(known))
+    classes |= {name: jnp.asarray(make(known)) for name, make in getattr(recipe, "tables", {}).items()}
     others = None if pool is None else _Pictures(pretrained, pool, augment, seed + 1)
     if augment is None and not changes("image") and not pretrained.is_captioner:
         pictures.embed()
@@ -131,15 +138,18 @@ def tune(
     tuning = _Tuning(adapted.model, pretrained.model, recipe, steps, weight_decay, ids.pad_id, pairwise, ids.eos_id)
     frozen, loss = {"base": pretrained.params}, 0.0
     state = _begin(tuning, own, leaves, frozen, batch_of(0, order[0]))
+    trained, epoch = averages.Running(getattr(recipe, "average", None)), -(-len(labels) // order.shape[1])
     for number, rows in enumerate(tqdm(order[:steps], desc="tune", unit="step", disable=not show)):
         state, loss = _step(tuning, state, leaves, frozen, batch_of(number, rows), learning_rate, seed)
         if after is not None:
             after(objectives.of_model(state.params))
+        if (number + 1) % epoch == 0 or number + 1 == steps:
+            trained.add(state.params, (number + 1) / steps)
     if not np.isfinite(loss):
         raise DivergedError(
             f"{type(recipe).__name__}: the loss is {loss} after {steps} steps; a smaller learning_rate?"
         )
-    params = tree(leaves | recipe.combine(objectives.of_model(state.params), leaves))
+    params = tree(leaves | recipe.combine(objectives.of_model(trained.params), leaves))
     return dataclasses.replace(adapted, params=params, classes=tuple(names), templates=tuple(templates), head=None)
 
 
@@ -187,7 +197,8 @@ class _Tuning(NamedTuple):
 
     def objective(self, classes: Mapping[str, Any]) -> Objective:
         """Returns the loss of the classes and the recipe's own terms."""
-        terms = (self._classes(classes), *getattr(self.recipe, "terms", ()))
+        own = (self._classes(classes),) if getattr(self.recipe, "names_classes", True) else ()
+        terms = (*own, *getattr(self.recipe, "terms", ()))
         teacher = Teacher(spec="the base model", model=self.base)
         return Objective(terms, teachers={"base": teacher}, combine=getattr(self.recipe, "gradients", None))
 
@@ -212,7 +223,7 @@ class _Tuning(NamedTuple):
         def pair_by_pair(outputs, ctx):
             params, given = outputs.model.effective(outputs.params), (outputs["image"], classes["token_ids"])
             if "embed" in self.model.can:
-                return insertion.class_logits(self.model, params, *given)
+                return after_towers.class_logits(self.model, params, *given)
             return log_likelihoods(self.model, params, *given, pad_id=self.pad_id, eos_id=self.eos_id)
 
         if self.pairwise:

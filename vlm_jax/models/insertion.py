@@ -62,7 +62,7 @@ class Adapter(NamedTuple):
         result = call(x, *args, **kwargs)
         h, *others = result if isinstance(result, tuple) else (result,)
         source = config.choose({"serial": h, "parallel": x}, self.form, "the form of an adapter")
-        new = functools.partial(_new, module)
+        new = functools.partial(new_parameter, module)
         down = new("down", nn.initializers.lecun_normal(), (source.shape[-1], self.width))
         up = new("up", nn.initializers.zeros, (self.width, h.shape[-1]))
         act = config.choose(ACTIVATIONS, self.activation, "the activation of an adapter")
@@ -99,10 +99,12 @@ class LowRank(NamedTuple):
     def __call__(self, call, module, x):
         h = call(x)
         # U(-1 / sqrt(in), 1 / sqrt(in)), as in the authors' code
-        a = _new(module, "a", nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), (x.shape[-1], self.rank))
-        b = _new(module, "b", nn.initializers.zeros, (self.rank, h.shape[-1]))
+        a = new_parameter(
+            module, "a", nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), (x.shape[-1], self.rank)
+        )
+        b = new_parameter(module, "b", nn.initializers.zeros, (self.rank, h.shape[-1]))
         if self.importance:
-            a = a * _new(module, "importance", nn.initializers.normal(1.0), (self.rank,))
+            a = a * new_parameter(module, "importance", nn.initializers.normal(1.0), (self.rank,))
         return h + (self.factor * _dot(_dot(x, a), b)).astype(h.dtype)
 
 
@@ -129,7 +131,10 @@ class Prefix(NamedTuple):
         shape = (self.length, module.heads, module.head_dim or x.shape[-1] // module.heads)
         init = nn.initializers.normal(self.std)
         return call(
-            x, *args, **kwargs, prefix=KeyValues(*(_new(module, name, init, shape) for name in ("key", "value")))
+            x,
+            *args,
+            **kwargs,
+            prefix=KeyValues(*(new_parameter(module, name, init, shape) for name in ("key", "value"))),
         )
 
 
@@ -182,7 +187,7 @@ class Prompt(NamedTuple):
     def _tokens(self, module, width):
         bound = (6 / (3 * 16**2 + width)) ** 0.5
         init = lambda rng, shape: jax.random.uniform(rng, shape, minval=-bound, maxval=bound)
-        return _new(module, "prompt", init, (self.length, width))
+        return new_parameter(module, "prompt", init, (self.length, width))
 
 
 @method(family="insertions", differs="learned vectors in the place of a prompt's words")
@@ -223,7 +228,9 @@ class Context(NamedTuple):
         if x.shape[1] <= place.stop:
             seen = f"texts have {x.shape[1]} tokens"
             raise UserError(f"a context of {self.length} from token {self.at} on does not fit: {seen}")
-        context = _new(module, "context", nn.initializers.normal(self.std), (self.length, x.shape[-1])).astype(x.dtype)
+        context = new_parameter(module, "context", nn.initializers.normal(self.std), (self.length, x.shape[-1])).astype(
+            x.dtype
+        )
         if not isinstance(module, nn.Embed):
             _, layer, _ = args
             context = _of_first(self.depth, layer, jnp.where(layer > 0, context, x[:, place]), x[:, place])
@@ -233,53 +240,37 @@ class Context(NamedTuple):
         return x.at[:, place].set(context)
 
     def _meta_net(self, module, width):
-        """Creates the Meta-Net's parameters; `class_logits` applies the Meta-Net."""
+        """Creates the Meta-Net's parameters; `pair_logits` applies the Meta-Net."""
         hidden = max(self.image_width // 16, 1)
         for name, (inputs, outputs) in (("down", (self.image_width, hidden)), ("up", (hidden, width))):
             uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-            _new(module, f"meta_{name}", uniform, (inputs, outputs))
-            _new(module, f"meta_{name}_bias", nn.initializers.zeros, (outputs,))
+            new_parameter(module, f"meta_{name}", uniform, (inputs, outputs))
+            new_parameter(module, f"meta_{name}_bias", nn.initializers.zeros, (outputs,))
+
+    @property
+    def by_pairs(self) -> bool:
+        return self.image_width is not None
+
+    def pair_logits(self, model, params, images, token_ids):
+        """Each picture has texts of its own, with contexts v_m + net(x), x its embedding (CoCoOp, equation 3)."""
+        found = model.apply({"params": params}, images, None)
+        leaves = named_leaves(params)
+        (place,) = [name.removesuffix("context") for name in leaves if name.endswith("token_embed/inserted_context")]
+        down, down_bias, up, up_bias = (
+            leaves[f"{place}meta_{name}"] for name in ("down", "down_bias", "up", "up_bias")
+        )
+        moves = jax.nn.relu(found.image @ down + down_bias) @ up + up_bias
+
+        def one(picture):
+            x, move = picture
+            own = unflatten_dict(leaves | {f"{place}context": leaves[f"{place}context"] + move}, sep="/")
+            return found.scale * model.apply({"params": own}, None, token_ids).text @ x
+
+        return jax.lax.map(one, (found.image, moves), batch_size=8)
 
 
 def _of_first(depth, layer, new, old):
     return new if depth is None else jnp.where(layer < depth, new, old)
-
-
-def is_conditional(model: nn.Module) -> bool:
-    """Returns whether text embeddings depend on the picture (`Context` with a Meta-Net)."""
-    contexts = [i for i in getattr(model, "insertions", ()) if isinstance(i, Context)]
-    return any(context.image_width is not None for context in contexts)
-
-
-def class_logits(model: nn.Module, params: Any, images: Any, token_ids: jax.Array) -> jax.Array:
-    """Returns scale * cosine of every picture with every class's text, fp32 [B, C].
-
-    With a `Context` that has a Meta-Net, each picture has its own texts with the contexts v_m + net(x), where x is the
-    picture's unit-norm embedding (arXiv:2203.05557, equation 3). The text tower then embeds B C texts.
-
-    Args:
-      model: a `TwoTower`, with or without insertions.
-      params: the model's parameters.
-      images: inputs of the image tower, or embeddings [B, D].
-      token_ids: int [C, L], or the texts' embeddings [C, D].
-    """
-    found = model.apply({"params": params}, images, None)
-    if jnp.issubdtype(token_ids.dtype, jnp.floating):
-        return found.scale * jnp.matmul(found.image, token_ids.T, precision="highest")
-    if not is_conditional(model):
-        text = model.apply({"params": params}, None, token_ids).text
-        return found.scale * jnp.matmul(found.image, text.T, precision="highest")
-    leaves = named_leaves(params)
-    (place,) = [name.removesuffix("context") for name in leaves if name.endswith("token_embed/inserted_context")]
-    down, down_bias, up, up_bias = (leaves[f"{place}meta_{name}"] for name in ("down", "down_bias", "up", "up_bias"))
-    moves = jax.nn.relu(found.image @ down + down_bias) @ up + up_bias
-
-    def one(picture):
-        x, move = picture
-        own = unflatten_dict(leaves | {f"{place}context": leaves[f"{place}context"] + move}, sep="/")
-        return found.scale * model.apply({"params": own}, None, token_ids).text @ x
-
-    return jax.lax.map(one, (found.image, moves), batch_size=8)
 
 
 def of_sections(sections: Sequence[Mapping[str, Any]], where: str) -> tuple:
@@ -391,7 +382,7 @@ def _intercept(insertions, call, args, kwargs, context):
     return call(*args, **kwargs)
 
 
-def _new(module, name, init, shape):
+def new_parameter(module, name, init, shape):
     """Returns a new parameter in a module's scope; scans slice and initialise it like the module's own parameters."""
     return module.scope.param(f"inserted_{name}", init, shape)
 

@@ -159,8 +159,8 @@ class TwoTower(nn.Module):
         Args:
           images: inputs of the image tower, floating [B, H, W, 3], already normalised; or precomputed pooled outputs
             [B, D] of a locked tower; or None.
-          token_ids: integers [B, L], or None.
-          hidden, kept: patches that are masked, and that are seen, see `ViT`; or None.
+          token_ids: integers [B, L]; or the texts' embeddings, floating [B, D]; or None.
+            hidden, kept: patches that are masked, and that are seen, see `ViT`; or None.
           train: whether dropout and drop path are active (they draw from the rng `dropout`).
 
         Returns:
@@ -185,7 +185,9 @@ class TwoTower(nn.Module):
             encoded = of_image = self.image(images, train=train, **given)
             image, image_tokens = self._embedding("image", encoded), encoded.tokens
             image_pooled, image_mask = encoded.pooled, encoded.mask
-        if token_ids is not None:
+        if jnp.issubdtype(getattr(token_ids, "dtype", int), jnp.floating):
+            text = unit(token_ids)
+        elif token_ids is not None:
             encoded = of_text = self.text(token_ids, train=train)
             text, text_tokens = self._embedding("text", encoded), encoded.tokens
             text_pooled = encoded.pooled

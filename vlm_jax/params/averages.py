@@ -5,6 +5,7 @@ parameter that differs.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,3 +108,32 @@ def analogy(a: Any, b: Any, c: Any) -> Any:
     """Returns the task vector d = c + (b - a), where a is to b as c is to d (arXiv:2212.04089, section 5)."""
     check_alike(a, b, c)
     return optax.tree.add(c, optax.tree.sub(b, a))
+
+
+class Running:
+    """The weighted mean of parameters along a training run; the last ones without weights.
+
+    PromptSRC (Khattak et al. 2023, arXiv:2307.06948, section 3.2.2) weighs epochs by a Gaussian.
+
+    Attributes:
+      params: the mean so far.
+    """
+
+    def __init__(self, weight: Callable[[float], float] | None = None):
+        """`weight`: share of the training in (0, 1] -> a weight of 0 or more, of any sum."""
+        self.params, self._weight, self._total = None, weight, 0.0
+
+    def add(self, params: Any, share: float) -> None:
+        """Adds the parameters after a share of the training."""
+        weight = 0.0 if self._weight is None else float(self._weight(share))
+        if not self._total:
+            self.params = params
+        elif weight:
+            step = weight / (self._total + weight)
+            self.params = jax.tree.map(lambda mean, new: mean + step * (new - mean), self.params, params)
+        self._total += weight
+
+
+def gaussian(mean: float, std: float) -> Callable[[float], float]:
+    """Returns exp(-(t - mean)^2 / (2 std^2)) of a share t of the training."""
+    return lambda share: math.exp(-0.5 * ((share - mean) / std) ** 2)

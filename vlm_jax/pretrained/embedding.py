@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.errors import UserError
-from vlm_jax.models import insertion, pooling
+from vlm_jax.models import after_towers, pooling
 from vlm_jax.models.transformer import Encoder
 
 
@@ -47,7 +47,7 @@ def features_of_layers(model: nn.Module, params: Any, inputs: Any, side: str, la
     return tuple(tokens.astype(jnp.float32) for tokens in encoded.aux["layers"])
 
 
-pair_logits = jax.jit(insertion.class_logits, static_argnames="model")
+pair_logits = jax.jit(after_towers.class_logits, static_argnames="model")
 
 
 def class_embeddings(

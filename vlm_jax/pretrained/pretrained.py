@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from vlm_jax.data import class_lists, ops
 from vlm_jax.data.source import BadExample
 from vlm_jax.errors import UserError
-from vlm_jax.models import insertion
+from vlm_jax.models import after_towers
 from vlm_jax.models.generate import log_likelihood, log_likelihoods
 from vlm_jax.models.transformer import Encoder
 from vlm_jax.models.vocabulary import is_text
@@ -89,7 +89,7 @@ class Pretrained:
     @property
     def compares_pairs(self) -> bool:
         """Whether logits are computed pair by pair: captioners, and prompts that depend on the picture."""
-        return self.is_captioner or insertion.is_conditional(self.model)
+        return self.is_captioner or after_towers.by_pairs(self.model) is not None
 
     @property
     def reads_texts(self) -> bool:
@@ -213,13 +213,11 @@ class Pretrained:
                 text = pool.submit(class_embeddings, self.embed_texts, labels, templates)
                 image, text = self.embed_image_batch(images), text.result()
             return math.exp(float(self.params["logit_scale"])) * similarity(image, text)
-        prompts = prompts_of(labels, templates)
         if self.is_captioner:
-            logits = self.caption_logits(images, prompts)
-        else:
-            token_ids = self._token_ids(prompts)
-            logits = self._run(lambda model, params, images: pair_logits(model, params, images, token_ids), images)
-        return logits.reshape(len(logits), len(labels), len(templates)).mean(2)
+            logits = self.caption_logits(images, prompts_of(labels, templates))
+            return logits.reshape(len(logits), len(labels), len(templates)).mean(2)
+        run = lambda token_ids: self._run(lambda *args: pair_logits(*args, token_ids), images)
+        return np.mean([run(self._token_ids(prompts_of(labels, [template]))) for template in templates], axis=0)
 
     def _head_logits(self, images: Any, labels: Sequence[str], templates: Sequence[str] | None) -> np.ndarray:
         unknown = [label for label in labels if label not in self.classes]
@@ -314,8 +312,8 @@ class Pretrained:
 
     def _need_texts(self) -> None:
         self._need("text")
-        if insertion.is_conditional(self.model):
-            raise UserError("texts of this model depend on the picture, by its Meta-Net; use classify or class_logits")
+        if after_towers.by_pairs(self.model):
+            raise UserError("texts of this model depend on the picture; use classify or class_logits")
 
     def _token_ids(self, texts: Sequence[str]) -> np.ndarray:
         """int32 [n, L]."""

@@ -95,6 +95,28 @@ def load_adapter(path: str | os.PathLike, base: Pretrained) -> Pretrained:
         raise UserError(f"{where} is no adapter of this model, or damaged ({reason}); adapt again") from error
 
 
+def read_insertions(path: str | os.PathLike, base: Mapping[str, Any] | None = None) -> tuple[tuple, dict[str, Any]]:
+    """Returns (the insertions of an adapter's file, their parameters by name), to go on training them.
+
+    Args:
+      path: the file.
+      base: the model's parameters by name, without insertions, to compare with those that the file was made from.
+
+    Raises:
+      UserError: the file is no adapter, belongs to another model, or changes more than insertions.
+    """
+    file, where = open_tensors(path), os.fspath(path)
+    if KEY not in file.metadata:
+        raise UserError(f"{where} is no adapter: its metadata has no `{KEY}`; expected a file of adapt")
+    about = _About(**json.loads(file.metadata[KEY]))
+    if base is not None and about.base != params_sha256(unflatten_dict(dict(base), sep="/")):
+        raise UserError(f"{where} is of another model: load the one that it was made from")
+    params = {name.removeprefix("params/"): tensor.read() for name, tensor in file.tensors.items()}
+    if not about.insertions or params.keys() != insertion.new_leaves(unflatten_dict(params, sep="/")).keys():
+        raise UserError(f"{where} changes more than inserted modules, or has none; expected one of modules or prompts")
+    return insertion.of_sections(about.insertions, f"an insertion of {where}"), params
+
+
 class _About(NamedTuple):
     """The metadata of an adapter's file, see `save_adapter`."""
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.support.few_shot import NAMES, clip_like, params_with, pictures, tuned
+from tests.support.few_shot import NAMES, Said, clip_like, params_with, pictures, tuned, unit_rows
 from vlm_jax import objectives
 from vlm_jax.adapt.prompts.coop import coop
 from vlm_jax.adapt.prompts.guided import kgcoop, prograd
@@ -60,3 +60,29 @@ def test_terms_by_hand(base, name):
         wanted = log_p(zero_shot)
         divergence = (np.exp(wanted) * (wanted - log_p(text))).sum(1)[kept].mean()
         np.testing.assert_allclose(metrics["zero_shot/loss"], divergence, rtol=1e-3, atol=1e-6)
+
+
+def test_a_step_of_prograd_never_raises_the_divergence_to_first_order():
+    """Of the KL from the zero-shot predictions, for labels with and against them; text embeddings are what trains."""
+    zero_shot, images = unit_rows(0, 3, 8), unit_rows(1, 6, 8)
+    recipe = prograd(clip_like(scan=True).model)
+    (term,) = recipe.terms
+    moved_against = 0
+    for seed in range(6):
+        labels = (images @ zero_shot.T).argmin(1) if seed % 2 else (images @ zero_shot.T).argmax(1)
+        rows = {"batch": {"label": labels}, "classes": {"zero_shot": zero_shot}}
+
+        def divergence(text, rows=rows):
+            features = {"batch": (images, images), "classes": text}
+            return term.loss(Said(scale=20.0), features, rows, None)[0]
+
+        classes = lambda text, labels=labels: -jnp.mean(jax.nn.log_softmax(20 * images @ text.T)[np.arange(6), labels])
+        with jax.enable_x64(True):
+            text = 0.3 * jnp.asarray(zero_shot + 0.3 * unit_rows(seed + 2, 3, 8))
+            own, other = jax.grad(classes)(text), jax.grad(divergence)(text)
+            step = recipe.gradients({"classes": own, "zero_shot": other}, None)
+            slope = jax.jvp(divergence, (text,), (-step,))[1]
+            assert slope < 1e-12
+            moved_against += float(jnp.vdot(own, other)) < 0
+            assert float(jax.jvp(classes, (text,), (-step,))[1]) < 0  # it still learns
+    assert moved_against == 3

@@ -11,7 +11,7 @@ A head maps features [M, D] to logits, float64 [M, C]. Common arguments of the f
 """
 
 from vlm_jax.adapt.heads.cache import TipAdapter, tip_adapter, tip_adapter_f
-from vlm_jax.adapt.heads.cross_modal import cross_modal_probe
+from vlm_jax.adapt.heads.cross_modal import concept_embeddings, cross_modal_probe
 from vlm_jax.adapt.heads.gda import gaussian, gda
 from vlm_jax.adapt.heads.linear import Linear, linear_probe, zero_shot
 from vlm_jax.adapt.heads.projection import Projected, train_projection
@@ -25,6 +25,7 @@ __all__ = [
     "TipAdapter",
     "TipX",
     "choose",
+    "concept_embeddings",
     "cross_modal_probe",
     "gaussian",
     "gda",

@@ -1,4 +1,7 @@
-"""A linear classifier trained on pictures and class names. Common arguments: see `heads`."""
+"""Linear classifiers that begin at the class names: trained on pictures and names, or on pictures alone.
+
+Common arguments: see `heads`.
+"""
 
 import jax
 import numpy as np
@@ -68,6 +71,46 @@ def cross_modal_probe(
     return Linear(scale * finite(weights, losses).T, np.zeros(len(text)))
 
 
+@method(
+    family="heads",
+    system="ConES",
+    paper="arXiv:2305.18993",
+    where="abstract",
+    differs="the class embeddings themselves train, on pictures alone and without a text tower",
+)
+@searches({"learning_rate": [1e-3, 1e-4]})
+def concept_embeddings(
+    features: np.ndarray,
+    labels: np.ndarray,
+    text: np.ndarray,
+    scale: float,
+    *,
+    steps: int = 1000,
+    batch_size: int = 32,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.0,
+    seed: int = 0,
+) -> Linear:
+    """Concept embedding search (ConES, Yi et al. 2023): logits s f V', where V [C, D] begins as `text` and trains.
+
+    What a prompt's text would give is searched directly. Of the paper's tasks, this is naming; the optimizer is that of
+    `cross_modal_probe`.
+
+    Args:
+      steps: 0 gives `zero_shot`.
+      batch_size: the last batch of an epoch may be smaller.
+      seed: of the order of examples.
+      others: see `heads`.
+    """
+    features, labels, text = few_shot(features, labels, text)
+    size = min(batch_size, len(features))
+    rows = shuffled(len(features), size, -(-steps * size // len(features)), seed)[:steps]
+    if not len(rows):
+        return zero_shot(text, scale)
+    weights, losses = _train_linear(rows, features, labels, text, scale, learning_rate, weight_decay)
+    return Linear(scale * finite(weights, losses).T, np.zeros(len(text)))
+
+
 @jax.jit
 def _train_linear(rows, features, labels, text, scale, learning_rate, weight_decay):
     schedule = optax.join_schedules(
@@ -80,6 +123,6 @@ def _train_linear(rows, features, labels, text, scale, learning_rate, weight_dec
     )
 
     def loss(weights, rows):
-        return cross_entropy(scale * matmul(features[rows], weights.T), labels[rows])
+        return cross_entropy(scale * matmul(features[rows], weights.T), labels[rows], rows >= 0)
 
     return descend(loss, text, optax.adamw(schedule, weight_decay=weight_decay), rows)

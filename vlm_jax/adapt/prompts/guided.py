@@ -1,4 +1,4 @@
-"""Prompts that stay near the base model's knowledge: its texts (KgCoOp), its predictions (ProGrad)."""
+"""Contexts that stay near the base model's knowledge: its texts (KgCoOp), its predictions (ProGrad)."""
 
 import flax.linen as nn
 import jax
@@ -42,14 +42,28 @@ def kgcoop(model: nn.Module, *, length: int = 4, std: float = 0.02, weight: floa
 )
 def prograd(model: nn.Module, *, length: int = 4, std: float = 0.02, strength: float = 1.0) -> Extended:
     """ProGrad (Zhu et al. 2023): the classes' gradient, without what raises KL(zero-shot || prompted)."""
+    gradients = project(keep="classes", against="zero_shot", strength=strength)
+    return Extended(Inserted((Context(length=length, std=std),)), (zero_shot_divergence(),), gradients)
+
+
+def zero_shot_divergence(name: str = "zero_shot", texts: str = "zero_shot", weight: float = 1.0) -> Term:
+    """The mean over pictures of KL(zero-shot || prompted), of the softmax over classes.
+
+    Args:
+      name: of the term.
+      texts: the entry of "classes" with the base model's embeddings of the classes.
+      weight: of the term.
+    """
+
+    def images(outputs, ctx):
+        return outputs["image_embedding"], outputs.teacher("base")["image_embedding"]
 
     def loss(outputs, features, rows, ctx):
-        logits = lambda texts: outputs["scale"] * jnp.matmul(features["batch"], texts.T, precision="highest")
-        wanted = jax.lax.stop_gradient(jax.nn.log_softmax(logits(rows["classes"]["zero_shot"])))
-        divergence = jnp.sum(jnp.exp(wanted) * (wanted - jax.nn.log_softmax(logits(features["classes"]))), axis=-1)
+        image, base = features["batch"]
+        log_p = lambda x, y: jax.nn.log_softmax(outputs["scale"] * jnp.matmul(x, y.T, precision="highest"))
+        wanted = jax.lax.stop_gradient(log_p(base, rows["classes"][texts]))
+        divergence = jnp.sum(jnp.exp(wanted) * (wanted - log_p(image, features["classes"])), axis=-1)
         return jnp.mean(divergence, where=rows["batch"]["label"] >= 0), {}
 
-    features = {"batch": lambda o, ctx: o["image_embedding"], "classes": lambda o, ctx: o["text_embedding"]}
-    zero_shot = Term("zero_shot", features, loss)
-    gradients = project(keep="classes", against="zero_shot", strength=strength)
-    return Extended(Inserted((Context(length=length, std=std),)), (zero_shot,), gradients)
+    features = {"batch": images, "classes": lambda outputs, ctx: outputs["text_embedding"]}
+    return Term(name, features, loss, weight=weight)

@@ -7,9 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.adapt.prompts.placing import spread, widths
+from vlm_jax.adapt.prompts.placing import common_depth, deep, spread, widths
 from vlm_jax.catalogue import method
-from vlm_jax.models.insertion import Context, Prompt
 
 
 class Coupled(NamedTuple):
@@ -29,12 +28,11 @@ class Coupled(NamedTuple):
     std: float = 0.02
 
     def insertions(self, model: nn.Module, at: int) -> tuple:
-        depth = self._depth(model)
-        return Context("text", self.length, at, depth), Prompt("image", self.length, depth)
+        return deep(model, self.length, self.depth, at)
 
     def begin(self, rng: jax.Array, model: nn.Module, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         text, image = widths(model)
-        depth, (first, second) = self._depth(model), jax.random.split(rng)
+        depth, (first, second) = common_depth(model, self.depth), jax.random.split(rng)
         kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", batch_axis=0)
         return {
             "prompts": self.std * jax.random.normal(first, (depth, self.length, text)),
@@ -45,10 +43,6 @@ class Coupled(NamedTuple):
     def combine(self, own: Mapping[str, jax.Array], leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         image = jnp.einsum("jnd,jde->jne", own["prompts"], own["kernel"], precision="highest") + own["bias"][:, None]
         return spread("text", own["prompts"], leaves) | spread("image", image, leaves)
-
-    def _depth(self, model):
-        widths(model)
-        return min(self.depth, model.text.depth, model.image.depth)
 
 
 @method(
