@@ -1,5 +1,6 @@
 """A tiny two-tower model, pictures of three classes, and the few-shot task of naming them."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax import models
+from vlm_jax.adapt.recipe import Extended, Masked
 from vlm_jax.adapt.task import Shots, Task
 from vlm_jax.adapt.tune import tune
 from vlm_jax.data import tokenizers
@@ -75,3 +77,10 @@ def tuned(pretrained, recipe, pictures, **changes):
     """The model after three steps by a recipe."""
     settings = dict(steps=3, batch_size=5, learning_rate=1e-2) | changes
     return tune(pretrained, recipe, *pictures, NAMES, **settings)
+
+
+def plain(recipe):
+    """Whether a recipe tunes everything by the cross-entropy of the names, and nothing else: `full`, bit for bit."""
+    fields = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(Extended)}
+    default = Extended(fields.pop("recipe"))
+    return default.recipe == Masked(((".*", True),)) and fields.items() <= vars(default).items()

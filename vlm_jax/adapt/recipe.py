@@ -10,7 +10,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from vlm_jax.models import insertion
-from vlm_jax.objectives import Term, of_model
+from vlm_jax.objectives import Teacher, Term, of_model
 from vlm_jax.params import masks
 from vlm_jax.params.table import named_leaves
 
@@ -39,12 +39,24 @@ class Extended:
         templates) and, with a pool, "pool" (`image`). The teacher "base" is the base model.
       gradients: what happens to the terms' gradients instead of their sum, `Objective.combine`.
       optimizer: keys of an optimizer section that differ from `tune`'s.
+      names_classes: whether "classes", the cross-entropy over the names, is a term.
+      teachers: more teachers, such as averages of the recipe's own parameters.
+      head: the term whose part "head", a `nn.Dense`, becomes the classifier of the result, see `classifier`.
+      noise: `noise(rng, own, start) -> own`: the parameters that the model has in training; see `start`.
+      of_task: `of_task(base, images, labels, names) -> Extended`: the recipe for these pictures, see `tune`.
+      finish: `finish(base, tuned) -> tuned`: what becomes of the tuned model.
     """
 
     recipe: Recipe
     terms: tuple[Term, ...] = ()
     gradients: Callable | None = None
     optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    names_classes: bool = True
+    teachers: Mapping[str, Teacher] = dataclasses.field(default_factory=dict)
+    head: str | None = None
+    noise: Callable | None = None
+    of_task: Callable | None = None
+    finish: Callable | None = None
 
     def insertions(self, model, at):
         return self.recipe.insertions(model, at)
@@ -54,6 +66,10 @@ class Extended:
 
     def combine(self, own, leaves):
         return self.recipe.combine(own, leaves)
+
+    def start(self, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Returns the own parameters that the base model has; the recipe is a `Masked`."""
+        return self.recipe.begin(None, None, leaves)
 
 
 def sees_pool(recipe: Recipe) -> bool:
@@ -74,8 +90,11 @@ class Adapted:
         """Returns the parameters of the model."""
         return tree({**self.leaves, **self.recipe.combine(of_model(own), self.leaves)})
 
-    def apply(self, variables: Mapping[str, Any], *args: Any, **options: Any) -> Any:
-        return self.model.apply({"params": self.effective(variables["params"])}, *args, **options)
+    def apply(self, variables: Mapping[str, Any], *args: Any, rngs: Any = None, **options: Any) -> Any:
+        own, noise = of_model(variables["params"]), getattr(self.recipe, "noise", None)
+        if rngs and noise:
+            own = noise(jax.random.fold_in(rngs["dropout"], 1), own, self.recipe.start(self.leaves))
+        return self.model.apply({"params": self.effective(own)}, *args, rngs=rngs, **options)
 
 
 class Inserted(NamedTuple):

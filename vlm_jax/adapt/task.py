@@ -60,9 +60,11 @@ def named_right(
 
     Cached features are reused if the image tower is unchanged. `columns`: the classes of a head that are `names`.
     """
+    changed = _image_tower_changed(base, adapted)
     if adapted.head is not None:
-        logits = adapted.head(queries.features)[:, columns]
-    elif adapted.compares_pairs or _image_tower_changed(base, adapted):
+        features = adapted.embed_image_batch(queries.images) if changed else queries.features
+        logits = np.asarray(adapted.head(features))[:, columns]
+    elif adapted.compares_pairs or changed:
         logits = adapted.class_logits(queries.images, names)
     else:
         text = class_embeddings(adapted.embed_texts, names, adapted.templates)
