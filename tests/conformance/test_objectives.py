@@ -27,6 +27,7 @@ def is_default(declaration):
 CASES = [d for d in catalogue.of("terms", *PARTS, "selections").values() if not is_default(d)]
 CASES += [d for d in catalogue.of("spaces").values() if d.name not in {c.needs.get("model.space") for c in CASES}]
 ROWS = 8
+EMBEDDED = "contrastive", "alignment.modalities", "alignment.sentences", "alignment.soft_masks"
 
 
 def settings(declaration):
@@ -51,7 +52,7 @@ def settings(declaration):
 
 def embeddings_suffice(declaration):
     """Whether the smallest model with two embeddings has all that a declaration reads."""
-    of_towers = tuple(f"vlm_jax.objectives.{n}" for n in ("contrastive", "alignment.soft_masks", "alignment.sentences"))
+    of_towers = tuple(f"vlm_jax.objectives.{n}" for n in EMBEDDED)
     contrastive = declaration.module.startswith(of_towers)
     other = declaration.family in ("selections", "spaces") or declaration.name in ("self_distillation", "masked_words")
     return (contrastive and "model.name" not in declaration.needs) or other
