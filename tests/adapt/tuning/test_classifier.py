@@ -11,7 +11,7 @@ import scipy.special
 from tests.support.few_shot import NAMES
 from vlm_jax import objectives
 from vlm_jax.adapt.tuning.classifier import calibrated, dr_tune, lp_ft, tes
-from vlm_jax.adapt.tuning.contrastive import flyp
+from vlm_jax.adapt.tuning.contrastive import clip_cite, flyp
 from vlm_jax.errors import UserError
 from vlm_jax.objectives import Objective, Teacher
 from vlm_jax.pretrained.linear import logistic_regression
@@ -62,6 +62,34 @@ def test_flyp_by_hand():
     with jax.enable_x64():
         found = value(Objective(flyp(None).terms), {}, given)
     np.testing.assert_allclose(found, (one_way(logits) + one_way(logits.T)) / 2, rtol=1e-9)
+
+
+def test_clip_cite_by_hand():
+    """All three losses pair by pair, and each alone."""
+    given, kept = rows(), np.flatnonzero(LABELS >= 0)
+    x, texts = given["batch"]["image_embedding"], given["classes"]["text_embedding"]
+    given["classes"]["base_embedding"] = texts  # the teacher's texts are those in the rows
+    base = given["batch"]["base_embedding"]
+    with jax.enable_x64():
+        objective, params, _ = begun(clip_cite(None, contrast=0.6, distil=0.2), given)
+        params = jax.tree.map(lambda p: p + 0.1 * np.cos(np.arange(p.size)).reshape(p.shape), params)
+        found = value(objective, params, given)
+        alone = value(*begun(clip_cite(None, contrast=0.0, distil=0.0), given)[:2], given)
+    own = SCALE * x @ unit(np.asarray(params["objective"]["names"]["classes"]["table"])).T
+    logits, of_base = SCALE * x @ texts[LABELS].T, SCALE * base @ texts[LABELS].T
+    apart = divergence = 0
+    for i in kept:
+        rest = [j for j in kept if LABELS[j] != LABELS[i] or j == i]
+        apart -= logits[i, i] - scipy.special.logsumexp(logits[i, rest])
+        apart -= logits[i, i] - scipy.special.logsumexp(logits[rest, i])
+        p, q = (scipy.special.softmax(one[i, kept]) for one in (logits, of_base))
+        divergence += np.sum(p * np.log(p / q))
+    want = entropy(own, np.eye(C)[LABELS], LABELS >= 0) + (0.6 * apart + 0.2 * divergence) / len(kept)
+    np.testing.assert_allclose(found, want, rtol=1e-6)
+    np.testing.assert_allclose(alone, entropy(SCALE * x @ texts.T, np.eye(C)[LABELS], LABELS >= 0), rtol=1e-6)
+    assert clip_cite(None, alpha=1.0).finish is None
+    with pytest.raises(UserError, match="alpha of clip_cite is 2; expected 0"):
+        clip_cite(None, alpha=2)
 
 
 def test_tes_by_hand():
