@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from tests.support.few_shot import plain
-from vlm_jax.adapt.recipe import Extended
+from vlm_jax.adapt.recipe import Extended, Inserted
 from vlm_jax.adapt.tuning.adversarial import smart, tecoa
 from vlm_jax.adapt.tuning.classifier import IMAGE
 from vlm_jax.errors import UserError
+from vlm_jax.models.insertion import Prompt
 from vlm_jax.objectives import Objective, value
 
 B, C, N, D = 3, 4, 2, 5
@@ -130,6 +131,7 @@ def test_smart_by_hand(monkeypatch):
 
 def test_limits():
     assert vars(tecoa(None, radius=0.0)) == vars(Extended(IMAGE))
+    assert tecoa(None, length=3).recipe == tecoa(None, radius=0.0, length=3).recipe == Inserted((Prompt(length=3),))
     assert plain(smart(None, smoothness=0.0, proximity=0.0))
     with pytest.raises(UserError, match="tecoa has radius -1 and steps 2; expected 0 or more"):
         tecoa(None, radius=-1)

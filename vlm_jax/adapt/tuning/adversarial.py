@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from vlm_jax.adapt.parameters import full
-from vlm_jax.adapt.recipe import Extended
+from vlm_jax.adapt.recipe import Extended, Inserted
 from vlm_jax.adapt.tuning.classifier import IMAGE
 from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
+from vlm_jax.models.insertion import Prompt
 from vlm_jax.objectives import Teacher, Term
 from vlm_jax.objectives.adversarial import Ball, Pixels, ascend, held, largest, shifted
 
@@ -24,7 +25,9 @@ PATCHES = "image", "patch_embed"
     paper="arXiv:2212.07016",
     differs="the image tower learns the names of pictures that were changed to mislead it",
 )
-def tecoa(model: nn.Module, *, radius: float = 1.0, steps: int = 2, size: float | None = None) -> Extended:
+def tecoa(
+    model: nn.Module, *, radius: float = 1.0, steps: int = 2, size: float | None = None, length: int = 0
+) -> Extended:
     """TeCoA (Mao et al. 2023): the cross-entropy over class names of pictures at their worst, max over a ball.
 
     |x' - x| <= radius in grey levels, of 0 to 255, by projected gradient ascent from a uniform draw. Texts stay.
@@ -33,11 +36,13 @@ def tecoa(model: nn.Module, *, radius: float = 1.0, steps: int = 2, size: float 
       model: two towers.
       radius: in grey levels; 0 is tuning of the image tower.
       steps, size: of the ascent; `size` in grey levels, defaults to the radius.
+      length: trains so many learned tokens in the place of the tower, the paper's visual prompts; 0 trains the tower.
     """
     if radius < 0 or steps < 1:
         raise UserError(f"tecoa has radius {radius} and steps {steps}; expected 0 or more, and 1 or more")
+    trained = Inserted((Prompt(length=length),)) if length else IMAGE
     if not radius:
-        return Extended(IMAGE)
+        return Extended(trained)
 
     def of_task(base, images, labels, names):
         return dataclasses.replace(recipe, terms=(adversarial(Pixels.of(base.preprocess)),), of_task=None)
@@ -64,7 +69,7 @@ def tecoa(model: nn.Module, *, radius: float = 1.0, steps: int = 2, size: float 
 
         return Term("adversarial", features, loss)
 
-    recipe = Extended(IMAGE, names_classes=False, of_task=of_task)
+    recipe = Extended(trained, names_classes=False, of_task=of_task)
     return recipe
 
 
