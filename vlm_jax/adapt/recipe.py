@@ -41,7 +41,7 @@ class Extended:
       optimizer: keys of an optimizer section that differ from `tune`'s.
       names_classes: whether "classes", the cross-entropy over the names, is a term.
       teachers: more teachers, such as averages of the recipe's own parameters.
-      head: the term whose part "head", a `nn.Dense`, becomes the classifier of the result, see `classifier`.
+      head: the term whose part "head", a kernel and a bias, is the classifier of the result, see `tuning.classifier`.
       noise: `noise(rng, own, start) -> own`: the parameters that the model has in training; see `start`.
       of_task: `of_task(base, images, labels, names) -> Extended`: the recipe for these pictures, see `tune`.
       finish: `finish(base, tuned) -> tuned`: what becomes of the tuned model.
