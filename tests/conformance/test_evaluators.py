@@ -19,7 +19,7 @@ GIVEN = dict(  # the slices hold all pictures of the four classes
     label="concept", classes=CONCEPTS, captions="name/en", caption="name/en",
     where={"concept": list(CONCEPTS)}, train_where={"concept": list(CONCEPTS)}, shots=2, seeds=1, gallery=2,
     gallery_split="train[:2000]", gallery_where={"concept": list(CONCEPTS)},
-    methods=["zero_shot", "tip_adapter"],
+    methods=["zero_shot", "tip_adapter"], target="monkey",
     ops=TEXTS["ops"], denoisers=TEXTS["denoisers"],
 )  # fmt: skip
 SCENES = dict(uri="scenes:?examples=8", split="train")  # their fields are the defaults

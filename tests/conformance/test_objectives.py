@@ -28,6 +28,10 @@ def is_default(declaration):
 CASES = [d for d in catalogue.of("terms", *PARTS, "selections").values() if not is_default(d)]
 CASES += [d for d in catalogue.of("spaces").values() if d.name not in {c.needs.get("model.space") for c in CASES}]
 ROWS = 8
+EMBEDDED = ("contrastive", *(f"alignment.{name}" for name in (
+    "continual", "distillation", "entities", "masked_tokens", "missing", "modalities", "mutual_information",
+    "self_supervision", "sentences", "soft_masks",
+)))  # fmt: skip
 
 
 def settings(declaration):
@@ -52,9 +56,7 @@ def settings(declaration):
 
 def embeddings_suffice(declaration):
     """Whether the smallest model with two embeddings has all that a declaration reads."""
-    parts = ("soft_masks", "sentences", "self_supervision", "entities", "distillation", "masked_tokens",
-             "mutual_information", "missing", "continual")  # fmt: skip
-    of_towers = "vlm_jax.objectives.contrastive", *(f"vlm_jax.objectives.alignment.{part}" for part in parts)
+    of_towers = tuple(f"vlm_jax.objectives.{n}" for n in EMBEDDED)
     contrastive = declaration.module.startswith(of_towers)
     other = declaration.family in ("selections", "spaces") or declaration.name in ("self_distillation", "masked_words")
     attends = declaration.name == "attention_distillation"

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.errors import UserError
-from vlm_jax.objectives.combinations import project
+from vlm_jax.objectives.combinations import harmonise, project
 
 
 def gradients(sign):
@@ -34,3 +34,44 @@ def test_without_conflict_nothing_changes():
 def test_a_term_that_is_not_there_is_named():
     with pytest.raises(UserError, match="there is no term `nothing`; the terms: kept, other"):
         project(keep="kept", against="nothing")(gradients(1), None)
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def by_hand(gradients):
+    """The loop of PCGrad in the terms' order."""
+    total = 0
+    for i, g in enumerate(gradients):
+        for j, h in enumerate(gradients):
+            if i != j and g @ h < 0:
+                g = g - (g @ h) / (h @ h) * h
+        total = total + g
+    return total
+
+
+def test_terms_lose_what_works_against_each_other():
+    with jax.enable_x64(True):
+        given = gradients(-1) | {"third": gradients(1)["other"]}
+        found = flat(harmonise()(given, None))
+        np.testing.assert_allclose(found, by_hand([flat(g) for g in given.values()]), rtol=1e-9)
+        two = gradients(-1)
+        both = flat(harmonise()(two, None))
+        assert all(both @ flat(g) >= -1e-12 for g in two.values())
+
+
+def test_batches_that_conflict_count_for_nothing():
+    two = gradients(-1)
+    g, h = map(flat, two.values())
+    cosine = g @ h / np.linalg.norm(g) / np.linalg.norm(h)
+    assert cosine < -0.9 and not np.any(flat(harmonise(drop_below=-0.9)(two, None)))
+    kept = harmonise(drop_below=cosine - 1e-3)(two, None)
+    np.testing.assert_array_equal(flat(kept), flat(harmonise()(two, None)))
+    with pytest.raises(UserError, match=r"drop_below is 0.5; expected a cosine from -1"):
+        harmonise(drop_below=0.5)
+
+
+def test_harmony_is_the_sum():
+    given = jax.tree.map(np.float32, gradients(1))
+    jax.tree.map(np.testing.assert_array_equal, harmonise()(given, None), jax.tree.map(np.add, *given.values()))

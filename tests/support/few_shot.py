@@ -1,5 +1,6 @@
 """A tiny two-tower model, pictures of three classes, and the few-shot task of naming them."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax import models
+from vlm_jax.adapt.recipe import Extended, Masked
 from vlm_jax.adapt.task import Shots, Task
 from vlm_jax.adapt.tune import tune
 from vlm_jax.data import tokenizers
@@ -107,3 +109,10 @@ def unit_rows(seed, *shape):
     """Unit-norm rows, float64 [*shape]."""
     x = np.random.default_rng(seed).normal(size=shape)
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def plain(recipe):
+    """Whether a recipe tunes everything by the cross-entropy of the names, and nothing else: `full`, bit for bit."""
+    fields = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(Extended)}
+    default = Extended(fields.pop("recipe"))
+    return default.recipe == Masked(((".*", True),)) and fields.items() <= vars(default).items()

@@ -1,7 +1,7 @@
 """The methods that adapt a model to a few labelled pictures: `fit(NAME)(base, shots, validation, task, **options)`.
 
-A method is declared in the folder of its family: `heads`, `parameters`, `modules`, `prompts`. A fit returns the adapted
-`Pretrained` and chooses hyper-parameters on the validation pictures.
+A method is declared in the folder of its family: `heads`, `parameters.py` and `tuning`, `modules`, `prompts`. A fit
+returns the adapted `Pretrained` and chooses hyper-parameters on the validation pictures.
 """
 
 import dataclasses

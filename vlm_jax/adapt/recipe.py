@@ -10,7 +10,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from vlm_jax.models import insertion
-from vlm_jax.objectives import Term, of_model
+from vlm_jax.objectives import Teacher, Term, of_model
 from vlm_jax.params import masks
 from vlm_jax.params.table import named_leaves
 
@@ -42,9 +42,14 @@ class Extended:
         see `adapt.tables`.
       gradients: what happens to the terms' gradients instead of their sum, `Objective.combine`.
       optimizer: keys of an optimizer section that differ from `tune`'s.
-      names_classes: whether the cross-entropy over the classes, the term "classes", is a loss.
       average: `f(share of the training) -> weight`: the result is the weighted mean of the parameters at the ends of
         epochs; None: the last ones.
+      names_classes: whether "classes", the cross-entropy over the names, is a term.
+      teachers: more teachers, such as averages of the recipe's own parameters.
+      head: the term whose part "head", a kernel and a bias, is the classifier of the result, see `tuning.classifier`.
+      noise: `noise(rng, own, start) -> own`: the parameters that the model has in training; see `start`.
+      of_task: `of_task(base, images, labels, names) -> Extended`: the recipe for these pictures, see `tune`.
+      finish: `finish(base, tuned) -> tuned`: what becomes of the tuned model.
     """
 
     recipe: Recipe
@@ -52,8 +57,13 @@ class Extended:
     gradients: Callable | None = None
     optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tables: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
-    names_classes: bool = True
     average: Callable[[float], float] | None = None
+    names_classes: bool = True
+    teachers: Mapping[str, Teacher] = dataclasses.field(default_factory=dict)
+    head: str | None = None
+    noise: Callable | None = None
+    of_task: Callable | None = None
+    finish: Callable | None = None
 
     def insertions(self, model, at):
         return self.recipe.insertions(model, at)
@@ -63,6 +73,10 @@ class Extended:
 
     def combine(self, own, leaves):
         return self.recipe.combine(own, leaves)
+
+    def start(self, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Returns the own parameters that the base model has; the recipe is a `Masked`."""
+        return self.recipe.begin(None, None, leaves)
 
 
 def sees_pool(recipe: Recipe) -> bool:
@@ -84,8 +98,11 @@ class Adapted:
         """Returns the parameters of the model."""
         return tree({**self.leaves, **self.recipe.combine(of_model(own), self.leaves)})
 
-    def apply(self, variables: Mapping[str, Any], *args: Any, **options: Any) -> Any:
-        return self.model.apply({"params": self.effective(variables["params"])}, *args, **options)
+    def apply(self, variables: Mapping[str, Any], *args: Any, rngs: Any = None, **options: Any) -> Any:
+        own, noise = of_model(variables["params"]), getattr(self.recipe, "noise", None)
+        if rngs and noise:
+            own = noise(jax.random.fold_in(rngs["dropout"], 1), own, self.recipe.start(self.leaves))
+        return self.model.apply({"params": self.effective(own)}, *args, rngs=rngs, **options)
 
 
 class Inserted(NamedTuple):

@@ -60,13 +60,16 @@ def named_right(
 
     Cached features are reused if the image tower is unchanged. `columns`: the classes of a head that are `names`.
     """
+    changed = _changed(base, adapted)
+    of_tower = any(name.startswith("image/") for name in changed)
     if adapted.head is not None:
-        logits = adapted.head(queries.features)[:, columns]
-    elif adapted.compares_pairs or any(name.startswith("image/") for name in _changed(base, adapted)):
+        features = adapted.embed_image_batch(queries.images) if of_tower else queries.features
+        logits = np.asarray(adapted.head(features))[:, columns]
+    elif adapted.compares_pairs or of_tower:
         logits = adapted.class_logits(queries.images, names)
     else:
         text, features = class_embeddings(adapted.embed_texts, names, adapted.templates), queries.features
-        if changes_embeddings(_changed(base, adapted)):
+        if changes_embeddings(changed):
             features = adapted.embed_image_batch(features)
         logits = features.astype(np.float64) @ text.T
     return right(logits, queries)

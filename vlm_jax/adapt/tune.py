@@ -34,6 +34,7 @@ from vlm_jax.objectives import Objective, Teacher, Term
 from vlm_jax.params import averages, optim
 from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained, class_embeddings, inputs
+from vlm_jax.pretrained.linear import Linear
 from vlm_jax.run.program import TrainState, train_step
 
 
@@ -90,6 +91,8 @@ def tune(
     if sees_pool(recipe) and pool is None:
         raise UserError("the recipe has a term on pictures without labels; give `pool` (few_shot: pool=64)")
     labels = check_labels(labels, len(images), len(names))
+    if of_task := getattr(recipe, "of_task", None):
+        recipe = of_task(pretrained, images, labels, names)
     place = _context_place(pretrained)
     modules = recipe.insertions(pretrained.model, place)
     adapted = with_room(pretrained, modules)
@@ -106,6 +109,8 @@ def tune(
     leaves = named_leaves(params)
     own = recipe.begin(jax.random.fold_in(rng, 1), adapted.model, leaves) if begin is None else dict(begin)
     changed = recipe.combine(own, leaves).keys()
+    if adapted.compares_pairs and getattr(recipe, "noise", None):
+        raise UserError("the recipe's noise needs embeddings of pictures and names; this model compares pair by pair")
     if not changed:
         raise UserError(f"{recipe} trains nothing of this model; compare the recipe with the model's parameter names")
     changes = lambda tower: any(name.startswith(f"{tower}/") for name in changed)
@@ -150,7 +155,13 @@ def tune(
             f"{type(recipe).__name__}: the loss is {loss} after {steps} steps; a smaller learning_rate?"
         )
     params = tree(leaves | recipe.combine(objectives.of_model(trained.params), leaves))
-    return dataclasses.replace(adapted, params=params, classes=tuple(names), templates=tuple(templates), head=None)
+    head = getattr(recipe, "head", None)
+    if head:
+        dense = trained.params[objectives.OWN][head]["head"]
+        head = Linear(*(np.asarray(dense[name], np.float64) for name in ("kernel", "bias")))
+    tuned = dataclasses.replace(adapted, params=params, classes=tuple(names), templates=tuple(templates), head=head)
+    finish = getattr(recipe, "finish", None)
+    return finish(pretrained, tuned) if finish else tuned
 
 
 class _Pictures:
@@ -197,10 +208,10 @@ class _Tuning(NamedTuple):
 
     def objective(self, classes: Mapping[str, Any]) -> Objective:
         """Returns the loss of the classes and the recipe's own terms."""
-        own = (self._classes(classes),) if getattr(self.recipe, "names_classes", True) else ()
-        terms = (*own, *getattr(self.recipe, "terms", ()))
-        teacher = Teacher(spec="the base model", model=self.base)
-        return Objective(terms, teachers={"base": teacher}, combine=getattr(self.recipe, "gradients", None))
+        names = (self._classes(classes),) if getattr(self.recipe, "names_classes", True) else ()
+        teachers = {"base": Teacher(spec="the base model", model=self.base), **getattr(self.recipe, "teachers", {})}
+        terms = (*names, *getattr(self.recipe, "terms", ()))
+        return Objective(terms, teachers=teachers, combine=getattr(self.recipe, "gradients", None))
 
     def optimizer(self, params: Any, learning_rate: Any) -> tuple[Any, Any]:
         """Returns (transform, schedule); the learning rate may be traced."""

@@ -7,12 +7,13 @@ objective=dict(terms=..., teachers=dict(average=dict(decay=0.999)), combine="pro
 
 from vlm_jax.objectives.accumulation import value_and_grad
 from vlm_jax.objectives.build import build, teachers_of
-from vlm_jax.objectives.outputs import Outputs, of_model
+from vlm_jax.objectives.outputs import OWN, Outputs, of_model
 from vlm_jax.objectives.state import active, check_stored, frozen, make, reached, refreshed, update
 from vlm_jax.objectives.sum import value
 from vlm_jax.objectives.term import Context, Feature, Objective, Row, Selection, Teacher, Term, model_inputs
 
 __all__ = [
+    "OWN",
     "Context",
     "Feature",
     "Objective",

@@ -10,15 +10,15 @@ import optax
 
 from vlm_jax import config
 from vlm_jax.errors import UserError, near
+from vlm_jax.params.importance import spider_importance, weighed
 from vlm_jax.params.regularizers import ewc_gradient
 from vlm_jax.params.table import map_with_name
 
 
 def optimizer(name: str, where: str) -> Callable[..., optax.GradientTransformation]:
     """Returns a function of this module or of optax that takes `learning_rate`; `where` names the key in messages."""
-    return _choose(
-        {"adafactor": adafactor, "muon": muon}, name, _takes_learning_rate, f"{where} is `{name}`", "optimizer"
-    )
+    own = {"adafactor": adafactor, "muon": muon, "bert_adam": bert_adam, "spider": spider}
+    return _choose(own, name, _takes_learning_rate, f"{where} is `{name}`", "optimizer")
 
 
 def transform(section: str | Mapping[str, Any], where: str) -> optax.GradientTransformation:
@@ -214,3 +214,41 @@ def ewc(weight: float, decay: float = 0.99, keep: float = 1.0) -> optax.Gradient
         return jax.tree.map(jnp.add, updates, pull), Ewc(squares, fisher, anchor)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def bert_adam(
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: float = 0.0,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+) -> optax.GradientTransformation:
+    """AdamW without bias correction of the moments, as BERT was tuned at first: a control, unstable on few examples.
+
+    Its first steps are larger than AdamW's (Zhang et al. 2021, arXiv:2006.05987).
+    """
+
+    def update(gradients, state, params=None):
+        mu = optax.tree.update_moment(gradients, state.mu, b1, 1)
+        nu = optax.tree.update_moment(gradients, state.nu, b2, 2)
+        scaled = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
+        return scaled, optax.ScaleByAdamState(optax.safe_increment(state.count), mu, nu)
+
+    return optax.chain(
+        optax.GradientTransformation(optax.scale_by_adam(b1, b2, eps).init, update),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def spider(
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: float = 0.0,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+) -> optax.GradientTransformation:
+    """AdamW whose parameters keep to where they began, by SPIDER's importance, `importance.spider_importance`."""
+    return weighed(optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay), spider_importance)

@@ -14,6 +14,7 @@ from vlm_jax.adapt.heads.cache import TipAdapter, tip_adapter, tip_adapter_f
 from vlm_jax.adapt.heads.cross_modal import concept_embeddings, cross_modal_probe
 from vlm_jax.adapt.heads.gda import gaussian, gda
 from vlm_jax.adapt.heads.linear import Linear, linear_probe, zero_shot
+from vlm_jax.adapt.heads.nmtune import Reshaped, nmtune
 from vlm_jax.adapt.heads.projection import Projected, train_projection
 from vlm_jax.adapt.heads.search import Choice, choose, searches
 from vlm_jax.adapt.heads.tip_x import TipX, tip_x
@@ -22,6 +23,7 @@ __all__ = [
     "Choice",
     "Linear",
     "Projected",
+    "Reshaped",
     "TipAdapter",
     "TipX",
     "choose",
@@ -30,6 +32,7 @@ __all__ = [
     "gaussian",
     "gda",
     "linear_probe",
+    "nmtune",
     "searches",
     "tip_adapter",
     "tip_adapter_f",

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import io
 import threading
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -191,6 +191,11 @@ def normalize(
 @functools.lru_cache(256)
 def _scale_and_offset(mean, std, channels: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """`x * scale - offset` over a row of pixels [W * C]: numpy is slow on rows of three, fast on long ones."""
+    return tuple(np.tile(v, width) for v in scale_and_offset(mean, std, channels))
+
+
+def scale_and_offset(mean: Any = 0.5, std: Any = None, channels: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (scale, offset), float32 [channels], of `normalize(mean, std)`: pixel * scale - offset."""
     named = STATISTICS.get(mean, (mean, 0.5))
     mean, std = (np.broadcast_to(v, channels) for v in (named[0], named[1] if std is None else std))
-    return tuple(np.tile(v, width).astype(np.float32) for v in (1 / (255 * std), mean / std))
+    return (1 / (255 * std)).astype(np.float32), (mean / std).astype(np.float32)

@@ -17,6 +17,7 @@ from vlm_jax.catalogue import method
 from vlm_jax.data.sources import open_source
 from vlm_jax.evaluators import classes as class_names
 from vlm_jax.evaluators import metrics
+from vlm_jax.evaluators.attacks import Attack
 from vlm_jax.evaluators.labels import Classes
 from vlm_jax.evaluators.one_pass import Batch, Columns, Pass, picture_ops
 from vlm_jax.evaluators.progress import Progress, Table, memory_limit
@@ -51,6 +52,7 @@ def zeroshot(
     batch_size: int = 256,
     gallery: int = 24,
     memory_share: float = 0.25,
+    attack: Mapping[str, float] | None = None,
 ) -> Callable[..., Result]:
     """Returns an evaluator `(pretrained, progress=None) -> Result`.
 
@@ -73,6 +75,8 @@ def zeroshot(
       batch_size: pictures at a time; the metrics do not depend on the batch size.
       gallery: number of pictures to show with their best names, evenly spaced over the split.
       memory_share: share of the free memory for the rows of the pictures (74 bytes each); more rows go to a file.
+      attack: changes each picture to mislead the model first, {"radius": 1.0, "steps": 10}, see `attacks.Attack`: the
+        metrics are then the robust accuracy (arXiv:2212.07016).
     """
     about = f"data set `{uri}`, split `{split}`" if split else f"data set `{uri}`"
     if label is None or classes is None:
@@ -91,12 +95,14 @@ def zeroshot(
         )  # fmt: skip
         pretrained = data.pretrained
         look = data.look(named, label)
-        prompts_sha256 = hashlib.sha256(json.dumps([list(named.named.items()), templates]).encode()).hexdigest()
+        asked = [list(named.named.items()), templates, *([] if attack is None else [sorted(attack.items())])]
+        prompts_sha256 = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         data.begin("examples", "embeddings", "classes", classes_and_templates=prompts_sha256)
         head = getattr(pretrained, "head", None) is not None
         by_pairs = head or getattr(pretrained, "compares_pairs", False)
         scale = 1.0 if by_pairs else math.exp(float(pretrained.params["logit_scale"]))
         text = None if by_pairs else _text_embeddings(data, names, templates)
+        worst = None if attack is None else Attack(pretrained, text, dict(attack))
         chosen = evenly_spaced(data.num_examples, EMBEDDED)
 
         def rows(batch: Batch) -> Mapping[str, Columns]:
@@ -104,7 +110,8 @@ def zeroshot(
             if by_pairs:
                 logits = pretrained.class_logits(batch.inputs, names, None if head else templates)[batch.kept]
                 return {"examples": {"position": position, **_ranked(logits, labels, scale)}}
-            embedded = pretrained.embed_image_batch(batch.inputs)[batch.kept]
+            inputs = worst(batch.inputs, batch.spread(batch.about, -1)) if worst else batch.inputs
+            embedded = pretrained.embed_image_batch(inputs)[batch.kept]
             if not data.first:  # only the first host has the classes' embeddings
                 return {}
             few = np.isin(position, chosen)
