@@ -229,16 +229,16 @@ def swav(
     projector: Section | None = None,
     prototypes: int = 3000,
     temperature: float = 0.1,
-    sharpness: float = 0.05,
+    epsilon: float = 0.05,
 ) -> Term:
     """Mean over pairs of sides of -sum_k q_jk log softmax(z_i . c / temperature)_k (SwAV, Caron et al. 2020).
 
     z are unit vectors, c prototypes of unit norm, which modalities share. The codes q_j = `sinkhorn`(z_j . c /
-    sharpness) of the batch have no gradient. Pairs come in both orders.
+    epsilon) of the batch have no gradient. Pairs come in both orders.
 
     Args:
       prototypes: number of c.
-      sharpness: the epsilon of Sinkhorn-Knopp, of which there are three iterations.
+      epsilon: of Sinkhorn-Knopp, of which there are three iterations; small ones make sharp codes.
       Others: see `simsiam`.
 
     Metrics: as for `simsiam`.
@@ -250,7 +250,7 @@ def swav(
         columns = outputs.part("prototypes", table, found[0][1])
         scores = [(side, _product(z, columns)) for side, z in found]
         count = sum(views.shape[1] for views in features["own"].values())
-        codes = [(side, sinkhorn(jax.lax.stop_gradient(x) / sharpness)) for side, x in scores[:count]]
+        codes = [(side, sinkhorn(jax.lax.stop_gradient(x) / epsilon)) for side, x in scores[:count]]
         agree = lambda a, q: -jnp.mean(jnp.sum(q[1] * jax.nn.log_softmax(a[1] / temperature), axis=-1))
         return mean_over(pairs(codes, scores), agree), metrics(features)
 
