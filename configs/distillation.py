@@ -7,8 +7,9 @@ Variants: the keys of `METHODS`, each also with `-select` and `-smoke`, see conf
 demo's model. In `similarity_distillation` it stands in for two teachers: one reads the names, one the keywords. In
 `unmasked_tokens` the text tower is the teacher's, and locked; no text is trained on. `denoising_contrast` has towers
 that share their blocks; the published model has MLPs of their own for pictures and texts. `missing_modality` trains
-biases, as the paper does, here of towers that have seen nothing: set `model_init`. `vlm-jax methods NAME` says what a
-method changes, and where it was published. Not yet measured: no numbers.
+biases, as the paper does, here of towers that have seen nothing: set `model_init`. Where no term compares embeddings,
+a linear probe evaluates. `vlm-jax methods NAME` says what a method changes, and where it was published. Not yet
+measured: no numbers.
 """
 
 from ml_collections import ConfigDict
@@ -30,6 +31,7 @@ CONCEPTS = 2048  # more than there are
 LOCKED_TEXT = ((r"text/.*|logit_scale", dict(freeze=True)), (".*", {}))
 BIASES = ((r"(image|text)/.*bias|objective/.*", {}), (".*", dict(freeze=True)))
 MASKED_WORDS = dict(name="denoising_contrast", of="text", mask_id=2985, share=0.15, weight=0.5)
+PROBED = ("mutual_information", "missing_modality")  # which compare no embeddings
 METHODS = {  # changes of the config, ops before `normalize` and after it, and further fields of the batch
     "similarity_distillation": (
         dict(
@@ -112,6 +114,10 @@ def get_config(variant: str = "similarity_distillation") -> ConfigDict:
     config.update(changes)
     kept = ", ".join(map(repr, ("image", "token_ids", "concept", *fields)))
     config.data.ops = " | ".join(filter(None, (DISTORTED, views, "normalize", texts, f"keep({kept})")))
+    if name in PROBED:
+        section = config.evals["emojione" if size == "select" else "unseen_style"].to_dict()
+        probe = dict(type="probe", train_where=config.data.to_dict().get("where"), every=None)
+        config.evals = dict(probe=section | probe)
     if size == "smoke":
         config.model.image.depth = 1 + config.model.get("shared", False)
     return config

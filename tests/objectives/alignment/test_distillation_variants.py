@@ -6,7 +6,7 @@ import pytest
 import vlm_jax
 from configs import distillation, rs_m_clip
 from tests.support.models import initial
-from vlm_jax import catalogue, config, models, objectives
+from vlm_jax import catalogue, config, evaluators, models, objectives
 from vlm_jax.data import emoji, loader, tokenizers
 from vlm_jax.errors import UserError
 
@@ -34,6 +34,8 @@ def test_variants_build(recipe, variant):
         assert len(objective.terms) == 1 + ("languages" not in variant)
     else:
         assert variant.removesuffix("-smoke") in catalogue.of("terms")
+    if "probe" in settings["evals"]:
+        evaluators.build({key: value for key, value in settings["evals"]["probe"].items() if key != "every"})
 
 
 def test_what_does_not_exist_is_named():

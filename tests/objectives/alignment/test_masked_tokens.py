@@ -136,6 +136,8 @@ def test_a_teacher_with_other_patches_is_named():
     check_grid(model, np.zeros((2, 16, 24, 3)), 6)
     with pytest.raises(UserError, match="the model has 6 patches, the teacher 4; expected as many"):
         check_grid(model, np.zeros((2, 16, 24, 3)), 4)
+    with pytest.raises(UserError, match="masked tokens are of pictures of one size; these are packed"):
+        check_grid(model, dict(patches=np.zeros((2, 6, 192)), grid=np.ones((2, 2), int)), 6)
 
 
 def test_one_unit_a_row_is_half_of_clip():

@@ -21,6 +21,8 @@ from vlm_jax.objectives.generative.masked_words import hide
 from vlm_jax.objectives.outputs import Outputs
 from vlm_jax.objectives.term import WHERE, Term
 
+_PACKED = f"{WHERE}: masked tokens are of pictures of one size; these are packed, with padding"
+
 
 class TokenDecoder(Encoder, kw_only=True):
     """Blocks on seen tokens at their places and a mask token at all others; a prediction for every place.
@@ -67,13 +69,15 @@ def seeing(outputs: Outputs, kept: jax.Array) -> Outputs:
 
 def tokens_of(outputs: Outputs, name: str) -> jax.Array:
     """Returns tokens [B, N, D] of pictures of one size."""
-    if outputs["of_image"].image_mask is not None:
-        raise UserError(f"{WHERE}: masked tokens are of pictures of one size; these are packed, with padding")
+    if isinstance(outputs["image"], Mapping):
+        raise UserError(_PACKED)
     return outputs[name]
 
 
 def check_grid(model: Any, image: Any, length: int) -> None:
     """Raises a UserError if a model's pictures [B, H, W, 3] have another number of patches than a teacher's."""
+    if isinstance(image, Mapping):
+        raise UserError(_PACKED)
     patch = getattr(getattr(model, "image", None), "patch", None)
     own = patch and (image.shape[1] // patch) * (image.shape[2] // patch)
     if own and own != length:
