@@ -72,6 +72,7 @@ FAMILIES = {
     "insertions": Family("insertion", "fields -> record", "--config.model.insertions=[dict(type='{name}')]"),
     "retrieval": Family("retrieval", "features, texts, scale -> head", "vlm_jax.adapt.retrieval.{name}"),
     "continual": Family("continual", "model, recipe, tasks -> experts", "vlm_jax.adapt.continual.{name}"),
+    "growth": Family("growth", "parameters, fresh ones of a larger model -> its own", "vlm_jax.params.growth.{name}"),
     "averages": Family("average", "parameter trees -> parameters", "vlm_jax.params.averages.{name}"),
     "regularizers": Family("regularizer", "parameters, pretrained ones", "vlm_jax.params.regularizers.{name}"),
     "evaluators": Family("evaluator", "data -> evaluator", "vlm-jax evaluate --task={name}"),

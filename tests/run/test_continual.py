@@ -1,6 +1,7 @@
 """configs/continual.py: the stages of each variant build programs whose states follow each other."""
 
-from functools import partial
+import functools
+import json
 
 import pytest
 
@@ -17,23 +18,29 @@ from vlm_jax.run.program import build_program
 TOTAL = 40
 
 
+@functools.cache
+def state_of(sections):
+    """The abstract state of a stage, built once for stages that share these sections, as JSON."""
+    steps = functools.partial(optim.duration_to_steps, batch_size=64, examples_per_epoch=1000, total_steps=TOTAL)
+    ops, own = json.loads(sections)
+    program = build_program(
+        example_of(ops), 64, sharding.make_mesh(), steps, **own, partition=sharding.RULES, accumulate=1, ema=None,
+        seed=0, tokenizer=tokenizers.build("emoji"), first=1,
+    )  # fmt: skip
+    return program.abstract_state
+
+
 @pytest.mark.parametrize("name", continual.METHODS)
 def test_variants_build(name):
     settings = config.plain(continual.get_config(f"{name}-smoke"))
-    mesh = sharding.make_mesh()
-    steps = partial(optim.duration_to_steps, batch_size=64, examples_per_epoch=1000, total_steps=TOTAL)
-    programs = []
+    states, styles = [], []
     for stage in stages.read(settings, TOTAL):
-        own = stage.settings
-        program = build_program(
-            example_of(own["data"]["sources"]["new"]["ops"]), 64, mesh, steps, model=own["model"],
-            objective=own["objective"], optimizer=own["optimizer"], partition=sharding.RULES, accumulate=1, ema=None,
-            seed=0, tokenizer=tokenizers.build("emoji"), first=stage.first,
-        )  # fmt: skip
-        programs.append(program.abstract_state)
-        stages.check(programs[0 if len(programs) == 1 else -2], programs[-1], stage)
-    styles = [stage.settings["data"]["sources"]["new"]["where"]["style"] for stage in stages.read(settings, TOTAL)]
-    assert [style for (style,) in styles] == list(TRAIN_STYLES[:2]) and set(TRAIN_STYLES[:2]) == set(settings["evals"])
+        new = stage.settings["data"]["sources"]["new"]
+        sections = {key: stage.settings[key] for key in ("model", "objective", "optimizer")}
+        states.append(state_of(json.dumps([new["ops"], sections])))
+        styles += new["where"]["style"]
+        stages.check(states[max(len(states) - 2, 0)], states[-1], stage)
+    assert styles == list(TRAIN_STYLES[:2]) and set(styles) == set(settings["evals"])
 
 
 def test_a_memory_holds_each_earlier_style():

@@ -33,7 +33,7 @@ WIDTH = r"(.*/)?norm1/scale"
 
 
 @method(
-    family="averages",
+    family="growth",
     system="GrowCLIP",
     paper="arXiv:2308.11331",
     differs="a model grows in depth and width, and inherits what it has learned with a momentum",
