@@ -114,8 +114,8 @@ MODELS = (
           "vit_*_dinov2", "deit_*", "deit3_*"), TOWER, f"{PARITY}timm.py"),
     Known("efficientnet-lite", "EfficientNet-Lite", ("lite0",), "outputs of the released weights: 1e-4",
           f"{PARITY}efficientnet_torch.py"),
-    Known("vlm_jax", "CLIP", ("pkg:vlm_jax/zoo/clip_tiny",), "the parameters of its run", "tests/zoo/test_load.py",
-          "native"),
+    Known("vlm_jax", "CLIP", ("pkg:vlm_jax/zoo/clip_tiny", "pkg:vlm_jax/zoo/clip_base"), "the parameters of its run",
+          "tests/zoo/test_load.py", "native"),
 )  # fmt: skip
 
 
