@@ -123,7 +123,7 @@ def in_two_stages(
       variant: one of `VARIANTS`.
       model: section of the config.
       objective: the same, of the first stage.
-      names, names: ops on single emoji that make the texts of the first stage.
+      names, names_then: ops on single emoji that make the texts, of the first stage and of the second.
       captions: ops on scenes that make the texts.
       length: of texts, in tokens.
       then: sections that the second stage adds.

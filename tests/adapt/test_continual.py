@@ -6,6 +6,7 @@ import pytest
 from tests.support.few_shot import NAMES, clip_like, pictures
 from vlm_jax.adapt.continual import lae
 from vlm_jax.adapt.modules.lora import lora
+from vlm_jax.adapt.tuning.classifier import tes
 from vlm_jax.errors import UserError
 from vlm_jax.models.insertion import new_leaves
 
@@ -46,5 +47,8 @@ def test_the_offline_module_follows_and_both_vote(given):
 def test_mistakes_are_named(given):
     with pytest.raises(UserError, match="lae: decay is 2; expected 0 to 1"):
         run(given, 2)
+    base, _, tasks = given
+    with pytest.raises(UserError, match="lae: the recipe's classifier knows one task's classes alone"):
+        lae(base, tes(base.model), tasks[:1], steps=1, batch_size=4, learning_rate=1e-2)
     with pytest.raises(UserError, match="lae: there are no tasks"):
         run(given, 0.5, slice(0))

@@ -69,9 +69,28 @@ def test_what_is_wrong_is_named(base, pictures, tmp_path):
         fit("lora")(base, *few_shot_task(base, pictures), ranks=2)
     with pytest.raises(UserError, match=r"the loss is nan after 3 steps; a smaller learning_rate"):
         tuned(base, Masked(EVERYTHING), pictures, learning_rate=1e30)
+    with pytest.raises(UserError, match="`begin` has not the names and shapes of the recipe's own parameters"):
+        tuned(base, Inserted((insertion.LowRank(rank=2),)), pictures, begin={"inserted_nonsense": np.zeros(2)})
+    with pytest.raises(UserError, match="the recipe's head is `probe`; no term of that name has a part `head`"):
+        tuned(base, Extended(Masked(EVERYTHING), head="probe"), pictures)
     conv = models.build(dict(image=dict(type="efficientnet", variant="lite0"), text=None))
     with pytest.raises(UserError, match="prompts of both towers stand in two transformers; this model's text tower"):
         Coupled().insertions(conv, 0)
+
+
+def test_blocks_that_both_towers_share_train(pictures):
+    sizes = dict(width=D, depth=1, heads=2, mlp_dim=24, out_dim=D)
+    section = dict(
+        shared=True,
+        image=dict(sizes, patch=4, image_size=8, pool="gap"),
+        text=dict(sizes, vocab_size=2985, length=8, pool="mean", pad_mask=True),
+    )
+    model = models.build(section)
+    params = initial(model, np.zeros((1, 8, 8, 3), np.float32), np.ones((1, 8), np.int32))
+    ops = "decode | resize(8) | normalize", "lower | tokenize(8, bos=False, eos=False)"
+    base = Pretrained(model, params, tokenizers.build("emoji"), *ops)
+    adapted = tuned(base, Masked(((r"trunk/.*", True), (".*", False))), pictures)
+    assert np.any(adapted.class_logits(pictures[0], NAMES) != base.class_logits(pictures[0], NAMES))
 
 
 def test_a_captioner_adapts():

@@ -135,8 +135,8 @@ def test_objective(declaration):
         spread = run(params, sharding.to_global(given, mesh, ROWS), 2)
     for part, whole_part in zip(spread, whole, strict=True):
         assert_close(part, whole_part)
-    if declaration.family == "selections":
-        return  # after a step the choice is another
+    if declaration.family == "selections" or declaration.name == "dynamic_distillation":
+        return  # after a step the choice is another, or the weights, through which no gradient flows
     step = 1e-2 / optax.tree.norm(grads)
     moved = jax.tree.map(lambda p, g: p - step * g, params, grads)
     assert run(moved, given, 1)[0] < value

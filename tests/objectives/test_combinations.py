@@ -31,6 +31,13 @@ def test_without_conflict_nothing_changes():
     jax.tree.map(np.testing.assert_array_equal, found, jax.tree.map(np.float32, given["kept"]))
 
 
+def test_other_terms_stay():
+    given, third = gradients(-1), gradients(2)["other"]
+    alone = project(keep="kept", against="other")(given, None)
+    found = project(keep="kept", against="other")(given | {"third": third}, None)
+    jax.tree.map(lambda x, y, z: np.testing.assert_allclose(x, y + z, rtol=1e-5, atol=1e-6), found, alone, third)
+
+
 def test_a_term_that_is_not_there_is_named():
     with pytest.raises(UserError, match="there is no term `nothing`; the terms: kept, other"):
         project(keep="kept", against="nothing")(gradients(1), None)

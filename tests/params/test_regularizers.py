@@ -5,7 +5,7 @@ import pytest
 
 from tests.support.compare import bits, close
 from vlm_jax.errors import UserError
-from vlm_jax.params import regularizers, transforms
+from vlm_jax.params import optim, regularizers, transforms
 
 
 def test_mixout():
@@ -65,6 +65,15 @@ def test_ewc():
     close(regularizers.ewc_gradient(params, base, fisher, 0.3), gradient, rtol=1e-6, atol=1e-6)
     ones = jax.tree.map(np.ones_like, params)
     np.testing.assert_allclose(regularizers.ewc(params, base, ones, 0.3), regularizers.l2_sp(params, base, 0.3))
+
+
+def test_ewc_begins_a_stage_though_no_term_counts_yet():
+    tx = optim._held(transforms.transform(dict(name="ewc", weight=1.0, decay=0.0), "config"), "term")
+    params, one = {"w": np.zeros(2, np.float32)}, {"w": np.ones(2, np.float32)}
+    _, state = tx.update(one, tx.init(params), params, active={"term": True}, begins=False)
+    _, state = tx.update(one, state, one, active={"term": False}, begins=True)
+    updates, _ = tx.update(one, state, {"w": 3 * one["w"]}, active={"term": True}, begins=False)
+    np.testing.assert_array_equal(updates["w"], one["w"] + (3 - 1))  # F is 1, the anchor too
 
 
 @pytest.mark.parametrize("weight", [0.0, 5.0])

@@ -82,7 +82,8 @@ def test_durations_of_a_section_are_read_by_the_caller_s_function():
     [
         ({"name": "cosin"}, "config.optimizer.schedule.name is `cosin`; expected one of: cosine"),
         ({"warmpu": 3}, "config.optimizer.schedule has no key `warmpu`; did you mean `warmup`"),
-        ({"cycles": 0}, "config.optimizer.schedule.cycles is 0; expected 1 or more"),
+        ({"cycles": 0}, "config.optimizer.schedule.cycles is 0; expected a whole number, 1 or more"),
+        ({"cycles": 2.5}, "config.optimizer.schedule.cycles is 2.5; expected a whole number, 1 or more"),
         ({"warmup": "3 ages"}, "config.optimizer.schedule.warmup: a duration is '3 ages'"),
         ({"warmup": 60, "cooldown": "50%"}, r"config.optimizer.schedule: warm-up \(60\) and cool-down \(50\) exceed"),
     ],

@@ -81,9 +81,13 @@ def lae(
             own, slow = now, follow(slow, now) if number else now
 
         adapted = tune(base, recipe, images, labels, names, begin=own, after=after, **training)
+        if adapted.head is not None:
+            raise UserError("lae: the recipe's classifier knows one task's classes alone; take one without `head`")
         seen |= dict.fromkeys(names)
     if adapted is None:
         raise UserError("lae: there are no tasks; give (images, labels, names) of each")
     online = dataclasses.replace(adapted, classes=tuple(seen))
     leaves = named_leaves(adapted.params)
-    return Experts(online, dataclasses.replace(online, params=tree(leaves | recipe.combine(slow, leaves))))
+    offline = dataclasses.replace(online, params=tree(leaves | recipe.combine(slow, leaves)))
+    finish = getattr(recipe, "finish", None)
+    return Experts(online, finish(base, offline) if finish else offline)

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from vlm_jax import catalogue, config
 from vlm_jax.adapt.heads.search import choose
-from vlm_jax.adapt.recipe import sees_pool
+from vlm_jax.adapt.recipe import may_see_pool
 from vlm_jax.adapt.task import Shots, Task, accuracy
 from vlm_jax.adapt.tune import tune
 from vlm_jax.errors import DivergedError, UserError
@@ -145,7 +145,7 @@ def search_rate(
     A recipe with a term on "pool" gets the pictures of `task.pool`.
     """
     best = failed = None
-    pool = task.pool.images if task.pool and sees_pool(recipe) else None
+    pool = task.pool.images if task.pool and may_see_pool(recipe) else None
     for rate in LEARNING_RATES if learning_rate is None else [learning_rate]:
         try:
             adapted = tune(

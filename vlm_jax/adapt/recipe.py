@@ -85,6 +85,11 @@ def sees_pool(recipe: Recipe) -> bool:
     return not callable(terms) and any("pool" in term.sets for term in terms)
 
 
+def may_see_pool(recipe: Recipe) -> bool:
+    """Returns whether a term sees pictures without labels, or only `tune` knows whether one does."""
+    return sees_pool(recipe) or callable(getattr(recipe, "terms", ())) or bool(getattr(recipe, "of_task", None))
+
+
 class Adapted:
     """A model as a function of a recipe's own parameters, for objectives; `leaves` are the base parameters by name."""
 

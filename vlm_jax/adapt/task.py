@@ -61,9 +61,11 @@ def named_right(
     Cached features are reused if the image tower is unchanged. `columns`: the classes of a head that are `names`.
     """
     changed = _changed(base, adapted)
-    of_tower = any(name.startswith("image/") for name in changed)
+    of_tower = changes_tower(changed, "image")
     if adapted.head is not None:
-        features = adapted.embed_image_batch(queries.images) if of_tower else queries.features
+        features = queries.features
+        if of_tower or changes_embeddings(changed):
+            features = adapted.embed_image_batch(queries.images if of_tower else features)
         logits = np.asarray(adapted.head(features))[:, columns]
     elif adapted.compares_pairs or of_tower:
         logits = adapted.class_logits(queries.images, names)
@@ -78,6 +80,11 @@ def named_right(
 def right(logits: np.ndarray, queries: Shots) -> np.ndarray:
     """Whether each picture's largest logit is its label's, float64 [N]; of n equal largest ones, 1 / n."""
     return metrics.truth_ranks(logits, queries.labels).within(1)
+
+
+def changes_tower(changed: Collection[str], tower: str) -> bool:
+    """Returns whether a tower's own parameters, or those that both towers share, are among the changed ones."""
+    return any(name.startswith((f"{tower}/", "trunk/", "space/")) for name in changed)
 
 
 def changes_embeddings(changed: Collection[str]) -> bool:

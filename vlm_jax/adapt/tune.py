@@ -25,7 +25,7 @@ from vlm_jax.adapt import tables
 from vlm_jax.adapt.heads.checks import check_labels
 from vlm_jax.adapt.heads.training import shuffled
 from vlm_jax.adapt.recipe import Adapted, Recipe, sees_pool, tree
-from vlm_jax.adapt.task import changes_embeddings
+from vlm_jax.adapt.task import changes_embeddings, changes_tower
 from vlm_jax.data import ops
 from vlm_jax.errors import DivergedError, UserError
 from vlm_jax.models import after_towers, insertion
@@ -88,8 +88,6 @@ def tune(
     for name, given in (("images", images), ("pool", pool)):
         if augment is not None and given is not None and not isinstance(given, list):
             raise UserError(f"augment reads pictures before preprocessing; give `{name}` as a list of pictures")
-    if sees_pool(recipe) and pool is None:
-        raise UserError("the recipe has a term on pictures without labels; give `pool` (few_shot: pool=64)")
     labels = check_labels(labels, len(images), len(names))
     if of_task := getattr(recipe, "of_task", None):
         recipe = of_task(pretrained, images, labels, names)
@@ -107,13 +105,18 @@ def tune(
     if modules:
         params = insertion.begin(rng, adapted.model, params, jnp.asarray(pictures.first), jnp.asarray(token_ids[:1]))
     leaves = named_leaves(params)
-    own = recipe.begin(jax.random.fold_in(rng, 1), adapted.model, leaves) if begin is None else dict(begin)
+    own = recipe.begin(jax.random.fold_in(rng, 1), adapted.model, leaves)
+    if begin is not None:
+        shapes = lambda tree: {name: jnp.shape(leaf) for name, leaf in tree.items()}
+        if shapes(begin) != shapes(own):
+            raise UserError("`begin` has not the names and shapes of the recipe's own parameters")
+        own = dict(begin)
     changed = recipe.combine(own, leaves).keys()
     if adapted.compares_pairs and getattr(recipe, "noise", None):
         raise UserError("the recipe's noise needs embeddings of pictures and names; this model compares pair by pair")
     if not changed:
         raise UserError(f"{recipe} trains nothing of this model; compare the recipe with the model's parameter names")
-    changes = lambda tower: any(name.startswith(f"{tower}/") for name in changed)
+    changes = lambda tower: changes_tower(changed, tower)
     classes = {"token_ids": jnp.asarray(token_ids)}
     if len(templates) != 1 and (pretrained.is_captioner or changes("text")):
         raise UserError(f"{len(templates)} templates, but the recipe changes the text tower; give one")
@@ -125,6 +128,8 @@ def tune(
     known = tables.Known(pretrained, images, labels, names, classes)
     if callable(getattr(recipe, "terms", None)):
         recipe = dataclasses.replace(recipe, terms=recipe.terms(known))
+    if sees_pool(recipe) and pool is None:
+        raise UserError("the recipe has a term on pictures without labels; give `pool` (few_shot: pool=64)")
     classes |= {name: jnp.asarray(make(known)) for name, make in getattr(recipe, "tables", {}).items()}
     others = None if pool is None else _Pictures(pretrained, pool, augment, seed + 1)
     if augment is None and not changes("image") and not pretrained.is_captioner:
@@ -143,6 +148,9 @@ def tune(
     tuning = _Tuning(adapted.model, pretrained.model, recipe, steps, weight_decay, ids.pad_id, pairwise, ids.eos_id)
     frozen, loss = {"base": pretrained.params}, 0.0
     state = _begin(tuning, own, leaves, frozen, batch_of(0, order[0]))
+    head = getattr(recipe, "head", None)
+    if head and "head" not in state.params.get(objectives.OWN, {}).get(head, {}):
+        raise UserError(f"the recipe's head is `{head}`; no term of that name has a part `head`, see `classified`")
     trained, epoch = averages.Running(getattr(recipe, "average", None)), -(-len(labels) // order.shape[1])
     for number, rows in enumerate(tqdm(order[:steps], desc="tune", unit="step", disable=not show)):
         state, loss = _step(tuning, state, leaves, frozen, batch_of(number, rows), learning_rate, seed)
@@ -155,7 +163,6 @@ def tune(
             f"{type(recipe).__name__}: the loss is {loss} after {steps} steps; a smaller learning_rate?"
         )
     params = tree(leaves | recipe.combine(objectives.of_model(trained.params), leaves))
-    head = getattr(recipe, "head", None)
     if head:
         dense = trained.params[objectives.OWN][head]["head"]
         head = Linear(*(np.asarray(dense[name], np.float64) for name in ("kernel", "bias")))

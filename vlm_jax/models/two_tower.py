@@ -104,6 +104,12 @@ def _has_other_layers(tower):
     return tower.rep_dim or tower.trunk is not None or getattr(tower, "final_norm", None) == "pooled"
 
 
+def _effective(outputs):
+    """The model's parameters: in an adaptation, those that the recipe makes of its own."""
+    effective = getattr(outputs.model, "effective", None)
+    return effective(outputs.params) if effective else outputs.params
+
+
 EMBEDDINGS = {
     "of_image": lambda o: o.apply("__call__", o["image"], None),
     "of_text": lambda o: o.apply("__call__", None, o["token_ids"]),
@@ -113,7 +119,7 @@ EMBEDDINGS = {
     "image_tokens": lambda o: o["of_image"].image_tokens,
     "image_mask": lambda o: o["of_image"].image_mask,
     "image_parts": lambda o: o["of_image"].image_parts,
-    "token_embeddings": lambda o: token_embeddings(o.model, o.params, o["of_image"]),
+    "token_embeddings": lambda o: token_embeddings(o.model, _effective(o), o["of_image"]),
     "class_embeddings": lambda o: o["token_embeddings"][:, : _tokens_before(o)],
     "patch_embeddings": lambda o: o["token_embeddings"][:, _tokens_before(o) :],
     "patch_tokens": lambda o: o["image_tokens"][:, _tokens_before(o) :],
@@ -121,7 +127,7 @@ EMBEDDINGS = {
     "text_pooled": lambda o: o["of_text"].text_pooled,
     "text_tokens": lambda o: o["of_text"].text_tokens,
     "text_parts": lambda o: o["of_text"].text_parts,
-    "word_embeddings": lambda o: token_embeddings(o.model, o.params, o["of_text"], "text"),
+    "word_embeddings": lambda o: token_embeddings(o.model, _effective(o), o["of_text"], "text"),
     "scale": lambda o: o["of_both"].scale,
     "bias": lambda o: o["of_both"].bias,
 }

@@ -112,6 +112,8 @@ def _teacher(
 ) -> Teacher:
     if (decay is None) == (spec is None):
         raise UserError(f"a teacher of {WHERE} is an average, `decay=0.999`, or a checkpoint, `spec=...`: give one")
+    if decay is not None and not 0 <= decay <= 1:
+        raise UserError(f"the decay of a teacher of {WHERE} is {decay}; expected 0 to 1, such as 0.999")
     if spec is None and stored:
         raise UserError(f"a teacher of {WHERE} is `stored` and an average, which changes; give a `spec`")
     if spec is None:

@@ -29,7 +29,8 @@ def project(*, keep: str, against: str, strength: float = 1.0) -> Callable:
         for name in (keep, against):
             if name not in gradients:
                 raise UserError(f"{WHERE}.combine: there is no term `{name}`; the terms: {', '.join(gradients)}")
-        return _without(gradients[keep], gradients[against], strength)
+        rest = [one for name, one in gradients.items() if name not in (keep, against)]
+        return jax.tree.map(lambda *x: sum(x), _without(gradients[keep], gradients[against], strength), *rest)
 
     return combine
 

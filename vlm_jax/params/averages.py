@@ -136,4 +136,6 @@ class Running:
 
 def gaussian(mean: float, std: float) -> Callable[[float], float]:
     """Returns exp(-(t - mean)^2 / (2 std^2)) of a share t of the training."""
+    if not std > 0:
+        raise UserError(f"the spread of the weights of epochs is {std}; expected above 0")
     return lambda share: math.exp(-0.5 * ((share - mean) / std) ** 2)

@@ -172,9 +172,16 @@ def _held(tx: optax.GradientTransformation, key: Hashable) -> optax.GradientTran
 
     def update(updates, state, params=None, *, active, **others):
         moved, after = optax.with_extra_args_support(tx).update(updates, state, params, **others)
-        keep = lambda new, old: new if is_clock(new) else jax.tree.map(partial(jnp.where, active[key]), new, old)
+        pick = partial(jax.tree.map, partial(jnp.where, active[key]))
+
+        def keep(new, old):
+            if isinstance(new, transforms.Ewc):  # what a stage begins with does not wait for a term
+                return new._replace(squares=pick(new.squares, old.squares))
+            return new if is_clock(new) else pick(new, old)
+
         moved = jax.tree.map(lambda u: jnp.where(active[key], u, -0.0), moved)
-        return moved, jax.tree.map(keep, after, state, is_leaf=is_clock)
+        is_one = lambda state: is_clock(state) or isinstance(state, transforms.Ewc)
+        return moved, jax.tree.map(keep, after, state, is_leaf=is_one)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
 

@@ -129,7 +129,8 @@ def build(
     options = dict(section)
     schedule = config.choose(SCHEDULES, options.pop("name", "cosine"), f"{where}.name")
     cycles = options.pop("cycles", 1)
-    config.check_least(1, where, cycles=cycles)
+    if type(cycles) is not int or cycles < 1:
+        raise UserError(f"{where}.cycles is {cycles!r}; expected a whole number, 1 or more")
     steps = steps or (lambda duration: duration_to_steps(duration, total_steps=total_steps))
     for key in [key for key in _DURATIONS if key in options]:
         with _named(f"{where}.{key}"):

@@ -201,6 +201,9 @@ def ewc(weight: float, decay: float = 0.99, keep: float = 1.0) -> optax.Gradient
       keep: how much of F the next stage keeps.
     """
 
+    if weight < 0 or not 0 <= decay < 1 or keep < 0:
+        raise ValueError(f"weight={weight}, decay={decay}, keep={keep}; expected 0 or more, 0 to below 1, 0 or more")
+
     def init(params):
         zeros = lambda: jax.tree.map(jnp.zeros_like, params)
         return Ewc(zeros(), zeros(), jax.tree.map(jnp.copy, params))

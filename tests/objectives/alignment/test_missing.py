@@ -54,7 +54,7 @@ def regularized(x, y):
     value = 25 * np.mean([np.mean((x[i] - y[i]) ** 2) for i in range(n)])
     for z in (x, y):
         cov = np.cov(z, rowvar=False)
-        value += 25 * np.mean([max(0, 1 - np.sqrt(cov[k, k] + 1e-4)) for k in range(d)])
+        value += 12.5 * np.mean([max(0, 1 - np.sqrt(cov[k, k] + 1e-4)) for k in range(d)])
         value += sum(cov[k, m] ** 2 for k in range(d) for m in range(d) if k != m) / d
     return value
 

@@ -103,8 +103,10 @@ def smart(
       radius: of the ball, in units of the embedded patches.
       size, steps: of the ascent, along the gradient over its largest entry.
       noise: standard deviation of the ascent's start.
-      decay: of the average, the paper's momentum; 0 is the step before.
+      decay: of the average, the paper's momentum, above 0: at 0 the average would be the model itself.
     """
+    if proximity and not 0 < decay < 1:
+        raise UserError(f"smart has decay {decay}; expected above 0 and below 1")
     names = {"batch": lambda o, ctx: o["image_embedding"], "classes": lambda o, ctx: o["text_embedding"]}
     log_p = lambda scale, x, texts: jax.nn.log_softmax(scale * jnp.matmul(x, texts.T, precision="highest"))
 
@@ -113,15 +115,15 @@ def smart(
         clean = log_p(outputs["scale"], features["batch"], texts)
 
         def apart(view, delta, texts, clean):
-            with shifted(PATCHES, delta) as seen:
+            with shifted(PATCHES, delta):
                 x = view["image_embedding"]
-            if not seen:
-                raise UserError("smart changes embedded patches; the model has no `image/patch_embed`")
             return jnp.where(counts, symmetric(log_p(view["scale"], x, texts), clean), 0)
 
         still, wanted = jax.lax.stop_gradient((texts, clean))
         with shifted(PATCHES, 0) as seen:
             held(outputs, image=images)["image_embedding"]
+        if not seen:
+            raise UserError("smart changes embedded patches; the model has no `image/patch_embed`")
         ball = Ball.around(jnp.zeros_like(seen[0]), radius)
         begin = jnp.zeros_like(seen[0])
         if ctx.rng is not None:

@@ -58,7 +58,7 @@ def classified(name: str, loss: Callable, start: Callable = zero_shot, **others:
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns the mean over rows with a label, int [B] of 0 or more, or soft ones [B, C]; rows of NaN are left out."""
+    """Returns the mean over rows with a label, int [B] of 0 or more; other rows are left out."""
     counts = labels >= 0
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
     return jnp.sum(jnp.where(counts, losses, 0)) / jnp.maximum(jnp.sum(counts), 1)

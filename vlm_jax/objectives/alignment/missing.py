@@ -124,9 +124,10 @@ def vicreg(
     variance: float = 25.0,
     covariance: float = 1.0,
 ) -> jax.Array:
-    """Returns variance-invariance-covariance regularization (VICReg, Bardes et al. 2022, arXiv:2105.04906).
+    """Returns variance-invariance-covariance regularization (VICReg, Bardes et al. 2022), in the scale of the term
+    `vicreg`.
 
-        invariance x mean_i |x_i - y_i|^2 / D + variance x (v(x) + v(y)) + covariance x (c(x) + c(y))
+        invariance x mean_i |x_i - y_i|^2 / D + variance x (v(x) + v(y)) / 2 + covariance x (c(x) + c(y))
 
     v is the mean over dimensions of max(0, 1 - standard deviation), c the sum of squares of the covariances of
     different dimensions, by D. Both are over rows, by their number less one.
@@ -149,5 +150,5 @@ def vicreg(
 
     (of_x, with_x), (of_y, with_y) = spread(x), spread(y)
     apart = jnp.sum(weight * jnp.square(x - y)) / (jnp.maximum(number, 1) * x.shape[1])
-    value = invariance * apart + variance * (of_x + of_y) + covariance * (with_x + with_y)
+    value = invariance * apart + variance * (of_x + of_y) / 2 + covariance * (with_x + with_y)
     return jnp.where(number > 1, value, 0)

@@ -92,7 +92,8 @@ class Compared:
 
     def predict(self, outputs: Outputs, side: str, x: jax.Array) -> jax.Array:
         """Returns what the predictor of a modality makes of projections."""
-        return self._through(outputs, f"{side}_predictor", self.predictor, x)
+        module = self.predictor if self.projector.layers else self.predictor.clone(out=x.shape[-1])
+        return self._through(outputs, f"{side}_predictor", module, x)
 
     def _through(self, outputs, name, module, x):
         x = outputs.part(name, module, x) if module.layers else x
