@@ -77,7 +77,7 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
             raise UserError(catalogue.unknown(f"the method {name} has no option `{key}`", key, known))
         config.check_number(known[key], value, f"the method {name}")
         if known[key].annotation in (int, int | None):
-            config.check_least(0 if key == "seed" else 1, name, **{key: value})
+            config.check_least(0 if known[key].default == 0 else 1, name, **{key: value})
         if key in ("learning_rate", "weight_decay"):
             config.check_least(0, name, **{key: value})
 

@@ -1,9 +1,12 @@
 """LoRA: low-rank updates of dense layers."""
 
+import re
+
 import flax.linen as nn
 
 from vlm_jax.adapt.recipe import Extended, Inserted
 from vlm_jax.catalogue import method
+from vlm_jax.errors import UserError
 from vlm_jax.models.insertion import LowRank
 
 
@@ -44,6 +47,9 @@ def codyra(
     From `begin` on, the threshold rises from 0 to `threshold`, as in the authors' code; before, ranks are dense. Ranks
     with w = 0 are gone. `insertion.merge` folds the rest into the kernels, and the next task begins with new ranks.
     """
-    rise = dict(name="constant", value=threshold, begin=begin, warmup="49%")
+    share = re.fullmatch(r"(\d+(?:\.\d+)?)%", begin)
+    if not share or float(share[1]) >= 100:
+        raise UserError(f"begin of codyra is {begin!r}; expected a share of the steps below 100%, such as '50%'")
+    rise = dict(name="constant", value=threshold, begin=begin, warmup=f"{0.98 * (100 - float(share[1])):g}%")
     table = ((r"(.*/)?inserted_importance", dict(wd=0.0, shrink=rise)), (".*", dict(wd=1.0)))
     return Extended(Inserted((LowRank(where, rank, importance=True),)), optimizer=dict(params=table))

@@ -65,8 +65,8 @@ def simsiam(
 
     Args:
       model: linen module whose call returns `Embeddings`.
-      of: the sides: keys of the batch with views [B, V, h, w, 3], a picture [B, h, w, 3] or texts [B, V, L]; or "image"
-        and "text", which share their pass with other terms. A side is the tower's pooled output.
+      of: the sides: keys of the batch with views [B, V, h, w, 3], a picture [B, h, w, 3] or texts [B, V, L], none
+        lacking; or "image" and "text", which share their pass with other terms. A side is the tower's pooled output.
       crops: key of further views, of any size, which predict and are not predicted (multi-crop, arXiv:2006.09882); for
         another size than the tower's, `model.image.any_size`.
       projector, predictor: fields of `Projector`; parameters of the term, one for each modality.
@@ -298,7 +298,7 @@ def moco(
         raise UserError(f"{WHERE}.projector.norm is `batch`, which tells queries from keys; expected none or layer")
 
     def features(outputs, ctx):
-        found = compared.features(outputs)
+        found = compared.features(outputs, ctx)
         made = lambda by, kind: {side: unit(compared.project(by, side, views)) for side, views in found[kind].items()}
         return {"own": found["own"], "queries": made(outputs, "own"), "keys": made(outputs.teacher(teacher), "taught")}
 

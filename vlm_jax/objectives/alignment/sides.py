@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from vlm_jax import config
 from vlm_jax.errors import UserError
+from vlm_jax.models.vocabulary import is_text
 from vlm_jax.objectives.outputs import Outputs
-from vlm_jax.objectives.term import WHERE
+from vlm_jax.objectives.term import WHERE, Context
 
 SIDES = ("image", "text")
 Section = Mapping[str, Any]
@@ -72,13 +73,13 @@ class Compared:
         self.of, self.crops, self.teacher = ((of,) if isinstance(of, str) else tuple(of)), crops, teacher
         self.projector, self.predictor = projector, predictor
 
-    def features(self, outputs: Outputs, ctx: Any = None) -> dict[str, dict[str, jax.Array]]:
+    def features(self, outputs: Outputs, ctx: Context) -> dict[str, dict[str, jax.Array]]:
         """Returns {"own": {modality: [B, V, D]}}, and such dicts of "crops", and "taught" by the teacher."""
-        found = {"own": _sides(outputs, self.of)}
+        found = {"own": _sides(outputs, self.of, ctx)}
         if self.crops:
-            found["crops"] = _sides(outputs, (self.crops,))
+            found["crops"] = _sides(outputs, (self.crops,), ctx)
         if self.teacher:
-            found["taught"] = _sides(outputs.teacher(self.teacher), self.of)
+            found["taught"] = _sides(outputs.teacher(self.teacher), self.of, ctx)
         return found
 
     def projected(self, outputs: Outputs, features: Mapping, *kinds: str) -> list[tuple[str, jax.Array]]:
@@ -100,8 +101,11 @@ class Compared:
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _sides(outputs: Outputs, names: Sequence[str]) -> dict[str, jax.Array]:
-    """Returns {modality: vectors [B, V, D]} of outputs and of keys of the batch, before they are normalised."""
+def _sides(outputs: Outputs, names: Sequence[str], ctx: Context) -> dict[str, jax.Array]:
+    """Returns {modality: vectors [B, V, D]} of outputs and of keys of the batch, before they are normalised.
+
+    A text of the batch that is lacking, all padding, gives NaN: the run stops.
+    """
     found: dict[str, list] = {}
     for name in names:
         if name in SIDES:
@@ -117,6 +121,7 @@ def _sides(outputs: Outputs, names: Sequence[str]) -> dict[str, jax.Array]:
                 )
             flat = rows if rows.ndim == one else rows.reshape(-1, *rows.shape[2:])
             x = _vectors(outputs.apply("__call__", *((None, flat) if side == "text" else (flat, None))), side)
+            x = jnp.where(jnp.any(is_text(flat, *ctx.special()), axis=-1)[:, None], x, jnp.nan) if side == "text" else x
             x = x.reshape(len(rows), -1, x.shape[-1])
         found.setdefault(side, []).append(x)
     return {side: jnp.concatenate(parts, axis=1) for side, parts in found.items()}
