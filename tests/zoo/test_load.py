@@ -14,6 +14,7 @@ from tests.support import fuzz_checkpoints
 from tests.support.compare import close_in_scale as close
 from tests.support.released import unpack
 from vlm_jax import evaluate, models
+from vlm_jax.data.sources import open_source
 from vlm_jax.errors import UserError
 from vlm_jax.params import sharding
 from vlm_jax.params.table import named_leaves
@@ -311,3 +312,11 @@ def test_the_host_holds_one_shard_at_a_time(tmp_path, monkeypatch):
     assert peak <= 1.2 * largest + 1e6  # and what jax and Python need to trace a model and to read headers
     leaves = named_leaves(loaded.params)
     assert all(np.array_equal(leaves[name], arrays[name]) for name in arrays)
+
+
+@pytest.mark.parametrize("name", ["clip_tiny", "clip_base"])
+def test_packaged_models_name_pictures_of_a_style_that_they_have_not_seen(name):
+    model, source = vlm_jax.load(f"pkg:vlm_jax/zoo/{name}"), open_source("tfds:emoji", "unseen_style")
+    records = [source[i] for i in range(800, 816)]
+    found = model.classify([record["image"] for record in records], [record["name"]["en"] for record in records])
+    assert np.mean(np.argmax(found, axis=1) == np.arange(16)) >= 0.75  # chance is 0.06
