@@ -21,7 +21,7 @@ def {name}(model, *, rank: int = 2) -> Inserted:
 IMPORTS = """
 from vlm_jax.adapt.recipe import Inserted
 from vlm_jax.catalogue import method
-from vlm_jax.models.insertion import LowRank
+from vlm_jax.models.insertions.low_rank import LowRank
 """
 
 

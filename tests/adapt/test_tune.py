@@ -19,7 +19,8 @@ from vlm_jax.adapt.recipe import Extended, Inserted, Masked
 from vlm_jax.adapt.tune import tune
 from vlm_jax.data import tokenizers
 from vlm_jax.errors import UserError
-from vlm_jax.models import insertion
+from vlm_jax.models.insertions.low_rank import LowRank
+from vlm_jax.models.insertions.prompts import Context
 from vlm_jax.objectives import Term
 from vlm_jax.pretrained import Pretrained
 from vlm_jax.zoo.adapters import save_adapter
@@ -34,7 +35,7 @@ def test_counts(base):
     assert of(Coupled(length=2, depth=2)) == 2 * 2 * D + 2 * (D * D + D)
     unify = 7 * D + 4 * (D * D + D) + 4 * D + 2 * D * 6 + 6 + D + D * D + D
     assert of(Unified(3, 4, hidden=6, heads=2)) == unify
-    conditional = insertion.Context(length=3, image_width=D)
+    conditional = Context(length=3, image_width=D)
     assert of(Inserted((conditional,))) == 3 * D + D * 1 + 1 + 1 * D + D
     block = 4 * (D * D + D) + 2 * 2 * D + 2 * D * 24 + 24 + D
     after = 2 * (2 * D + D * D + D)  # the final norm and the head of both towers
@@ -42,7 +43,7 @@ def test_counts(base):
     assert of(Masked(EVERYTHING)) == models.count(base.params)
 
 
-@pytest.mark.parametrize("recipe", [Masked("head"), Inserted((insertion.Context(length=2),))], ids=["head", "coop"])
+@pytest.mark.parametrize("recipe", [Masked("head"), Inserted((Context(length=2),))], ids=["head", "coop"])
 def test_it_learns(base, pictures, recipe):
     images, labels = pictures
     before = base.class_logits(images, NAMES).argmax(1)
@@ -51,7 +52,7 @@ def test_it_learns(base, pictures, recipe):
 
 
 def test_what_is_wrong_is_named(base, pictures, tmp_path):
-    adapted = tuned(base, Inserted((insertion.LowRank(rank=2),)), pictures)
+    adapted = tuned(base, Inserted((LowRank(rank=2),)), pictures)
     save_adapter(tmp_path / "a.safetensors", base, adapted)
     other = dataclasses.replace(base, params=jax.tree.map(lambda leaf: leaf + 1, base.params))
     with pytest.raises(UserError, match="is of another model: load the one that it was made from"):
@@ -64,13 +65,13 @@ def test_what_is_wrong_is_named(base, pictures, tmp_path):
     with pytest.raises(UserError, match="classify needs labels: this model was not adapted"):
         base.classify([np.zeros((8, 8, 3), np.uint8)])
     with pytest.raises(UserError, match="2 templates, but the recipe changes the text tower; give one"):
-        tuned(base, Inserted((insertion.Context(length=2),)), pictures, templates=("{}", "a {}"))
+        tuned(base, Inserted((Context(length=2),)), pictures, templates=("{}", "a {}"))
     with pytest.raises(UserError, match="an option of the method has no key `ranks`; did you mean `rank`"):
         fit("lora")(base, *few_shot_task(base, pictures), ranks=2)
     with pytest.raises(UserError, match=r"the loss is nan after 3 steps; a smaller learning_rate"):
         tuned(base, Masked(EVERYTHING), pictures, learning_rate=1e30)
     with pytest.raises(UserError, match="`begin` has not the names and shapes of the recipe's own parameters"):
-        tuned(base, Inserted((insertion.LowRank(rank=2),)), pictures, begin={"inserted_nonsense": np.zeros(2)})
+        tuned(base, Inserted((LowRank(rank=2),)), pictures, begin={"inserted_nonsense": np.zeros(2)})
     with pytest.raises(UserError, match="the recipe's head is `probe`; no term of that name has a part `head`"):
         tuned(base, Extended(Masked(EVERYTHING), head="probe"), pictures)
     conv = models.build(dict(image=dict(type="efficientnet", variant="lite0"), text=None))

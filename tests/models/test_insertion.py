@@ -13,7 +13,11 @@ from tests.support.models import initial, run
 from vlm_jax import models
 from vlm_jax.errors import UserError
 from vlm_jax.kernels import attention
-from vlm_jax.models.insertion import NEW, TABLE, Adapter, Context, LowRank, Prefix, Prompt, begin, inserted, merge
+from vlm_jax.models.insertion import NEW, TABLE, begin, inserted
+from vlm_jax.models.insertions.adapter import Adapter
+from vlm_jax.models.insertions.low_rank import LowRank, merge
+from vlm_jax.models.insertions.prefix import Prefix
+from vlm_jax.models.insertions.prompts import Context, Prompt
 from vlm_jax.models.layers import Attention, KeyValues
 from vlm_jax.params import optim
 from vlm_jax.params.table import map_with_name, named_leaves

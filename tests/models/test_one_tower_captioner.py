@@ -13,6 +13,7 @@ from vlm_jax.errors import UserError
 from vlm_jax.models import insertion
 from vlm_jax.models.decoder import shift_right
 from vlm_jax.models.generate import beam_search, log_likelihood, log_likelihoods, sample
+from vlm_jax.models.insertions.prompts import Prompt
 from vlm_jax.pretrained.embedding import features
 
 
@@ -76,7 +77,7 @@ def test_an_open_gate_is_none_bit_for_bit():
 
 
 def test_prompts_before_a_text_are_refused():
-    model = insertion.inserted(tiny("one_tower_captioner").model, insertion.Prompt(depth=None))
+    model = insertion.inserted(tiny("one_tower_captioner").model, Prompt(depth=None))
     with pytest.raises(UserError, match="`image` reads a text"):
         jax.eval_shape(model.init, jax.random.key(0), IMAGES, TOKENS)
 

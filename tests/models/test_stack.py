@@ -11,7 +11,8 @@ from tests.support.compare import close
 from tests.support.models import IMAGES, TOKENS, initial
 from vlm_jax import models
 from vlm_jax.errors import UserError
-from vlm_jax.models.insertion import Prompt, inserted
+from vlm_jax.models.insertion import inserted
+from vlm_jax.models.insertions.prompts import Prompt
 from vlm_jax.models.layers import Norm
 
 SIZES = dict(width=32, depth=3, heads=2, mlp_dim=24)

@@ -32,6 +32,7 @@ from vlm_jax.data.sources import open_source
 from vlm_jax.evaluators import classes
 from vlm_jax.evaluators.progress import Progress
 from vlm_jax.models import insertion
+from vlm_jax.models.insertions.adapter import Adapter
 from vlm_jax.params import masks, optim
 from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained.embedding import unit
@@ -112,7 +113,7 @@ def adapters() -> dict[str, bytes]:
     base, files = few_shot.clip_like(scan=True), {}
     rng = np.random.default_rng(0)
     features, text = (unit(rng.standard_normal((n, few_shot.D))) for n in (6, 3))
-    model = insertion.inserted(base.model, insertion.Adapter(width=2))
+    model = insertion.inserted(base.model, Adapter(width=2))
     new = insertion.new_leaves(unflatten_dict(shapes_of(model, 4), sep="/"))
     leaves = named_leaves(base.params) | {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in new.items()}
     changes = {

@@ -18,11 +18,13 @@ from vlm_jax.convert import convert
 from vlm_jax.errors import UserError
 from vlm_jax.evaluate import evaluate
 from vlm_jax.models import insertion
+from vlm_jax.models.insertions.low_rank import LowRank
+from vlm_jax.models.insertions.prompts import Context
 from vlm_jax.params.table import named_leaves
 
 MODULES = {
-    "lora": (insertion.LowRank(rank=2),),
-    "coop": (insertion.Context(length=2, at=0),),
+    "lora": (LowRank(rank=2),),
+    "coop": (Context(length=2, at=0),),
 }
 GIVEN = np.random.default_rng(1).integers(0, 255, (4, 8, 8, 3), np.uint8)
 

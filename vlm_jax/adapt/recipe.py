@@ -10,6 +10,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from vlm_jax.models import insertion
+from vlm_jax.models.insertions.prompts import Context
 from vlm_jax.objectives import Teacher, Term, of_model
 from vlm_jax.params import masks
 from vlm_jax.params.table import named_leaves
@@ -116,7 +117,7 @@ class Inserted(NamedTuple):
     modules: tuple
 
     def insertions(self, model, at):
-        return tuple(m._replace(at=at) if isinstance(m, insertion.Context) else m for m in self.modules)
+        return tuple(m._replace(at=at) if isinstance(m, Context) else m for m in self.modules)
 
     def begin(self, rng, model, leaves):
         return insertion.new_leaves(leaves)

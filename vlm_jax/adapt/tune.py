@@ -30,6 +30,7 @@ from vlm_jax.data import ops
 from vlm_jax.errors import DivergedError, UserError
 from vlm_jax.models import after_towers, insertion
 from vlm_jax.models.generate import log_likelihoods
+from vlm_jax.models.insertions.prompts import Context
 from vlm_jax.objectives import Objective, Teacher, Term
 from vlm_jax.params import averages, optim
 from vlm_jax.params.table import named_leaves
@@ -279,7 +280,7 @@ def with_room(pretrained: Pretrained, insertions: tuple) -> Pretrained:
     """The model with insertions and with room for contexts in its texts; the parameters have no insertions yet."""
     if not insertions:
         return pretrained
-    room = "".join(f" | room({m.length}, {m.at})" for m in insertions if isinstance(m, insertion.Context))
+    room = "".join(f" | room({m.length}, {m.at})" for m in insertions if isinstance(m, Context))
     model = insertion.inserted(pretrained.model, *insertions)
     return dataclasses.replace(pretrained, model=model, tokenize=pretrained.tokenize + room)
 

@@ -9,6 +9,7 @@ from tests.support.few_shot import NAMES, clip_like, pictures
 from vlm_jax.adapt.modules.lora import codyra
 from vlm_jax.adapt.tune import tune
 from vlm_jax.models import insertion
+from vlm_jax.models.insertions.low_rank import merge
 from vlm_jax.params.table import map_with_name, named_leaves
 
 
@@ -24,7 +25,7 @@ def test_ranks_without_importance_are_gone_and_the_others_fold():
     leaves, before = named_leaves(few.params), named_leaves(base.params)
     found = np.concatenate([np.ravel(leaf) for name, leaf in leaves.items() if name.endswith("inserted_importance")])
     assert len(found) == 8 * 3 * 3 and 0 < np.sum(found == 0) < len(found)  # places, blocks, ranks
-    folded = insertion.merge(few.params, few.model.insertions)
+    folded = merge(few.params, few.model.insertions)
     plain = dataclasses.replace(few, model=insertion.removed(few.model), params=folded)
     np.testing.assert_allclose(embed(plain), embed(few), atol=1e-5)
     place = "image/blocks/attn/value"
@@ -36,4 +37,4 @@ def test_ranks_without_importance_are_gone_and_the_others_fold():
         np.testing.assert_allclose(named_leaves(folded)[f"{place}/kernel"][block], kernel, rtol=1e-6, atol=1e-6)
     none = map_with_name(lambda name, leaf: 0 * leaf if name.endswith("importance") else leaf, few.params)
     np.testing.assert_array_equal(embed(few, none), embed(base))
-    jax.tree.map(np.testing.assert_array_equal, insertion.merge(none, few.model.insertions), base.params)
+    jax.tree.map(np.testing.assert_array_equal, merge(none, few.model.insertions), base.params)

@@ -12,6 +12,7 @@ from vlm_jax.adapt.recipe import Inserted
 from vlm_jax.data import ops, tokenizers
 from vlm_jax.errors import UserError
 from vlm_jax.models import insertion
+from vlm_jax.models.insertions.prompts import Context
 
 
 def test_room():
@@ -31,7 +32,7 @@ def test_room():
 def test_a_meta_net_moves_the_context_by_the_picture(base, pictures):
     """Each picture's texts have contexts v + net(x), in numpy (arXiv:2203.05557, equation 3)."""
     images = pictures[0][:3]
-    adapted = tuned(base, Inserted((insertion.Context(length=2, image_width=D),)), pictures)
+    adapted = tuned(base, Inserted((Context(length=2, image_width=D),)), pictures)
     assert adapted.compares_pairs and not base.compares_pairs
     x = adapted.embed_image_batch(images)
     own = adapted.params["text"]["token_embed"]
@@ -41,7 +42,7 @@ def test_a_meta_net_moves_the_context_by_the_picture(base, pictures):
     for i in range(3):
         params = jax.tree.map(lambda leaf: leaf, adapted.params)
         params["text"]["token_embed"]["inserted_context"] = own["inserted_context"] + moves[i]
-        plain = insertion.inserted(base.model, insertion.Context(length=2, at=0))
+        plain = insertion.inserted(base.model, Context(length=2, at=0))
         texts = dataclasses.replace(adapted, model=plain, params=params).embed_texts(NAMES)
         want.append(np.exp(float(params["logit_scale"])) * texts @ x[i])
     np.testing.assert_allclose(adapted.class_logits(images, NAMES), want, rtol=1e-4, atol=1e-4)

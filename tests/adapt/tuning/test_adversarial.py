@@ -13,7 +13,7 @@ from vlm_jax.adapt.recipe import Extended, Inserted
 from vlm_jax.adapt.tuning.adversarial import smart, tecoa
 from vlm_jax.adapt.tuning.classifier import IMAGE
 from vlm_jax.errors import UserError
-from vlm_jax.models.insertion import Prompt
+from vlm_jax.models.insertions.prompts import Prompt
 from vlm_jax.objectives import Objective, value
 
 B, C, N, D = 3, 4, 2, 5

@@ -7,7 +7,7 @@ import flax.linen as nn
 from vlm_jax.adapt.recipe import Extended, Inserted
 from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
-from vlm_jax.models.insertion import LowRank
+from vlm_jax.models.insertions.low_rank import LowRank
 
 
 @method(
@@ -45,7 +45,7 @@ def codyra(
     """CoDyRA (Lu et al. 2024): W + sum_i w_i a_i b_i, with a soft threshold on w after each step.
 
     From `begin` on, the threshold rises from 0 to `threshold`, as in the authors' code; before, ranks are dense. Ranks
-    with w = 0 are gone. `insertion.merge` folds the rest into the kernels, and the next task begins with new ranks.
+    with w = 0 are gone. `merge` folds the rest into the kernels, and the next task begins with new ranks.
     """
     share = re.fullmatch(r"(\d+(?:\.\d+)?)%", begin)
     if not share or float(share[1]) >= 100:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from vlm_jax.adapt import tables
 from vlm_jax.adapt.recipe import Extended, Inserted
 from vlm_jax.catalogue import method
-from vlm_jax.models.insertion import Context, Prompt
+from vlm_jax.models.insertions.prompts import Context, Prompt
 from vlm_jax.objectives import Term
 
 

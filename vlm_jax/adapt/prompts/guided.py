@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from vlm_jax.adapt.recipe import Extended, Inserted
 from vlm_jax.catalogue import method
-from vlm_jax.models.insertion import Context
+from vlm_jax.models.insertions.prompts import Context
 from vlm_jax.objectives import Term
 from vlm_jax.objectives.combinations import project
 

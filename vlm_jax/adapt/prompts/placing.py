@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from vlm_jax.adapt.recipe import Inserted, Recipe
 from vlm_jax.errors import UserError
-from vlm_jax.models.insertion import NEW, Context, Prompt, new_leaves
+from vlm_jax.models.insertion import NEW, new_leaves
+from vlm_jax.models.insertions.prompts import Context, Prompt
 from vlm_jax.models.transformer import Encoder
 
 

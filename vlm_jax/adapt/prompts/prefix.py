@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from vlm_jax.adapt.recipe import Inserted
 from vlm_jax.catalogue import method
-from vlm_jax.models.insertion import Prefix, new_leaves
+from vlm_jax.models.insertion import new_leaves
+from vlm_jax.models.insertions.prefix import Prefix
 
 
 @method(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from vlm_jax.adapt.prompts.placing import spread
 from vlm_jax.adapt.recipe import Extended, Inserted, tree
 from vlm_jax.catalogue import method
-from vlm_jax.models.insertion import Prompt
+from vlm_jax.models.insertions.prompts import Prompt
 from vlm_jax.models.two_tower import unit
 from vlm_jax.objectives import Term
 from vlm_jax.params.table import named_leaves

@@ -10,7 +10,7 @@ from flax.traverse_util import unflatten_dict
 from vlm_jax.adapt.prompts.placing import spread, widths
 from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
-from vlm_jax.models.insertion import Context, Prompt
+from vlm_jax.models.insertions.prompts import Context, Prompt
 from vlm_jax.params.table import named_leaves
 
 

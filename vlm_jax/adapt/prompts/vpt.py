@@ -4,7 +4,7 @@ import flax.linen as nn
 
 from vlm_jax.adapt.recipe import Inserted
 from vlm_jax.catalogue import method
-from vlm_jax.models.insertion import Prompt
+from vlm_jax.models.insertions.prompts import Prompt
 
 
 @method(

@@ -12,7 +12,7 @@ from vlm_jax.adapt.recipe import Extended, Inserted
 from vlm_jax.adapt.tuning.classifier import IMAGE
 from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
-from vlm_jax.models.insertion import Prompt
+from vlm_jax.models.insertions.prompts import Prompt
 from vlm_jax.objectives import Teacher, Term
 from vlm_jax.objectives.adversarial import Ball, Pixels, ascend, held, largest, shifted
 

@@ -248,7 +248,7 @@ def tokenize(
 def room(example: dict, tokenizer: Any, n: int, at: int, key: str = "token_ids") -> dict:
     """Makes room for n tokens of a learned context: moves the tokens from `at` on by n.
 
-    The context (`models.insertion.Context`) overwrites the ids in the room, so any will do. Padding falls off the
+    The context (`insertions.prompts.Context`) overwrites the ids in the room, so any will do. Padding falls off the
     end; a text that is too long is cut, and its last token kept.
     """
     token_ids = field(example, key)
