@@ -1,12 +1,14 @@
 """Recipes of the packaged base models: towers as the field's, in small, on single emoji and on scenes of them.
 
-base          all training styles.
-base_select   one style (emojione) held out of training; the recipes are chosen on this style.
+base                all training styles.
+base_multilingual   the same, with names and keywords in nine languages.
+base_select         one style (emojione) held out of training; the recipes are chosen on this style.
 
 Most of a run sees single emoji of 32 px with short texts, its end 64 px, scenes and their captions, as CLIPA
 (arXiv:2305.07017) does. In the first part embeddings of pictures follow those of `clip:tiny` (CLIP-KD,
 arXiv:2307.12732): its head reads patches by their place, which a class token takes long to learn. For
-base_select, the teacher is the run runs/clip_select of `clip:select`.
+base_select, the teacher is the run runs/clip_select of `clip:select`. All but `clip:base` begin with towers of
+`clip_base`, and so need a third of its examples.
 
 `pkg:vlm_jax/zoo/clip_base` is `clip.py:base`, seed 0, in bfloat16 (params_sha256 of the run 068e81a442784d3b..., jax
 0.10.2): 480,000 examples in 95 minutes on two cores, beside other work. It names 58.5 % of 732 pictures of the unseen
@@ -20,21 +22,32 @@ from ml_collections import ConfigDict
 
 from vlm_jax.data.emoji.splits import TRAIN_STYLES
 
-VARIANTS = ("base", "base_select")
+VARIANTS = ("base", "base_multilingual", "base_select")
 SIZE, SMALL = 64, 32  # pixels
 LENGTH, SHORT, LONG = 32, 8, 64  # tokens: captions of four things with two attributes each have up to 33, names 8
 WIDTH = 192
 TOWER = dict(width=WIDTH, heads=3, mlp_dim=4 * WIDTH)
-TEACHERS = {"base": "pkg:vlm_jax/zoo/clip_tiny", "base_select": "runs/clip_select"}
+LANGUAGES = ("en", "de", "fr", "es", "it", "pt", "ja", "ko", "zh")
+TEACHERS = {"base_select": "runs/clip_select"}
+CLIP = {"base_select": "runs/clip_base_select"}
 IMAGE = dict(patch=8, depth=6, image_size=SIZE, **TOWER)
 WEAK = "random_affine(10.0, 0.06, (0.82, 1.22)) | flip | jitter(0.1, 0.2, 0.4)"  # as the teacher's
 FOR_TEACHER = f"view('small', crop_to_content | resize({SMALL}) | normalize)"
-NAME = "random_caption('name/en', 'keywords/en', join=' ')"
 FOILS = tuple(f"foils/{kind}" for kind in ("object", "attribute", "relation", "count", "order"))
 
 
 def tokenize(length: int) -> str:
     return f"lower | tokenize({length}, bos=False)"
+
+
+def languages(variant: str) -> tuple[str, ...]:
+    return LANGUAGES if variant == "base_multilingual" else ("en",)
+
+
+def name(variant: str, *fields: str) -> str:
+    """Returns the op that draws one of a single emoji's fields, in one of the variant's languages."""
+    drawn = ", ".join(f"'{field}/{language}'" for language in languages(variant) for field in fields)
+    return f"random_caption({drawn}, join=' ')"
 
 
 def beds(variant: str) -> dict[str, dict[str, Any]]:
@@ -56,11 +69,15 @@ def two_towers(variant: str, penalty: str) -> ConfigDict:
         pools = dict(pool="tok", cls_position=True), dict(pool="eos", eos_id=2, causal=True, pad_mask=True)
     wrong = f"captions(3, {', '.join(map(repr, FOILS))}, ops=lower, least=0)"
     wrong = f"{wrong} | tokenize({LENGTH}, bos=False, key='texts', to='texts')"
-    name = f"{NAME} | {tokenize(SHORT)}"
+    called = f"{name(variant, 'name', 'keywords')} | {tokenize(SHORT)}"
+    drawn = ["random_caption('caption', 'sub_captions', weights=(3, 1))"]
+    if others := ", ".join(f"'names/{language}'" for language in languages(variant)[1:]):
+        drawn.append(f"random_caption({others}, join=', ')")
+    teacher = TEACHERS.get(variant, "pkg:vlm_jax/zoo/clip_tiny")
     follows = dict(name="feature_distillation", on="emoji", teacher="tiny", of=("image_embedding",), weight=10.0)
     names = dict(name="contrastive", on="emoji", penalty=penalty, targets="concept")
     captions = dict(name="contrastive", on="scenes", penalty=penalty, negatives="texts")
-    return in_two_stages(
+    config = in_two_stages(
         variant,
         model=dict(
             image=IMAGE | tower | pools[0],
@@ -68,11 +85,13 @@ def two_towers(variant: str, penalty: str) -> ConfigDict:
             scale_init=10.0,
             bias_init=-10.0 if penalty == "sigmoid" else None,
         ),
-        objective=dict(teachers=dict(tiny=dict(spec=TEACHERS[variant])), terms=dict(names=names, follows=follows)),
-        names=f"{name} | keep('image', 'token_ids', 'concept')",
-        names_then=f"{FOR_TEACHER} | normalize | {name} | keep('image', 'small', 'token_ids', 'concept')",
-        captions=f"random_caption('caption', 'sub_captions', weights=(3, 1)) | {tokenize(LENGTH)} | {wrong}"
-        " | keep('image', 'token_ids', 'texts')",
+        objective=dict(
+            teachers=dict(tiny=dict(spec=teacher)),
+            terms=dict(names=names, follows=follows),
+        ),
+        names=f"{called} | keep('image', 'token_ids', 'concept')",
+        names_then=f"{FOR_TEACHER} | normalize | {called} | keep('image', 'small', 'token_ids', 'concept')",
+        captions=tuple(f"{op} | {tokenize(LENGTH)} | {wrong} | keep('image', 'token_ids', 'texts')" for op in drawn),
         length=LENGTH,
         then=dict(
             objective=dict(
@@ -81,12 +100,20 @@ def two_towers(variant: str, penalty: str) -> ConfigDict:
             ),
         ),
     )
+    return config if (variant, penalty) == ("base", "softmax") else begun(config, variant, "image", "text")
+
+
+def begun(config: ConfigDict, variant: str, *towers: str) -> ConfigDict:
+    """Begins with towers of `clip_base`."""
+    config.model_init = {tower: CLIP.get(variant, "pkg:vlm_jax/zoo/clip_base") for tower in towers}
+    config.duration = "160k examples"
+    return config
 
 
 def captioner(variant: str, corruption: str | dict) -> ConfigDict:
     """Cap's tower and decoder; it writes names of single emoji, and short and long captions of scenes."""
     writes = dict(name="captioning", corruption=corruption)
-    name = f"caption('name/en') | {tokenize(SHORT)} | keep('image', 'token_ids')"
+    names = f"{name(variant, 'name')} | {tokenize(SHORT)} | keep('image', 'token_ids')"
     config = in_two_stages(
         variant,
         model=dict(
@@ -95,16 +122,18 @@ def captioner(variant: str, corruption: str | dict) -> ConfigDict:
             decoder=dict(vocab_size=2985, length=LONG, depth=4, mask_token=True, **TOWER),
         ),
         objective=dict(terms=dict(names=writes | dict(on="emoji"))),
-        names=name,
-        names_then=f"normalize | {name}",
-        captions="random_caption('caption', 'sub_captions', 'long_caption', weights=(2, 1, 2))"
-        f" | {tokenize(LONG)} | keep('image', 'token_ids')",
+        names=names,
+        names_then=f"normalize | {names}",
+        captions=(
+            "random_caption('caption', 'sub_captions', 'long_caption', weights=(2, 1, 2))"
+            f" | {tokenize(LONG)} | keep('image', 'token_ids')",
+        ),
         length=LONG,
         then=dict(objective=dict(terms=dict(captions=writes | dict(on="scenes")))),
     )
     for section in config.evals.values():
         section.every = None  # only at the end: naming by likelihood takes a minute
-    return config
+    return begun(config, variant, "image")
 
 
 def in_two_stages(
@@ -113,7 +142,7 @@ def in_two_stages(
     objective: dict[str, Any],
     names: str,
     names_then: str,
-    captions: str,
+    captions: tuple[str, ...],
     length: int,
     then: dict[str, Any],
 ) -> ConfigDict:
@@ -124,7 +153,7 @@ def in_two_stages(
       model: section of the config.
       objective: the same, of the first stage.
       names, names_then: ops on single emoji that make the texts, of the first stage and of the second.
-      captions: ops on scenes that make the texts.
+      captions: ops on scenes that make the texts, each of a source of its own.
       length: of texts, in tokens.
       then: sections that the second stage adds.
     """
@@ -132,7 +161,10 @@ def in_two_stages(
     large = f"decode | resize({SIZE}) | cache | {WEAK} | {names_then}"
     emoji, scenes = beds(variant).values()
     emoji |= dict(ops=small, rows="emoji", weight=3)
-    scenes |= dict(ops=f"jitter(0.2, 0.2, 0.2) | normalize | {captions}", rows="scenes", weight=5)
+    of_scenes = {}
+    for i, op in enumerate(captions):
+        ops = f"jitter(0.2, 0.2, 0.2) | normalize | {op}"
+        of_scenes["scenes" + "_names" * i] = scenes | dict(ops=ops, rows="scenes", weight=5 / len(captions))
     naming = dict(type="zeroshot", uri="tfds:emoji", label="concept", classes="emoji:seen")
     return ConfigDict(
         dict(
@@ -158,12 +190,13 @@ def in_two_stages(
                     model=dict(image=dict(image_size=SMALL)),
                     preprocess=f"decode(exif=True) | crop_to_content | resize({SMALL}) | normalize",
                 ),
-                dict(share="28%", data=dict(sources=dict(emoji=dict(ops=large), scenes=scenes)), **then),
+                dict(share="28%", data=dict(sources=dict(emoji=dict(ops=large), **of_scenes)), **then),
             ),
-            evals={
-                "base": dict(unseen_style=naming | dict(split="unseen_style")),  # at the end: nothing is chosen on it
-                "base_select": dict(emojione=naming | dict(split="train", where=dict(style=["emojione"]), every="10%")),
-            }[variant],
+            evals=(
+                dict(emojione=naming | dict(split="train", where=dict(style=["emojione"]), every="10%"))
+                if variant == "base_select"
+                else dict(unseen_style=naming | dict(split="unseen_style"))  # at the end: nothing is chosen on it
+            ),
             mesh=dict(data=-1, fsdp=1, tensor=1),
             checkpoint=dict(every="1%", keep=2),
             log=dict(every="20 steps", tensorboard=True),

@@ -32,7 +32,7 @@ def get_config(variant: str = "base") -> ConfigDict:
     if variant not in ("base", "smoke"):
         raise UserError(f"there is no variant `{variant}` of this config; expected base or smoke")
     base = variant == "base"
-    width, depth = (192, 6) if base else (32, 1)
+    width, depth = (192, 4) if base else (32, 1)
     words = ", ".join(f"'{field}/{language}'" for field in ("name", "keywords") for language in LANGUAGES)
     kept = "keep('input_ids', 'token_ids')"
     captions = "random_caption('long_caption', 'caption', 'sub_captions', weights=(2, 1, 1))"
@@ -43,7 +43,7 @@ def get_config(variant: str = "base") -> ConfigDict:
         dict(
             seed=0,
             batch_size=128,
-            duration="1M examples" if base else "40 steps",
+            duration="100k examples" if base else "40 steps",
             tokenizer="emoji",
             preprocess=None,
             tokenize=f"lower | tokenize({INPUTS}, bos=False)",

@@ -157,6 +157,8 @@ def get_config(variant: str = "So400m/16") -> ConfigDict:
 def small(variant: str, native: bool) -> ConfigDict:
     """Scenes, whose objects have phrases and boxes, and single emoji, which have none."""
     settings = base.two_towers("base" if variant in ("tiny", "smoke") else variant, "sigmoid")
+    if variant in ("tiny", "smoke"):
+        del settings.model_init
     single, several = base.beds(variant).values()
     begin, end = (48, base.SIZE) if variant != "smoke" else (16, 32)
     tokenize = base.tokenize(base.LENGTH)
@@ -168,7 +170,10 @@ def small(variant: str, native: bool) -> ConfigDict:
         of_scenes = [regions("regions/text", "regions/box", ""), *seen, f"{fit} | jitter(0.2, 0.2, 0.2)", *end]
         of_emoji = [f"decode | resize({base.SIZE}) | cache", *seen, f"{STRONG} | {fit}", *end]
         ends = lambda located: [prompts(base.LENGTH, located), tokenize, keep(distil, "concept")]
-        texts = {"emoji": base.NAME, "scenes": "random_caption('caption', 'sub_captions', weights=(3, 1))"}
+        texts = {
+            "emoji": base.name(variant, "name", "keywords"),
+            "scenes": "random_caption('caption', 'sub_captions', weights=(3, 1))",
+        }
         sources = dict(
             emoji=single | dict(ops=" | ".join([*of_emoji, texts["emoji"], *ends(False)])),
             scenes=several | dict(ops=" | ".join([*of_scenes, texts["scenes"], *ends(True)])),

@@ -78,7 +78,7 @@ def test_flags_mistaken_are_told_before_jax_is_imported(tmp_path):
             "the config has no key `optimizer.lrr`; did you mean `optimizer.lr`?",
         ("train", "--config=configs/clip.py:big", "--workdir=a"):
             "--config=configs/clip.py:big: there is no variant `big` of this config; on the embedded data: tiny, "
-            "select, smoke, base, base_select",
+            "select, smoke, base, base_multilingual, base_select",
         ("train", f"--config={tmp_path}/no.py", "--workdir=a"): missing,
         ("train", f"--config={tmp_path}/clip.py:tiny", "--workdir=a"): f"--config={tmp_path}/clip.py: there is no such "
             "file; the config that comes with the package is --config=clip",

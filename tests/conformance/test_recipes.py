@@ -15,7 +15,7 @@ from vlm_jax.run.program import build_program
 from vlm_jax.zoo.load import load
 
 MILLIONS = {  # parameters, of what its authors released; None of what nobody did
-    "clip": {"B/32": 151.3, "B/16": 149.6, "L/14": 427.6, "base": None},
+    "clip": {"B/32": 151.3, "B/16": 149.6, "L/14": 427.6, "base": None, "base_multilingual": None},
     "siglip": {"B/16": 203.2, "So400m/14": 877.4, "base": None},
     "siglip2": {"L/16-256": None, "base": None},
     "cap": {"B/16": None},

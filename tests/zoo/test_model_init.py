@@ -108,6 +108,20 @@ def test_positions_of_another_grid_are_resampled(tmp_path, pool, capsys):
             np.testing.assert_allclose(table[y, x], left * (1 - x / 3) + right * x / 3, atol=1e-6)
 
 
+def test_a_class_token_stays_behind(tmp_path):
+    image = dict(width=32, depth=1, heads=4, patch=8, image_size=16)
+    about = dict(model=dict(image=dict(image, pool="tok", cls_position=True), text=None))
+    before = models.build(about["model"])
+    picture = jnp.zeros((1, 16, 16, 3))
+    params = initial(before, picture, None)
+    save_pretrained(Pretrained(before, params, None, "decode | resize(16)", None, about), tmp_path / "cls", "native")
+    shapes = shapes_of(models.build(dict(image=dict(image, pool="map"), text=None)), picture, None)
+    found = model_init.read({"image": str(tmp_path / "cls")}, shapes)
+    assert "image/cls" not in found and not any("map_pool" in name for name in found)
+    np.testing.assert_array_equal(found["image/pos_embed"], params["image"]["pos_embed"][:, 1:])
+    np.testing.assert_array_equal(found["image/patch_embed/kernel"], params["image"]["patch_embed"]["kernel"])
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

@@ -106,28 +106,30 @@ def resample_posemb(table, old_grid, new_grid, method="linear"):
 
 
 def to_rows(table, rows, method="linear"):
-    """Resamples a learned table of a square grid to another number of rows; a class token's row stays.
+    """Resamples a learned table of a square grid to another number of rows.
+
+    A class token's row stays, or goes where the new table has none.
 
     Args:
       table: [1, n, D], rows of a square grid, perhaps after one row of a class token.
-      rows: the new n, of a square grid with as many rows before it.
+      rows: the new n, of a square grid, perhaps after a class token's row.
       method: as for `resample_posemb`.
 
     Returns:
       float32 numpy array [1, rows, D].
 
     Raises:
-      UserError: one of the grids is no square.
+      UserError: one of the grids is no square, or only the new table has a class token.
     """
     table = np.asarray(table, np.float32)
-    for first in (0, 1):
-        counts = table.shape[1] - first, rows - first
+    for first, kept in ((0, 0), (1, 1), (1, 0)):
+        counts = table.shape[1] - first, rows - kept
         old, new = map(math.isqrt, counts)
         if (old * old, new * new) == counts:
             grid = resample_posemb(table[:, first:], (old, old), (new, new), method)
-            return np.concatenate([table[:, :first], grid], axis=1)
+            return np.concatenate([table[:, :kept], grid], axis=1)
     raise UserError(
-        f"{table.shape[1]} rows of positions cannot become {rows}: expected squares, with a class token in both or none"
+        f"{table.shape[1]} rows of positions cannot become {rows}: expected squares, and no new class token"
     )
 
 

@@ -4,10 +4,10 @@
 
 A tower takes the checkpoint's part of the same name, or the part after the colon: "image", "text", or the "encoder" of
 an `EncoderDecoder`, for a text tower of T5's kind (with the token table). One string instead of the dict initialises
-the whole model. A tower's pool and head may differ from the checkpoint; they then start anew, and so do insertions
-that the checkpoint lacks. The image tower's learned positions are resampled from one square grid to another ("linear"
-of `positions.resample_posemb`, as big_vision does), those of texts are cut or stretched (`positions.of_length`). All
-other parameters must fit.
+the whole model. A tower's pool, its class token and its head may differ from the checkpoint; they then start anew, and
+so do insertions that the checkpoint lacks. The image tower's learned positions are resampled from one square grid to
+another ("linear" of `positions.resample_posemb`, as big_vision does), those of texts are cut or stretched
+(`positions.of_length`). All other parameters must fit.
 """
 
 import re
@@ -27,7 +27,7 @@ PARTS = ("image", "text", "encoder")
 WHERE = "config.model_init"
 # Tables whose number of rows may differ, and how they are fitted.
 POSITIONS = {"image/pos_embed": positions.to_rows, "text/pos_embed": positions.of_length}
-STARTS_ANEW = re.compile(r"\w*/?(map_pool|rep|head)/.*|(.*/)?inserted_\w+")
+STARTS_ANEW = re.compile(r"\w*/?(map_pool|rep|head)/.*|image/cls|(.*/)?inserted_\w+")
 
 
 def read(model_init: str | Mapping[str, str], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
