@@ -20,11 +20,14 @@ GIVEN = dict(  # the slices hold all pictures of the four classes
     where={"concept": list(CONCEPTS)}, train_where={"concept": list(CONCEPTS)}, shots=2, seeds=1, gallery=2,
     gallery_split="train[:2000]", gallery_where={"concept": list(CONCEPTS)},
     methods=["zero_shot", "tip_adapter"], target="monkey",
+    other="pkg:vlm_jax/zoo/clip_tiny", close=-1.0, far=-1.0, other_where={"concept": [600, 601, 602]},
     ops=TEXTS["ops"], denoisers=TEXTS["denoisers"],
 )  # fmt: skip
 SCENES = dict(uri="scenes:?examples=8", split="train")  # their fields are the defaults
 OF_SCENES = {
     "minimal_pairs": {}, "composed_retrieval": {}, "rank_overlap": {}, "questions": {}, "counting": {}, "answers": {},
+    "representation": {},
+    "two_alternatives": {"reference": "caption", "text": True, "images": ["image", "minimal_pair/image"]},
     "regions": {"ops": "resize(32) | normalize"}, "grounding": {"ops": "resize(32) | normalize"},
 }  # fmt: skip
 

@@ -9,8 +9,8 @@ from matplotlib.text import Text
 from PIL import Image
 
 from vlm_jax import UserError
+from vlm_jax.evaluators.metrics import calibration_bins
 from vlm_jax.report import figures
-from vlm_jax.report.figures.calibration import calibration_bins
 from vlm_jax.report.figures.classes import confusion_counts
 from vlm_jax.report.figures.patches import overlaid
 from vlm_jax.report.figures.space import principal_plane
@@ -34,7 +34,7 @@ def test_calibration_error_by_hand():
     assert calibration_bins([1.0, 1.0], [True, True]).error == 0
     assert calibration_bins([0.0], [True], bins=3).counts.tolist() == [1, 0, 0]
     with pytest.raises(UserError, match="probabilities"):
-        calibration_bins([1.5], [True])
+        figures.calibration([1.5], [True])
 
 
 def test_confusions_are_counted_between_the_classes_most_mixed_up():

@@ -61,12 +61,12 @@ def picture_ops(ops: str, *fields: str) -> str:
     return f'decode | {field_ops(*fields)} | {ops} | keep("image", "fields")'
 
 
-def two_pictures_ops(ops: str, pictures: Sequence[str], *fields: str) -> str:
-    """Op string from a record to `first` and `second`, the pictures at two paths after `ops`, and `fields`."""
+def pictures_ops(ops: str, pictures: Mapping[str, str], *fields: str) -> str:
+    """Op string from a record to several pictures after `ops`, name -> path, and `fields`, the values at paths."""
     string = field_ops(*fields)
-    for path, name in zip(map(json.dumps, pictures), ("first", "second"), strict=True):
-        string += f' | rename({path}, "image") | decode | {ops} | rename("image", "{name}")'
-    return f'{string} | keep("first", "second", "fields")'
+    for name, path in pictures.items():
+        string += f' | rename({json.dumps(path)}, "image") | decode | {ops} | rename("image", "{name}")'
+    return f"{string} | keep({', '.join(map(json.dumps, (*pictures, 'fields')))})"
 
 
 def field_ops(*fields: str) -> str:

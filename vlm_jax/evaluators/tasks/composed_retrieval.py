@@ -9,7 +9,7 @@ from vlm_jax.catalogue import method
 from vlm_jax.config import choose
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators import metrics
-from vlm_jax.evaluators.one_pass import Batch, Columns, Pass, two_pictures_ops
+from vlm_jax.evaluators.one_pass import Batch, Columns, Pass, pictures_ops
 from vlm_jax.evaluators.progress import Progress, Table, memory_limit
 from vlm_jax.evaluators.records import texts
 from vlm_jax.evaluators.result import Result
@@ -74,7 +74,7 @@ def composed_retrieval(
     limit = memory_limit(memory_share)
 
     def evaluate(pretrained: Any, progress: Progress | None = None) -> Result:
-        string = two_pictures_ops(ops or pretrained.preprocess, images, text)
+        string = pictures_ops(ops or pretrained.preprocess, dict(zip(("first", "second"), images, strict=True)), text)
         data = Pass(
             pretrained, progress, uri=uri, split=split, where=where, ops=string, batch_size=batch_size, memory=limit,
             inputs=("first", "second"),

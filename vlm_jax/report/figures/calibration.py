@@ -1,51 +1,12 @@
 """Calibration: a model's confidence against its accuracy."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from vlm_jax.evaluators.metrics.uncertainty import calibration_bins
 from vlm_jax.report.figures import style
 from vlm_jax.report.figures.style import BAR, BLUE, GREY, INK, Picture
-
-
-class Bins(NamedTuple):
-    """Examples by their confidence.
-
-    Attributes:
-      edges: [bins + 1], from 0 to 1.
-      counts: int [bins], examples in (edges[i], edges[i + 1]].
-      accuracy: [bins], the share of right examples in a bin; NaN for an empty bin.
-      confidence: [bins], the mean confidence in a bin; NaN for an empty bin.
-      error: the expected calibration error, sum_i counts[i] / n |accuracy[i] - confidence[i]|.
-    """
-
-    edges: np.ndarray
-    counts: np.ndarray
-    accuracy: np.ndarray
-    confidence: np.ndarray
-    error: float
-
-
-def calibration_bins(confidence: Any, correct: Any, bins: int = 15) -> Bins:
-    """Returns the expected calibration error (Guo et al. 2017, arXiv:1706.04599, equation 3) and its bins.
-
-    Args:
-      confidence: float [n] in [0, 1], the probability of the predicted class.
-      correct: bool [n], whether the predicted class is right.
-      bins: number of bins, of equal width.
-    """
-    confidence, correct = np.asarray(confidence, np.float64), np.asarray(correct, np.float64)
-    style.check(confidence.shape == correct.shape and confidence.ndim == 1 and confidence.size,
-                "confidence [n] and correct [n]", confidence, correct)  # fmt: skip
-    style.check(bool(np.all((confidence >= 0) & (confidence <= 1 + 1e-6))), "probabilities in [0, 1]", confidence)
-    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    counts = np.bincount(index, minlength=bins)
-    mean = lambda values: np.divide(
-        np.bincount(index, values, bins), counts, out=np.full(bins, np.nan), where=counts > 0
-    )
-    right, sure = mean(correct), mean(confidence)
-    error = np.nansum(counts * np.abs(right - sure)) / len(confidence)
-    return Bins(np.linspace(0, 1, bins + 1), counts, right, sure, float(error))
 
 
 @style.styled()
@@ -54,6 +15,10 @@ def calibration(confidence: Any, correct: Any, bins: int = 15) -> Picture:
 
     Args: see `calibration_bins`.
     """
+    confidence, correct = np.asarray(confidence, np.float64), np.asarray(correct, np.float64)
+    style.check(confidence.shape == correct.shape and confidence.ndim == 1 and confidence.size,
+                "confidence [n] and correct [n]", confidence, correct)  # fmt: skip
+    style.check(bool(np.all((confidence >= 0) & (confidence <= 1 + 1e-6))), "probabilities in [0, 1]", confidence)
     found = calibration_bins(confidence, correct, bins)
     some = found.counts > 0
     left, width = found.edges[:-1][some], 1 / bins
@@ -67,7 +32,7 @@ def calibration(confidence: Any, correct: Any, bins: int = 15) -> Picture:
     top.set_ylim(0, 1)
     top.set_ylabel("right")
     top.legend(loc="upper left")
-    accuracy, mean = np.mean(np.asarray(correct, np.float64)), np.mean(np.asarray(confidence, np.float64))
+    accuracy, mean = np.mean(correct), np.mean(confidence)
     top.set_title(f"expected calibration error {100 * found.error:.1f} %\n"
                   f"right {100 * accuracy:.1f} %, mean confidence {100 * mean:.1f} %")  # fmt: skip
     low.bar(found.edges[:-1], found.counts / found.counts.sum(), width, align="edge", color=BAR, edgecolor=INK,
