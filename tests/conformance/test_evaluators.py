@@ -6,7 +6,7 @@ import inspect
 import numpy as np
 import pytest
 
-from configs import cappa, clip, ul2
+from configs import cappa, clip, openvision2, ul2
 from tests.support.models import untrained
 from vlm_jax import catalogue, evaluators
 from vlm_jax.errors import UserError
@@ -26,7 +26,7 @@ GIVEN = dict(  # the slices hold all pictures of the four classes
 SCENES = dict(uri="scenes:?examples=8", split="train")  # their fields are the defaults
 OF_SCENES = {
     "minimal_pairs": {}, "composed_retrieval": {}, "rank_overlap": {}, "questions": {}, "counting": {}, "answers": {},
-    "representation": {},
+    "representation": {}, "integration_rate": {},
     "two_alternatives": {"reference": "caption", "text": True, "images": ["image", "minimal_pair/image"]},
     "regions": {"ops": "resize(32) | normalize"}, "grounding": {"ops": "resize(32) | normalize"},
 }  # fmt: skip
@@ -50,7 +50,7 @@ def section(declaration):
 
 def evaluate(declaration, batch_size):
     evaluator = evaluators.build(section(declaration) | {"batch_size": batch_size})
-    for recipe in (clip, cappa, ul2):
+    for recipe in (clip, cappa, ul2, openvision2):
         try:
             return evaluator(model(recipe))
         except UserError as error:

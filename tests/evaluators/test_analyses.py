@@ -5,11 +5,15 @@ import pytest
 from scipy.special import softmax
 
 import vlm_jax
+from configs import openvision2
+from tests.support.models import untrained
 from vlm_jax import evaluators
 from vlm_jax.data.sources import open_source
 from vlm_jax.errors import UserError
 from vlm_jax.evaluators import metrics
 from vlm_jax.evaluators.tasks.blind_pairs import mined, neighbours_right
+from vlm_jax.models.decoder import shift_right
+from vlm_jax.models.vocabulary import is_text
 
 NAMES = {0: "grinning face", 570: "monkey", 571: "gorilla", 575: "dog"}
 EMOJI = dict(uri="tfds:emoji", split="unseen_style[:600]", where={"concept": list(NAMES)})
@@ -24,6 +28,11 @@ def records(uri, split):
 @pytest.fixture(scope="module")
 def clip():
     return vlm_jax.load("pkg:vlm_jax/zoo/clip_tiny")
+
+
+@pytest.fixture(scope="module")
+def openvision():
+    return untrained(openvision2.get_config("smoke"), opinionated=True)
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +135,35 @@ def test_a_model_has_no_blind_spot_beside_itself(clip):
         evaluators.build(dict(section, close=0.1))
     result = evaluators.build(dict(section, close=0.9999))(clip)
     assert result.metrics["pairs"] == 0 and "no two pictures" in result.notes[0]
+
+
+def test_the_integration_rate_reads_every_layer(openvision):
+    found = evaluators.build(dict(SCENES, type="integration_rate", batch_size=5))(openvision).metrics
+    depth = openvision.model.decoder.depth
+    assert found["rate"] == pytest.approx(np.log10(sum(found[f"layer_{i}"] for i in range(depth))), abs=1e-9)
+    pictures, said = zip(*((one["image"], one["caption"]) for one in records(SCENES["uri"], "train")), strict=True)
+    ids, images = openvision._target_ids(said), openvision._pictures(pictures)
+
+    def last(model):  # the final norm of the last block's output is what decoding returns
+        context, mask = model.encode(images)
+        decoded = model.decode(shift_right(ids), context, context_mask=mask, whole=True, layers=(-1,))
+        return (decoded.hidden, decoded.aux["layers"][0], context.shape[1])
+
+    hidden, block, n = openvision.model.apply({"params": openvision.params}, method=last)
+    norm = openvision.params["decoder"]["norm"]
+    centred = block - block.mean(-1, keepdims=True)
+    by_hand = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * norm["scale"] + norm.get("bias", 0)
+    np.testing.assert_allclose(hidden, by_hand, atol=1e-4)
+    real = is_text(ids, openvision.tokenizer.pad_id, openvision.tokenizer.eos_id)
+    own = metrics.frechet(*_unit(np.asarray(block)[:, :n].reshape(-1, block.shape[-1]), np.asarray(block)[:, n:][real]))
+    assert found[f"layer_{depth - 1}"] == pytest.approx(own, rel=1e-3)
+
+
+def _unit(pictures, said):
+    unit = np.linalg.norm(said, axis=1).mean()
+    found = []
+    for tokens in (pictures / unit, said / unit):
+        size = np.linalg.norm(tokens, axis=1)
+        far = abs(size - np.median(size)) > 3 * size.std(ddof=1)
+        found.append(np.where(far[:, None], np.median(tokens, axis=0), tokens))
+    return found

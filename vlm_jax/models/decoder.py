@@ -125,6 +125,7 @@ class Decoder(Encoder, TokenTable, kw_only=True):
         caches=None,
         position=None,
         place=None,
+        layers=(),
         train=False,
     ):
         """Runs the decoder on token ids.
@@ -143,6 +144,7 @@ class Decoder(Encoder, TokenTable, kw_only=True):
             and attend to all earlier tokens.
           position: integer scalar, only with caches.
           place: integer scalar, the first token's row in the position table; defaults to `position`.
+          layers: numbers of blocks whose outputs are returned, see `Encoder.encode`.
           train: whether dropout and drop path are active (they draw from the rng `dropout`).
 
         Returns:
@@ -151,7 +153,7 @@ class Decoder(Encoder, TokenTable, kw_only=True):
         x = self.placed(token_ids, position if place is None else place)
         if prefix is not None:
             x = jnp.concatenate([prefix.astype(x.dtype), x], axis=1)
-        return self.run(x, context, context_mask, bidirectional, caches, position, train, mask=mask)
+        return self.run(x, context, context_mask, bidirectional, caches, position, train, mask=mask, layers=layers)
 
     def run(self, *args, **options):
         """As in `Encoder`, but returns `Decoded`."""

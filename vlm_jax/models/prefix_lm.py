@@ -31,6 +31,7 @@ class Prefixed(Conditional, kw_only=True):
         position=None,
         whole=False,
         train=False,
+        **options,
     ):
         """Returns `Decoded` of token ids [B, L] that follow a context.
 
@@ -43,6 +44,7 @@ class Prefixed(Conditional, kw_only=True):
           position: index of token_ids among the targets; 0 in the first step.
           whole: whether the hidden states of the context come first.
           train: whether dropout is active.
+          options: others of the subclass's `sequence`.
         """
         given, place = (context_mask if context is None else context).shape[1], position
         if context is None:
@@ -56,7 +58,7 @@ class Prefixed(Conditional, kw_only=True):
         if self.two_way or bidirectional is not None:
             shown = jnp.zeros((len(token_ids), later), bool) if bidirectional is None else bidirectional
             two_way = jnp.pad(shown, ((0, 0), (given, 0)), constant_values=self.two_way)
-        options = dict(mask=mask, bidirectional=two_way, caches=caches, position=position, place=place, train=train)
+        options |= dict(mask=mask, bidirectional=two_way, caches=caches, position=position, place=place, train=train)
         decoded = self.sequence(token_ids, context, **options)
         return decoded if context is None or whole else decoded._replace(hidden=decoded.hidden[:, given:])
 

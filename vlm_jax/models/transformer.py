@@ -178,12 +178,13 @@ class Encoder(Fields, kw_only=True):
         train=False,
         norm=True,
         mask=None,
+        layers=(),
     ):
         """Runs the blocks on tokens that see those before them; call it from a compact method.
 
         Args:
           x: tokens with positions [B, L, D].
-          context, context_mask, train, norm: as for `encode`.
+          context, context_mask, layers, train, norm: as for `encode`.
           bidirectional: bool [B, Lk], True for tokens that all others see; None: all False.
           caches: result of `new_caches` or of the last call, or None. The L tokens then stand at `position`.
           position: integer scalar, only with caches.
@@ -204,7 +205,7 @@ class Encoder(Fields, kw_only=True):
         if mask is not None:
             seen = mask if causal else mask & seen
         around = AttentionInputs(seen, context, over_heads(context_mask), None if caches is None else first)
-        return self.stack(x, around, caches=caches, causal=causal, train=train, norm=norm)
+        return self.stack(x, around, caches=caches, causal=causal, layers=layers, train=train, norm=norm)
 
     def new_caches(self, batch, length):
         """Returns empty caches for `stack`: a list of `Cache`, or, with scan, one `Cache` with a leading layer axis."""
