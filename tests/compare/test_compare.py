@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from absl import flags
 
@@ -9,6 +10,7 @@ from vlm_jax.command import commands
 from vlm_jax.compare import __main__ as command
 from vlm_jax.compare import compare, page, read, text
 from vlm_jax.errors import UserError
+from vlm_jax.report import save_artifacts
 from vlm_jax.report.figures.curves import compared
 
 
@@ -58,6 +60,20 @@ def test_the_command(runs, tmp_path):
     (tmp_path / "folder").mkdir()
     values.out = str(tmp_path / "folder")
     assert command.main(["compare", *runs], values).results["page"].endswith("folder/index.html")
+
+
+def test_the_same_examples_are_compared_one_by_one(runs):
+    kept = lambda predicted: {"predictions": dict(
+        position=np.array([4, 7, 9, 11]), label=np.array([0, 1, 2, 3]), predicted=np.array(predicted)
+    )}  # fmt: skip
+    save_artifacts(runs[0], "seen", kept([0, 0, 2, 0]))
+    save_artifacts(runs[1], "seen", kept([0, 1, 0, 3]))
+    save_artifacts(runs[0], "other", kept([0, 0, 2, 0]))
+    found = compare(both := read(runs))["paired"]
+    assert list(found) == ["seen"] and list(found["seen"]) == ["two/a"]
+    one = found["seen"]["two/a"]
+    assert (one["gained"], one["lost"], one["difference"], one["against"]) == (2, 1, 0.25, "one/a")
+    assert "+25.0" in text(both, compare(both)) and json.dumps(compare(both))
 
 
 def test_shares_begin_at_zero_and_others_say_their_range():

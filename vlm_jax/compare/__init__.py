@@ -6,16 +6,23 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from vlm_jax import command
 from vlm_jax.config import flatten
 from vlm_jax.data.files import read_json, replacing
 from vlm_jax.errors import UserError
+from vlm_jax.evaluators.metrics import paired
 from vlm_jax.report import about
-from vlm_jax.report.page import series
+from vlm_jax.report.page import load_artifacts, series
 from vlm_jax.report.values import format_interval, format_value, interval, is_share, spoken
 
 CHANCE = (
     "In brackets: the 95 % confidence interval. Where the intervals of two runs overlap, the difference may be chance."
+)
+PAIRED = (
+    "Examples that one run has right and the other wrong. p: how often chance alone would split them as unevenly "
+    "(McNemar's exact test)."
 )
 SHOWN = 40  # metrics in the figure
 
@@ -29,6 +36,7 @@ class Run(NamedTuple):
       curves: of metrics.jsonl, see `report.series`.
       settings: of config.json, flattened.
       about: of run.json.
+      right: evaluation -> {place of an example in the data set: whether its name is right}.
     """
 
     name: str
@@ -36,6 +44,7 @@ class Run(NamedTuple):
     curves: dict[str, tuple[list[float], list[float]]]
     settings: dict[str, Any]
     about: dict[str, str]
+    right: dict[str, dict[int, bool]]
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -65,6 +74,7 @@ def read(paths: Sequence[str]) -> list[Run]:
             series(folder),
             _settings_of(folder / "config.json"),
             read_json(folder / about.NAME),
+            _right(folder),
         )
         for folder in folders
     ]
@@ -84,6 +94,7 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
         "runs": {run.name: run.about for run in runs},
         "results": {name: of(lambda run: run.numbers, name) for name in metrics},
         "intervals": {name: values for name, values in intervals.items() if values},
+        "paired": _paired(runs),
         "differences": {k: values for k, values in found.items() if len(said(values)) > 1 or len(values) < len(runs)},
     }
 
@@ -94,6 +105,8 @@ def text(runs: Sequence[Run], compared: dict[str, Any]) -> str:
     lines = [command.table([["", *head], *([name, *_cells(runs, name)] for name in compared["results"])])]
     if compared["intervals"]:
         lines.append(CHANCE)
+    if compared["paired"]:
+        lines += ["", command.table([PAIRED_HEAD, *_paired_rows(compared)]), PAIRED]
     differences = [[key, *_settings(runs, values, 40)] for key, values in compared["differences"].items()]
     lines += ["", command.table([["settings that differ", *head], *differences])] if differences else []
     return "\n".join(lines)
@@ -114,6 +127,9 @@ def page(runs: Sequence[Run], compared: dict[str, Any], out: str | pathlib.Path)
     sections.append(f"<h2>Results</h2>\n{table(safe(head), map(safe, results))}")
     if compared["intervals"]:
         sections.append(f"<p>{CHANCE}</p>")
+    if compared["paired"]:
+        rows = table(safe(PAIRED_HEAD), map(safe, _paired_rows(compared)))
+        sections.append(f"<h2>Example by example</h2>\n{rows}\n<p>{PAIRED}</p>")
     shares = {name: of for name, of in compared["results"].items() if is_share(name) and len(of) > 1}
     if shares:
         shown = dict(list(shares.items())[:SHOWN])
@@ -142,6 +158,43 @@ def _cells(runs: Sequence[Run], name: str) -> list[str]:
         value = format_value(name, run.numbers[name]) if name in run.numbers else ""
         cells.append(f"{value} ({ends})" if ends else value)
     return cells
+
+
+PAIRED_HEAD = ["example by example", "against", "difference", "95 % interval", "gained", "lost", "p"]
+
+
+def _right(folder: pathlib.Path) -> dict[str, dict[int, bool]]:
+    """Whether each example's name is right, of every evaluation that kept its predictions."""
+    keys = [f"predictions/{name}" for name in ("position", "label", "predicted")]
+    kept = {name: own for name, own in load_artifacts(folder).items() if own.keys() >= set(keys)}
+    found = {name: [own[key] for key in keys] for name, own in kept.items()}
+    return {
+        name: dict(zip(position.tolist(), (label == predicted).tolist(), strict=True))
+        for name, (position, label, predicted) in found.items()
+    }
+
+
+def _paired(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """Evaluation -> run -> how it differs from the first run, on the examples of both."""
+    found: dict[str, dict[str, Any]] = {}
+    for run in runs[1:]:
+        for name, right in run.right.items():
+            before = runs[0].right.get(name, {})
+            if before.keys() == right.keys():
+                both = np.array([[before[place], right[place]] for place in right])
+                found.setdefault(name, {})[run.name] = paired(*both.T)._asdict() | {"against": runs[0].name}
+    return found
+
+
+def _paired_rows(compared: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for evaluation, of in compared["paired"].items():
+        for run, one in of.items():
+            low, high = one["interval"]
+            points = f"{100 * one['difference']:+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}"
+            counts = str(one["gained"]), str(one["lost"])
+            rows.append([f"{run} {evaluation}".strip(), one["against"], *points, *counts, f"{one['p']:.2g}"])
+    return rows
 
 
 def _settings(runs: Sequence[Run], values: dict[str, Any], width: int) -> list[str]:

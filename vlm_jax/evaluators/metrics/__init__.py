@@ -4,6 +4,7 @@ from vlm_jax.evaluators.metrics.classification import confusions, mean_per_class
 from vlm_jax.evaluators.metrics.continual import after_stages, continual
 from vlm_jax.evaluators.metrics.intervals import class_weights, interval, intervals, percentiles, resampled
 from vlm_jax.evaluators.metrics.multi_label import average_precision, mean_average_precision, resampled_map
+from vlm_jax.evaluators.metrics.paired import Paired, paired
 from vlm_jax.evaluators.metrics.ranking import (
     Pairs,
     Ranks,
@@ -37,6 +38,7 @@ from vlm_jax.evaluators.metrics.uncertainty import (
 
 __all__ = [
     "BELONGING",
+    "Paired",
     "Pairs",
     "Ranks",
     "after_stages",
@@ -62,6 +64,7 @@ __all__ = [
     "negative_log_likelihood",
     "neighbour_overlap",
     "overlap",
+    "paired",
     "percentiles",
     "recall",
     "resampled",
