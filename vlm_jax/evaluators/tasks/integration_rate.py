@@ -31,7 +31,7 @@ def integration_rate(
     *,
     uri: str,
     split: str | None = None,
-    captions: str = "caption",
+    captions: str | Sequence[str] = "caption",
     pictures: int = 100,
     where: Mapping[str, Sequence] | None = None,
     ops: str | None = None,
@@ -46,7 +46,7 @@ def integration_rate(
     Args:
       uri: the data set, as for `sources.open_source`.
       split: its split.
-      captions: the record's field with the text; of a list, the first.
+      captions: the record's field with the text, or several; the first text counts.
       pictures: how many, evenly spaced over the split; the paper's.
       where: field -> values; other records are left out.
       ops: op string from record to `image`; defaults to the model's preprocessing.
@@ -55,6 +55,7 @@ def integration_rate(
     """
     if pictures < 1:
         raise UserError(f"integration_rate: pictures is {pictures}; expected 1 or more")
+    captions = (captions,) if isinstance(captions, str) else tuple(captions)
     limit = memory_limit(memory_share)
 
     def evaluate(pretrained: Any, progress: Progress | None = None) -> Result:
@@ -62,7 +63,7 @@ def integration_rate(
             raise UserError("integration_rate is of captioners whose decoder reads the picture's tokens (openvision2)")
         data = Pass(
             pretrained, progress, uri=uri, split=split, where=where, batch_size=batch_size, memory=limit,
-            ops=picture_ops(ops or pretrained.preprocess, captions),
+            ops=picture_ops(ops or pretrained.preprocess, *captions),
         )  # fmt: skip
         data.only(evenly_spaced(data.num_examples, pictures))
         data.begin("tokens")
@@ -75,7 +76,7 @@ def integration_rate(
             return {"tokens": {"image": image, "text": text, "real": real}}
 
         if not data.run(rows, about=lambda fields: next(iter(texts(fields)), None)):
-            raise UserError(f"{data.about}: no picture has a text under {captions}")
+            raise UserError(f"{data.about}: no picture has a text under {', '.join(captions)}")
         return data.result(lambda tables: _result(tables["tokens"]), "left_out")
 
     return evaluate

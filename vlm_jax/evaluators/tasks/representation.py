@@ -27,7 +27,7 @@ def representation(
     *,
     uri: str,
     split: str | None = None,
-    captions: str = "caption",
+    captions: str | Sequence[str] = "caption",
     join: str | None = None,
     neighbours: int = 10,
     where: Mapping[str, Sequence] | None = None,
@@ -46,7 +46,7 @@ def representation(
     Args:
       uri: the data set, as for `sources.open_source`.
       split: its split.
-      captions: the record's field with the text; of a list, the first.
+      captions: the record's field with the text, or several; the first text counts.
       join: text between the texts of a list, which becomes one text.
       neighbours: k of `overlap`; at most the number of pictures - 1.
       where: field -> values; other records are left out.
@@ -56,12 +56,13 @@ def representation(
     """
     if neighbours < 1:
         raise UserError(f"representation: neighbours is {neighbours}; expected 1 or more")
+    captions = (captions,) if isinstance(captions, str) else tuple(captions)
     limit = memory_limit(memory_share)
 
     def evaluate(pretrained: Any, progress: Progress | None = None) -> Result:
         data = Pass(
             pretrained, progress, uri=uri, split=split, where=where, batch_size=batch_size, memory=limit,
-            ops=picture_ops(ops or pretrained.preprocess, captions),
+            ops=picture_ops(ops or pretrained.preprocess, *captions),
         )  # fmt: skip
         pretrained = data.pretrained
         data.begin("pairs")
@@ -78,8 +79,8 @@ def representation(
             return (own[0] if join is None else join.join(own)) if own else None
 
         if data.run(rows, about) < 3 and data.first:
-            raise UserError(f"{data.about}: fewer than three pictures have a text under {captions}")
-        boxed = f'{field_ops(captions)} | keep("fields")'
+            raise UserError(f"{data.about}: fewer than three pictures have a text under {', '.join(captions)}")
+        boxed = f'{field_ops(*captions)} | keep("fields")'
         said = lambda places: [about(row["fields"][()]) for row in data.look_up(boxed, places)]
         return data.result(lambda tables: _result(tables["pairs"], neighbours, said), "left_out")
 
