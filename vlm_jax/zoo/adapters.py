@@ -51,6 +51,12 @@ def without(adapted: Pretrained) -> Pretrained:
     return replace(adapted, params=own, classes=(), templates=("{}",), head=None, **plain)
 
 
+def merged(adapted: Pretrained) -> Pretrained:
+    """Returns the model with its insertions folded into the kernels, see `insertion.merge`; classes and head stay."""
+    params = insertion.merge(adapted.params, getattr(adapted.model, "insertions", ()))
+    return replace(adapted, model=insertion.removed(adapted.model), params=params)
+
+
 def save_adapter(path: str | os.PathLike, base: Pretrained, adapted: Pretrained) -> None:
     """Writes the difference of `adapted` from `base`; `load_adapter(path, base)` returns `adapted`, bit for bit."""
     new = insertion.new_leaves(adapted.params)

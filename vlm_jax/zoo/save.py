@@ -112,7 +112,7 @@ def _refuse_adapted(adapted: Pretrained, format: str) -> None:
     if adapted.head is not None:
         modules.append(f"the head {type(adapted.head).__name__}")
     if modules:
-        advice = " (or merge LowRank by `insertions.low_rank.merge`)" if "LowRank" in modules else ""
+        advice = " (or fold LowRank into the kernels by `adapters.merged`)" if "LowRank" in modules else ""
         raise UserError(
             f"{format} has no place for {', '.join(modules)} of this adapted model: write it as native{advice}"
         )
