@@ -155,10 +155,10 @@ def test_the_lengths_of_an_update_are_constants_to_the_gradient():
         params["inserted_magnitude"] = jnp.array([0.1, -0.2, 0.3, 0.0])
         loss = lambda params: jnp.sum(jnp.square(inserted(model, insertion).apply({"params": params}, x))) / 2
         found = jax.grad(loss)(params)
-        scale = (jnp.linalg.norm(kernel, axis=0) + params["inserted_magnitude"]) / jnp.linalg.norm(
-            kernel + a @ b, axis=0
-        )
-        y = scale * (x @ (kernel + a @ b)) + params["bias"]
+        turned = (kernel + a @ b) / jnp.linalg.norm(kernel + a @ b, axis=0)
+        length = jnp.linalg.norm(kernel, axis=0) + params["inserted_magnitude"]
+        y = length * (x @ turned) + params["bias"]
+        scale = length / jnp.linalg.norm(kernel + a @ b, axis=0)
         np.testing.assert_allclose(found["inserted_b"], (x @ a).T @ (scale * y), rtol=1e-6)
         np.testing.assert_allclose(found["inserted_magnitude"], (y * (x @ turned)).sum(0), rtol=1e-6)
 

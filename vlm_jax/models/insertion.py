@@ -95,6 +95,15 @@ def new_leaves(params: Any) -> dict[str, jax.Array]:
     return {name: leaf for name, leaf in named_leaves(params).items() if re.fullmatch(NEW, name)}
 
 
+def by_place(params: Any) -> dict[str, dict[str, jax.Array]]:
+    """Returns the parameters of insertions, {the module's path: {name without "inserted_": parameter}}."""
+    places: dict[str, dict[str, jax.Array]] = {}
+    for name, leaf in new_leaves(params).items():
+        place, _, own = f"/{name}".rpartition("/inserted_")
+        places.setdefault(place[1:], {})[own] = leaf
+    return places
+
+
 def merge(params: Any, insertions: tuple) -> Any:
     """Returns the parameters of the plain model that computes the same, each insertion folded into kernels.
 
@@ -107,17 +116,13 @@ def merge(params: Any, insertions: tuple) -> Any:
     for one in insertions:
         if not hasattr(one, "merged"):
             raise UserError(f"{one} is no change of kernels; merge folds LowRank and its like")
-    leaves, new = named_leaves(params), new_leaves(params)
-    places: dict[str, dict[str, jax.Array]] = {}
-    for name, leaf in new.items():
-        place, _, own = name.rpartition("/inserted_")
-        places.setdefault(place, {})[own] = leaf
-    kernels = {}
-    for place, own in places.items():
+    leaves, kernels = named_leaves(params), {}
+    for place, own in by_place(params).items():
         owners = [one for one in insertions if re.fullmatch(one.where, place)]
         if len(owners) != 1 or f"{place}/kernel" not in leaves:
             raise UserError(f"merge needs one insertion for each kernel; `{place}` has {len(owners)}: {owners}")
         kernels[f"{place}/kernel"] = owners[0].merged(leaves[f"{place}/kernel"], own)
+    new = new_leaves(params)
     return unflatten_dict({name: leaf for name, leaf in (leaves | kernels).items() if name not in new}, sep="/")
 
 
