@@ -1,15 +1,16 @@
 """Low-rank updates of dense layers."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vlm_jax import config
 from vlm_jax.catalogue import method
-from vlm_jax.models.insertion import dot, new_parameter
+from vlm_jax.models.insertion import by_place, dot, new_parameter
 
 # U(-1 / sqrt(in), 1 / sqrt(in)), as in the authors' code
 UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -92,3 +93,15 @@ class LowRank(NamedTuple):
 
 def _matmul(a, b):
     return jnp.matmul(a, b, precision="highest")
+
+
+def ranks(params: Any) -> dict[str, np.ndarray]:
+    """Returns the module's path -> the number of terms of its `LowRank` that are not 0, int [] or [blocks]."""
+    found = {}
+    for place, new in by_place(params).items():
+        if "b" in new:
+            live = np.any(np.asarray(new["a"]), axis=-2) & np.any(np.asarray(new["b"]), axis=-1)
+            for name in new.keys() & {"importance", "singular"}:
+                live &= np.asarray(new[name]) != 0
+            found[place] = live.sum(axis=-1)
+    return found
