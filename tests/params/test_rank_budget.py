@@ -10,7 +10,7 @@ from vlm_jax.params import optim
 
 SHAPES = {"x/inserted_a": (4, 3), "x/inserted_b": (3, 5), "x/inserted_singular": (3,)}
 SHAPES |= {"blocks/y/inserted_a": (2, 4, 3), "blocks/y/inserted_b": (2, 3, 2), "blocks/y/inserted_singular": (2, 3)}
-STEPS = 12
+STEPS, PARTS = 12, ("a", "b", "singular")
 
 
 def draw(seed):
@@ -20,7 +20,7 @@ def draw(seed):
 
 def build(params, **budget):
     rules = ((".*inserted.*", dict(budget=budget)), (".*", {}))
-    section = dict(name="sgd", lr=0.1, schedule=dict(name="constant"), params=rules)
+    section = dict(name="sgd", lr=0.125, schedule=dict(name="constant"), params=rules)
     return optim.build(section, params, STEPS)
 
 
@@ -38,18 +38,12 @@ def by_loops(params, begin, end, every, rank, b1=0.85, b2=0.85):
                 mean[name] = b1 * mean[name] + (1 - b1) * now
                 spread[name] = b2 * spread[name] + (1 - b2) * np.abs(now - mean[name])
         for name in p:
-            p[name] = p[name] - 0.1 * gradients[name]
+            p[name] = p[name] - 0.125 * gradients[name]
         if t >= end or (t >= begin and (t - begin) % every == 0):
             scores = []
             for place, block, i in terms:
-                s = {
-                    part: (mean[n] * spread[n])[block]
-                    for part in "absingular"
-                    for n in [f"{place}/inserted_{part}"]
-                    if n in p
-                }
-                s["w"] = (mean[f"{place}/inserted_singular"] * spread[f"{place}/inserted_singular"])[block]
-                scores.append(s["w"][i] + np.mean(s["a"][:, i]) + np.mean(s["b"][i]))
+                a, b, w = ((mean[n] * spread[n])[block] for n in (f"{place}/inserted_{x}" for x in PARTS))
+                scores.append(w[i] + np.mean(a[:, i]) + np.mean(b[i]))
             left = 1 - min((t - begin) / (end - begin), 1)
             count = int(3 * rank + (9 - 3 * rank) * left**3)
             for n in np.argsort(-np.array(scores), kind="stable")[count:]:
