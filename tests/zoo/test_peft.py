@@ -69,7 +69,10 @@ def test_a_round_trip(base, saved):
 def test_what_has_no_place_there_is_named(base, saved, tmp_path):
     low_rank = LowRank("image/.*/query", rank=2)
     for one, message in (
-        (adapted(base, low_rank, Adapter(width=2)), "of LowRank alone; this model has Adapter: write it as native"),
+        (
+            adapted(base, low_rank, Adapter(width=2)),
+            "this model has Adapter; it can be written as native",
+        ),
         (base, "of LowRank alone; this model has no insertion"),
         (dataclasses.replace(saved[0], head=lambda x: x), "this model has a head"),
         (adapted(base, low_rank, LowRank("text/.*/query", magnitude=True)), "one `use_rslora` and one `use_dora`"),
@@ -83,8 +86,8 @@ def test_what_has_no_place_there_is_named(base, saved, tmp_path):
 CHANGED = {
     "ADALORA": (dict(peft_type="ADALORA"), "has the peft_type 'ADALORA'; only LORA is read"),
     "bias": (dict(bias="all"), "has bias='all', which is not supported"),
-    "rank": (dict(r=4), r"has a rank of 4, and kernels \(8, 2\)"),
-    "lacks": (dict(r=None, rank_pattern={}), "is no adapter of this model|has a rank of None"),
+    "alpha": (dict(lora_alpha=None), r"is no adapter of this model, or damaged \(float\(\) argument"),
+    "regex": (dict(alpha_pattern={"(a+)+": 1}), "a regex in alpha_pattern that may run for hours"),
     "magnitude": (dict(use_dora=True), r"damaged \(lacks '.*lora_magnitude_vector'\)"),
 }
 
@@ -102,6 +105,13 @@ def test_what_is_not_read_is_named(kind, base, saved, tmp_path):
 def test_tensors_of_another_model_are_named(base, saved, tmp_path):
     folder = shutil.copytree(saved[1], tmp_path / "lora")
     tensors = {name: t.read() for name, t in open_tensors(folder / "adapter_model.safetensors").tensors.items()}
+    wider = {name: np.pad(x, ((0, 0), (0, 1))) for name, x in tensors.items()}
+    write_safetensors(folder / "adapter_model.safetensors", wider, {})
+    with pytest.raises(UserError, match=r"has factors \(9, 2\) and \(3, 8\) of a kernel \(8, 8\)"):
+        vlm_jax.load_adapter(folder, base)
+    write_safetensors(folder / "adapter_model.safetensors", {}, {})
+    with pytest.raises(UserError, match="has no low-rank update of a layer of this model"):
+        vlm_jax.load_adapter(folder, base)
     for name in [name for name in tensors if "layers.1." in name]:
         tensors[name.replace("layers.1.", "layers.2.")] = tensors.pop(name)
     write_safetensors(folder / "adapter_model.safetensors", tensors, {})

@@ -10,7 +10,7 @@ of the terms are multiplied into `lora_A`, terms that are 0 are left out.
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from vlm_jax.data.files import read_json, write_json
+from vlm_jax.data.tokenizers.guard import MAX_REGEX, backtracks
 from vlm_jax.errors import UserError
 from vlm_jax.models import insertion
 from vlm_jax.models.insertions.low_rank import LowRank
@@ -42,11 +43,10 @@ def is_folder(path: str | os.PathLike) -> bool:
     return (Path(path) / CONFIG).is_file()
 
 
-def write(folder: Path, base: Content, adapted: Pretrained) -> None:
-    """Writes the low-rank updates of a model.
+def writer(base: Content, adapted: Pretrained) -> Callable[[Path], None]:
+    """Returns the function that writes the low-rank updates of a model into an empty folder.
 
     Args:
-      folder: an empty folder.
       base: the model without insertions.
       adapted: the model with them.
 
@@ -57,7 +57,7 @@ def write(folder: Path, base: Content, adapted: Pretrained) -> None:
     others = [type(one).__name__ for one in insertions if not isinstance(one, LowRank)]
     if others or not insertions or adapted.head is not None:
         has = ", ".join([*others, *(["a head"] if adapted.head is not None else [])]) or "no insertion"
-        raise UserError(f"PEFT's format is of LowRank alone; this model has {has}: write it as native")
+        raise UserError(f"PEFT's format is of LowRank alone; this model has {has}")
     flags = {(one.stabilised, one.magnitude) for one in insertions}
     if len(flags) > 1:
         raise UserError("PEFT's LoRA has one `use_rslora` and one `use_dora` for all layers; the insertions differ")
@@ -88,8 +88,12 @@ def write(folder: Path, base: Content, adapted: Pretrained) -> None:
     config |= dict(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=sorted(ranks), init_lora_weights=True)
     config |= dict(rank_pattern=pattern(ranks, rank), alpha_pattern=pattern(alphas, alpha))
     config |= dict(fan_in_fan_out=False, modules_to_save=None, use_rslora=stabilised, use_dora=magnitude)
-    write_json(folder / CONFIG, config)
-    write_safetensors(folder / FILE, tensors, {"format": "pt"})
+
+    def write(folder: Path) -> None:
+        write_json(folder / CONFIG, config)
+        write_safetensors(folder / FILE, tensors, {"format": "pt"})
+
+    return write
 
 
 def read(folder: str | os.PathLike, base: Pretrained) -> Pretrained:
@@ -110,16 +114,18 @@ def read(folder: str | os.PathLike, base: Pretrained) -> Pretrained:
             raise UserError(f"{folder / CONFIG} has {key}={config[key]!r:.60}, which is not supported")
     try:
         return _with_updates(folder, config, base)
-    except (LookupError, TypeError, ValueError, AttributeError, re.error) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, re.error) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{folder} is no adapter of this model, or damaged ({reason})") from error
 
 
 def _with_updates(folder: Path, config: Mapping[str, Any], base: Pretrained) -> Pretrained:
     leaves = named_leaves(base.params)
-    tensors = {name: tensor.read() for name, tensor in open_tensors(folder / FILE).tensors.items()}
+    tensors = {name: np.asarray(x.read(), np.float32) for name, x in open_tensors(folder / FILE).tensors.items()}
     stabilised, magnitude = bool(config.get("use_rslora")), bool(config.get("use_dora"))
-    parts = PARTS if magnitude else PARTS[:2]
+    parts, alphas = PARTS if magnitude else PARTS[:2], config.get("alpha_pattern") or {}
+    if any(len(key) > MAX_REGEX or backtracks(key) for key in alphas):
+        raise UserError(f"{folder / CONFIG} has a regex in alpha_pattern that may run for hours")
     rank = max((x.shape[0] for name, x in tensors.items() if name.endswith(PARTS[0])), default=1)
     content = Content(base.config["model"], leaves, lambda name, index: np.asarray(leaves[name][index], np.float32))
     factor, new, taken = None, {}, set()
@@ -129,16 +135,18 @@ def _with_updates(folder: Path, config: Mapping[str, Any], base: Pretrained) -> 
             continue
         taken.update(names)
         a, b = tensors[names[0]].T, tensors[names[1]].T
-        own_rank = _of_pattern(config.get("rank_pattern"), module, config["r"])
-        alpha = _of_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
         kernel = np.asarray(leaves[f"{place}/kernel"])
         shape, kernel = kernel.shape[:-2], kernel if block is None else kernel[block]
+        own_rank = a.shape[1]
         if (a.shape, b.shape) != ((len(kernel), own_rank), (own_rank, kernel.shape[1])):
-            raise UserError(f"{folder}: {module} has a rank of {own_rank}, and kernels {a.shape} and {b.shape}")
-        own_factor = alpha / (own_rank**0.5 if stabilised else own_rank)
+            raise UserError(f"{folder}: {module} has factors {a.shape} and {b.shape} of a kernel {kernel.shape}")
+        # the first key that matches the end of the name, as PEFT looks it up
+        alpha = next((v for k, v in alphas.items() if re.match(rf"(.*\.)?({k})$", module)), config["lora_alpha"])
+        own_factor = float(alpha) / (own_rank**0.5 if stabilised else own_rank)
         factor = own_factor if factor is None else factor
-        pad = lambda x, axis: np.concatenate([x, np.zeros_like(x, shape=_resized(x.shape, axis, rank))], axis)
-        found = dict(a=pad(a, 1), b=pad(b if own_factor == factor else b * (own_factor / factor), 0))
+        found = dict(a=np.pad(a, ((0, 0), (0, rank - own_rank))), b=np.pad(b, ((0, rank - own_rank), (0, 0))))
+        if own_factor != factor:
+            found["b"] *= own_factor / factor
         if magnitude:
             found["magnitude"] = tensors[names[2]] - np.linalg.norm(kernel, axis=0)
         for name, x in found.items():
@@ -146,6 +154,8 @@ def _with_updates(folder: Path, config: Mapping[str, Any], base: Pretrained) -> 
             whole[... if block is None else block] = x
     if spare := tensors.keys() - taken:
         raise UserError(f"{folder} has tensors that no layer of this model takes: {key_map.listed(sorted(spare))}")
+    if not new:
+        raise UserError(f"{folder} has no low-rank update of a layer of this model")
     places = dict.fromkeys(name.rpartition("/")[0] for name in new)
     alpha = factor * (rank**0.5 if stabilised else rank)
     one = LowRank("|".join(map(re.escape, places)), rank, alpha, stabilised=stabilised, magnitude=magnitude)
@@ -162,12 +172,3 @@ def _modules(content: Content) -> list[tuple[str, str, int | None]]:
         if last == "kernel" and name in content.shapes and entry.layout.order == (1, 0) and entry.part == (0, 1):
             found.append((entry.theirs.removesuffix(".weight"), name.rpartition("/")[0], block))
     return found
-
-
-def _of_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """Returns the value of the first key that matches the end of a module's name, as PEFT looks it up."""
-    return next((v for key, v in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
-
-
-def _resized(shape: tuple[int, ...], axis: int, rank: int) -> tuple[int, ...]:
-    return tuple(rank - size if i == axis else size for i, size in enumerate(shape))

@@ -35,6 +35,7 @@ class Content:
       licence: of the weights, if known.
       dtype: of the written arrays, a key of `DTYPES`.
       adapter: writes the adapter's file of an adapted model; only "native" has a place for it.
+      low_rank: this content -> the function that writes the adapted model's folder of PEFT, see `peft.writer`.
     """
 
     section: Mapping[str, Any]
@@ -46,6 +47,7 @@ class Content:
     licence: str | None = None
     dtype: str = "float32"
     adapter: Callable[[Path], None] | None = None
+    low_rank: Callable[["Content"], Callable[[Path], None]] | None = None
 
     def array(self, shape: tuple[int, ...], load: Callable[[tuple[slice, ...]], np.ndarray]) -> Tensor:
         """Returns an array to write, rounded to `dtype` when it is read."""

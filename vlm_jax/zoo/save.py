@@ -57,7 +57,7 @@ def save_pretrained(
     Args:
       pretrained: the model.
       path: a folder to make ("native", "hf", "open_clip", "t5x", "stablehlo", "peft"), or an .npz file ("big_vision").
-      format: a key of `FORMATS`, or "peft": of a model of Transformers, its low-rank updates alone, see `zoo.peft`.
+      format: a key of `FORMATS`; "peft" holds the low-rank updates alone, see `zoo.peft`.
       dtype: of the weights in the file: "float32" or "bfloat16", half the size.
 
     The folder of an adapted model in the format "native" holds its adapter, too: `vlm_jax.load` returns it adapted.
@@ -87,9 +87,8 @@ def save_pretrained(
         licence=config.get("licence"),
         dtype=dtype,
         adapter=adapted and (lambda file: adapters.save_adapter(file, base, adapted)),
+        low_rank=adapted and (lambda content: peft.writer(content, adapted)),
     )
-    if format == "peft":
-        return _into(path, lambda folder: peft.write(folder, content, pretrained))
     write(content, path, format)
 
 
@@ -145,7 +144,9 @@ def content_of(released: Released) -> Content:
 
 def write(content: Content, path: str | os.PathLike, format: str) -> None:
     """Writes `content`; a failure removes the partial files."""
-    path = _absent(path)
+    path = Path(path).expanduser()
+    if path.exists():
+        raise UserError(f"{path} exists; remove it or write elsewhere")
     writer = choose(FORMATS, format, "--format")
     choose(DTYPES, content.dtype, "--dtype")
     if format not in ("native", "stablehlo") and content.section.get("name") == "two_tower_captioner":
@@ -157,25 +158,6 @@ def write(content: Content, path: str | os.PathLike, format: str) -> None:
         raise UserError(f"{error}; it can be written as {', '.join(formats(content))}") from None
     if format == "big_vision":
         return writes(path)
-
-    def folder_and_card(folder: Path) -> None:
-        writes(folder)
-        if format in model_card.LIBRARIES:
-            (folder / "README.md").write_text(model_card.text(content, format), encoding="utf-8")
-
-    _into(path, folder_and_card)
-
-
-def _absent(path: str | os.PathLike) -> Path:
-    path = Path(path).expanduser()
-    if path.exists():
-        raise UserError(f"{path} exists; remove it or write elsewhere")
-    return path
-
-
-def _into(path: str | os.PathLike, writes: Callable[[Path], None]) -> None:
-    """Makes the folder `path` by `writes(folder)`, whole or not at all."""
-    path = _absent(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
@@ -184,6 +166,8 @@ def _into(path: str | os.PathLike, writes: Callable[[Path], None]) -> None:
     try:
         with naming(partial):
             writes(partial)
+            if format in model_card.LIBRARIES:
+                (partial / "README.md").write_text(model_card.text(content, format), encoding="utf-8")
         os.replace(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -292,6 +276,12 @@ def _stablehlo(content: Content) -> Callable[[Path], None]:
     return write
 
 
+def _peft(content: Content) -> Callable[[Path], None]:
+    if not content.low_rank:
+        raise UserError("PEFT's format is of LowRank alone; this model has no insertion")
+    return content.low_rank(content)
+
+
 # Each checks that the format can express the content, and returns the function that writes a folder or file.
 FORMATS = {
     "native": _native,
@@ -300,4 +290,5 @@ FORMATS = {
     "big_vision": _big_vision,
     "t5x": _t5x,
     "stablehlo": _stablehlo,
+    "peft": _peft,
 }

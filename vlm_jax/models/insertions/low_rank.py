@@ -58,6 +58,7 @@ class LowRank(NamedTuple):
         return method == "__call__"
 
     def __call__(self, call, module, x):
+        config.check_least(1, "LowRank", rank=self.rank)
         h = call(x)
         of_a, of_b, of_weights, _ = config.choose(WEIGHTS, self.weights, "the weights of a low-rank update")
         new = {"a": new_parameter(module, "a", of_a, (x.shape[-1], self.rank))}
