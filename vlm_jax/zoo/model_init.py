@@ -11,11 +11,13 @@ of `positions.resample_posemb`, as big_vision does), those of texts are cut or s
 other parameters must fit.
 """
 
+import collections
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from vlm_jax.errors import UserError
 from vlm_jax.models import positions
@@ -70,7 +72,8 @@ def read_auxiliary(spec: str, shapes: Mapping[str, Any]) -> dict[str, jax.Array]
       shapes: the model's parameters by name, arrays or shapes with shardings.
 
     Returns:
-      parameter name -> array, of every "inserted_auxiliary": the kernel of the same layer and block.
+      parameter name -> array, of every "inserted_auxiliary": the kernel of the same layer and block. Zeros stand in
+      blocks that the checkpoint lacks at the end: there the model stays as it is, as in the authors' code.
 
     Raises:
       UserError: the model has no such insertion, or the checkpoint lacks a kernel, or has another shape.
@@ -91,9 +94,27 @@ def read_auxiliary(spec: str, shapes: Mapping[str, Any]) -> dict[str, jax.Array]
         if entry.ours.startswith(f"{part}/") and entry.ours.endswith("/kernel")
     ]
     entries = [entry for entry in entries if key_map.array_shape(entry.ours, own) is not None]
+    rows = collections.Counter(key_map.blocks_of(entry.ours, own)[0] for entry in entries)
+    found, depth = {}, max(map(_block, (entry.ours for entry in entries)), default=0) + 1
+    for name, leaf in own.items():  # those of blocks that both have; a layer that is missing there has no rows
+        if key_map.is_scanned(name) and rows[name]:
+            found[name] = jax.ShapeDtypeStruct((rows[name], *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding)
+        elif key_map.is_scanned(name) or _block(name) < depth:
+            found[name] = leaf
     tensors = {entry.theirs: released.tensors[entry.theirs] for entry in entries if entry.theirs in released.tensors}
-    plan = key_map.match(entries, own, tensors, (), f"{WHERE}.auxiliary: part `{part}` of {path}")
-    return read_params(plan, own, tensors, {name: leaf.sharding for name, leaf in own.items()})
+    plan = key_map.match(entries, found, tensors, (), f"{WHERE}.auxiliary: part `{part}` of {path}")
+    arrays = read_params(plan, found, tensors, {name: leaf.sharding for name, leaf in found.items()})
+    padded = lambda x, leaf: jnp.pad(x, [(0, long - short) for long, short in zip(leaf.shape, x.shape, strict=True)])
+    return {
+        name: padded(arrays[name], leaf) if name in arrays else jnp.zeros(leaf.shape, leaf.dtype)
+        for name, leaf in own.items()
+    }
+
+
+def _block(name: str) -> int:
+    """Returns the number of the block that a parameter is of; 0 without one."""
+    found = re.search(r"(?:^|/)blocks_(\d+)/", name)
+    return int(found[1]) if found else 0
 
 
 def _read_tower(tower: str, spec: str, own: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

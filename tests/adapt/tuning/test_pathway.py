@@ -28,21 +28,23 @@ def other(base, tmp_path_factory):
 
 
 def test_kernels_of_the_same_layer_stand_beside(base, other):
-    """In a scan as in a loop; the model is as before until the shares train, and folds, block by block."""
+    """In a scan as in a loop, zeros in a fourth block; each block folds by its own share."""
     found = {}
     for scan in (True, False):
         section = {side: {**fields, "scan": scan} for side, fields in base.config["model"].items()}
+        section["image"]["depth"] = 4
         model = insertion.inserted(models.build(section), Auxiliary())
         shapes = insertion.new_leaves(jax.eval_shape(model.init, jax.random.key(0), *GIVEN)["params"])
         where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for name, x in shapes.items()}
         found[scan] = model_init.read(dict(auxiliary=f"{other}:text"), shapes)
     texts = named_leaves(base.params)
-    assert len(found[True]) == 6 and len(found[False]) == 18
+    assert len(found[True]) == 6 and len(found[False]) == 24
     for name, kernel in found[True].items():
         ours = name.replace("image/", "text/").replace("inserted_auxiliary", "kernel")
-        np.testing.assert_array_equal(kernel, 2 * texts[ours])
-        for i in range(3):
+        np.testing.assert_array_equal(kernel[:3], 2 * texts[ours])
+        assert not np.any(kernel[3])
+        for i in range(4):
             np.testing.assert_array_equal(found[False][name.replace("blocks", f"blocks_{i}")], kernel[i])
     new = {"scale": jnp.array([0.5, -1.0]), "auxiliary": jnp.arange(12.0).reshape(2, 2, 3)}
     kernel = np.ones((2, 2, 3))

@@ -27,7 +27,7 @@ def m2pt(model: nn.Module, *, auxiliary: str, tower: str = "image", frozen: bool
     Args:
       model: of towers with blocks.
       auxiliary: the model of V, as for `vlm_jax.load`, and its part after a colon: "image", "text" (the default),
-        "encoder". Its blocks are as wide as the tower's, and no fewer.
+        "encoder". Its blocks are as wide as the tower's; blocks that it lacks train without.
       tower: "image" or "text".
       frozen: whether V stays as it is.
     """
