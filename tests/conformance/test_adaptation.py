@@ -41,9 +41,11 @@ def task(base):
 @pytest.fixture(scope="module")
 def options(base, tmp_path_factory):
     """Method -> options without a useful default."""
-    path = tmp_path_factory.mktemp("start") / "vpt.safetensors"
+    folder = tmp_path_factory.mktemp("start")
+    path = folder / "vpt.safetensors"
     save_adapter(path, base, tuned_by(base, TRAINED["vpt"].load()(base.model), pictures()))
-    return {"pretrained_modules": {"start": str(path)}}
+    vlm_jax.save_pretrained(base, folder / "other")
+    return {"pretrained_modules": {"start": str(path)}, "m2pt": {"auxiliary": f"{folder / 'other'}:text"}}
 
 
 def adapted(name, base, task, given):

@@ -4,6 +4,7 @@ import functools
 import re
 
 import flax
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +14,9 @@ from tests.support.models import initial, run
 from vlm_jax import models
 from vlm_jax.errors import UserError
 from vlm_jax.kernels import attention
-from vlm_jax.models.insertion import NEW, TABLE, begin, inserted
+from vlm_jax.models.insertion import NEW, TABLE, begin, inserted, merge
 from vlm_jax.models.insertions.adapter import Adapter
-from vlm_jax.models.insertions.low_rank import LowRank, merge
+from vlm_jax.models.insertions.low_rank import LowRank
 from vlm_jax.models.insertions.prefix import Prefix
 from vlm_jax.models.insertions.prompts import Context, Prompt
 from vlm_jax.models.layers import Attention, KeyValues
@@ -63,6 +64,7 @@ COUNTS = [
     (Adapter(where=r"image/.*/(attn|mlp)", width=5, form="parallel", scale=0.1), 2 * DEPTH * (2 * D * 5 + 5 + D)),
     (LowRank(rank=3), BOTH * 2 * 3 * (D + D)),
     (LowRank(where=r".*/mlp/fc[12]", rank=3, alpha=6), BOTH * 2 * 3 * (D + HIDDEN)),
+    (LowRank(rank=3, magnitude=True), BOTH * 2 * (3 * (D + D) + D)),
     (Prefix(where=r"text/.*/attn", length=3), DEPTH * 2 * 3 * D),
     (Prompt(length=5), 5 * D),
     (Prompt(where="text", length=5, depth=None), DEPTH * 5 * D),
@@ -91,18 +93,74 @@ def test_counts_and_what_changes(base, insertion, count):
     np.testing.assert_array_equal(embed(model, params)[0], image)  # the model itself is as it was
 
 
-@pytest.mark.parametrize("importance", [False, True])
-def test_merged_is_unmerged(base, importance):
-    model, params, _ = base
-    insertion = LowRank(where=r".*/(query|value|out|fc1|fc2)", rank=3, alpha=6, importance=importance)
-    adapted = inserted(model, insertion)
-    trained = randomised(begin(jax.random.key(2), adapted, params, IMAGES, TEXTS))
+LOW_RANKS = {
+    "plain": dict(),
+    "importance": dict(weights="importance"),
+    "selection": dict(weights="selection"),
+    "singular": dict(weights="singular", stabilised=True),
+    "magnitude": dict(magnitude=True, weights="importance"),
+}
+
+
+@pytest.mark.parametrize("fields", LOW_RANKS.values(), ids=LOW_RANKS)
+def test_merged_is_unmerged(base, fields):
+    """Two insertions, folded at once; they begin as the model, bit for bit."""
+    model, params, before = base
+    first = LowRank(where=r".*/(query|value|out)", rank=3, alpha=6, **fields)
+    adapted = inserted(model, first, LowRank(where=r"text/.*/fc[12]", rank=2))
+    begun = begin(jax.random.key(2), adapted, params, IMAGES, TEXTS)
+    jax.tree.map(np.testing.assert_array_equal, embed(adapted, begun), before)
+    jax.tree.map(np.testing.assert_array_equal, merge(begun, adapted.insertions), params)
+    trained = randomised(begun)
     merged = merge(trained, adapted.insertions)
     assert jax.tree.structure(merged) == jax.tree.structure(params)
     for got, want in zip(embed(model, merged), embed(adapted, trained), strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
-    with pytest.raises(UserError, match="merge needs exactly one insertion, a LowRank"):
+    with pytest.raises(UserError, match="is no change of kernels; merge folds LowRank"):
         merge(trained, (Adapter(),))
+    with pytest.raises(UserError, match=r"one insertion for each kernel; `\S+/attn/\w+` has 2"):
+        merge(trained, (first, LowRank(where=".*")))
+
+
+@pytest.mark.parametrize("fields", LOW_RANKS.values(), ids=LOW_RANKS)
+def test_low_rank_updates_by_loops_over_ranks(fields):
+    """The kernel of the paper's equation, column by column, in float64."""
+    insertion = LowRank(rank=3, alpha=6, **fields)
+    rng = np.random.default_rng(0)
+    new = {"a": rng.normal(size=(5, 3)), "b": rng.normal(size=(3, 4)), "magnitude": rng.normal(size=4)}
+    new |= {name: rng.normal(size=3) for name in ("importance", "selection", "singular")}
+    kernel = rng.normal(size=(5, 4))
+    weights = new.get(insertion.weights, np.ones(3))
+    if insertion.weights == "selection":
+        weights = np.exp(weights) / np.exp(weights).sum()
+    want = kernel.copy()
+    for i in range(3):
+        want += 6 / (3**0.5 if insertion.stabilised else 3) * weights[i] * np.outer(new["a"][:, i], new["b"][i])
+    if insertion.magnitude:
+        for j in range(4):
+            length = np.sqrt(np.sum(kernel[:, j] ** 2)) + new["magnitude"][j]
+            want[:, j] *= length / np.sqrt(np.sum(want[:, j] ** 2))
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(insertion.merged(jnp.asarray(kernel), new), want, rtol=1e-12)
+
+
+def test_the_lengths_of_an_update_are_constants_to_the_gradient():
+    """d/db of sum(y^2) / 2, y = x V s: the length |W + a b| in s is held (DoRA), in float64."""
+    insertion, model = LowRank(where="", rank=2, magnitude=True), nn.Dense(4)
+    with jax.enable_x64(True):
+        x, kernel, a, b = (
+            jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(6, 3), (3, 4), (3, 2), (2, 4)])
+        )
+        params = {"kernel": kernel, "bias": jnp.arange(4.0), "inserted_a": a, "inserted_b": b}
+        params["inserted_magnitude"] = jnp.array([0.1, -0.2, 0.3, 0.0])
+        loss = lambda params: jnp.sum(jnp.square(inserted(model, insertion).apply({"params": params}, x))) / 2
+        found = jax.grad(loss)(params)
+        turned = (kernel + a @ b) / jnp.linalg.norm(kernel + a @ b, axis=0)
+        length = jnp.linalg.norm(kernel, axis=0) + params["inserted_magnitude"]
+        y = length * (x @ turned) + params["bias"]
+        scale = length / jnp.linalg.norm(kernel + a @ b, axis=0)
+        np.testing.assert_allclose(found["inserted_b"], (x @ a).T @ (scale * y), rtol=1e-6)
+        np.testing.assert_allclose(found["inserted_magnitude"], (y * (x @ turned)).sum(0), rtol=1e-6)
 
 
 def test_adapters_compute_the_unified_view():

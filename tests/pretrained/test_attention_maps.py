@@ -12,7 +12,7 @@ from configs import clip
 from vlm_jax import UserError, config, models, objectives
 from vlm_jax.data import tokenizers
 from vlm_jax.models import insertion
-from vlm_jax.models.insertions.low_rank import LowRank, merge
+from vlm_jax.models.insertions.low_rank import LowRank
 from vlm_jax.models.insertions.prompts import Prompt
 from vlm_jax.models.pooling import MapPool
 from vlm_jax.pretrained import Pretrained, attention_maps
@@ -189,7 +189,7 @@ def test_what_is_inserted_counts(towers):
     for i in range(2):
         params["image"][f"blocks_{i}"]["attn"]["query"]["inserted_b"] = jax.random.normal(jax.random.key(i), (2, 16))
     found = attention_maps.attention(Pretrained(adapted, params, None, "normalize", None), PICTURES)
-    merged = Pretrained(plain.model, merge(params, adapted.insertions), None, "normalize", None)
+    merged = Pretrained(plain.model, insertion.merge(params, adapted.insertions), None, "normalize", None)
     np.testing.assert_allclose(found, attention_maps.attention(merged, PICTURES), atol=1e-5)
     assert np.abs(found - attention_maps.attention(plain, PICTURES)).max() > 1e-3
     prompted = insertion.inserted(plain.model, Prompt(length=3))

@@ -82,7 +82,7 @@ LABELLED = (
     whole("batch_size", "Pictures at a time over all devices", 256),
     OUTSIDE,
 )
-ADAPTER = path("adapter", "File of an adapted model, made by `vlm-jax adapt`")
+ADAPTER = path("adapter", "File of an adapted model, made by `vlm-jax adapt`, or a folder of PEFT")
 LOADING = (  # the arguments of `vlm_jax.load`
     text("preprocess", "For model files without preprocessing: openai, siglip, ..., or an op string"),
     text("tokenizer", "For model files without tokenizer: clip, json:/path, ..."),
@@ -161,7 +161,7 @@ COMMANDS = {
     "convert": Command(
         {
             "": (
-                text("format", "What to write: native, hf, open_clip, big_vision, t5x, stablehlo", "native"),
+                text("format", "What to write: native, hf, open_clip, big_vision, t5x, stablehlo, peft", "native"),
                 text("dtype", "Of the weights in DST: float32 or bfloat16", "float32"),
                 switch("inspect", "Describe SRC and where each tensor goes; convert nothing"),
             ),

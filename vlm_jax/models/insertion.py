@@ -95,6 +95,37 @@ def new_leaves(params: Any) -> dict[str, jax.Array]:
     return {name: leaf for name, leaf in named_leaves(params).items() if re.fullmatch(NEW, name)}
 
 
+def by_place(params: Any) -> dict[str, dict[str, jax.Array]]:
+    """Returns the parameters of insertions, {the module's path: {name without "inserted_": parameter}}."""
+    places: dict[str, dict[str, jax.Array]] = {}
+    for name, leaf in new_leaves(params).items():
+        place, _, own = f"/{name}".rpartition("/inserted_")
+        places.setdefault(place[1:], {})[own] = leaf
+    return places
+
+
+def merge(params: Any, insertions: tuple) -> Any:
+    """Returns the parameters of the plain model that computes the same, each insertion folded into kernels.
+
+    An insertion that can be folded has `merged(kernel, new) -> kernel`; `new` are its parameters at the place of the
+    kernel, without "inserted_".
+
+    Raises:
+      UserError: an insertion is no change of kernels, or two of them change one kernel.
+    """
+    for one in insertions:
+        if not hasattr(one, "merged"):
+            raise UserError(f"{one} is no change of kernels; merge folds LowRank and its like")
+    leaves, kernels = named_leaves(params), {}
+    for place, own in by_place(params).items():
+        owners = [one for one in insertions if re.fullmatch(one.where, place)]
+        if len(owners) != 1 or f"{place}/kernel" not in leaves:
+            raise UserError(f"merge needs one insertion for each kernel; `{place}` has {len(owners)}: {owners}")
+        kernels[f"{place}/kernel"] = owners[0].merged(leaves[f"{place}/kernel"], own)
+    new = new_leaves(params)
+    return unflatten_dict({name: leaf for name, leaf in (leaves | kernels).items() if name not in new}, sep="/")
+
+
 @functools.cache
 def _class(base: type) -> type:
     class Inserted(base):
@@ -130,4 +161,5 @@ def new_parameter(module, name, init, shape):
 
 
 def dot(x, matrix):
+    """Returns x @ matrix, in the dtype of x."""
     return jnp.matmul(x, matrix.astype(x.dtype))

@@ -27,6 +27,7 @@ class Group(NamedTuple):
       schedule: section of a schedule; None for the optimizer's.
       transform: sections of gradient transformations.
       shrink: threshold towards 0 after each step, see `transforms.shrink`; None: no threshold.
+      budget: section of a budget of ranks, see `rank_budget.allocated`; None: all ranks stay.
     """
 
     rule: str
@@ -37,6 +38,7 @@ class Group(NamedTuple):
     schedule: Mapping[str, Any] | None
     transform: tuple
     shrink: float | Mapping[str, Any] | None = None
+    budget: Mapping[str, Any] | None = None
 
 
 def read(rules: Sequence[tuple[str, Mapping[str, Any]]], params: Any, where: str) -> dict[str, Group]:
@@ -58,7 +60,7 @@ def read(rules: Sequence[tuple[str, Mapping[str, Any]]], params: Any, where: str
         for name in names:
             wd = float(name.split("/")[-1] == "kernel") if rule["wd"] is None else rule["wd"]
             lr, by_layer = _rates(rule, name, places[name])
-            options = (rule[key] for key in ("schedule", "transform", "shrink"))
+            options = (rule[key] for key in ("schedule", "transform", "shrink", "budget"))
             groups[name] = Group(rule["rule"], lr, by_layer, wd, trained[name], *options)
     if not any(np.any(group.mask) for group in groups.values()):
         raise UserError(f"{where} freezes every parameter; nothing is left to train")
@@ -76,6 +78,7 @@ def _rule(
     schedule: Mapping[str, Any] | None = None,
     transform: Any = (),
     shrink: float | Mapping[str, Any] | None = None,
+    budget: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The options of one rule."""
     if min(np.ravel(lr), default=1) <= 0:
@@ -91,6 +94,7 @@ def _rule(
         "schedule": dict(schedule) if schedule else None,
         "transform": tuple(transform) if isinstance(transform, list | tuple) else (transform,),
         "shrink": shrink,
+        "budget": budget,
     }
 
 
@@ -138,7 +142,8 @@ def describe(group: Group, size: int = 1) -> str:
     rest = f", {frozen:,} {FROZEN}" if frozen else ""
     less = group.shrink if isinstance(group.shrink, Mapping) else {"value": group.shrink}
     less = "" if group.shrink is None else ", shrink" + "".join(f" {k}={v}" for k, v in less.items())
-    return f"lr x{lr}, wd x{group.wd:.12g}{curve}{''.join(map(_step, group.transform))}{less}{rest}"
+    ranks = "" if group.budget is None else ", budget" + "".join(f" {k}={v}" for k, v in group.budget.items())
+    return f"lr x{lr}, wd x{group.wd:.12g}{curve}{''.join(map(_step, group.transform))}{less}{ranks}{rest}"
 
 
 def _step(transform: str | Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from vlm_jax import config
 from vlm_jax.errors import UserError, near
 from vlm_jax.params import schedules, transforms
 from vlm_jax.params.groups import FROZEN, describe, read
+from vlm_jax.params.rank_budget import allocated
 from vlm_jax.params.table import map_with_name, named_leaves
 
 WHERE = "config.optimizer"
@@ -58,6 +59,8 @@ def build(
           One that takes a norm over a tree (`clip_by_global_norm`) takes that of all parameters with equal options.
         shrink: after each step, the parameter moves towards 0 by so much, to 0 itself where it is smaller: the proximal
           step of an L1 penalty. A number, or dict(value=..., begin="50%", ...): see `schedules.window`.
+        budget: dict(rank=..., ...): the mean rank that low-rank updates keep, by importance: see
+          `rank_budget.allocated`.
       All other keys go to the optax function by name (`b1`, `b2`, `eps`, `momentum`, `mu_dtype="bfloat16"`, ...).
 
     Args:
@@ -80,7 +83,8 @@ def build(
     make_schedule = lambda section, where: schedules.build(section, total_steps, steps, where)
     known = steps or (lambda duration: schedules.duration_to_steps(duration, total_steps=total_steps))
     window = lambda weight, where: schedules.window(weight, known, where)
-    return config.call(_build, section, WHERE, tree=params, make_schedule=make_schedule, window=window, reach=reach)
+    of_run = dict(make_schedule=make_schedule, window=window, steps=known)
+    return config.call(_build, section, WHERE, tree=params, reach=reach, **of_run)
 
 
 def _build(
@@ -91,6 +95,7 @@ def _build(
     reach: Mapping[str, Hashable] | None,
     make_schedule: Callable[[Mapping[str, Any], str], schedules.Schedule],
     window: Callable[[float | Mapping[str, Any], str], float | schedules.Schedule],
+    steps: Callable[[int | str], int],
     schedule: Mapping[str, Any] | None = None,
     weight_decay: float = 0.0,
     decay: str | None = None,
@@ -128,6 +133,8 @@ def _build(
         tx = optax.chain(*before, transforms.only(parts), tx) if before else tx
         if group.shrink is not None:
             tx = optax.chain(tx, transforms.shrink(window(group.shrink, f"{group.rule}.shrink")))
+        if group.budget is not None:
+            tx = allocated(tx, group.budget, steps, f"{group.rule}.budget")
         shared[label] = tx if reach[leaf] is None else _held(tx, reach[leaf])
 
     label_tree = map_with_name(lambda leaf, _: label_of[leaf], tree)
@@ -160,7 +167,7 @@ def _transform(factory, options, lr, curve, weight_decay, decay, by_layer) -> op
 
 def _check_options(name: str, factory: Callable, options: Mapping[str, Any]) -> None:
     known = set(inspect.signature(factory).parameters) - {"learning_rate"}
-    known |= set(inspect.signature(_build).parameters) - {"tree", "make_schedule", "window", "options"}
+    known |= set(inspect.signature(_build).parameters) - {"tree", "make_schedule", "window", "steps", "options"}
     for key in options.keys() - known | options.keys() & {"learning_rate"}:
         hint = near(key, known, f"known keys: {', '.join(sorted(known))}")
         raise UserError(f"{WHERE} ({name}) has no key `{key}`; {hint}")

@@ -30,6 +30,7 @@ from vlm_jax.params.table import check_alike, named_leaves
 from vlm_jax.pretrained import Pretrained
 from vlm_jax.pretrained.embedding import prompts_of
 from vlm_jax.run.checkpoint import params_sha256
+from vlm_jax.zoo import peft
 from vlm_jax.zoo.readers.safetensors_files import write_safetensors
 from vlm_jax.zoo.readers.tensors import open_tensors
 from vlm_jax.zoo.shapes import check_sizes, inputs_of, shapes_of
@@ -51,6 +52,12 @@ def without(adapted: Pretrained) -> Pretrained:
     return replace(adapted, params=own, classes=(), templates=("{}",), head=None, **plain)
 
 
+def merged(adapted: Pretrained) -> Pretrained:
+    """Returns the model with its insertions folded into the kernels, see `insertion.merge`; classes and head stay."""
+    params = insertion.merge(adapted.params, getattr(adapted.model, "insertions", ()))
+    return replace(adapted, model=insertion.removed(adapted.model), params=params)
+
+
 def save_adapter(path: str | os.PathLike, base: Pretrained, adapted: Pretrained) -> None:
     """Writes the difference of `adapted` from `base`; `load_adapter(path, base)` returns `adapted`, bit for bit."""
     new = insertion.new_leaves(adapted.params)
@@ -70,13 +77,19 @@ def save_adapter(path: str | os.PathLike, base: Pretrained, adapted: Pretrained)
 
 @checked
 def load_adapter(path: str | os.PathLike, base: Pretrained) -> Pretrained:
-    """Returns the adapted model that `save_adapter` wrote.
+    """Returns the adapted model that `save_adapter` wrote, or with the low-rank updates of a folder of PEFT.
+
+    Args:
+      path: a file of `save_adapter`, or a folder with PEFT's `adapter_config.json`, see `zoo.peft`.
+      base: the model that it was made from.
 
     Raises:
       UserError: the file is damaged, is no adapter, or belongs to another model.
     """
     if not isinstance(base, Pretrained):
         raise UserError(f"load_adapter takes (file, model); got ({type(path).__name__}, {type(base).__name__})")
+    if peft.is_folder(path):
+        return peft.read(path, base)
     file, where = open_tensors(path), os.fspath(path)
     if KEY not in file.metadata:
         raise UserError(f"{where} is no adapter: its metadata has no `{KEY}`; expected a file of adapt")

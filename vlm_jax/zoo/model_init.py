@@ -1,6 +1,7 @@
 """Initial parameters of a run: `config.model_init`, tower by tower, from anything that `vlm_jax.load` reads.
 
     model_init=dict(image="hf:google/vit-base-patch16-224", text="runs/ul2_tiny:encoder")
+    model_init=dict(image="runs/vit", auxiliary="runs/ul2_tiny:encoder")   # model.insertions has an `Auxiliary`
 
 A tower takes the checkpoint's part of the same name, or the part after the colon: "image", "text", or the "encoder" of
 an `EncoderDecoder`, for a text tower of T5's kind (with the token table). One string instead of the dict initialises
@@ -10,11 +11,13 @@ another ("linear" of `positions.resample_posemb`, as big_vision does), those of 
 (`positions.of_length`). All other parameters must fit.
 """
 
+import collections
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from vlm_jax.errors import UserError
 from vlm_jax.models import positions
@@ -46,6 +49,10 @@ def read(model_init: str | Mapping[str, str], shapes: Mapping[str, jax.ShapeDtyp
     towers = {"": model_init} if isinstance(model_init, str) else dict(model_init)
     found = {}
     for tower, spec in towers.items():
+        if tower == "auxiliary":
+            found |= read_auxiliary(spec, shapes)
+            print(f"{WHERE}.{tower}: kernels of {spec} beside those of the model")
+            continue
         own = {name: leaf for name, leaf in shapes.items() if not tower or name.startswith(f"{tower}/")}
         if not own:
             known = ", ".join(sorted({name.split("/")[0] for name in shapes if "/" in name}))
@@ -55,6 +62,59 @@ def read(model_init: str | Mapping[str, str], shapes: Mapping[str, jax.ShapeDtyp
         print(f"{WHERE}{tower and '.'}{tower}: {len(arrays)} arrays of {spec}; new: {new}")
         found |= arrays
     return found
+
+
+def read_auxiliary(spec: str, shapes: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Reads the kernels beside those of a tower, see `models.insertions.auxiliary`.
+
+    Args:
+      spec: as for `vlm_jax.load`, and a part after a colon, "image", "text" (the default) or "encoder".
+      shapes: the model's parameters by name, arrays or shapes with shardings.
+
+    Returns:
+      parameter name -> array, of every "inserted_auxiliary": the kernel of the same layer and block. Zeros stand in
+      blocks that the checkpoint lacks at the end: there the model stays as it is, as in the authors' code.
+
+    Raises:
+      UserError: the model has no such insertion, or the checkpoint lacks a kernel, or has another shape.
+    """
+    new = "/inserted_auxiliary"
+    own = {name: leaf for name, leaf in shapes.items() if name.endswith(new)}
+    if not own:
+        raise UserError(f"{WHERE}.auxiliary: the model has no place for it; add dict(type='Auxiliary') to insertions")
+    path, _, part = spec.rpartition(":")
+    if part not in PARTS:
+        path, part = spec, "text"
+    released, towers = recognize.of_spec(path, pool=ANY), {name.split("/")[0] for name in own}
+    of_place = lambda entry, tower: tower + entry.ours.removeprefix(part).removesuffix("/kernel") + new
+    entries = [
+        entry._replace(ours=of_place(entry, tower))
+        for entry in released.entries
+        for tower in sorted(towers)
+        if entry.ours.startswith(f"{part}/") and entry.ours.endswith("/kernel")
+    ]
+    entries = [entry for entry in entries if key_map.array_shape(entry.ours, own) is not None]
+    rows = collections.Counter(key_map.blocks_of(entry.ours, own)[0] for entry in entries)
+    found, depth = {}, max(map(_block, (entry.ours for entry in entries)), default=0) + 1
+    for name, leaf in own.items():  # those of blocks that both have; a layer that is missing there has no rows
+        if key_map.is_scanned(name) and rows[name]:
+            found[name] = jax.ShapeDtypeStruct((rows[name], *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding)
+        elif key_map.is_scanned(name) or _block(name) < depth:
+            found[name] = leaf
+    tensors = {entry.theirs: released.tensors[entry.theirs] for entry in entries if entry.theirs in released.tensors}
+    plan = key_map.match(entries, found, tensors, (), f"{WHERE}.auxiliary: part `{part}` of {path}")
+    arrays = read_params(plan, found, tensors, {name: leaf.sharding for name, leaf in found.items()})
+    padded = lambda x, leaf: jnp.pad(x, [(0, long - short) for long, short in zip(leaf.shape, x.shape, strict=True)])
+    return {
+        name: padded(arrays[name], leaf) if name in arrays else jnp.zeros(leaf.shape, leaf.dtype)
+        for name, leaf in own.items()
+    }
+
+
+def _block(name: str) -> int:
+    """Returns the number of the block that a parameter is of; 0 without one."""
+    found = re.search(r"(?:^|/)blocks_(\d+)/", name)
+    return int(found[1]) if found else 0
 
 
 def _read_tower(tower: str, spec: str, own: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

@@ -12,6 +12,7 @@ import numpy as np
 from vlm_jax import models
 from vlm_jax.errors import UserError
 from vlm_jax.zoo import key_map
+from vlm_jax.zoo.formats import t5, transformers
 from vlm_jax.zoo.readers.tensors import Tensor
 from vlm_jax.zoo.released import SIDES
 
@@ -34,6 +35,7 @@ class Content:
       licence: of the weights, if known.
       dtype: of the written arrays, a key of `DTYPES`.
       adapter: writes the adapter's file of an adapted model; only "native" has a place for it.
+      low_rank: this content -> the function that writes the adapted model's folder of PEFT, see `peft.writer`.
     """
 
     section: Mapping[str, Any]
@@ -45,6 +47,7 @@ class Content:
     licence: str | None = None
     dtype: str = "float32"
     adapter: Callable[[Path], None] | None = None
+    low_rank: Callable[["Content"], Callable[[Path], None]] | None = None
 
     def array(self, shape: tuple[int, ...], load: Callable[[tuple[slice, ...]], np.ndarray]) -> Tensor:
         """Returns an array to write, rounded to `dtype` when it is read."""
@@ -133,3 +136,46 @@ def their_arrays(content: Content, entries: list[key_map.Entry]) -> dict[str, Te
         return content.array(shape, load)
 
     return {name: tensor(own) for name, own in sorted(by_name.items())}
+
+
+def transformers_layout(content: Content) -> tuple[dict, dict, list[key_map.Entry]]:
+    """Returns (`full_section`, config.json, entries of the key table) of the model in Transformers.
+
+    Raises:
+      UserError: Transformers has no such model.
+    """
+    section, tried = full_section(content), []
+    if section["encoder"]:
+        outlines = [t5.outline(section)]
+    else:
+        section = of_towers(content, "Transformers")
+        check_vit(section["image"], "Transformers'")
+        outlines = transformers.outlines(section["image"], section["text"])
+    pooling = section["text"]["pool"] if transformers.is_sentence_model(section) else None
+    for config, entries in outlines:
+        describe = lambda tensors, config=config: transformers.describe(
+            config, {name: tensor.shape for name, tensor in tensors.items()}, pooling
+        )
+        problems = losses(content, entries, lambda tensors, describe=describe: describe(tensors)[0])
+        tried.append((problems, config))
+        packed = "pack_patches" in (content.preprocess or "")
+        if not problems and (not packed or config["model_type"].startswith("siglip2")):
+            return section, config, entries
+    homeless = lambda problems: any(problem.startswith("it has no place") for problem in problems)
+    problems, config = min(tried, key=lambda row: (homeless(row[0]), len(row[0])))
+    nearest = config["architectures"][0]
+    raise UserError(f"Transformers has no such model; nearest is {nearest}, but {', '.join(problems)}")
+
+
+def of_towers(content: Content, format: str) -> dict[str, Any]:
+    """Returns `full_section` of a model of towers; raises a UserError that names the format if it is a captioner."""
+    section = full_section(content)
+    if section["decoder"]:
+        raise UserError(f"{format} has no such captioner")
+    return section
+
+
+def check_vit(image: Mapping[str, Any] | None, whose: str) -> None:
+    """Raises a UserError if an image tower is convolutional, which `whose` format has no place for."""
+    if image and "patch" not in image:
+        raise UserError(f"{whose} format has no convolutional image tower, only Vision Transformers")

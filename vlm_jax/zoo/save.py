@@ -8,9 +8,8 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -26,12 +25,22 @@ from vlm_jax.zoo import (
     key_map,
     model_card,
     open_clip_tokenizers,
+    peft,
     preprocessing,
     recognize,
     tokenizer_files,
 )
-from vlm_jax.zoo.formats import big_vision, open_clip, stablehlo, t5, t5x, transformers
-from vlm_jax.zoo.read_back import DTYPES, Content, full_section, losses, their_arrays
+from vlm_jax.zoo.formats import big_vision, open_clip, stablehlo, t5x, transformers
+from vlm_jax.zoo.read_back import (
+    DTYPES,
+    Content,
+    check_vit,
+    full_section,
+    losses,
+    of_towers,
+    their_arrays,
+    transformers_layout,
+)
 from vlm_jax.zoo.readers.tensors import write_npz, write_safetensors
 from vlm_jax.zoo.released import Released
 from vlm_jax.zoo.shapes import towers_alone
@@ -47,8 +56,8 @@ def save_pretrained(
 
     Args:
       pretrained: the model.
-      path: a folder to make ("native", "hf", "open_clip", "t5x", "stablehlo"), or an .npz file ("big_vision").
-      format: a key of `FORMATS`.
+      path: a folder to make ("native", "hf", "open_clip", "t5x", "stablehlo", "peft"), or an .npz file ("big_vision").
+      format: a key of `FORMATS`; "peft" holds the low-rank updates alone, see `zoo.peft`.
       dtype: of the weights in the file: "float32" or "bfloat16", half the size.
 
     The folder of an adapted model in the format "native" holds its adapter, too: `vlm_jax.load` returns it adapted.
@@ -64,25 +73,23 @@ def save_pretrained(
     base, adapted = pretrained, None
     if pretrained.classes or pretrained.head or hasattr(pretrained.model, "insertions"):
         base, adapted = adapters.without(pretrained), pretrained
-        if format != "native":
+        if format not in ("native", "peft"):
             _refuse_adapted(adapted, format)
     leaves = named_leaves(base.params)
     config = pretrained.config
-    write(
-        Content(
-            section={key: value for key, value in config["model"].items() if adapted is None or key != "insertions"},
-            shapes=leaves,
-            read=lambda name, index: np.asarray(leaves[name][index], np.float32),
-            preprocess=pretrained.preprocess,
-            tokenizer=config.get("tokenizer"),
-            tokenize=base.tokenize,
-            licence=config.get("licence"),
-            dtype=dtype,
-            adapter=adapted and (lambda file: adapters.save_adapter(file, base, adapted)),
-        ),
-        path,
-        format,
+    content = Content(
+        section={key: value for key, value in config["model"].items() if adapted is None or key != "insertions"},
+        shapes=leaves,
+        read=lambda name, index: np.asarray(leaves[name][index], np.float32),
+        preprocess=pretrained.preprocess,
+        tokenizer=config.get("tokenizer"),
+        tokenize=base.tokenize,
+        licence=config.get("licence"),
+        dtype=dtype,
+        adapter=adapted and (lambda file: adapters.save_adapter(file, base, adapted)),
+        low_rank=adapted and (lambda content: peft.writer(content, adapted)),
     )
+    write(content, path, format)
 
 
 @checked
@@ -112,7 +119,7 @@ def _refuse_adapted(adapted: Pretrained, format: str) -> None:
     if adapted.head is not None:
         modules.append(f"the head {type(adapted.head).__name__}")
     if modules:
-        advice = " (or merge LowRank by `insertions.low_rank.merge`)" if "LowRank" in modules else ""
+        advice = " (or fold LowRank into the kernels by `adapters.merged`)" if "LowRank" in modules else ""
         raise UserError(
             f"{format} has no place for {', '.join(modules)} of this adapted model: write it as native{advice}"
         )
@@ -195,28 +202,7 @@ def _native(content: Content) -> Callable[[Path], None]:
 
 
 def _transformers(content: Content) -> Callable[[Path], None]:
-    section, tried = full_section(content), []
-    if section["encoder"]:
-        outlines = [t5.outline(section)]
-    else:
-        section = _of_towers(content, "Transformers")
-        _check_vit(section["image"], "Transformers'")
-        outlines = transformers.outlines(section["image"], section["text"])
-    for config, entries in outlines:
-        pooling = (section["text"] or {}).get("pool") if transformers.is_sentence_model(section) else None
-        describe = lambda tensors, config=config, pooling=pooling: transformers.describe(
-            config, {name: tensor.shape for name, tensor in tensors.items()}, pooling
-        )
-        problems = losses(content, entries, lambda tensors, describe=describe: describe(tensors)[0])
-        tried.append((problems, config))
-        packed = "pack_patches" in (content.preprocess or "")
-        if not problems and (not packed or config["model_type"].startswith("siglip2")):
-            break
-    else:
-        homeless = lambda problems: any(problem.startswith("it has no place") for problem in problems)
-        problems, config = min(tried, key=lambda row: (homeless(row[0]), len(row[0])))
-        nearest = config["architectures"][0]
-        raise UserError(f"Transformers has no such model; nearest is {nearest}, but {', '.join(problems)}")
+    section, config, entries = transformers_layout(content)
     preprocess = content.preprocess and preprocessing.to_transformers(content.preprocess)
 
     def write(folder: Path) -> None:
@@ -227,27 +213,15 @@ def _transformers(content: Content) -> Callable[[Path], None]:
             if "eos_token_id" in config and section["encoder"]:
                 config["eos_token_id"] = tokenizers.build(content.tokenizer).eos_id
         write_json(folder / "config.json", config)
-        if pooling:
-            transformers.write_sentence_modules(folder, pooling, section["text"]["width"])
+        if transformers.is_sentence_model(section):
+            transformers.write_sentence_modules(folder, section["text"]["pool"], section["text"]["width"])
         write_safetensors(folder / "model.safetensors", their_arrays(content, entries), {"format": "pt"})
 
     return write
 
 
-def _of_towers(content: Content, format: str) -> dict[str, Any]:
-    section = full_section(content)
-    if section["decoder"]:
-        raise UserError(f"{format} has no such captioner")
-    return section
-
-
-def _check_vit(image: Mapping[str, Any] | None, whose: str) -> None:
-    if image and "patch" not in image:
-        raise UserError(f"{whose} format has no convolutional image tower, only Vision Transformers")
-
-
 def _open_clip(content: Content) -> Callable[[Path], None]:
-    section = _of_towers(content, "open_clip")
+    section = of_towers(content, "open_clip")
     cfg, entries = open_clip.outline(section)
     if problems := losses(content, entries, lambda tensors: open_clip.describe(tensors, cfg)[0]):
         raise UserError(f"open_clip has no such model: {', '.join(problems)}")
@@ -271,7 +245,7 @@ def _big_vision(content: Content) -> Callable[[Path], None]:
     section = full_section(content)
     if section["decoder"] and not section["image"]:
         raise UserError("big_vision's format is of models with images; this one has none")
-    _check_vit(section["image"], "big_vision's")
+    check_vit(section["image"], "big_vision's")
     entries, pools = big_vision.outline(section), big_vision.pools(section)
     if problems := losses(content, entries, lambda tensors: big_vision.describe(tensors, pools)[0]):
         raise UserError(f"big_vision has no such model: {', '.join(problems)}")
@@ -302,6 +276,12 @@ def _stablehlo(content: Content) -> Callable[[Path], None]:
     return write
 
 
+def _peft(content: Content) -> Callable[[Path], None]:
+    if not content.low_rank:
+        raise UserError("PEFT's format is of LowRank alone; this model has no insertion")
+    return content.low_rank(content)
+
+
 # Each checks that the format can express the content, and returns the function that writes a folder or file.
 FORMATS = {
     "native": _native,
@@ -310,4 +290,5 @@ FORMATS = {
     "big_vision": _big_vision,
     "t5x": _t5x,
     "stablehlo": _stablehlo,
+    "peft": _peft,
 }
