@@ -46,3 +46,17 @@ def places(params: Any) -> dict[str, Place]:
         return Place(match[1], depth, int(match[2]) + 1 if match[2] else stacked)
 
     return {name: place(name, match) for name, match in blocks.items()}
+
+
+def block_totals(scores: Any) -> dict[tuple[str, int], float]:
+    """Returns the sum of the scores of each block, {(tower, number from 1): total}, in order of towers and blocks."""
+    totals: dict[tuple[str, int], float] = {}
+    leaves = named_leaves(scores)
+    for name, place in places(scores).items():
+        leaf = np.asarray(leaves[name], np.float64)
+        numbers = np.ravel(place.layer)
+        for number, part in zip(numbers, leaf if len(numbers) > 1 or np.ndim(place.layer) else [leaf], strict=True):
+            if 1 <= number <= place.depth:
+                key = place.tower, int(number)
+                totals[key] = totals.get(key, 0.0) + float(np.sum(part))
+    return dict(sorted(totals.items()))
