@@ -191,7 +191,7 @@ def of_blocks(params: Any, chosen: Collection[tuple[str, int]]) -> Any:
 
 def drawn(name: str, shape: tuple[int, ...], share: float, seed: int = 0) -> jax.Array:
     """Returns a random mask of one parameter, False with probability `share`; depends on arguments alone."""
-    return jax.random.uniform(rng_of(jax.random.key(seed), name), shape) >= share
+    return jax.random.uniform(rng_of(jax.random.key(seed), name), shape, jnp.float32) >= share
 
 
 def random_mask(rng: jax.Array, params: Any, k: int) -> Any:

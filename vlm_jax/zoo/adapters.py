@@ -78,14 +78,16 @@ def save_adapter(path: str | os.PathLike, base: Pretrained, adapted: Pretrained)
 
 
 @checked
-def load_adapter(path: str | os.PathLike, base: Pretrained) -> Pretrained:
-    """Returns the adapted model that `save_adapter` wrote.
+def load_adapter(path: str | os.PathLike | Sequence[str | os.PathLike], base: Pretrained) -> Pretrained:
+    """Returns the adapted model that `save_adapter` wrote; of several files, see `composed`.
 
     Raises:
       UserError: the file is damaged, is no adapter, or belongs to another model.
     """
     if not isinstance(base, Pretrained):
         raise UserError(f"load_adapter takes (file, model); got ({type(path).__name__}, {type(base).__name__})")
+    if isinstance(path, list | tuple):
+        return composed(base, path)
     file, where = open_tensors(path), os.fspath(path)
     if KEY not in file.metadata:
         raise UserError(f"{where} is no adapter: its metadata has no `{KEY}`; expected a file of adapt")

@@ -263,6 +263,10 @@ def dsee(
     def first(this, look):
         base = named_leaves(look.base.params)
         kernels = {name: x for name, x in base.items() if re.fullmatch(rf"({where})/kernel", name)}
+        matrices = [name for name in base if re.fullmatch(pruned_where, name)]
+        if not kernels or (pruned and not matrices):
+            lacks = where if not kernels else pruned_where
+            raise UserError(f"dsee changes `{lacks}`, which matches no parameter of this model; see its names")
         mask: dict[str, Any] = {
             f"{name.removesuffix('kernel')}inserted_{own}": True for name in kernels for own in "ab"
         }
@@ -274,9 +278,7 @@ def dsee(
             low_rank = LowRank(where, rank, alpha)
             new = {n: x for n, x in insertion.new_leaves(tuned).items() if not n.endswith("inserted_s")}
             whole = named_leaves(insertion.merge(tree(base | new), (low_rank,)))
-            sizes = {name: np.abs(x) for name, x in whole.items() if re.fullmatch(pruned_where, name)}
-            if not sizes:
-                raise UserError(f"dsee prunes `{pruned_where}`, which matches no parameter of this model")
+            sizes = {name: np.abs(whole[name]) for name in matrices}
             kept = masks.largest(sizes, _scalars(1 - pruned, sum(x.size for x in sizes.values())))
             recipe = Pruned(recipe, kept, insertion.new_leaves(tuned))
         return dataclasses.replace(this, recipe=recipe, first=None)
