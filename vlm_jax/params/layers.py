@@ -54,9 +54,9 @@ def block_totals(scores: Any) -> dict[tuple[str, int], float]:
     leaves = named_leaves(scores)
     for name, place in places(scores).items():
         leaf = np.asarray(leaves[name], np.float64)
-        numbers = np.ravel(place.layer)
-        for number, part in zip(numbers, leaf if len(numbers) > 1 or np.ndim(place.layer) else [leaf], strict=True):
+        rows = leaf if np.ndim(place.layer) else leaf[None]
+        for number, row in zip(np.ravel(place.layer), rows, strict=True):
             if 1 <= number <= place.depth:
                 key = place.tower, int(number)
-                totals[key] = totals.get(key, 0.0) + float(np.sum(part))
+                totals[key] = totals.get(key, 0.0) + float(np.sum(row))
     return dict(sorted(totals.items()))

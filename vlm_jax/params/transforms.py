@@ -13,7 +13,7 @@ from vlm_jax.errors import UserError, near
 from vlm_jax.params import masks
 from vlm_jax.params.importance import spider_importance, weighed
 from vlm_jax.params.regularizers import ewc_gradient
-from vlm_jax.params.table import map_with_name
+from vlm_jax.params.table import map_with_name, named_leaves
 
 
 def optimizer(name: str, where: str) -> Callable[..., optax.GradientTransformation]:
@@ -97,19 +97,13 @@ def sparse(
 
     `shares` are the shares of zeros, by name; other parameters are not changed.
     """
-    masked = lambda tree, *rest: map_with_name(
-        lambda name, x, *zero: (
-            jnp.where(masks.drawn(name, x.shape, shares[name]), x, *(zero or [jnp.zeros_like(x)]))
-            if name in shares
-            else x
-        ),
-        tree,
-        *rest,
-    )
 
     def update(updates, state, params=None, **others):
-        moved, state = tx.update(masked(updates), state, params, **others)
-        return masked(moved, jax.tree.map(lambda u, p: (-p).astype(u.dtype), moved, params)), state
+        shapes = {name: u.shape for name, u in named_leaves(updates).items() if name in shares}
+        kept = {name: masks.drawn(name, shape, shares[name]) for name, shape in shapes.items()}
+        pick = lambda name, x, rest: jnp.where(kept[name], x, rest.astype(x.dtype)) if name in kept else x
+        moved, state = tx.update(map_with_name(pick, updates, optax.tree.zeros_like(updates)), state, params, **others)
+        return map_with_name(pick, moved, optax.tree.scale(-1, params)), state
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
