@@ -121,10 +121,10 @@ def packed(entries: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, np.
         after, before = np.asarray(new), np.asarray(base[entry])
         index = _differ(before.ravel(), after.ravel())
         value = after.ravel()[index]
-        if len(index) and not len(_differ(value, np.broadcast_to(value[:1], value.shape))):
+        if not len(_differ(value, np.broadcast_to(value[:1], value.shape))):
             value = value[:1]
         bits, places = -(-after.size // 8), 4 * len(index)
-        if value.nbytes + min(bits, places) >= after.nbytes or after.size >= 2**31:
+        if not len(index) or value.nbytes + min(bits, places) >= after.nbytes or after.size >= 2**31:
             tensors[entry] = after
             continue
         tensors[entry + VALUE] = value
