@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,7 @@ from tests.support.compare import bits
 from tests.support.few_shot import GIVEN, NAMES, tuned
 from vlm_jax.adapt.modules.lora import lora
 from vlm_jax.adapt.parameters import full
-from vlm_jax.adapt.recipe import Masked
-from vlm_jax.adapt.tune import gradients, with_room
+from vlm_jax.adapt.tune import Look, gradients, with_room
 from vlm_jax.adapt.tuning import sparse
 from vlm_jax.errors import UserError
 from vlm_jax.models import insertion
@@ -32,40 +32,52 @@ def whole(base, pictures) -> Pretrained:
 
 
 @pytest.fixture(scope="module")
-def tickets(base, pictures) -> Pretrained:
-    return tuned(base, sparse.lt_sft(base.model, share=0.02), pictures)
+def ticket(base, whole):
+    """LT-SFT after its look."""
+    recipe = sparse.lt_sft(base.model, share=0.02)
+    return recipe.first(recipe, Look(base, lambda recipe: whole, None))
+
+
+@pytest.fixture(scope="module")
+def tickets(base, ticket, pictures) -> Pretrained:
+    return tuned(base, ticket, pictures)
 
 
 def flat(params) -> np.ndarray:
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)])
 
 
-def test_lt_sft_trains_the_largest_moves_alone(base, pictures, whole, tickets):
+def test_lt_sft_trains_the_largest_moves_alone(base, whole, ticket, tickets):
+    """From the base model again; all other scalars keep their bits."""
     start, end, moved = flat(base.params), flat(tickets.params), flat(whole.params)
     k = round(0.02 * start.size)
     far = np.argsort(-np.abs(moved - start), kind="stable")[:k]
+    own = ticket.begin(None, None, named_leaves(base.params))
+    np.testing.assert_array_equal(flat(own), start[np.sort(far)])
     changed = np.flatnonzero(start.view(np.uint32) != end.view(np.uint32))
     assert set(changed) <= set(far) and len(changed) > 0.9 * k
-    mask = masks.largest_moves(base.params, whole.params, k)
-    assert bits(tuned(base, Masked(_rules(mask)), pictures).params) == bits(tickets.params)
 
 
-def _rules(mask):
-    """`masks.rules` as hashable values."""
-    lists = lambda m: tuple(map(lists, m)) if isinstance(m, list) else m
-    return tuple((regex, lists(np.asarray(m).tolist())) for regex, m in masks.rules(mask))
-
-
-def test_limits_are_full_tuning(base, pictures, whole):
-    """All scalars, or a budget of all of them, bit for bit; all of a tuned model is that model."""
+def test_limits_are_full_tuning(base, whole):
+    """All scalars, or a budget of all of them, train as they are; all of a tuned model is that model, bit for bit."""
+    leaves, ends = named_leaves(base.params), named_leaves(whole.params)
     assert sparse.lt_sft(base.model, share=1.0).first is None
     assert sparse.lt_sft(base.model, share=1.0).recipe == full(base.model)
     every = sparse.spt(base.model, budget=1.0, rank=1000, where=".*", passes=1)
-    assert bits(tuned(base, every, pictures).params) == bits(whole.params)
-    leaves, ends = named_leaves(base.params), named_leaves(whole.params)
+    one = lambda recipe, steps: [recipe.begin(None, None, leaves)] * steps
+    recipe = every.first(every, Look(base, None, one))
+    own = recipe.begin(jax.random.key(0), base.model, leaves)
+    assert own.keys() == leaves.keys() and all(own[name] is leaves[name] for name in own)
+    assert recipe.insertions(base.model, 0) == () and recipe.combine(ends, leaves) == ends
     graft = sparse.Graft(ends, {name: np.ones(leaf.shape, bool) for name, leaf in leaves.items()}, 10.0)
-    mixed = dataclasses.replace(base, params=sparse.tree(graft.combine(graft.begin(None, None, leaves), leaves)))
-    assert bits(sparse.grafted(base, mixed, ends).params) == bits(whole.params)
+    assert bits(untrained(base, graft, ends).params) == bits(whole.params)
+
+
+def untrained(base, graft, ends):
+    """The graft of the mask at the beginning."""
+    leaves = named_leaves(base.params)
+    mixed = sparse.tree(graft.combine(graft.begin(None, None, leaves), leaves))
+    return sparse.grafted(base, dataclasses.replace(base, params=mixed), ends)
 
 
 def test_adapters_are_small_and_add_up(base, pictures, tickets, tmp_path):
@@ -116,14 +128,18 @@ def test_fisher_scores_picture_by_picture(base, pictures):
     found = gradients(base, full(base.model), images, labels, NAMES, steps=len(labels), batch_size=1)
     got = layers.block_totals(sparse.tree(importance.scores("fisher", found)))
     np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=1e-4)
-    after = named_leaves(tuned(base, sparse.fim_surgical(base.model, blocks=2, passes=len(labels)), pictures).params)
+    look = Look(base, None, lambda recipe, **changes: gradients(base, recipe, images, labels, NAMES, **changes))
+    recipe = sparse.fim_surgical(base.model, blocks=2, passes=len(labels))
     mask = masks.of_blocks(base.params, sorted(want, key=want.get)[-2:])
-    for name, m in named_leaves(mask).items():
-        changed = np.asarray(after[name] != named_leaves(base.params)[name])
-        assert not np.any(changed & ~np.broadcast_to(m, changed.shape))
-        assert np.any(m) == np.any(changed) or not np.any(changed)
+    chosen = masks.trainable(base.params, recipe.first(recipe, look).recipe.trainable)
+    jax.tree.map(np.testing.assert_array_equal, chosen, mask)
+    every = sparse.fim_surgical(base.model, blocks=6, passes=len(labels))
+    blocks = masks.trainable(base.params, ((".*/blocks/.*", True), (".*", False)))
+    chosen = masks.trainable(base.params, every.first(every, look).recipe.trainable)
+    jax.tree.map(np.testing.assert_array_equal, chosen, blocks)
+    more = sparse.fim_surgical(base.model, blocks=7, passes=len(labels))
     with pytest.raises(UserError, match="blocks of fim_surgical is 7; `the model` has 6 blocks"):
-        tuned(base, sparse.fim_surgical(base.model, blocks=7, passes=1), pictures)
+        more.first(more, look)
 
 
 def test_spt_keeps_its_budget(base, pictures):
@@ -158,18 +174,23 @@ def test_a_graft_by_hand(base, pictures, whole):
     s, b = 1 / (1 + np.exp(2.0 - own["w"])), begun["w"].astype(float)
     m = b + (1 - 2 * b) * s
     np.testing.assert_allclose(found, start["w"] + m * (end["w"] - start["w"]), rtol=1e-12)
-    still = tuned(base, sparse.skill_graft(base.model, share=0.01, speed=1e-6), pictures)
+    look = Look(base, lambda recipe: whole, None)
+    recipe = sparse.skill_graft(base.model, share=0.01, penalty=3.0, bias=1.0)
+    recipe = recipe.first(recipe, look)
     chosen = named_leaves(masks.largest_moves(base.params, whole.params, round(0.01 * flat(base.params).size)))
     before, ends = named_leaves(base.params), named_leaves(whole.params)
-    for name, leaf in named_leaves(still.params).items():
+    for name, leaf in named_leaves(untrained(base, recipe.recipe, ends).params).items():
         np.testing.assert_array_equal(leaf, np.where(chosen[name], ends[name], before[name]))
-    after = named_leaves(
-        tuned(base, sparse.skill_graft(base.model, share=0.01, penalty=3.0, bias=1.0), pictures).params
-    )
+    size = sum(int(mask.sum()) for mask in chosen.values())
+    own = recipe.recipe.begin(None, None, before)
+    outputs = SimpleNamespace(params=own)
+    value = recipe.terms[0].loss(outputs, {}, {}, None)[0]
+    soft, every = 1 / (1 + np.exp(1.0)), sum(leaf.size for leaf in own.values())
+    np.testing.assert_allclose(value, ((1 - soft) * size + soft * (every - size)) / size, rtol=1e-5)
+    after = named_leaves(tuned(base, recipe, pictures).params)
     grafted = {name: leaf != before[name] for name, leaf in after.items()}
     assert all(np.array_equal(leaf[grafted[name]], ends[name][grafted[name]]) for name, leaf in after.items())
-    size = sum(int(m.sum()) for m in grafted.values())
-    assert 0 < size != sum(int(m.sum()) for m in chosen.values())
+    assert 0 < sum(int(m.sum()) for m in grafted.values()) != size
 
 
 def test_the_sparse_part_of_a_sum():
@@ -188,11 +209,12 @@ def test_the_sparse_part_of_a_sum():
 
 def test_dsee(base, pictures):
     """Zeros are the smallest |W + a b| of all kernels, exactly, after 100 steps; s keeps to its places; both fold."""
-    options = dict(rank=2, scalars=7, pruned=0.5)
-    first = tuned(base, sparse.dsee(base.model, **options | {"pruned": 0.0}), pictures, steps=100)
-    after = tuned(base, sparse.dsee(base.model, **options), pictures, steps=100)
+    first = []
+    tune = lambda recipe: first.append(tuned(base, recipe, pictures, steps=20)) or first[-1]
+    recipe = sparse.dsee(base.model, rank=2, scalars=7, pruned=0.5)
+    after = tuned(base, recipe.first(recipe, Look(base, tune, None)), pictures, steps=100)
     leaves, before = named_leaves(after.params), named_leaves(base.params)
-    update = named_leaves(first.params)
+    update = named_leaves(first[0].params)
     sizes, zeros = [], []
     for name, kernel in before.items():
         if re.fullmatch(r".*blocks.*/kernel", name):
