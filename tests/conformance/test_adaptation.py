@@ -88,13 +88,15 @@ def test_trained(name, base, task, tmp_path, monkeypatch, request):
     recipe, begun = make(base.model, **given), []
     if not isinstance(recipe, Fits):
         begin = type(recipe).begin
-        keep = lambda self, rng, model, leaves: begun.append((leaves, begin(self, rng, model, leaves))) or begun[-1][1]
+        keep = lambda self, rng, model, leaves: (
+            begun.append((self, leaves, begin(self, rng, model, leaves))) or begun[-1][-1]
+        )
         monkeypatch.setattr(type(recipe), "begin", keep)
     tuned = adapted(name, base, task, given)
     changed = moved(base, tuned)
     assert changed
     if not isinstance(recipe, Fits):
-        ((leaves, own),) = begun  # what training began with
+        recipe, leaves, own = begun[-1]  # what training began with
         combined = recipe.combine(own, leaves)
         assert changed <= combined.keys()
         if declaration.count or (declaration.family in ("modules", "prompts") and not given):

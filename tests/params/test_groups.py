@@ -267,6 +267,8 @@ def test_a_term_that_is_off_holds_parameters_and_moments(options):
         ((STACK, dict(lr=[0.1, 0.0, 1.0])), "expected a multiplier above 0"),
         ((STACK, dict(only="last_9")), r"\.only is `last_9`, but `image/blocks` has 3 blocks|`text/blocks` has 2"),
         ((STACK, dict(only="biases")), r"\.only is `biases`; expected a table or one of"),
+        ((STACK, dict(sparse=1.0)), r"\.sparse is 1.0; expected the share of zeros, 0 to below 1"),
+        ((STACK, dict(sparse=0.5, freeze=True)), "has sparse=0.5 beside freeze or only"),
         (("logit_scale", dict(only="head")), "only trains no parameter of the rule; use freeze=True"),
         ((EMBEDDING, dict(only=[True, False])), r"the mask of `text/token_embed/embedding` is \[2\]; expected to"),
         ((EMBEDDING, dict(only=[0, 3])), "is int64; expected bools"),
@@ -290,3 +292,43 @@ def test_masks_become_files_and_indices(tmp_path):
     for some in (x % 5 == 0, np.array([[[True]], [[False]]]), np.array([[True], [False], [True]]), np.arange(4) < 2):
         np.testing.assert_array_equal(x[masks.chosen(some, x.shape)].ravel(), x[np.broadcast_to(some, x.shape)])
     assert masks.chosen(True, x.shape) is ...
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
+def test_zeros_stay_zeros(name):
+    """100 steps: zeros, their moments and all other scalars as under a mask; the state has the shapes of dense runs."""
+    rule = (STACK, dict(sparse=0.5))
+    section = dict(name=name, lr=LR, weight_decay=WD, clip_norm=1.0)
+    tx, table, _ = optim.build(section | {"params": (rule, (".*", {}))}, START, 100)
+    dense = optim.build(section, START, 100)[0]
+    assert table[STACK].endswith(", 50 % zeros")
+    begun = optim.zeroed({"params": (rule, (".*", {}))}, START)
+    mask = np.asarray(masks.drawn(STACK, named_leaves(START)[STACK].shape, 0.5))
+    assert 0.3 < mask.mean() < 0.7
+    np.testing.assert_array_equal(named_leaves(begun)[STACK], np.where(mask, named_leaves(START)[STACK], 0))
+    assert named_leaves(begun)[EMBEDDING] is named_leaves(START)[EMBEDDING]
+    shapes = lambda tx: jax.tree.map(jnp.shape, tx.init(begun))
+    assert shapes(tx) == shapes(dense)
+    update = jax.jit(lambda g, state, p: tx.update(g, state, p))
+    p, state = begun, tx.init(begun)
+    for step in range(100):
+        moves, state = update(GRADIENTS[step % STEPS], state, p)
+        p = optax.apply_updates(p, moves)
+    assert not np.any(np.asarray(named_leaves(p)[STACK])[~mask]) and np.all(np.asarray(named_leaves(p)[STACK])[mask])
+    for path, leaf in named_leaves(state).items():
+        if path.endswith(STACK) and leaf.shape == mask.shape and ("/mu/" in path or "/nu/" in path):
+            assert not np.any(np.asarray(leaf)[~mask]) and np.any(np.asarray(leaf))
+    moves, _ = update(GRADIENTS[0], tx.init(START), START)  # of a run that was dense: zeros after one step
+    assert not np.any(np.asarray(named_leaves(optax.apply_updates(START, moves))[STACK])[~mask])
+
+
+def test_zeros_are_a_mask_exactly():
+    """What trains moves as under `only` with the same mask; no zeros is the dense run, bit for bit."""
+    mask = np.asarray(masks.drawn(STACK, named_leaves(START)[STACK].shape, 0.5))
+    begun = optim.zeroed({"params": ((STACK, dict(sparse=0.5)), (".*", {}))}, START)
+    moves = []
+    for options in (dict(sparse=0.5), dict(only=mask), dict(sparse=0.0), {}):
+        tx = build((STACK, options))[0]
+        moves.append(jax.jit(tx.update)(GRADIENTS[0], tx.init(begun), begun)[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), moves[0], moves[1])
+    jax.tree.map(np.testing.assert_array_equal, moves[2], moves[3])

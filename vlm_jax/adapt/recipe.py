@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
@@ -51,6 +52,8 @@ class Extended:
       noise: `noise(rng, own, start) -> own`: the parameters that the model has in training; see `start`.
       of_task: `of_task(base, images, labels, names) -> Extended`: the recipe for these pictures, see `tune`.
       finish: `finish(base, tuned) -> tuned`: what becomes of the tuned model.
+      first: `first(this, look) -> Extended`: the recipe after a look at the task, such as a tuning or gradients of some
+        batches, see `tune.Look`.
     """
 
     recipe: Recipe
@@ -65,6 +68,7 @@ class Extended:
     noise: Callable | None = None
     of_task: Callable | None = None
     finish: Callable | None = None
+    first: Callable | None = None
 
     def insertions(self, model, at):
         return self.recipe.insertions(model, at)
@@ -127,12 +131,18 @@ class Inserted(NamedTuple):
 
 
 class Masked(NamedTuple):
-    """Trains parameters of the model itself, or parts of them, by the mask `masks.trainable`: "bias", "last_1", ..."""
+    """Trains parameters, or parts of them down to single scalars, by the mask `masks.trainable`: "bias", "last_1", ...
+
+    Attributes:
+      trainable: the mask, of the model's own parameters and of those of `modules`.
+      modules: insertions; what does not train of their parameters is 0.
+    """
 
     trainable: str | Sequence[tuple[str, Any]]
+    modules: tuple = ()
 
     def insertions(self, model, at):
-        return ()
+        return self.modules
 
     def begin(self, rng, model, leaves):
         chosen = self._chosen(leaves)
@@ -142,8 +152,9 @@ class Masked(NamedTuple):
 
     def combine(self, own, leaves):
         chosen = self._chosen(leaves)
+        rest = {name: jnp.zeros_like(leaf) for name, leaf in insertion.new_leaves(leaves).items()}
         replace = lambda leaf, index, value: value if index is ... else leaf.at[index].set(value)
-        return {name: replace(leaves[name], chosen[name], value) for name, value in own.items()}
+        return rest | {name: replace(rest.get(name, leaves[name]), chosen[name], value) for name, value in own.items()}
 
     def _chosen(self, leaves):
         """Name -> the index of the part that trains, see `masks.chosen`."""

@@ -9,7 +9,7 @@ step is that of `vlm_jax.train`.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -86,6 +86,71 @@ def tune(
     """
     if steps < 1:
         raise UserError(f"steps of tuning is {steps}; expected 1 or more")
+    task = dict(images=images, labels=labels, names=names)
+    task |= dict(templates=templates, steps=steps, batch_size=batch_size, augment=augment, pool=pool, seed=seed)
+    if first := getattr(recipe, "first", None):
+        rates = dict(learning_rate=learning_rate, weight_decay=weight_decay)
+        recipe = first(
+            recipe, Look(pretrained, partial(tune, pretrained, **task, **rates), partial(gradients, pretrained, **task))
+        )
+    ready = _ready(pretrained, recipe, **task, weight_decay=weight_decay, begin=begin)
+    return _train(ready, pretrained, names, templates, steps, learning_rate, seed, show, after)
+
+
+class Look(NamedTuple):
+    """What a recipe sees of a task before it trains, see `Extended.first`.
+
+    Attributes:
+      base: the model.
+      tune: `tune(recipe, **changes) -> Pretrained`, on the task's pictures with the options of this tuning.
+      gradients: `gradients(recipe, **changes)`, likewise.
+    """
+
+    base: Pretrained
+    tune: Callable[..., Pretrained]
+    gradients: Callable[..., Iterator[dict[str, jax.Array]]]
+
+
+def gradients(
+    pretrained: Pretrained,
+    recipe: Recipe,
+    images: Any,
+    labels: np.ndarray,
+    names: Sequence[str],
+    *,
+    templates: Sequence[str] = ("{}",),
+    steps: int = 8,
+    batch_size: int = 32,
+    augment: str | None = None,
+    pool: Any = None,
+    seed: int = 0,
+) -> Iterator[dict[str, jax.Array]]:
+    """Yields the gradients of the loss by the recipe's own parameters, as they begin, of `steps` batches of tuning.
+
+    Arguments as for `tune`.
+    """
+    task = dict(templates=templates, steps=steps, batch_size=batch_size, augment=augment, pool=pool, seed=seed)
+    ready = _ready(pretrained, recipe, images, labels, names, **task, weight_decay=0.0, begin=None)
+    for number, rows in enumerate(ready.order[:steps]):
+        yield _gradients(ready.tuning, ready.state, ready.leaves, ready.frozen, ready.batch_of(number, rows), seed)
+
+
+class _Ready(NamedTuple):
+    """What the steps of tuning need."""
+
+    tuning: "_Tuning"
+    state: TrainState
+    leaves: dict[str, jax.Array]
+    frozen: dict[str, Any]
+    batch_of: Callable[[int, np.ndarray], dict[str, Any]]
+    order: np.ndarray
+    adapted: Pretrained
+    epoch: int
+
+
+def _ready(
+    pretrained, recipe, images, labels, names, *, templates, steps, batch_size, augment, pool, seed, weight_decay, begin
+) -> _Ready:
     for name, given in (("images", images), ("pool", pool)):
         if augment is not None and given is not None and not isinstance(given, list):
             raise UserError(f"augment reads pictures before preprocessing; give `{name}` as a list of pictures")
@@ -147,12 +212,18 @@ def tune(
 
     ids, pairwise = pretrained.tokenizer, adapted.compares_pairs
     tuning = _Tuning(adapted.model, pretrained.model, recipe, steps, weight_decay, ids.pad_id, pairwise, ids.eos_id)
-    frozen, loss = {"base": pretrained.params}, 0.0
+    frozen = {"base": pretrained.params}
     state = _begin(tuning, own, leaves, frozen, batch_of(0, order[0]))
+    return _Ready(tuning, state, leaves, frozen, batch_of, order, adapted, -(-len(labels) // order.shape[1]))
+
+
+def _train(ready, pretrained, names, templates, steps, learning_rate, seed, show, after) -> Pretrained:
+    tuning, state, leaves, frozen, batch_of, order, adapted, epoch = ready
+    recipe, loss = tuning.recipe, 0.0
     head = getattr(recipe, "head", None)
     if head and "head" not in state.params.get(objectives.OWN, {}).get(head, {}):
         raise UserError(f"the recipe's head is `{head}`; no term of that name has a part `head`, see `classified`")
-    trained, epoch = averages.Running(getattr(recipe, "average", None)), -(-len(labels) // order.shape[1])
+    trained = averages.Running(getattr(recipe, "average", None))
     for number, rows in enumerate(tqdm(order[:steps], desc="tune", unit="step", disable=not show)):
         state, loss = _step(tuning, state, leaves, frozen, batch_of(number, rows), learning_rate, seed)
         if after is not None:
@@ -274,6 +345,15 @@ def _step(tuning, state, leaves, frozen, batch, learning_rate, seed):
         reach=dict.fromkeys(named_leaves(state.params)), trainable=None, accumulate=1, ema=None, seed=seed,
     )  # fmt: skip
     return state, metrics["loss"]
+
+
+@partial(jax.jit, static_argnums=0)
+def _gradients(tuning, state, leaves, frozen, batch, seed):
+    view = Adapted(tuning.model, tuning.recipe, leaves)
+    return objectives.value_and_grad(
+        tuning.objective(batch["classes"]), view, state.params, batch, jax.random.key(seed), frozen=frozen,
+        state=state.objective_state,
+    )[2]  # fmt: skip
 
 
 def with_room(pretrained: Pretrained, insertions: tuple) -> Pretrained:

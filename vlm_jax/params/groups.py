@@ -28,6 +28,7 @@ class Group(NamedTuple):
       transform: sections of gradient transformations.
       shrink: threshold towards 0 after each step, see `transforms.shrink`; None: no threshold.
       budget: section of a budget of ranks, see `rank_budget.allocated`; None: all ranks stay.
+      sparse: share of the scalars that are 0, see `masks.drawn`; 0: none.
     """
 
     rule: str
@@ -39,6 +40,7 @@ class Group(NamedTuple):
     transform: tuple
     shrink: float | Mapping[str, Any] | None = None
     budget: Mapping[str, Any] | None = None
+    sparse: float = 0.0
 
 
 def read(rules: Sequence[tuple[str, Mapping[str, Any]]], params: Any, where: str) -> dict[str, Group]:
@@ -60,7 +62,7 @@ def read(rules: Sequence[tuple[str, Mapping[str, Any]]], params: Any, where: str
         for name in names:
             wd = float(name.split("/")[-1] == "kernel") if rule["wd"] is None else rule["wd"]
             lr, by_layer = _rates(rule, name, places[name])
-            options = (rule[key] for key in ("schedule", "transform", "shrink", "budget"))
+            options = (rule[key] for key in ("schedule", "transform", "shrink", "budget", "sparse"))
             groups[name] = Group(rule["rule"], lr, by_layer, wd, trained[name], *options)
     if not any(np.any(group.mask) for group in groups.values()):
         raise UserError(f"{where} freezes every parameter; nothing is left to train")
@@ -79,8 +81,13 @@ def _rule(
     transform: Any = (),
     shrink: float | Mapping[str, Any] | None = None,
     budget: Mapping[str, Any] | None = None,
+    sparse: float = 0.0,
 ) -> dict[str, Any]:
     """The options of one rule."""
+    if not 0 <= sparse < 1:
+        raise UserError(f"{rule}.sparse is {sparse}; expected the share of zeros, 0 to below 1")
+    if sparse and (freeze or only is not True):
+        raise UserError(f"{rule} has sparse={sparse} beside freeze or only; zeros are of parameters that train whole")
     if min(np.ravel(lr), default=1) <= 0:
         raise UserError(f"{rule}.lr is {lr}; expected a multiplier above 0, or use freeze=True")
     if layer_decay is not None and layer_decay <= 0:
@@ -95,6 +102,7 @@ def _rule(
         "transform": tuple(transform) if isinstance(transform, list | tuple) else (transform,),
         "shrink": shrink,
         "budget": budget,
+        "sparse": sparse,
     }
 
 
@@ -143,7 +151,9 @@ def describe(group: Group, size: int = 1) -> str:
     less = group.shrink if isinstance(group.shrink, Mapping) else {"value": group.shrink}
     less = "" if group.shrink is None else ", shrink" + "".join(f" {k}={v}" for k, v in less.items())
     ranks = "" if group.budget is None else ", budget" + "".join(f" {k}={v}" for k, v in group.budget.items())
-    return f"lr x{lr}, wd x{group.wd:.12g}{curve}{''.join(map(_step, group.transform))}{less}{ranks}{rest}"
+    zeros = f", {100 * group.sparse:g} % zeros" if group.sparse else ""
+    rates = f"lr x{lr}, wd x{group.wd:.12g}{curve}{''.join(map(_step, group.transform))}"
+    return f"{rates}{less}{ranks}{zeros}{rest}"
 
 
 def _step(transform: str | Mapping[str, Any]) -> str:

@@ -1,13 +1,48 @@
-"""Optimizers that weigh each scalar's distance from where it began by an importance."""
+"""Importance of single scalars: scores from gradients or moves, and optimizers that weigh moves by an importance."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from vlm_jax.config import choose
+from vlm_jax.errors import UserError
 from vlm_jax.params.table import map_with_name
+
+SCORES: dict[str, tuple[Callable, Callable]] = {  # of each tree; of the sum and the number of trees
+    "gradient": (lambda g: g, lambda total, n: jnp.abs(total) / n),
+    "fisher": (jnp.square, lambda total, n: total / n),
+    "sensitivity": (jnp.square, lambda total, n: total),
+    "movement": (lambda move: move, lambda total, n: jnp.abs(total)),
+}
+
+
+def scores(kind: str, trees: Iterable[Any]) -> Any:
+    """Returns the importance of each scalar, a tree like each of the n `trees`, which are read once.
+
+        gradient     |mean_i g_i|
+        fisher       mean_i g_i^2, the diagonal of the empirical Fisher information
+        sensitivity  sum_i g_i^2, what one step of descent on the scalar alone gains, over the rate (SPT,
+                     arXiv:2303.08566, in the authors' code)
+        movement     |sum_i d_i|, how far parameters moved
+
+    Args:
+      kind: as above.
+      trees: gradients g_i of batches; of "movement" changes d_i of the parameters, or one tree: tuned - base.
+
+    Raises:
+      UserError: no such kind, or no trees.
+    """
+    each, end = choose(SCORES, kind, "the importance")
+    total, n = None, 0
+    for tree in trees:
+        part = jax.tree.map(each, tree)
+        total, n = part if total is None else jax.tree.map(jnp.add, total, part), n + 1
+    if not n:
+        raise UserError(f"the importance `{kind}` has nothing to read; give one batch or more")
+    return jax.tree.map(lambda leaf: end(leaf, n), total)
 
 
 class Weighed(NamedTuple):

@@ -46,3 +46,17 @@ def places(params: Any) -> dict[str, Place]:
         return Place(match[1], depth, int(match[2]) + 1 if match[2] else stacked)
 
     return {name: place(name, match) for name, match in blocks.items()}
+
+
+def block_totals(scores: Any) -> dict[tuple[str, int], float]:
+    """Returns the sum of the scores of each block, {(tower, number from 1): total}, in order of towers and blocks."""
+    totals: dict[tuple[str, int], float] = {}
+    leaves = named_leaves(scores)
+    for name, place in places(scores).items():
+        leaf = np.asarray(leaves[name], np.float64)
+        rows = leaf if np.ndim(place.layer) else leaf[None]
+        for number, row in zip(np.ravel(place.layer), rows, strict=True):
+            if 1 <= number <= place.depth:
+                key = place.tower, int(number)
+                totals[key] = totals.get(key, 0.0) + float(np.sum(row))
+    return dict(sorted(totals.items()))

@@ -5,7 +5,7 @@ A mask is a tree like the parameters. Its leaves are bools, or bool arrays that 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 
 from vlm_jax.errors import UserError
 from vlm_jax.params import layers
+from vlm_jax.params.regularizers import rng_of
 from vlm_jax.params.table import check_alike, check_names, map_with_name, match_rules, named_leaves
 
 CHOICES = {
@@ -58,6 +59,11 @@ def trainable(params: Any, spec: str | Sequence[tuple[str, Any]], where: str = "
     mask = {name: _bools(m, f"{where}: the mask of `{name}`") for name, m in matched.items()}
     _check_mask(mask, named_leaves(params), f"{where}: ")
     return map_with_name(lambda name, _: mask[name] if mask[name].ndim else bool(mask[name]), params)
+
+
+def rules(mask: Any) -> tuple[tuple[str, Any], ...]:
+    """Returns the table of a mask, for `trainable`; parameters that it lacks are frozen."""
+    return (*((re.escape(name), m) for name, m in named_leaves(mask).items() if np.any(m)), (".*", False))
 
 
 def _last(params, k, where):
@@ -138,11 +144,23 @@ def chosen(mask: bool | np.ndarray, shape: tuple[int, ...]) -> Any:
     return np.nonzero(np.broadcast_to(mask, shape[: mask.ndim]))
 
 
+def largest(scores: Any, k: int) -> Any:
+    """Returns the mask of the k scalars with the largest scores, a tree like `scores`; ties go to the first.
+
+    Raises:
+      UserError: a score is not finite, or there are fewer than k scalars.
+    """
+    for name, leaf in named_leaves(scores).items():
+        if not np.all(np.isfinite(leaf)):
+            raise UserError(f"`{name}` has scores of NaN or infinity, which have no rank; check what they were made of")
+    return _largest(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(scores)]), scores, k)
+
+
 def largest_moves(base: Any, tuned: Any, k: int) -> Any:
     """Returns the mask of the k scalars with the largest |tuned - base|; ties go to the first.
 
     Lottery-ticket sparse fine-tuning (Ansell et al. 2022, arXiv:2110.07560, section 3.1): tune everything, compute this
-    mask, and tune again from base under the mask.
+    mask, and tune again from base under the mask; `adapt --method=lt_sft`.
 
     Raises:
       UserError: the trees differ, a difference is not finite, or there are fewer than k scalars.
@@ -153,10 +171,27 @@ def largest_moves(base: Any, tuned: Any, k: int) -> Any:
         distance = np.abs(np.asarray(new, np.float32) - np.asarray(old, np.float32))
         if not np.all(np.isfinite(distance)):
             raise UserError(f"`{name}` moved by NaN or infinity, which has no rank; check the run that tuned it")
-        return distance.ravel()
+        return distance
 
-    distances = jax.tree.leaves(map_with_name(moved, base, tuned))
-    return _largest(np.concatenate(distances), base, k)
+    return largest(map_with_name(moved, base, tuned), k)
+
+
+def of_blocks(params: Any, chosen: Collection[tuple[str, int]]) -> Any:
+    """Returns the mask of whole blocks, (tower, number from 1) each, such as ("image/", 2); see `layers.places`."""
+    places = layers.places(params)
+
+    def mask(name, _):
+        place = places[name]
+        inside = np.vectorize(lambda i: (place.tower, int(i)) in chosen and i <= place.depth, otypes=[bool])
+        found = inside(place.layer)
+        return bool(np.any(found)) if np.all(found) == np.any(found) else found
+
+    return map_with_name(mask, params)
+
+
+def drawn(name: str, shape: tuple[int, ...], share: float, seed: int = 0) -> jax.Array:
+    """Returns a random mask of one parameter, False with probability `share`; depends on arguments alone."""
+    return jax.random.uniform(rng_of(jax.random.key(seed), name), shape, jnp.float32) >= share
 
 
 def random_mask(rng: jax.Array, params: Any, k: int) -> Any:

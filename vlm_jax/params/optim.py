@@ -13,7 +13,7 @@ import optax
 
 from vlm_jax import config
 from vlm_jax.errors import UserError, near
-from vlm_jax.params import schedules, transforms
+from vlm_jax.params import masks, schedules, transforms
 from vlm_jax.params.groups import FROZEN, describe, read
 from vlm_jax.params.rank_budget import allocated
 from vlm_jax.params.table import map_with_name, named_leaves
@@ -61,6 +61,8 @@ def build(
           step of an L1 penalty. A number, or dict(value=..., begin="50%", ...): see `schedules.window`.
         budget: dict(rank=..., ...): the mean rank that low-rank updates keep, by importance: see
           `rank_budget.allocated`.
+        sparse: share of the scalars, drawn once by `masks.drawn`, that begin at 0 and stay there, with moments 0 (SPDF,
+          arXiv:2303.10464). The mask is drawn again at each step and stored nowhere; moments and arithmetic are dense.
       All other keys go to the optax function by name (`b1`, `b2`, `eps`, `momentum`, `mu_dtype="bfloat16"`, ...).
 
     Args:
@@ -121,7 +123,7 @@ def _build(
         if not np.any(group.mask) or leaf not in reach:
             label_of[leaf] = FROZEN
             continue
-        known = (describe(group._replace(by_layer=None, mask=True)), leaf in rates, reach[leaf])
+        known = (describe(group._replace(by_layer=None, mask=True, sparse=0.0)), leaf in rates, reach[leaf])
         label = label_of[leaf] = labels.setdefault(known, f"group{len(labels)}")
         if label in shared:
             continue
@@ -142,9 +144,21 @@ def _build(
     clip = [optax.masked(optax.clip_by_global_norm(clip_norm), trained)] if clip_norm else []
     first, last = ([transforms.only(parts)], [transforms.only(parts, rest=-0.0)]) if parts else ([], [])
     tx = optax.chain(*first, *clip, optax.partition(shared, label_tree), *last)
+    if sparse := {leaf: group.sparse for leaf, group in groups.items() if group.sparse}:
+        tx = transforms.sparse(tx, sparse)
     table = {leaf: describe(groups[leaf], math.prod(x.shape)) for leaf, x in named_leaves(tree).items()}
     table |= {leaf: UNREACHED for leaf in groups.keys() - reach.keys() if table[leaf] != FROZEN}
     return transforms.plain_keys(tx, tree), table, _times(lr, main_schedule)
+
+
+def zeroed(section: Mapping[str, Any], params: Any) -> Any:
+    """Returns the parameters that a run by an optimizer section begins with: `sparse` ones have their zeros."""
+    rules = section.get("params") or ((".*", {}),)
+    shares = {name: group.sparse for name, group in read(rules, params, f"{WHERE}.params").items()}
+    if not any(shares.values()):
+        return params
+    draw = lambda name, p: jnp.where(masks.drawn(name, p.shape, shares[name]), p, jnp.zeros_like(p))
+    return map_with_name(lambda name, p: draw(name, p) if shares[name] else p, params)
 
 
 def _times(factor: float, curve: schedules.Schedule) -> schedules.Schedule:

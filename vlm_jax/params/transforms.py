@@ -10,9 +10,10 @@ import optax
 
 from vlm_jax import config
 from vlm_jax.errors import UserError, near
+from vlm_jax.params import masks
 from vlm_jax.params.importance import spider_importance, weighed
 from vlm_jax.params.regularizers import ewc_gradient
-from vlm_jax.params.table import map_with_name
+from vlm_jax.params.table import map_with_name, named_leaves
 
 
 def optimizer(name: str, where: str) -> Callable[..., optax.GradientTransformation]:
@@ -61,9 +62,9 @@ def hold() -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates))
 
 
-def only(masks: Mapping[str, Any], rest: float = 0.0) -> optax.GradientTransformation:
-    """Puts `rest` where the mask of an update is False; `masks` are bools by name, other updates pass."""
-    masked = lambda name, u: jnp.where(masks[name], u, jnp.asarray(rest, u.dtype)) if name in masks else u
+def only(parts: Mapping[str, Any], rest: float = 0.0) -> optax.GradientTransformation:
+    """Puts `rest` where the mask of an update is False; `parts` are bools by name, other updates pass."""
+    masked = lambda name, u: jnp.where(parts[name], u, jnp.asarray(rest, u.dtype)) if name in parts else u
     return optax.stateless(lambda updates, params: map_with_name(masked, updates))
 
 
@@ -87,6 +88,24 @@ def shrink(threshold: float | Callable) -> optax.GradientTransformation:
         return moved, optax.ScaleByScheduleState(optax.safe_increment(state.count))
 
     return optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update)
+
+
+def sparse(
+    tx: optax.GradientTransformationExtraArgs, shares: Mapping[str, float]
+) -> optax.GradientTransformationExtraArgs:
+    """Returns tx, which moves the scalars outside `masks.drawn` to 0 and sees no gradient of them; its state is tx's.
+
+    `shares` are the shares of zeros, by name; other parameters are not changed.
+    """
+
+    def update(updates, state, params=None, **others):
+        shapes = {name: u.shape for name, u in named_leaves(updates).items() if name in shares}
+        kept = {name: masks.drawn(name, shape, shares[name]) for name, shape in shapes.items()}
+        pick = lambda name, x, rest: jnp.where(kept[name], x, rest.astype(x.dtype)) if name in kept else x
+        moved, state = tx.update(map_with_name(pick, updates, optax.tree.zeros_like(updates)), state, params, **others)
+        return map_with_name(pick, moved, optax.tree.scale(-1, params)), state
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def plain_keys(tx: optax.GradientTransformationExtraArgs, params: Any) -> optax.GradientTransformationExtraArgs:

@@ -193,6 +193,7 @@ def build_program(
 
     def init_state(rng, given):
         params, memory = init_params(rng, given)
+        params = optim.zeroed(optimizer, params)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,

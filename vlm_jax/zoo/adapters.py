@@ -1,14 +1,14 @@
 """Small files of adapted models: the difference from the base model, as safetensors.
 
-Tensors: inserted parameters, changed parameters (of a stack, the changed layers), or a head. `__metadata__`, as JSON:
-the insertions, the classes and their prompts.
+Tensors: inserted parameters, changed parameters (of a stack, the changed layers), or a head; where few scalars changed,
+their places and values, see `diffs.packed`. `__metadata__`, as JSON: the insertions, the classes and their prompts.
 """
 
 import functools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -62,7 +62,9 @@ def save_adapter(path: str | os.PathLike, base: Pretrained, adapted: Pretrained)
     """Writes the difference of `adapted` from `base`; `load_adapter(path, base)` returns `adapted`, bit for bit."""
     new = insertion.new_leaves(adapted.params)
     changed = diffs.diff(base.params, without(adapted).params)
-    tensors = {f"params/{name}": leaf for name, leaf in (new | changed).items()}
+    before = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in new.items()}
+    packed = diffs.packed(new | changed, before | diffs.entries_of(base.params, changed))
+    tensors = {f"params/{name}": leaf for name, leaf in packed.items()}
     head = None if adapted.head is None else _pack(adapted.head, "head", tensors)
     about = dict(
         base=params_sha256(base.params),
@@ -71,16 +73,18 @@ def save_adapter(path: str | os.PathLike, base: Pretrained, adapted: Pretrained)
         classes=adapted.classes,
         templates=adapted.templates,
         head=head,
+        sparse={name: list(leaf.shape) for name, leaf in new.items() if name not in packed},
     )
     write_safetensors(path, {name: np.asarray(leaf) for name, leaf in tensors.items()}, {KEY: json.dumps(about)})
 
 
 @checked
-def load_adapter(path: str | os.PathLike, base: Pretrained) -> Pretrained:
+def load_adapter(path: str | os.PathLike | Sequence[str | os.PathLike], base: Pretrained) -> Pretrained:
     """Returns the adapted model that `save_adapter` wrote, or with the low-rank updates of a folder of PEFT.
 
     Args:
-      path: a file of `save_adapter`, or a folder with PEFT's `adapter_config.json`, see `zoo.peft`.
+      path: a file of `save_adapter`, or a folder with PEFT's `adapter_config.json`, see `zoo.peft`; of several files,
+        see `composed`.
       base: the model that it was made from.
 
     Raises:
@@ -88,6 +92,8 @@ def load_adapter(path: str | os.PathLike, base: Pretrained) -> Pretrained:
     """
     if not isinstance(base, Pretrained):
         raise UserError(f"load_adapter takes (file, model); got ({type(path).__name__}, {type(base).__name__})")
+    if isinstance(path, list | tuple):
+        return composed(base, path)
     if peft.is_folder(path):
         return peft.read(path, base)
     file, where = open_tensors(path), os.fspath(path)
@@ -108,6 +114,32 @@ def load_adapter(path: str | os.PathLike, base: Pretrained) -> Pretrained:
         raise UserError(f"{where} is no adapter of this model, or damaged ({reason}); adapt again") from error
 
 
+def composed(
+    base: Pretrained, adapters: Sequence[str | os.PathLike], weights: Sequence[float] | None = None
+) -> Pretrained:
+    """Returns base + sum_i w_i (adapted_i - base), such as of a task and of a language (LT-SFT, arXiv:2110.07560).
+
+    The classes and prompts are those of the last adapter. `base` with one adapter and weight 1 is that one, but for
+    rounding.
+
+    Args:
+      base: the model that all were made from.
+      adapters: files of `save_adapter`, without insertions and heads.
+      weights: w_i; defaults to 1 each, -1 subtracts.
+
+    Raises:
+      UserError: as `load_adapter`; an adapter has insertions or a head, or there are no adapters.
+    """
+    if not adapters:
+        raise UserError("there are no adapters to add; give the file of one or more")
+    found = [load_adapter(path, base) for path in adapters]
+    for path, one in zip(adapters, found, strict=True):
+        if one.head is not None or getattr(one.model, "insertions", ()):
+            raise UserError(f"{os.fspath(path)} has inserted modules or a head, which do not add up; merge them first")
+    moves = [diffs.deltas(base.params, one.params) for one in found]
+    return replace(found[-1], params=diffs.plus(base.params, *moves, weights=weights))
+
+
 def read_insertions(path: str | os.PathLike, base: Mapping[str, Any] | None = None) -> tuple[tuple, dict[str, Any]]:
     """Returns (the insertions of an adapter's file, their parameters by name), to go on training them.
 
@@ -125,6 +157,7 @@ def read_insertions(path: str | os.PathLike, base: Mapping[str, Any] | None = No
     if base is not None and about.base != params_sha256(unflatten_dict(dict(base), sep="/")):
         raise UserError(f"{where} is of another model: load the one that it was made from")
     params = {name.removeprefix("params/"): tensor.read() for name, tensor in file.tensors.items()}
+    params = params if base is None else _unpacked(params, about, base)
     if not about.insertions or params.keys() != insertion.new_leaves(unflatten_dict(params, sep="/")).keys():
         raise UserError(f"{where} changes more than inserted modules, or has none; expected one of modules or prompts")
     return insertion.of_sections(about.insertions, f"an insertion of {where}"), params
@@ -139,10 +172,23 @@ class _About(NamedTuple):
     classes: list[str]
     templates: list[str]
     head: Any
+    sparse: Mapping[str, Sequence[int]] = {}
+
+
+def _unpacked(params: Mapping[str, np.ndarray], about: _About, base: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Returns the parameters of a file by entry; `base` are the model's, by name."""
+    before = diffs.entries_of(base, {name.rpartition("@")[0] or name for name in params})
+    limit = sum(leaf.size for leaf in base.values())
+    for name, shape in about.sparse.items():
+        if not all(type(n) is int and n >= 0 for n in shape) or math.prod(shape) > limit:
+            raise UserError(f"the file has `{name}` of shape {shape}, more than the whole model")
+        before[name] = np.zeros(shape, params[name + diffs.VALUE].dtype)
+    return diffs.unpacked(params, before)
 
 
 def _adapted(base: Pretrained, about: _About, arrays: Mapping[str, np.ndarray]) -> Pretrained:
     params = {name.removeprefix("params/"): array for name, array in arrays.items() if name.startswith("params/")}
+    params = _unpacked(params, about, named_leaves(base.params))
     new = insertion.new_leaves(unflatten_dict(params, sep="/"))
     leaves = named_leaves(diffs.patch(base.params, {name: params[name] for name in params.keys() - new.keys()}))
     model = base.model
