@@ -12,10 +12,10 @@ Not yet trained to the end: no numbers.
 
 from ml_collections import ConfigDict
 
+from configs.base import LANGUAGES
 from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
 
-LANGUAGES = ("en", "de", "fr", "es", "it", "pt", "ja", "ko", "zh")
 INPUTS, TARGETS, VOCABULARY = 32, 64, 2985  # tokens
 DENOISE = (
     f"lower | denoise({INPUTS}, {TARGETS}, {VOCABULARY}, (((None, 0.5), 1), ((None, 1.0), 1)), modes=None, sentinels=0)"

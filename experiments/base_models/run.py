@@ -3,10 +3,11 @@
 import argparse
 import re
 
+from configs.prefix_lm import DENOISE
 from experiments import study
 
 ZOO = study.HERE.parent / "vlm_jax" / "zoo"
-MODELS = ("clip_tiny", "clip_base")
+MODELS = ("clip_tiny", "clip_base", "cappa_base", "lm_base")
 NAMES = dict(uri="tfds:emoji", label="concept")
 UNSEEN = dict(uri="scenes:?size=64&examples=1000", split="unseen_style")
 PAIRS = dict(UNSEEN, split="unseen_pairs")
@@ -37,7 +38,23 @@ TASKS = {  # what is asked -> evaluator, its arguments, its metrics
     "questions": ("questions", UNSEEN, ("exact_match", "chance")),
     "counting": ("counting", UNSEEN, ("accuracy", "chance")),
     "regions": ("regions", UNSEEN, ("pointing", "chance", "mean_iou")),
+    "written captions": (
+        "captions",
+        dict(UNSEEN, captions="caption", objects="names/en", gallery=0),
+        ("cider", "perplexity", "chair_i", "object_recall"),
+    ),
+    "continued captions": (
+        "denoising",
+        dict(
+            UNSEEN,
+            ops=f"caption('long_caption') | {DENOISE} | keep('input_ids', 'token_ids', 'denoiser')",
+            denoisers=("half", "whole"),
+        ),
+        ("half/perplexity", "whole/perplexity"),
+    ),
 }
+TEXTS = """Data: names and keywords of the packaged emoji (`tfds:emoji`) in nine languages; captions and questions of
+`scenes:` in English. Never seen: the concepts of `unseen_concepts`, the combinations of `unseen_pairs`."""
 DATA = """Data: packaged emoji (`tfds:emoji`, names and keywords in English) and `scenes:` of 64 px composed of them,
 both in the five training styles. Never seen: the styles of `unseen_style`, the concepts of `unseen_concepts`, the
 combinations of `unseen_pairs`. Licences of the pictures: `vlm_jax/data/emoji/NOTICE`."""
@@ -46,6 +63,16 @@ TRAINING = {  # of the models whose folder holds a card
     vlm-jax convert runs/clip_base vlm_jax/zoo/clip_base --dtype=bfloat16
 
 {DATA}""",
+    "cappa_base": f"""    vlm-jax train --config=cappa:base --workdir=runs/cappa_base
+    vlm-jax convert runs/cappa_base vlm_jax/zoo/cappa_base --dtype=bfloat16
+
+The image tower begins as that of `clip_base`.
+
+{DATA}""",
+    "lm_base": f"""    vlm-jax train --config=prefix_lm:base --workdir=runs/lm_base
+    vlm-jax convert runs/lm_base vlm_jax/zoo/lm_base --dtype=bfloat16
+
+{TEXTS}""",
 }
 DRAWN = ("names, unseen style", "names, unseen concepts", "captions", "foils", "minimal pairs", "questions", "regions")
 
