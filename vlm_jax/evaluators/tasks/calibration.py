@@ -20,8 +20,9 @@ from vlm_jax.evaluators.result import Result
 
 @method(
     family="evaluators",
-    paper="arXiv:1706.04599",
-    where="section 4.2",
+    system="CLIP-robustness",
+    paper="arXiv:2410.01534",
+    claim="robustness: a temperature fitted on other pictures lowers the calibration error",
     differs="confidence against accuracy, before and after a temperature fitted on other pictures",
 )
 def calibration(
@@ -37,7 +38,7 @@ def calibration(
     batch_size: int = 256,
     memory_share: float = 0.25,
 ) -> Callable[..., Result]:
-    """Returns an evaluator `(pretrained, progress=None) -> Result`.
+    """Returns an evaluator `(pretrained, progress=None) -> Result` (Guo et al. 2017, arXiv:1706.04599, section 4.2).
 
     Metrics: `error` (the expected calibration error), `nll` (mean -log p of the class, nats) and `brier` of the
     probabilities that `Pretrained.classify` gives; `scaled/error`, `scaled/nll`, `scaled/brier`, where every second
