@@ -46,10 +46,17 @@ class Task(NamedTuple):
     pool: Shots | None = None
 
     def unlabelled(self, method: str) -> Shots:
-        """Returns the pool; raises a UserError if there is none."""
+        """Returns the pool; raises a UserError if there is none, or if it has labels."""
         if self.pool is None:
             raise UserError(f"{method} learns from pictures without labels; give a pool (--pool=64)")
-        return self.pool
+        return check_unlabelled(self.pool, f"the pool of {method}")
+
+
+def check_unlabelled(pool: Shots, what: str) -> Shots:
+    """Returns the pool; raises a UserError if a picture has a label."""
+    if known := int(np.sum(np.asarray(pool.labels) != -1)):
+        raise UserError(f"{what} has {known} labels, which no method may see; give labels of -1")
+    return pool
 
 
 def accuracy(base: Pretrained, adapted: Pretrained, queries: Shots, names: Sequence[str]) -> float:
