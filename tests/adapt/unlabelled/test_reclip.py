@@ -58,7 +58,7 @@ def test_losses_by_hand():
 def test_what_is_wrong_is_named(base, task):
     with pytest.raises(UserError, match=r"reclip\.epochs is 0; expected 1 or more"):
         reclip(base.model, epochs=0)
-    with pytest.raises(UserError, match="drop is 3, of 3 directions of the names; expected fewer"):
-        fit("reclip")(base, *task, drop=3, steps=1)
+    with pytest.raises(UserError, match="drop is 1, of 1 directions of the names; expected fewer"):
+        fit("reclip")(base, *task, rank=1, steps=1)
     with pytest.raises(UserError, match="reclip learns from pictures without labels; give a pool"):
         fit("reclip")(base, *task[:2], task[2]._replace(pool=None))

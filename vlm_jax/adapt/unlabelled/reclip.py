@@ -32,7 +32,7 @@ def reclip(
     epochs: int = 2,
     neighbours: int = 20,
     alpha: float = 0.99,
-    drop: int = 1,
+    keep_first: bool = False,
     rank: int | None = None,
 ) -> "ReClip":
     """ReCLIP (Hu et al. 2024): self-training of the norms on pictures without labels; no label is read.
@@ -48,12 +48,11 @@ def reclip(
       model: two towers.
       epochs: times that pseudo-labels are made.
       neighbours, alpha: of the label propagation, k and alpha of `propagated`.
-      drop: first directions of the names to leave out; 0 keeps all.
+      keep_first: whether the names' first direction, which all have in common, stays.
       rank: directions from this one on are left out, too; 250 in the paper for more than 500 classes.
     """
     config.check_least(1, "reclip", epochs=epochs, neighbours=neighbours, rank=rank)
-    config.check_least(0, "reclip", drop=drop)
-    return ReClip(epochs, neighbours, alpha, drop, rank)
+    return ReClip(epochs, neighbours, alpha, keep_first, rank)
 
 
 class ReClip(NamedTuple):
@@ -62,7 +61,7 @@ class ReClip(NamedTuple):
     epochs: int
     neighbours: int
     alpha: float
-    drop: int
+    keep_first: bool
     rank: int | None
 
     def fit(
@@ -108,7 +107,7 @@ class ReClip(NamedTuple):
 
     def labels(self, images: np.ndarray, text: np.ndarray, names: np.ndarray) -> np.ndarray:
         """Returns pseudo-labels int [N] by neighbours, in the space of the names."""
-        projection = without_first_directions(names, self.drop, self.rank)
+        projection = without_first_directions(names, int(not self.keep_first), self.rank)
         return by_neighbours(images, text, projection, self.neighbours, self.alpha)
 
 

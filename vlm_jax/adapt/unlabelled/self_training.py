@@ -40,7 +40,7 @@ def contrastive_self_training(
 
     Args:
       model: two towers.
-      warmup: 0 begins with self-training.
+      warmup: steps on weak labels; 0, in Python, begins with self-training.
       period: steps between two refreshes of the pseudo-labels.
       power: how sharp pseudo-labels are, see `sharpened`.
       confidence: the least weight of a picture that counts, in [0, 1].
