@@ -69,6 +69,9 @@ FAMILIES = {
     "parameters": _adapts("model -> Recipe"),
     "modules": _adapts("model -> Recipe"),
     "prompts": _adapts("model -> Recipe"),
+    "acquisitions": Family(
+        "acquisition", "-> acquire(seen, count, rng), rows of a pool", "vlm-jax adapt --budget=64 --acquisition={name}"
+    ),
     "insertions": Family("insertion", "fields -> record", "--config.model.insertions=[dict(type='{name}')]"),
     "retrieval": Family("retrieval", "features, texts, scale -> head", "vlm_jax.adapt.retrieval.{name}"),
     "continual": Family("continual", "model, recipe, tasks -> experts", "vlm_jax.adapt.continual.{name}"),

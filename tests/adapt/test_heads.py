@@ -122,6 +122,21 @@ def test_with_a_reference_tip_x_names_each_picture_by_itself():
     np.testing.assert_allclose(head(QUERIES)[:1], head(QUERIES[:1]), rtol=1e-5)
 
 
+def test_sus_x_is_tip_x_on_what_the_names_find():
+    """Exactly; no label is read. Without weights it is Tip-Adapter on these supports, and zero-shot."""
+    wanted = [sorted(range(len(X)), key=lambda i, name=name: -float(X[i] @ name))[:3] for name in np.float64(TEXT)]
+    rows, labels = np.concatenate(wanted), np.repeat(np.arange(C), 3)
+    found = heads.sus_x(TEXT, SCALE, X, supports=3, **TIP, gamma=0.7)
+    np.testing.assert_array_equal(found.tip.keys, X[rows])
+    given = X[rows], labels, TEXT, SCALE
+    np.testing.assert_array_equal(found(QUERIES), heads.tip_x(*given, **TIP, gamma=0.7)(QUERIES))
+    plain = heads.sus_x(TEXT, SCALE, X, supports=3, **TIP)
+    np.testing.assert_array_equal(plain(QUERIES), heads.tip_adapter(*given, **TIP)(QUERIES))
+    none = heads.sus_x(TEXT, SCALE, X, supports=3, alpha=0.0)
+    np.testing.assert_array_equal(none(QUERIES), heads.zero_shot(TEXT, SCALE)(QUERIES))
+    assert len(heads.sus_x(TEXT, SCALE, X, supports=99).tip.keys) == C * len(X)
+
+
 def test_what_has_no_weight_changes_nothing():
     zero_shot = heads.zero_shot(TEXT, SCALE)(QUERIES)
     tip = heads.tip_adapter(X, Y, TEXT, SCALE, **TIP)
@@ -279,6 +294,8 @@ def test_other_refusals():
     refused("prior", heads.gaussian, X, Y, C, prior="flat")
     refused("temperature", heads.tip_x, X, Y, TEXT, SCALE, **TIP, gamma=1.0, temperature=0.0)
     refused("reference features", heads.tip_x, X, Y, TEXT, SCALE, **TIP, gamma=1.0, reference=X[:, 1:])
+    refused("supports of sus_x is 0", heads.sus_x, TEXT, SCALE, X, supports=0)
+    refused("features of the pool have shape", heads.sus_x, TEXT, SCALE, X[:, 1:])
     refused("batch_size is 0", heads.tip_adapter_f, X, Y, TEXT, SCALE, **TIP, batch_size=0)
     refused("even", heads.cross_modal_probe, X, Y, TEXT, SCALE, batch_size=7)
     refused("do not fit", heads.train_projection, BEFORE, Y, TEXT, SCALE, KERNEL.T)

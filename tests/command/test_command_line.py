@@ -47,7 +47,8 @@ def test_help_is_short_and_imports_no_jax(name):
     code, output, errors = vlm_jax_command(name, "--help")
     assert (code, errors) == (0, "")
     lines = output.splitlines()
-    assert len(lines) < 60 and max(map(len, lines)) <= 120
+    own = lines[: lines.index("methods")] if "methods" in lines else lines  # the catalogue's names may take more
+    assert len(own) < 60 and max(map(len, lines)) <= 120
     assert lines[2].startswith(f"usage: vlm-jax {name} ") and f"  vlm-jax {name} " in f"{lines[5]} "
     values = flags.FlagValues()
     commands.define(name, values)

@@ -86,7 +86,9 @@ def adapt(
             bar.close()
         write_json(out / "results.json", numbers)
         data = " ".join(filter(None, (section["uri"], section.get("split"))))
-        what = f"adaptation: {', '.join(methods)}, {seeds} draws of {section.get('shots', 16)} pictures a class"
+        few = f"{section.get('shots', 16)} pictures a class"
+        few = f"{section['budget']} labels" if section.get("budget") else few
+        what = f"adaptation: {', '.join(methods)}, {seeds} draws of {few}"
         report.save_about(out, what, model or pretrained.model, data, pretrained.params)
         report.write(out)
         progress.delete()
@@ -118,8 +120,8 @@ def _cell(numbers: Mapping[str, Any], name: str, spread: str) -> str:
 
 
 DATA = (
-    "split", "train_split", "label", "classes", "templates", "where", "train_where", "shots", "pool", "seeds",
-    "base_to_new",
+    "split", "train_split", "label", "classes", "templates", "where", "train_where", "shots", "pool", "seen",
+    "budget", "rounds", "acquisition", "seeds", "base_to_new",
 )  # fmt: skip
 
 

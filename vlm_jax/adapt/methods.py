@@ -87,13 +87,16 @@ def fit_head(
 ) -> Pretrained:
     """Makes a head from cached features; chooses the options that `make` `searches` on validation features.
 
-    Given options are not searched. `make` may take features, labels, text, scale, and `reference` (the validation
-    features). If `make` takes no features, the model itself is the classifier and has no head.
+    Given options are not searched. `make` may take features, labels, text, scale, `reference` (the validation
+    features) and `pool` (those of pictures without labels). If `make` takes neither features nor a pool, the model
+    itself is the classifier and has no head.
     """
+    parameters = inspect.signature(make).parameters
     given = dict(
         features=shots.features, labels=shots.labels, text=task.text, scale=task.scale, reference=validation.features
     )
-    parameters = inspect.signature(make).parameters
+    if "pool" in parameters:
+        given["pool"] = task.unlabelled(make.__name__).features
     given = {name: value for name, value in given.items() if name in parameters}
     build = lambda **chosen: config.call(make, options | chosen, WHERE, **given)
     best = lambda build, grid: choose(
@@ -105,7 +108,7 @@ def fit_head(
         head, found = choice.head, found | choice.parameters
     if refine := getattr(make, "refine", None):
         head = best(head._replace, refine).head
-    head = head if "features" in given else None
+    head = head if {"features", "pool"} & given.keys() else None
     return dataclasses.replace(base, classes=tuple(task.names), templates=tuple(task.templates), head=head)
 
 
@@ -140,18 +143,30 @@ def search_rate(
     learning_rate: float | None = None,
     weight_decay: float = 0.0,
 ) -> Pretrained:
-    """Tunes by a recipe; `learning_rate` defaults to the best of `LEARNING_RATES` on validation.
+    """Tunes by a recipe, see `best_rate`.
 
     A recipe with a term on "pool" gets the pictures of `task.pool`.
     """
-    best = failed = None
     pool = task.pool.images if task.pool and may_see_pool(recipe) else None
+    train = lambda rate: tune(
+        base, recipe, shots.images, shots.labels, task.names, templates=task.templates, steps=steps,
+        batch_size=batch_size, learning_rate=rate, weight_decay=weight_decay, pool=pool, seed=task.seed,
+    )  # fmt: skip
+    return best_rate(train, learning_rate, base, validation, task)
+
+
+def best_rate(
+    train: Callable[[float], Pretrained],
+    learning_rate: float | None,
+    base: Pretrained,
+    validation: Shots,
+    task: Task,
+) -> Pretrained:
+    """Returns `train(rate)` at the given rate, by default at that of `LEARNING_RATES` that is best on validation."""
+    best = failed = None
     for rate in LEARNING_RATES if learning_rate is None else [learning_rate]:
         try:
-            adapted = tune(
-                base, recipe, shots.images, shots.labels, task.names, templates=task.templates, steps=steps,
-                batch_size=batch_size, learning_rate=rate, weight_decay=weight_decay, pool=pool, seed=task.seed,
-            )  # fmt: skip
+            adapted = train(rate)
         except DivergedError as error:
             failed = error
             continue

@@ -6,12 +6,14 @@ set) and of other styles (domain generalisation).
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from vlm_jax import catalogue, config
+from vlm_jax.adapt import active
 from vlm_jax.adapt.methods import fit, is_head, options_of
 from vlm_jax.adapt.task import Shots, Task, named_right, right
 from vlm_jax.data.sources import open_source, select, train_split_of
@@ -73,6 +75,10 @@ def few_shot(
     options: Mapping[str, Any] | None = None,
     shots: int = 16,
     pool: int = 0,
+    seen: float = 1.0,
+    budget: int = 0,
+    rounds: int | None = None,
+    acquisition: str | Mapping[str, Any] | None = None,
     seeds: int = 3,
     where: Mapping[str, Sequence] | None = None,
     train_where: Mapping[str, Sequence] | None = None,
@@ -89,8 +95,10 @@ def few_shot(
     hyper-parameters on (the protocol of CoOp, arXiv:2109.01134, section 4.1, and of Tip-Adapter's successors); nothing
     is chosen on `split`. Metrics: `METHOD/top1`, the mean over seeds, and, of two seeds or more, `METHOD/spread`, the
     standard deviation over seeds; `METHOD/TEST/top1` and `METHOD/TEST/spread` of further tests; with `base_to_new`,
-    `METHOD/new/...` and `METHOD/harmonic_mean`; `examples`, `left_out` (pictures of another label, or unreadable). The
-    intervals are of the pictures to name, not of the draws. Notes: classes with fewer pictures than `shots`, or none.
+    `METHOD/new/...` and `METHOD/harmonic_mean`; with a `budget`, `METHOD/N_labels/top1` after each round but the last
+    and `METHOD/imbalance` of the labels, see `active.imbalance`; `examples`, `left_out` (pictures of another label, or
+    unreadable). The intervals are of the pictures to name, not of the draws. Notes: classes with fewer pictures than
+    `shots`, or none.
 
     Args:
       uri, split, train_uri, train_split, label, where, train_where, ops, batch_size, memory_share: as for `probe`.
@@ -102,6 +110,10 @@ def few_shot(
       shots: training pictures of each class; a smaller class gives all its pictures but one to choose on.
       pool: training pictures without labels, for methods that use such pictures: of the classes, drawn anew by each
         seed, none among the pictures of any draw.
+      seen: share of the classes, the first ones, that have labelled pictures; below 1 the pool is of the other classes
+        alone (transductive zero-shot learning). All classes are told apart in any case.
+      budget: labels of the pool's pictures that a strategy asks for, in place of the `shots`; those are the number of
+        pictures to choose on, alone. See `active.plan`, also for `rounds` and `acquisition`.
       seeds: number of draws: 0, 1, ...
       tests: name -> changes of `uri`, `split`, `where`, `label` and `classes` in a further test. Heads are tested only
         on classes that they were trained on, in any order.
@@ -115,6 +127,9 @@ def few_shot(
         raise UserError(f"few_shot wants shots and seeds of 1 or more; got {shots} and {seeds}")
     if pool < 0:
         raise UserError(f"few_shot wants a pool of 0 pictures or more; got {pool}")
+    if not 0 < seen <= 1 or (seen < 1 and budget):
+        raise UserError(f"few_shot: seen is {seen}; expected above 0, to 1, and 1 with a budget")
+    plan = active.plan(budget=budget, rounds=rounds, acquisition=acquisition, pool=pool)
     train_uri = train_uri or uri
     train_split = train_split_of(train_uri, train_split)
     if label is None:
@@ -143,8 +158,11 @@ def few_shot(
         labels = indices(passes["train"].fields(label), looks["train"])
         if not (labels >= 0).any():
             raise UserError(f"few_shot: no training picture's `{label}` is among the classes {some(training.names)}")
-        draws = [few_shots(labels, shots + min(shots, VALIDATION), seed) for seed in range(seeds)]
-        pools = [_pool(labels, draws, pool, seed) for seed in range(seeds)]
+        labelled = labels < math.ceil(seen * len(training.names))
+        kept_labels = np.where(labelled, labels, -1)
+        draws = [few_shots(kept_labels, shots + min(shots, VALIDATION), seed) for seed in range(seeds)]
+        others = labels if seen == 1 else np.where(labelled, -1, labels)
+        pools = [_pool(others, draws, pool, seed) for seed in range(seeds)]
         drawn = np.unique(np.concatenate(draws + pools))
         passes["train"].only(drawn)
         for name, data in passes.items():
@@ -160,34 +178,49 @@ def few_shot(
             queries = {name: _shots(passes[f"test_{name}"].tables[f"test_{name}"], pictures) for name in tests}
             scale, shares, row = math.exp(float(pretrained.params["logit_scale"])), {}, -1
             columns = {name: _columns(test.names, training.names) for name, test in tests.items()}
+            uneven: dict[str, list[float]] = {}
+
+            def tested(method, adapted, name):
+                if method == "zero_shot":  # all hosts have embedded the texts, above
+                    return right(queries[name].features @ texts[name].T, queries[name])
+                if adapted.head is None or columns[name] is not None:
+                    return named_right(pretrained, adapted, queries[name], tests[name].names, columns[name])
+                return np.full(len(queries[name].labels), np.nan)  # a head knows only the classes it was trained on
+
             fitted = progress.table("fits", limit)  # a row for each seed and method: which pictures are named right
             for seed, draw in enumerate(draws):
                 few, validation = _parts(known, np.flatnonzero(np.isin(place, draw)), shots, seed)
-                others = _part(known, np.isin(place, pools[seed]))
-                others = others._replace(labels=np.full_like(others.labels, -1)) if pool else None
+                hidden = _part(known, np.isin(place, pools[seed]))
+                others = hidden._replace(labels=np.full_like(hidden.labels, -1)) if pool else None
                 task = Task(training.names, prompts, texts[""], scale, seed, others)
                 for method, adapt in fits.items():
                     row += 1
                     if row >= len(fitted):  # else it ended before an interruption
-                        adapted, found = adapt(pretrained, few, validation, task, **options[method]), {}
+                        adapt, found = partial(adapt, **options[method]), {}
+                        if plan is None:
+                            adapted = adapt(pretrained, few, validation, task)
+                        else:
+                            ask = lambda rows, labels=hidden.labels: labels[rows]
+                            for i, learned in enumerate(plan.learn(adapt, pretrained, others, ask, validation, task)):
+                                adapted, asked = learned.adapted, learned.labels
+                                found[f"round_{i}"] = tested(method, adapted, "")[None]
+                            found["asked"] = asked[None]
                         if keep is not None:
                             keep(method, seed, adapted)
-                        for i, (name, test) in enumerate(tests.items()):
-                            if method == "zero_shot":  # all hosts have embedded the texts, above
-                                share = right(queries[name].features @ texts[name].T, queries[name])
-                            elif adapted.head is None or columns[name] is not None:
-                                share = named_right(pretrained, adapted, queries[name], test.names, columns[name])
-                            else:  # a head knows only the classes that it was trained on
-                                share = np.full(len(queries[name].labels), np.nan)
-                            found[f"test_{i}"] = share[None]
+                        found |= {f"test_{i}": tested(method, adapted, name)[None] for i, name in enumerate(tests)}
                         fitted.append(**found)
                         progress.save(now=True)
+                    read = lambda column, row=row: fitted.read(column, slice(row, row + 1))[0]
                     for i, name in enumerate(tests):
-                        (share,) = fitted.read(f"test_{i}", slice(row, row + 1))
-                        if not np.isnan(share).any():
+                        if not np.isnan(share := read(f"test_{i}")).any():
                             shares.setdefault((method, name), []).append(share)
+                    for i, count in enumerate(np.cumsum(plan.sizes)[:-1] if plan else ()):
+                        shares.setdefault((method, f"{count}_labels"), []).append(read(f"round_{i}"))
+                    if plan:
+                        uneven.setdefault(method, []).append(active.imbalance(read("asked"), len(training.names)))
             examples = len(queries[""].labels)
             numbers = {"examples": float(examples), "left_out": float(passes["test_"].num_examples - examples)}
+            numbers |= {f"{method}/imbalance": float(np.mean(values)) for method, values in uneven.items()}
             notes = fewer(training.names, labels, shots, kept=1)
             for name, test in tests.items():
                 left_out = lambda name=name, test=test: passes[f"test_{name}"].left_out(

@@ -1,10 +1,12 @@
 """A few-shot task: labelled pictures, the classes to tell apart, and a model's accuracy."""
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from vlm_jax.errors import UserError
 from vlm_jax.evaluators import metrics
 from vlm_jax.params.table import named_leaves
 from vlm_jax.pretrained import Pretrained, class_embeddings
@@ -43,6 +45,19 @@ class Task(NamedTuple):
     seed: int
     pool: Shots | None = None
 
+    def unlabelled(self, method: str) -> Shots:
+        """Returns the pool; raises a UserError if there is none, or if it has labels."""
+        if self.pool is None:
+            raise UserError(f"{method} learns from pictures without labels; give a pool (--pool=64)")
+        return check_unlabelled(self.pool, f"the pool of {method}")
+
+
+def check_unlabelled(pool: Shots, what: str) -> Shots:
+    """Returns the pool; raises a UserError if a picture has a label."""
+    if known := int(np.sum(np.asarray(pool.labels) != -1)):
+        raise UserError(f"{what} has {known} labels, which no method may see; give labels of -1")
+    return pool
+
 
 def accuracy(base: Pretrained, adapted: Pretrained, queries: Shots, names: Sequence[str]) -> float:
     """The share of pictures that an adapted model names right, the mean of `named_right`."""
@@ -58,23 +73,32 @@ def named_right(
 ) -> np.ndarray:
     """Whether an adapted model names each picture right, float64 [N], see `right`.
 
-    Cached features are reused if the image tower is unchanged. `columns`: the classes of a head that are `names`.
+    `columns`: the classes of a head that are `names`.
+    """
+    logits = logits_of(base, adapted, queries, names)
+    return right(logits if adapted.head is None else logits[:, columns], queries)
+
+
+def logits_of(base: Pretrained, adapted: Pretrained, queries: Shots, names: Sequence[str]) -> np.ndarray:
+    """Returns an adapted model's logits of pictures, float [N, names]; a head's are of the classes it was trained on.
+
+    Cached features are reused if the image tower is unchanged.
     """
     changed = _changed(base, adapted)
-    of_tower = changes_tower(changed, "image")
     if adapted.head is not None:
-        features = queries.features
-        if of_tower or changes_embeddings(changed):
-            features = adapted.embed_image_batch(queries.images if of_tower else features)
-        logits = np.asarray(adapted.head(features))[:, columns]
-    elif adapted.compares_pairs or of_tower:
-        logits = adapted.class_logits(queries.images, names)
-    else:
-        text, features = class_embeddings(adapted.embed_texts, names, adapted.templates), queries.features
-        if changes_embeddings(changed):
-            features = adapted.embed_image_batch(features)
-        logits = features.astype(np.float64) @ text.T
-    return right(logits, queries)
+        return np.asarray(adapted.head(features_of(base, adapted, queries)))
+    if adapted.compares_pairs or changes_tower(changed, "image"):
+        return adapted.class_logits(queries.images, names)
+    text, scale = class_embeddings(adapted.embed_texts, names, adapted.templates), adapted.params["logit_scale"]
+    return math.exp(float(scale)) * features_of(base, adapted, queries).astype(np.float64) @ text.T
+
+
+def features_of(base: Pretrained, adapted: Pretrained, queries: Shots) -> np.ndarray:
+    """Returns an adapted model's embeddings of pictures, [N, D]; the cached ones if nothing changes embeddings."""
+    changed = _changed(base, adapted)
+    if changes_tower(changed, "image"):
+        return adapted.embed_image_batch(queries.images)
+    return adapted.embed_image_batch(queries.features) if changes_embeddings(changed) else queries.features
 
 
 def right(logits: np.ndarray, queries: Shots) -> np.ndarray:

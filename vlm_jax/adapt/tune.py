@@ -53,6 +53,7 @@ def tune(
     weight_decay: float = 0.0,
     augment: str | None = None,
     pool: Any = None,
+    beside: Mapping[str, np.ndarray] | None = None,
     seed: int = 0,
     show: bool = False,
     begin: Mapping[str, jax.Array] | None = None,
@@ -76,6 +77,7 @@ def tune(
       augment: op string in the place of the model's preprocessing, drawn anew at each step, such as "decode |
         random_resized_crop(32) | normalize"; `images` are then a list.
       pool: pictures without labels, as `images`, for recipes whose terms use them; a batch has `batch_size` of them.
+      beside: further entries of the rows of "pool", one for each picture, such as pseudo-labels.
       seed: of the initial parameters, of the order of examples and of all draws.
       show: shows a progress bar.
       begin: the recipe's own parameters, to go on with; defaults to new ones.
@@ -154,7 +156,10 @@ def _ready(
     for name, given in (("images", images), ("pool", pool)):
         if augment is not None and given is not None and not isinstance(given, list):
             raise UserError(f"augment reads pictures before preprocessing; give `{name}` as a list of pictures")
-    labels = check_labels(labels, len(images), len(names))
+    labels, beside = check_labels(labels, len(images), len(names)), beside or {}
+    for name, values in beside.items():
+        if len(values) != (0 if pool is None else len(pool)):
+            raise UserError(f"`{name}` beside the pool has {len(values)} rows; expected one for each of its pictures")
     if of_task := getattr(recipe, "of_task", None):
         recipe = of_task(pretrained, images, labels, names)
     place = _context_place(pretrained)
@@ -208,7 +213,8 @@ def _ready(
         if others is None:
             return {"batch": batch, "classes": classes}
         drawn = np.random.default_rng((seed, step)).choice(others.size, batch_size, replace=others.size < batch_size)
-        return {"batch": batch, "classes": classes, "pool": {"image": others.of(step, drawn)}}
+        more = {name: values[drawn] for name, values in beside.items()}
+        return {"batch": batch, "classes": classes, "pool": {"image": others.of(step, drawn), **more}}
 
     ids, pairwise = pretrained.tokenizer, adapted.compares_pairs
     tuning = _Tuning(adapted.model, pretrained.model, recipe, steps, weight_decay, ids.pad_id, pairwise, ids.eos_id)

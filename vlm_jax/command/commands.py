@@ -146,6 +146,10 @@ COMMANDS = {
             "draws": (
                 whole("shots", "Training pictures of each class", 16),
                 whole("pool", "Training pictures without labels, for methods that use such pictures", 0),
+                Flag(flags.DEFINE_float, "seen", "Share of the classes with labels; the pool is of the others (1.0)"),
+                whole("budget", "Labels of the pool that a strategy asks for, in place of the shots", 0),
+                whole("rounds", "In so many rounds (8)", None),
+                text("acquisition", "Strategy that chooses what to label, see acquisitions (pcb)"),
                 whole("seeds", "Number of random draws", 3),
                 text("train_data", "Data set to draw from (--data), e.g. csv:train.csv beside --data=csv:test.csv"),
                 text("train_split", "The split to draw from (train)"),
@@ -156,7 +160,7 @@ COMMANDS = {
             "data": LABELLED,
             "model": ADAPTED,
         },
-        families=("heads", "parameters", "modules", "prompts"),
+        families=("heads", "parameters", "modules", "prompts", "acquisitions"),
     ),
     "convert": Command(
         {

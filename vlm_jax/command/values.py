@@ -64,6 +64,10 @@ READ = {
         lambda text: ast.literal_eval(text) if text.startswith(("[", "{")) else text,
         "a name, a file, a list ['cat', 'dog'] or labels and names {7: 'cat', 3: 'dog'}",
     ),
+    "acquisition": (
+        lambda text: ast.literal_eval(text) if text.startswith("{") else text,
+        "a strategy, pcb, or with its options {'name': 'pcb', 'share': 0.2}",
+    ),
     "ks": (lambda values: [int(value) for value in values], "whole numbers such as 1,5,10"),
     "image_size": (_sides, "pixels, 384 or height,width"),
     "mesh": (lambda parts: {axis: int(size) for axis, size in (part.split("=") for part in parts)}, "data=8,fsdp=1"),

@@ -92,6 +92,45 @@ def tip_x(
     return TipX(tip, gamma, temperature, ranges)
 
 
+@method(
+    family="heads",
+    system="SuS-X",
+    paper="arXiv:2211.16198",
+    differs="TIP-X on pictures without labels that the class names find: no label, no training",
+)
+@searches({"alpha": ALPHAS, "beta": BETAS}, {"gamma": ALPHAS})
+def sus_x(
+    text: np.ndarray,
+    scale: float,
+    pool: np.ndarray,
+    *,
+    supports: int = 16,
+    alpha: float = 1.0,
+    beta: float = 5.5,
+    gamma: float = 0.0,
+    temperature: float = 0.5,
+    reference: np.ndarray | None = None,
+) -> TipX:
+    """SuS-X (Udandarao et al. 2023) with a retrieved support set, SuS-LC: `tip_x` on what the class names find.
+
+    The supports of a class are the pictures of the pool that are nearest to the class name's embedding, as a search by
+    text would find them; a picture may support several classes. The paper searches LAION-5B.
+
+    Args:
+      pool: float [N, D], unit norm: embeddings of pictures without labels.
+      supports: pictures of each class; all of a smaller pool.
+      others: see `tip_x`.
+    """
+    text = unit(text, "text embeddings")
+    pool = unit(pool, "features of the pool", text.shape[1])
+    if supports < 1:
+        raise UserError(f"supports of sus_x is {supports}; expected 1 or more pictures of each class")
+    rows = np.argsort(-text @ pool.T, axis=1, kind="stable")[:, :supports]
+    labels = np.repeat(np.arange(len(text)), rows.shape[1])
+    settings = dict(alpha=alpha, beta=beta, gamma=gamma, temperature=temperature, reference=reference)
+    return tip_x(pool[rows.ravel()], labels, text, scale, **settings)
+
+
 def _divergence(features: np.ndarray, keys: np.ndarray, text: np.ndarray, temperature: float) -> np.ndarray:
     """KL(s_i || S_j), [M, N]; in float64, because softmaxes of cosines are so even that float32 leaves few digits."""
     log_query, log_support = (scipy.special.log_softmax(x @ text.T / temperature, axis=1) for x in (features, keys))
