@@ -44,8 +44,14 @@ def options(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("start")
     path = folder / "vpt.safetensors"
     save_adapter(path, base, tuned_by(base, TRAINED["vpt"].load()(base.model), pictures()))
+    adapter = folder / "adapter.safetensors"
+    save_adapter(adapter, base, tuned_by(base, TRAINED["adapter"].load()(base.model, width=2), pictures()))
     vlm_jax.save_pretrained(base, folder / "other")
-    return {"pretrained_modules": {"start": str(path)}, "m2pt": {"auxiliary": f"{folder / 'other'}:text"}}
+    return {
+        "pretrained_modules": {"start": str(path)},
+        "m2pt": {"auxiliary": f"{folder / 'other'}:text"},
+        **{name: {"files": f"one={adapter},two={adapter}"} for name in ("adapter_fusion", "adapter_stack")},
+    }
 
 
 def adapted(name, base, task, given):
