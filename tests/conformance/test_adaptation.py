@@ -125,6 +125,7 @@ def formula(declaration, model):
     """The paper's number of parameters, as the method declares it."""
     options = {name: ast.literal_eval(default) for name, default in declaration.options.items()}
     sizes = dict(D_t=model.text.width, D_v=model.image.width, L_t=model.text.depth, L_v=model.image.depth)
+    sizes |= dict(H_t=model.text.heads, H_v=model.image.heads)
     return eval(declaration.count, {"min": min}, {**options, **sizes, "E": model.text.out_dim})
 
 
