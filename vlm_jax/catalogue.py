@@ -97,7 +97,8 @@ class Declaration(NamedTuple):
       path, line: place of the declaration; the path is relative to the package's parent.
       needs: config key -> value; the method does not run without these values.
       count: number of parameters that train, a formula of the options and of D_t, D_v (widths of the text and image
-        tower), L_t, L_v (depths of the two towers) and E (width of the embeddings); "" if the paper claims no number.
+        tower), L_t, L_v (depths of the two towers), H_t, H_v (their heads) and E (width of the embeddings); "" if the
+        paper claims no number.
       identity: whether the adapted model is the base model before it is trained.
       options: keyword-only argument -> its default, as source text.
     """

@@ -44,8 +44,14 @@ def options(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("start")
     path = folder / "vpt.safetensors"
     save_adapter(path, base, tuned_by(base, TRAINED["vpt"].load()(base.model), pictures()))
+    adapter = folder / "adapter.safetensors"
+    save_adapter(adapter, base, tuned_by(base, TRAINED["adapter"].load()(base.model, width=2), pictures()))
     vlm_jax.save_pretrained(base, folder / "other")
-    return {"pretrained_modules": {"start": str(path)}, "m2pt": {"auxiliary": f"{folder / 'other'}:text"}}
+    return {
+        "pretrained_modules": {"start": str(path)},
+        "m2pt": {"auxiliary": f"{folder / 'other'}:text"},
+        **{name: {"files": f"one={adapter},two={adapter}"} for name in ("adapter_fusion", "adapter_stack")},
+    }
 
 
 def adapted(name, base, task, given):
@@ -119,6 +125,7 @@ def formula(declaration, model):
     """The paper's number of parameters, as the method declares it."""
     options = {name: ast.literal_eval(default) for name, default in declaration.options.items()}
     sizes = dict(D_t=model.text.width, D_v=model.image.width, L_t=model.text.depth, L_v=model.image.depth)
+    sizes |= dict(H_t=model.text.heads, H_v=model.image.heads)
     return eval(declaration.count, {"min": min}, {**options, **sizes, "E": model.text.out_dim})
 
 

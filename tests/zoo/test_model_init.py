@@ -67,6 +67,22 @@ def test_a_text_tower_from_an_encoder(t5, scan):
     np.testing.assert_allclose(got[seen], want[seen], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("scan", [False, True])
+def test_blocks_of_an_image_tower_from_an_encoder_of_texts(t5, scan):
+    """Block by block; all else of the tower starts anew."""
+    folder, _, own = t5
+    blocks = {key: value for key, value in (T5 | T5_SIZES).items() if not key.startswith("relative")}
+    image = dict(blocks, patch=8, image_size=16, out_dim=16, scan=scan)
+    shapes = shapes_of(models.build(dict(image=image, text=None)), jnp.zeros((2, 16, 16, 3)), None)
+    found = model_init.read({"image/blocks": f"{folder}:encoder"}, shapes)
+    assert found.keys() == {name for name in shapes if name.startswith("image/blocks")}
+    encoder = {name: leaf for name, leaf in named_leaves(own).items() if name.startswith("encoder/blocks")}
+    for name, leaf in encoder.items():
+        np.testing.assert_array_equal(array(name.replace("encoder", "image", 1), found), leaf, err_msg=name)
+    sizes = [sum(leaf.size for leaf in leaves.values()) for leaves in (found, encoder)]
+    assert sizes[0] == sizes[1]
+
+
 def array(name, params):
     """A parameter by the name it has without scans."""
     leaf, i = key_map.blocks_of(name, params)
@@ -129,6 +145,7 @@ def test_a_class_token_stays_behind(tmp_path):
         ({"text": "{}"}, r"has no part `text`; it has: decoder, encoder, head"),
         ({"txt": "{}:encoder"}, r"no tower `txt`; it has: image, text"),
         ({"text": "/nowhere:encoder"}, r"/nowhere"),
+        ({"text/blocks": "{}:image"}, r"has no part `image`"),
     ],
 )
 def test_what_does_not_fit_is_named(t5, spec, message):

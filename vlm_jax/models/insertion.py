@@ -32,13 +32,28 @@ TABLE = ((NEW, {}), (".*", dict(freeze=True)))
 
 
 def of_sections(sections: Sequence[Mapping[str, Any]], where: str) -> tuple:
-    """Builds insertions from a config: [dict(type="LowRank", rank=4), ...]; `type` is the name of an insertion."""
+    """Builds insertions from a config: [dict(type="LowRank", rank=4), ...]; `type` is the name of an insertion.
+
+    A list of such sections in a section becomes a tuple of insertions, any other list a tuple.
+    """
     insertions = []
     for section in sections:
         fields = dict(section)
+        for key, value in fields.items():
+            if isinstance(value, list | tuple):
+                nested = bool(value) and all(isinstance(one, Mapping) for one in value)
+                fields[key] = of_sections(value, f"{where}.{key}") if nested else tuple(value)
         kind = catalogue.get("insertions", fields.pop("type", None), f"the type of {where}")
         insertions.append(config.call(kind, fields, where))
     return tuple(insertions)
+
+
+def sections_of(insertions: Sequence[Any]) -> list[dict[str, Any]]:
+    """Returns the config of insertions, from which `of_sections` builds them."""
+    plain = lambda value: (
+        sections_of(value) if isinstance(value, tuple) and value and hasattr(value[0], "_asdict") else value
+    )
+    return [{"type": type(m).__name__, **{key: plain(value) for key, value in m._asdict().items()}} for m in insertions]
 
 
 def inserted(model: nn.Module, *insertions: Any) -> nn.Module:

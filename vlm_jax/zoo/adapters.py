@@ -68,7 +68,7 @@ def save_adapter(path: str | os.PathLike, base: Pretrained, adapted: Pretrained)
     head = None if adapted.head is None else _pack(adapted.head, "head", tensors)
     about = dict(
         base=params_sha256(base.params),
-        insertions=[{"type": type(m).__name__, **m._asdict()} for m in getattr(adapted.model, "insertions", ())],
+        insertions=insertion.sections_of(getattr(adapted.model, "insertions", ())),
         tokenize=adapted.tokenize,
         classes=adapted.classes,
         templates=adapted.templates,

@@ -1,6 +1,7 @@
 """Initial parameters of a run: `config.model_init`, tower by tower, from anything that `vlm_jax.load` reads.
 
     model_init=dict(image="hf:google/vit-base-patch16-224", text="runs/ul2_tiny:encoder")
+    model_init={"image/blocks": "runs/ul2_tiny:encoder"}                   # a language model's blocks, for pictures
     model_init=dict(image="runs/vit", auxiliary="runs/ul2_tiny:encoder")   # model.insertions has an `Auxiliary`
 
 A tower takes the checkpoint's part of the same name, or the part after the colon: "image", "text", or the "encoder" of
@@ -8,7 +9,8 @@ an `EncoderDecoder`, for a text tower of T5's kind (with the token table). One s
 the whole model. A tower's pool, its class token and its head may differ from the checkpoint; they then start anew, and
 so do insertions that the checkpoint lacks. The image tower's learned positions are resampled from one square grid to
 another ("linear" of `positions.resample_posemb`, as big_vision does), those of texts are cut or stretched
-(`positions.of_length`). All other parameters must fit.
+(`positions.of_length`). All other parameters must fit. "image/blocks" and "text/blocks" take the blocks of any part
+alone, whatever modality it reads.
 """
 
 import collections
@@ -53,7 +55,8 @@ def read(model_init: str | Mapping[str, str], shapes: Mapping[str, jax.ShapeDtyp
             found |= read_auxiliary(spec, shapes)
             print(f"{WHERE}.{tower}: kernels of {spec} beside those of the model")
             continue
-        own = {name: leaf for name, leaf in shapes.items() if not tower or name.startswith(f"{tower}/")}
+        within = tower if tower.endswith("/blocks") else f"{tower}/"  # blocks/ of a scan, blocks_0/ of a loop
+        own = {name: leaf for name, leaf in shapes.items() if not tower or name.startswith(within)}
         if not own:
             known = ", ".join(sorted({name.split("/")[0] for name in shapes if "/" in name}))
             raise UserError(f"{WHERE}: the model has no tower `{tower}`; it has: {known}")
@@ -119,11 +122,14 @@ def _block(name: str) -> int:
 
 def _read_tower(tower: str, spec: str, own: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     path, _, part = spec.rpartition(":")
+    blocks = tower.endswith("/blocks")
     if part not in PARTS:
-        path, part = spec, tower
+        path, part = spec, tower.removesuffix("/blocks")
     released = recognize.of_spec(path, pool=ANY)
     prefixes = {f"{part}/": f"{tower}/"} if part else {"": ""}
-    if part == "encoder":
+    if blocks:
+        prefixes = {f"{part}/blocks": tower}
+    elif part == "encoder":
         prefixes["decoder/token_embed/"] = f"{tower}/token_embed/"
     entries = [
         entry._replace(ours=entry.ours.replace(old, new, 1))

@@ -45,3 +45,29 @@ def adaptformer(
 ) -> Inserted:
     """AdaptFormer."""
     return Inserted((Adapter(where, width, "parallel", scale, activation),))
+
+
+@method(
+    family="modules",
+    system="AdaLink",
+    paper="arXiv:2310.12100",
+    differs="a linear bottleneck after what embeds patches, and one after what embeds tokens; blocks stay as they are",
+    count="2 * rank * (D_t + D_v)",
+    identity=True,
+)
+def adalink(
+    model: nn.Module,
+    *,
+    rank: int = 16,
+    where: str = r"image/patch_embed|(text|decoder)/token_embed",
+    activation: str = "none",
+) -> Inserted:
+    """AdaLink (Wang et al. 2023): x + U D x for embedded patches and tokens x, each with its own U and D; U is 0 first.
+
+    Args:
+      model: any; captioners, too (`tune`).
+      rank: width of the bottlenecks.
+      where: regex of what embeds; one modality alone is "image/patch_embed" or "text/token_embed".
+      activation: between D and U, a key of `ACTIVATIONS`.
+    """
+    return Inserted((Adapter(where, rank, activation=activation, bias=False),))

@@ -1,9 +1,9 @@
 """Bottlenecks beside or after a module."""
 
-import functools
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 
 from vlm_jax import config
 from vlm_jax.catalogue import method
@@ -15,14 +15,17 @@ from vlm_jax.models.layers import ACTIVATIONS
 class Adapter(NamedTuple):
     """dh = act(x down + b) up + c, with up and c 0 at init (Houlsby et al. 2019, arXiv:1902.00751, section 2.1).
 
-    2 D r + r + D parameters at each place.
+    2 D r + r + D parameters at each place, 2 D r without biases.
 
     Attributes:
-      where: regex of the modules, by their whole path: attention ("attn", "cross_attn") or "mlp" of blocks.
+      where: regex of the modules, by their whole path: attention ("attn", "cross_attn") or "mlp" of blocks, or what
+        embeds patches or tokens ("patch_embed", "token_embed"), after which "serial" adapters stand.
       width: r.
       form: "serial": x is the module's output (Houlsby); "parallel": its input (AdaptFormer, arXiv:2205.13535).
       scale: s.
-      activation: a key of `ACTIVATIONS`.
+      activation: a key of `ACTIVATIONS`, or "none".
+      bias: whether there are b and c.
+      name: stands in the names of the parameters, for several adapters at one module.
     """
 
     where: str = r".*/mlp"
@@ -30,6 +33,8 @@ class Adapter(NamedTuple):
     form: str = "serial"
     scale: float = 1.0
     activation: str = "relu"
+    bias: bool = True
+    name: str = ""
 
     def takes(self, module, method):
         return method == "__call__"
@@ -38,10 +43,18 @@ class Adapter(NamedTuple):
         result = call(x, *args, **kwargs)
         h, *others = result if isinstance(result, tuple) else (result,)
         source = config.choose({"serial": h, "parallel": x}, self.form, "the form of an adapter")
-        new = functools.partial(new_parameter, module)
-        down = new("down", nn.initializers.lecun_normal(), (source.shape[-1], self.width))
-        up = new("up", nn.initializers.zeros, (self.width, h.shape[-1]))
-        act = config.choose(ACTIVATIONS, self.activation, "the activation of an adapter")
-        hidden = act(dot(source, down) + new("down_bias", nn.initializers.zeros, down.shape[-1:]))
-        h = h + (self.scale * (dot(hidden, up) + new("up_bias", nn.initializers.zeros, up.shape[-1:]))).astype(h.dtype)
+        h = h + self.change(module, source, h.shape[-1]).astype(h.dtype)
         return (h, *others) if others else h
+
+    def change(self, module: nn.Module, x: jax.Array, width: int) -> jax.Array:
+        """Returns s dh of x, [..., D] -> [..., width]; creates the parameters in the module's scope."""
+        named = f"{self.name}_" if self.name else ""
+        new = lambda name, init, *shape: new_parameter(module, f"{named}{name}", init, shape)
+        zeros = nn.initializers.zeros
+        down = new("down", nn.initializers.lecun_normal(), x.shape[-1], self.width)
+        up = new("up", zeros, self.width, width)
+        act = config.choose(ACTIVATIONS | {"none": lambda x: x}, self.activation, "the activation of an adapter")
+        if not self.bias:
+            return self.scale * dot(act(dot(x, down)), up)
+        hidden = act(dot(x, down) + new("down_bias", zeros, self.width))
+        return self.scale * (dot(hidden, up) + new("up_bias", zeros, width))
