@@ -90,6 +90,7 @@ def tune(
         raise UserError(f"steps of tuning is {steps}; expected 1 or more")
     task = dict(images=images, labels=labels, names=names)
     task |= dict(templates=templates, steps=steps, batch_size=batch_size, augment=augment, pool=pool, seed=seed)
+    task |= dict(beside=beside)
     if first := getattr(recipe, "first", None):
         rates = dict(learning_rate=learning_rate, weight_decay=weight_decay)
         recipe = first(
@@ -125,6 +126,7 @@ def gradients(
     batch_size: int = 32,
     augment: str | None = None,
     pool: Any = None,
+    beside: Mapping[str, np.ndarray] | None = None,
     seed: int = 0,
 ) -> Iterator[dict[str, jax.Array]]:
     """Yields the gradients of the loss by the recipe's own parameters, as they begin, of `steps` batches of tuning.
@@ -132,6 +134,7 @@ def gradients(
     Arguments as for `tune`.
     """
     task = dict(templates=templates, steps=steps, batch_size=batch_size, augment=augment, pool=pool, seed=seed)
+    task |= dict(beside=beside)
     ready = _ready(pretrained, recipe, images, labels, names, **task, weight_decay=0.0, begin=None)
     for number, rows in enumerate(ready.order[:steps]):
         yield _gradients(ready.tuning, ready.state, ready.leaves, ready.frozen, ready.batch_of(number, rows), seed)
@@ -151,8 +154,9 @@ class _Ready(NamedTuple):
 
 
 def _ready(
-    pretrained, recipe, images, labels, names, *, templates, steps, batch_size, augment, pool, seed, weight_decay, begin
-) -> _Ready:
+    pretrained, recipe, images, labels, names, *, templates, steps, batch_size, augment, pool, beside, seed,
+    weight_decay, begin,
+) -> _Ready:  # fmt: skip
     for name, given in (("images", images), ("pool", pool)):
         if augment is not None and given is not None and not isinstance(given, list):
             raise UserError(f"augment reads pictures before preprocessing; give `{name}` as a list of pictures")
