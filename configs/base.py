@@ -8,7 +8,9 @@ Most of a run sees single emoji of 32 px with short texts, its end 64 px, scenes
 (arXiv:2305.07017) does. In the first part embeddings of pictures follow those of `clip:tiny` (CLIP-KD,
 arXiv:2307.12732): its head reads patches by their place, which a class token takes long to learn. For
 base_select, the teacher is the run runs/clip_select of `clip:select`. All but `clip:base` begin with towers of
-`clip_base`, and so need a third of its examples.
+`clip_base`, and so need a third of its examples. `pkg:vlm_jax/zoo/cappa_base` is `cappa.py:base`, seed 0, in bfloat16
+(params_sha256 of the run aac4e8e501c8921f..., jax 0.10.2): 160,000 examples. `siglip.py:base`, trained likewise, names
+44.0 % of the unseen style and is not packaged.
 
 `pkg:vlm_jax/zoo/clip_base` is `clip.py:base`, seed 0, in bfloat16 (params_sha256 of the run 068e81a442784d3b..., jax
 0.10.2): 480,000 examples in 95 minutes on two cores, beside other work. It names 58.5 % of 732 pictures of the unseen

@@ -7,7 +7,7 @@ from configs.prefix_lm import DENOISE
 from experiments import study
 
 ZOO = study.HERE.parent / "vlm_jax" / "zoo"
-MODELS = ("clip_tiny", "clip_base", "cappa_base", "lm_base")
+MODELS = ("clip_tiny", "clip_base", "lm_base")
 NAMES = dict(uri="tfds:emoji", label="concept")
 UNSEEN = dict(uri="scenes:?size=64&examples=1000", split="unseen_style")
 PAIRS = dict(UNSEEN, split="unseen_pairs")
@@ -38,11 +38,6 @@ TASKS = {  # what is asked -> evaluator, its arguments, its metrics
     "questions": ("questions", UNSEEN, ("exact_match", "chance")),
     "counting": ("counting", UNSEEN, ("accuracy", "chance")),
     "regions": ("regions", UNSEEN, ("pointing", "chance", "mean_iou")),
-    "written captions": (
-        "captions",
-        dict(UNSEEN, captions="caption", objects="names/en", gallery=0),
-        ("cider", "perplexity", "chair_i", "object_recall"),
-    ),
     "continued captions": (
         "denoising",
         dict(
@@ -61,12 +56,6 @@ combinations of `unseen_pairs`. Licences of the pictures: `vlm_jax/data/emoji/NO
 TRAINING = {  # of the models whose folder holds a card
     "clip_base": f"""    vlm-jax train --config=clip:base --workdir=runs/clip_base
     vlm-jax convert runs/clip_base vlm_jax/zoo/clip_base --dtype=bfloat16
-
-{DATA}""",
-    "cappa_base": f"""    vlm-jax train --config=cappa:base --workdir=runs/cappa_base
-    vlm-jax convert runs/cappa_base vlm_jax/zoo/cappa_base --dtype=bfloat16
-
-The image tower begins as that of `clip_base`.
 
 {DATA}""",
     "lm_base": f"""    vlm-jax train --config=prefix_lm:base --workdir=runs/lm_base
