@@ -155,7 +155,7 @@ def in_two_stages(
       model: section of the config.
       objective: the same, of the first stage.
       names, names_then: ops on single emoji that make the texts, of the first stage and of the second.
-      captions: ops on scenes that make the texts, each of a source of its own.
+      captions: ops on scenes that make the texts, one string, or a second one for names, of a source of its own.
       length: of texts, in tokens.
       then: sections that the second stage adds.
     """
@@ -163,10 +163,11 @@ def in_two_stages(
     large = f"decode | resize({SIZE}) | cache | {WEAK} | {names_then}"
     emoji, scenes = beds(variant).values()
     emoji |= dict(ops=small, rows="emoji", weight=3)
-    of_scenes = {}
-    for i, op in enumerate(captions):
-        ops = f"jitter(0.2, 0.2, 0.2) | normalize | {op}"
-        of_scenes["scenes" + "_names" * i] = scenes | dict(ops=ops, rows="scenes", weight=5 / len(captions))
+    scenes |= dict(rows="scenes", weight=5 / len(captions))
+    of_scenes = {
+        name: scenes | dict(ops=f"jitter(0.2, 0.2, 0.2) | normalize | {ops}")
+        for name, ops in zip(("scenes", "scenes_names"), captions, strict=False)
+    }
     naming = dict(type="zeroshot", uri="tfds:emoji", label="concept", classes="emoji:seen")
     return ConfigDict(
         dict(

@@ -9,7 +9,7 @@ from vlm_jax.adapt.task import Shots, Task, accuracy
 from vlm_jax.data import ops
 from vlm_jax.data.class_lists import read
 from vlm_jax.data.sources import open_source
-from vlm_jax.params.spectra import changes
+from vlm_jax.evaluators.analyses.spectra import changes
 from vlm_jax.pretrained import class_embeddings
 from vlm_jax.zoo.adapters import merged
 
@@ -44,7 +44,8 @@ def measure(method, seed):
     kinds = [source[i]["subgroup"] for i in range(len(source))]
     known = np.array([names.index(kind) if kind in names else -1 for kind in kinds])
     train, validation = drawn(np.where(known >= 0, known, known.max() + 1), SHOTS, seed)
-    task = Task(names, ["{}"], class_embeddings(model.embed_texts, names, ["{}"]), 100.0, seed)
+    scale = float(np.exp(model.params["logit_scale"]))
+    task = Task(names, ["{}"], class_embeddings(model.embed_texts, names, ["{}"]), scale, seed)
     shots, others = (pictures(model, "train", places) for places in (train, validation))
     options = {} if method == "full" else dict(rank=int(method.split()[1]))
     name = "full" if method == "full" else "lora"

@@ -18,7 +18,7 @@ def measure(model):
     found = {
         "calibration": evaluate(loaded, "calibration", **NAMES),
         "unknown": evaluate(
-            loaded, "out_of_distribution", **NAMES | dict(label="concept"), other_split="unseen_concepts",
+            loaded, "out_of_distribution", **NAMES, other_split="unseen_concepts",
             other_where=dict(style=["noto"]), train_split="train",
         ),
         "clean": evaluate(loaded, "zeroshot", **NAMES, gallery=0)["zeroshot/top1"],

@@ -31,7 +31,7 @@ def test_effective_rank_of_known_spectra():
 
 
 def test_cka_and_neighbours_are_blind_to_rotation_and_scale(monkeypatch):
-    monkeypatch.setattr("vlm_jax.evaluators.metrics.representation.ROWS", 7)
+    monkeypatch.setattr("vlm_jax.evaluators.metrics.ranking.ROWS", 7)
     x, y = RNG.normal(size=(30, 5)), RNG.normal(size=(30, 4))
     turned = 3 * x @ ortho_group.rvs(5, random_state=1)
     assert metrics.cka(x, turned) == pytest.approx(1, abs=1e-9)

@@ -314,9 +314,17 @@ def test_the_host_holds_one_shard_at_a_time(tmp_path, monkeypatch):
     assert all(np.array_equal(leaves[name], arrays[name]) for name in arrays)
 
 
-@pytest.mark.parametrize("name", ["clip_tiny", "clip_base"])
+@pytest.mark.parametrize("name", ["clip_tiny", "clip_base", "cappa_base"])
 def test_packaged_models_name_pictures_of_a_style_that_they_have_not_seen(name):
     model, source = vlm_jax.load(f"pkg:vlm_jax/zoo/{name}"), open_source("tfds:emoji", "unseen_style")
     records = [source[i] for i in range(800, 816)]
     found = model.classify([record["image"] for record in records], [record["name"]["en"] for record in records])
     assert np.mean(np.argmax(found, axis=1) == np.arange(16)) >= 0.75  # chance is 0.06
+
+
+def test_the_packaged_language_model_tells_the_end_of_a_caption():
+    model, source = vlm_jax.load("pkg:vlm_jax/zoo/lm_base"), open_source("scenes:?examples=16", "unseen_pairs")
+    words = [source[i]["long_caption"].split() for i in range(16)]
+    begins, ends = ([" ".join(one[part]) for one in words] for part in (slice(0, 4), slice(4, None)))
+    backwards = [" ".join(end.split()[::-1]) for end in ends]
+    assert np.mean(model.score(begins, ends) > model.score(begins, backwards)) >= 0.75  # chance is 0.5

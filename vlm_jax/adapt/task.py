@@ -112,7 +112,7 @@ def changes_tower(changed: Collection[str], tower: str) -> bool:
 
 
 def changes_embeddings(changed: Collection[str]) -> bool:
-    """Returns whether insertions after the towers, `models.after_towers`, are among the changed parameters."""
+    """Returns whether insertions after the towers, `insertions.after_towers`, are among the changed parameters."""
     return any(name.startswith("inserted_") for name in changed)
 
 

@@ -28,8 +28,9 @@ from vlm_jax.adapt.recipe import Adapted, Recipe, sees_pool, tree
 from vlm_jax.adapt.task import changes_embeddings, changes_tower
 from vlm_jax.data import ops
 from vlm_jax.errors import DivergedError, UserError
-from vlm_jax.models import after_towers, insertion
+from vlm_jax.models import insertion
 from vlm_jax.models.generate import log_likelihoods
+from vlm_jax.models.insertions import after_towers
 from vlm_jax.models.insertions.prompts import Context
 from vlm_jax.objectives import Objective, Teacher, Term
 from vlm_jax.params import averages, optim

@@ -24,6 +24,7 @@ PAIRED = (
     "Examples that one run has right and the other wrong. p: how often chance alone would split them as unevenly "
     "(McNemar's exact test)."
 )
+PAIRED_HEAD = ["example by example", "against", "difference", "95 % interval", "gained", "lost", "p"]
 SHOWN = 40  # metrics in the figure
 
 
@@ -158,9 +159,6 @@ def _cells(runs: Sequence[Run], name: str) -> list[str]:
         value = format_value(name, run.numbers[name]) if name in run.numbers else ""
         cells.append(f"{value} ({ends})" if ends else value)
     return cells
-
-
-PAIRED_HEAD = ["example by example", "against", "difference", "95 % interval", "gained", "lost", "p"]
 
 
 def _right(folder: pathlib.Path) -> dict[str, dict[int, bool]]:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.errors import UserError
-from vlm_jax.models import after_towers, pooling
+from vlm_jax.models import pooling
+from vlm_jax.models.insertions import after_towers
 from vlm_jax.models.transformer import Encoder
 
 

@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 from vlm_jax.data import class_lists, ops
 from vlm_jax.data.source import BadExample
 from vlm_jax.errors import UserError
-from vlm_jax.models import after_towers
 from vlm_jax.models.generate import log_likelihood, log_likelihoods
+from vlm_jax.models.insertions import after_towers
 from vlm_jax.models.transformer import Encoder
 from vlm_jax.models.vocabulary import is_text
 from vlm_jax.params import sharding

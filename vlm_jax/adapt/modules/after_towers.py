@@ -5,7 +5,7 @@ import flax.linen as nn
 from vlm_jax.adapt.recipe import Inserted
 from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
-from vlm_jax.models.after_towers import JointAttention, OutputAdapter
+from vlm_jax.models.insertions.after_towers import JointAttention, OutputAdapter
 
 
 @method(

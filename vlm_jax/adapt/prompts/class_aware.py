@@ -9,7 +9,7 @@ from vlm_jax.adapt.prompts.proxies import PerClass
 from vlm_jax.adapt.recipe import Extended
 from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
-from vlm_jax.models.class_aware import ClassAware
+from vlm_jax.models.insertions.class_aware import ClassAware
 from vlm_jax.models.insertions.prompts import Context
 from vlm_jax.objectives import Term
 

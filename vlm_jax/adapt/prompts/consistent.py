@@ -10,7 +10,7 @@ from vlm_jax.adapt.prompts.maple import Coupled
 from vlm_jax.adapt.prompts.placing import Independent, Joined
 from vlm_jax.adapt.recipe import Extended
 from vlm_jax.catalogue import method
-from vlm_jax.models.after_towers import OutputAdapter
+from vlm_jax.models.insertions.after_towers import OutputAdapter
 from vlm_jax.objectives import Term
 from vlm_jax.params.averages import gaussian
 

@@ -1,7 +1,9 @@
 """The fifteen corruptions of ImageNet-C, at five severities (Hendrycks and Dietterich 2019, arXiv:1903.12261).
 
-Parameters are those of the authors' code for pictures of 224 px; lengths in pixels follow the picture's smaller side.
-Frost is drawn: the authors lay photographs over the picture.
+Levels are those of the authors' code for pictures of 224 px; lengths in pixels follow the picture's smaller side. Some
+pictures differ from the published ones: frost is drawn, not photographed; fog is noise of all octaves, not a surface of
+diamonds and squares; blurs along a line have one side of a Gaussian; pixels behind glass change places, where the
+authors' code copies one over the other.
 """
 
 import io

@@ -1,15 +1,17 @@
 """What embeddings look like as a set: gap, alignment, uniformity, rank, and how alike two sets are."""
 
 import numpy as np
+from numpy.linalg import norm
 
-from vlm_jax.evaluators.metrics.ranking import check
+from vlm_jax.evaluators.metrics.ranking import check, top_k
+from vlm_jax.pretrained import unit
 
 ROWS = 1024  # rows compared with all others at a time
 
 
 def modality_gap(image: np.ndarray, text: np.ndarray) -> float:
     """Returns |mean of image - mean of text| (Liang et al. 2022, arXiv:2203.02053, section 2); [n, D] and [m, D]."""
-    return float(np.linalg.norm(np.mean(image, axis=0, dtype=np.float64) - np.mean(text, axis=0, dtype=np.float64)))
+    return float(norm(np.mean(image, axis=0, dtype=np.float64) - np.mean(text, axis=0, dtype=np.float64)))
 
 
 def alignment(x: np.ndarray, y: np.ndarray) -> float:
@@ -54,13 +56,12 @@ def cka(x: np.ndarray, y: np.ndarray) -> float:
     """
     check(x.ndim == y.ndim == 2 and len(x) == len(y), "arrays [n, D] and [n, E]", x, y)
     x, y = (np.asarray(one, np.float64) - np.mean(one, axis=0, dtype=np.float64) for one in (x, y))
-    norm = lambda matrix: np.linalg.norm(matrix)
     return float(norm(y.T @ x) ** 2 / (norm(x.T @ x) * norm(y.T @ y)))
 
 
 def neighbour_overlap(x: np.ndarray, y: np.ndarray, k: int = 10) -> float:
     """Returns the mean share of an example's k nearest others by the cosine of x that are among those by that of y
-    (mutual k-nearest neighbours, Huh et al. 2024, arXiv:2405.07987, appendix A).
+    (mutual k-nearest neighbours, Huh et al. 2024, arXiv:2405.07987).
 
     Args:
       x: float [n, D], n > k.
@@ -68,17 +69,14 @@ def neighbour_overlap(x: np.ndarray, y: np.ndarray, k: int = 10) -> float:
       k: number of neighbours.
     """
     check(x.ndim == y.ndim == 2 and len(x) == len(y) > k, f"more than {k} rows, [n, D] and [n, E]", x, y)
-    unit = lambda one: one / np.maximum(np.linalg.norm(np.asarray(one, np.float64), axis=1, keepdims=True), 1e-12)
-    x, y, shared = unit(x), unit(y), 0
-    for start in range(0, len(x), ROWS):
-        rows = np.arange(start, min(start + ROWS, len(x)))
-        near = []
-        for one in (x, y):
-            scores = one[rows] @ one.T
-            scores[np.arange(len(rows)), rows] = -np.inf
-            near.append(np.sort(np.argpartition(-scores, k - 1, axis=1)[:, :k], axis=1))
-        shared += sum(len(np.intersect1d(a, b, assume_unique=True)) for a, b in zip(*near, strict=True))
-    return shared / (k * len(x))
+
+    def nearest(one: np.ndarray) -> np.ndarray:
+        one, place = unit(np.asarray(one, np.float64)), np.arange(len(one))
+        cosines = lambda i, j: np.where(place[i, None] == place[j], -np.inf, one[i] @ one[j].T)
+        return top_k(cosines, len(one), len(one), k)[0]
+
+    shared = nearest(x)[:, :, None] == nearest(y)[:, None]
+    return float(shared.sum(axis=(1, 2)).mean() / k)
 
 
 def frechet(x: np.ndarray, y: np.ndarray) -> float:
@@ -106,12 +104,12 @@ def integration_rate(layers: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float
     """
     distances = []
     for pictures, texts in layers:
-        unit = np.mean(np.linalg.norm(np.asarray(texts, np.float64), axis=1))
+        unit = np.mean(norm(np.asarray(texts, np.float64), axis=1))
         distances.append(frechet(*(_without_outliers(np.asarray(one, np.float64) / unit) for one in (pictures, texts))))
     return float(np.log10(sum(distances))), np.array(distances)
 
 
 def _without_outliers(tokens: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(tokens, axis=1)
+    norms = norm(tokens, axis=1)
     far = np.abs(norms - np.median(norms)) > 3 * norms.std(ddof=1)
     return np.where(far[:, None], np.median(tokens, axis=0), tokens)

@@ -84,9 +84,9 @@ def belonging(similarity: np.ndarray, scale: float) -> dict[str, np.ndarray]:
     """Returns scores, float64 [N] each, that are high for pictures of one of the classes.
 
       msp         max_c softmax(scale s)_c, the probability of the best class (arXiv:1610.02136)
-      energy      log sum_c exp(scale s_c), minus the free energy (arXiv:2010.03759, equation 4)
+      energy      log sum_c exp(scale s_c), minus the free energy (arXiv:2010.03759)
       max_logit   max_c s_c (arXiv:1911.11132)
-      mcm         max_c softmax(s)_c, of cosines without the model's scale (arXiv:2211.13445, section 3)
+      mcm         max_c softmax(s)_c, of cosines without the model's scale (arXiv:2211.13445)
 
     Args:
       similarity: s, cosines of N pictures and C classes, [N, C].
@@ -106,7 +106,7 @@ def belonging(similarity: np.ndarray, scale: float) -> dict[str, np.ndarray]:
 def mahalanobis(features: np.ndarray, known: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Returns minus the squared distance from the nearest class, -min_c (x - m_c)' S^-1 (x - m_c), float64 [N].
 
-    m_c are means of the classes, S is the covariance that they share (Lee et al. 2018, arXiv:1807.03888, equation 2),
+    m_c are means of the classes, S is the covariance that they share (Lee et al. 2018, arXiv:1807.03888),
     with 1e-6 of its mean variance added to the diagonal.
 
     Args:

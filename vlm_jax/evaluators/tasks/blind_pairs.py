@@ -24,7 +24,6 @@ ROWS = 1024  # pictures compared with all others at a time
     family="evaluators",
     system="MMVP",
     paper="arXiv:2401.06209",
-    where="section 2.1",
     differs="pairs that are close for the model and far for another one, and whether the model names both right",
 )
 def blind_pairs(

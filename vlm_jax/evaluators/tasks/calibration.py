@@ -85,21 +85,21 @@ def _result(examples: Table, classes: Classes, bins: int, left_out: Callable[[],
     for fold in (0, 1):
         others = np.arange(len(labels)) % 2 != fold
         scaled[~others] = logits[~others] / (metrics.temperature(logits[others], labels[others]) if others.any() else 1)
-    numbers, predicted = {}, logits.argmax(axis=1)
+    predicted = logits.argmax(axis=1)
+    right = predicted == labels
+    confidence = softmax(logits, axis=1).max(axis=1)
+    numbers = {
+        "temperature": metrics.temperature(logits, labels),
+        "confidence": float(confidence.mean()),
+        "top1": float(right.mean()),
+        "examples": float(len(labels)),
+    }
     for prefix, own in (("", logits), ("scaled/", scaled)):
-        sure = softmax(own, axis=1).max(axis=1)
         numbers |= {
-            f"{prefix}error": metrics.calibration_bins(sure, predicted == labels, bins).error,
+            f"{prefix}error": metrics.calibration_bins(softmax(own, axis=1).max(axis=1), right, bins).error,
             f"{prefix}nll": metrics.negative_log_likelihood(own, labels),
             f"{prefix}brier": metrics.brier(own, labels),
         }
-    confidence = softmax(logits, axis=1).max(axis=1)
-    numbers |= {
-        "temperature": metrics.temperature(logits, labels),
-        "confidence": float(confidence.mean()),
-        "top1": float(np.mean(predicted == labels)),
-        "examples": float(len(labels)),
-    }
     predictions = {"position": examples.read("position"), "label": labels, "predicted": predicted}
     artifacts = {"classes": classes.names, "predictions": predictions | {"confidence": confidence}}
-    return Result(numbers, artifacts, {"top1": metrics.interval(predicted == labels)}, classes.notes(labels, left_out))
+    return Result(numbers, artifacts, {"top1": metrics.interval(right)}, classes.notes(labels, left_out))

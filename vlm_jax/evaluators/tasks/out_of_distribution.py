@@ -19,7 +19,6 @@ from vlm_jax.evaluators.result import Result
 @method(
     family="evaluators",
     paper="arXiv:2211.13445",
-    where="section 3",
     claim="robustness: cosines without the model's scale know unknown concepts better than its probabilities",
     differs="pictures of none of the classes, told from those of the classes by the scores of the names",
 )

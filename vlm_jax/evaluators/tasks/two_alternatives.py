@@ -16,7 +16,6 @@ from vlm_jax.evaluators.result import Result
 
 @method(
     family="evaluators",
-    system="UniSim",
     paper="arXiv:2412.10594",
     differs="which of two pictures is nearer to a third, or to a text, as people see it",
 )

@@ -9,9 +9,9 @@ from flax.traverse_util import unflatten_dict
 
 from vlm_jax.catalogue import method
 from vlm_jax.errors import UserError
-from vlm_jax.models.after_towers import ZEROS
 from vlm_jax.models.block import Block
 from vlm_jax.models.insertion import inserted, new_leaves, new_parameter, removed
+from vlm_jax.models.insertions.after_towers import ZEROS
 from vlm_jax.models.transformer import Encoder
 from vlm_jax.models.two_tower import unit
 from vlm_jax.params.table import named_leaves

@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import ortho_group
 
 from vlm_jax.errors import UserError
-from vlm_jax.params.spectra import changes
+from vlm_jax.evaluators.analyses.spectra import changes
 
 RNG = np.random.default_rng(0)
 

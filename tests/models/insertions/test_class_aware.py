@@ -8,8 +8,8 @@ import pytest
 
 from tests.support.few_shot import GIVEN, D, clip_like
 from vlm_jax.errors import UserError
-from vlm_jax.models.class_aware import ClassAware
 from vlm_jax.models.insertion import begin, inserted
+from vlm_jax.models.insertions.class_aware import ClassAware
 from vlm_jax.models.insertions.prompts import Prompt
 
 K, IMAGES = 2, jax.random.normal(jax.random.key(1), (3, 8, 8, 3))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
 
-from vlm_jax.evaluators.metrics.scaling import Interaction, Law, fit_interaction, fit_law, law_intervals
+from vlm_jax.evaluators.analyses.scaling import Interaction, Law, fit_interaction, fit_law, law_intervals
 
 LAW = Law(1.7, 400.0, 0.34, 410.0, 0.28)
 OTHER = Law(2.2, 90.0, 0.25, 700.0, 0.3)

@@ -7,8 +7,8 @@ import pytest
 
 from tests.support.few_shot import GIVEN, D, clip_like
 from vlm_jax.errors import UserError
-from vlm_jax.models.after_towers import JointAttention, OutputAdapter, by_pairs, class_logits
 from vlm_jax.models.insertion import begin, inserted, new_leaves
+from vlm_jax.models.insertions.after_towers import JointAttention, OutputAdapter, by_pairs, class_logits
 from vlm_jax.params.table import named_leaves
 
 IMAGES, TEXTS = jax.random.normal(jax.random.key(1), (3, 8, 8, 3)), jnp.arange(1, 17).reshape(2, 8)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlm_jax.errors import UserError
+from vlm_jax.evaluators.metrics import effective_rank
 from vlm_jax.params.table import check_alike, named_leaves
 
 
@@ -17,7 +18,7 @@ class Change(NamedTuple):
         singular vector of W_0 of a value above 0 is below the threshold, up to sign.
       cosines: float64 [k], the highest such cosine of each, the highest singular value first.
       distance: |W - W_0| / |W_0|, Frobenius norms.
-      rank: the effective rank of W - W_0, exp of the entropy of its singular values as shares of their sum.
+      rank: the effective rank of W - W_0, see `metrics.effective_rank`.
     """
 
     intruders: int
@@ -27,7 +28,7 @@ class Change(NamedTuple):
 
 
 def changes(base: Any, tuned: Any, *, k: int = 10, threshold: float = 0.6) -> dict[str, Change]:
-    """Returns the change of every kernel that differs (intruder dimensions: arXiv:2410.21228, section 3).
+    """Returns the change of every kernel that differs (intruder dimensions: arXiv:2410.21228).
 
     A layer of a scanned stack has an entry of its own, `blocks/mlp/fc1/kernel[3]`; kernels of more axes are matrices
     [product of the others, last].
@@ -69,8 +70,5 @@ def _change(before, after, k, threshold):
     known = known[size > 1e-9 * size[0]]
     found = np.linalg.svd(after, full_matrices=False)[2][:k]
     cosines = np.abs(found @ known.T).max(axis=1, initial=0)
-    values = np.linalg.svd(after - before, compute_uv=False)
-    share = values[values > 0] / values.sum()
     distance = np.linalg.norm(after - before) / max(np.linalg.norm(before), np.finfo(np.float64).tiny)
-    rank = np.exp(-np.sum(share * np.log(share)))
-    return Change(int(np.sum(cosines < threshold)), cosines, float(distance), float(rank))
+    return Change(int(np.sum(cosines < threshold)), cosines, float(distance), effective_rank(after - before))
