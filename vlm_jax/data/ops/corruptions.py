@@ -84,7 +84,7 @@ def _glass_blur(x, rng, unit, level):
     return _blur(x, sigma * unit)
 
 
-def _streak(x, rng, radius, sigma, angle):
+def _streak(x, radius, sigma, angle):
     """Blurs along a line through each pixel, by a Gaussian of one side."""
     steps = np.arange(max(round(radius), 1) + 1)
     weights = np.exp(-(steps**2) / (2 * max(sigma, 1e-3) ** 2))
@@ -97,7 +97,7 @@ def _streak(x, rng, radius, sigma, angle):
 
 def _motion_blur(x, rng, unit, level):
     radius, sigma = level
-    return _streak(x, rng, radius * unit, sigma * unit, np.radians(rng.uniform(-45, 45)))
+    return _streak(x, radius * unit, sigma * unit, np.radians(rng.uniform(-45, 45)))
 
 
 def _zoomed(x, factor):
@@ -117,7 +117,7 @@ def _snow(x, rng, unit, level):
     mean, std, zoom, threshold, radius, sigma, kept = level
     flakes = _zoomed(rng.normal(mean, std, x.shape[:2]), zoom)
     flakes = np.clip(np.where(flakes < threshold, 0, flakes), 0, 1)
-    flakes = _streak(flakes, rng, radius * unit, sigma * unit, np.radians(rng.uniform(-135, -45)))[:, :, None]
+    flakes = _streak(flakes, radius * unit, sigma * unit, np.radians(rng.uniform(-135, -45)))[:, :, None]
     whiter = np.maximum(x, x.mean(axis=2, keepdims=True) * 1.5 + 0.5)
     return kept * x + (1 - kept) * whiter + flakes + flakes[::-1, ::-1]
 
